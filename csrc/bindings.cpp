@@ -1,0 +1,367 @@
+// The one file that knows Python: borrows each tensor (DLPack C exchange API, no copy, no
+// libtorch), checks what came against what the op takes, and calls the backend of its device.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+#include "tree.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using msn::Device;
+using msn::DType;
+using msn::Tensor;
+
+// ---- DLPack 1.x, the parts used here (dmlc/dlpack, dlpack.h: a stable C ABI) -----------------
+
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct DLPackExchangeAPI {
+  uint32_t major, minor;
+  void* previous;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_py_object;
+  void* managed_tensor_to_py_object;
+  int (*dltensor_from_py_object)(void* object, DLTensor* out);
+  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** stream);
+};
+
+constexpr int32_t kDLCPU = 1, kDLCUDA = 2;
+
+const DLPackExchangeAPI& exchange() {
+  static const DLPackExchangeAPI* api = [] {
+    const py::object tensor_type = py::module_::import("torch").attr("Tensor");
+    for (const char* name : {"__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"}) {
+      if (!py::hasattr(tensor_type, name)) continue;
+      const py::object capsule = tensor_type.attr(name);
+      auto* found = static_cast<const DLPackExchangeAPI*>(
+          PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+      if (!found) throw py::error_already_set();
+      if (found->major == 1 && found->dltensor_from_py_object) return found;
+    }
+    throw py::import_error("msn_ext needs torch >= 2.11 (its tensors must offer the DLPack C exchange API)");
+  }();
+  return *api;
+}
+
+DType dtype_of(const DLTensor& t) {
+  switch (t.code << 8 | t.bits) {
+    case 0 << 8 | 32: return DType::kInt32;
+    case 0 << 8 | 64: return DType::kInt64;
+    case 2 << 8 | 16: return DType::kFloat16;
+    case 2 << 8 | 32: return DType::kFloat32;
+    case 2 << 8 | 64: return DType::kFloat64;
+    case 4 << 8 | 16: return DType::kBFloat16;
+    default: return DType::kOther;
+  }
+}
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kInt32: return "int32";
+    case DType::kInt64: return "int64";
+    case DType::kFloat16: return "float16";
+    case DType::kFloat32: return "float32";
+    case DType::kFloat64: return "float64";
+    case DType::kBFloat16: return "bfloat16";
+    default: return "another dtype";
+  }
+}
+
+// ---- checks: each names the argument, what came, what was expected ---------------------------
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw py::value_error(message.str());
+}
+
+std::string shape_text(const int64_t* shape, int ndim) {
+  std::ostringstream text;
+  text << '[';
+  for (int i = 0; i < ndim; ++i) text << (i ? ", " : "") << shape[i];
+  text << ']';
+  return text.str();
+}
+std::string shape_text(const Tensor& t) { return shape_text(t.shape, t.ndim); }
+
+Tensor borrow(const char* name, py::handle object) {
+  DLTensor source{};
+  if (exchange().dltensor_from_py_object(object.ptr(), &source) != 0) {
+    PyErr_Clear();
+    refuse(name, " is a ", std::string(py::str(py::type::of(object))), "; expected a dense torch.Tensor");
+  }
+  if (source.ndim > msn::kMaxDims) refuse(name, " has ", source.ndim, " dimensions; expected at most ", msn::kMaxDims);
+  if (source.device_type != kDLCPU && source.device_type != kDLCUDA)
+    refuse(name, " is on DLPack device type ", source.device_type, "; expected cpu or cuda");
+  Tensor t;
+  t.data = static_cast<char*>(source.data) + source.byte_offset;
+  t.dtype = dtype_of(source);
+  t.item_size = source.bits * source.lanes / 8;
+  t.device = source.device_type == kDLCPU ? Device::kCPU : Device::kCUDA;
+  t.device_index = source.device_id;
+  t.ndim = source.ndim;
+  for (int i = 0; i < source.ndim; ++i) {
+    t.shape[i] = source.shape[i];
+    t.strides[i] = source.strides[i];
+  }
+  return t;
+}
+
+Tensor borrow_optional(const char* name, py::handle object) {
+  return object.is_none() ? Tensor{} : borrow(name, object);
+}
+
+void expect_dtype(const char* name, const Tensor& t, DType dtype) {
+  if (t.dtype != dtype) refuse(name, " has dtype ", name_of(t.dtype), "; expected ", name_of(dtype));
+}
+
+void expect_float(const char* name, const Tensor& t) {
+  if (t.dtype != DType::kFloat32 && t.dtype != DType::kFloat64 && t.dtype != DType::kFloat16 && t.dtype != DType::kBFloat16)
+    refuse(name, " has dtype ", name_of(t.dtype), "; expected float16, bfloat16, float32 or float64");
+}
+
+void expect_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+  bool same = t.ndim == static_cast<int>(shape.size());
+  for (int i = 0; same && i < t.ndim; ++i) same = t.shape[i] == shape.begin()[i];
+  if (!same)
+    refuse(name, " has shape ", shape_text(t), "; expected ", shape_text(shape.begin(), static_cast<int>(shape.size())));
+}
+
+void expect_dims(const char* name, const Tensor& t, int ndim) {
+  if (t.ndim != ndim) refuse(name, " has shape ", shape_text(t), "; expected ", ndim, " dimensions");
+}
+
+void expect_contiguous(const char* name, const Tensor& t) {
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] != 1 && t.strides[i] != stride) refuse(name, " is not contiguous");
+    stride *= t.shape[i];
+  }
+}
+
+void expect_device(const char* name, const Tensor& t, const Tensor& like) {
+  if (t.device != like.device || t.device_index != like.device_index)
+    refuse(name, " is on another device than the other arguments");
+}
+
+// An integer tensor as the kernels read it: exact dtype and shape, contiguous, on `like`'s device.
+void expect_index(const char* name, const Tensor& t, DType dtype, std::initializer_list<int64_t> shape, const Tensor& like) {
+  expect_dtype(name, t, dtype);
+  expect_shape(name, t, shape);
+  expect_contiguous(name, t);
+  expect_device(name, t, like);
+}
+
+void expect_nodes(const char* name, int64_t nodes) {
+  if (nodes < 1 || nodes > msn::kMaxNodes)
+    refuse(name, " has ", nodes, " nodes; expected 1 to ", msn::kMaxNodes);
+}
+
+// [N] for all rows or [B, N].
+void expect_tree(const char* name, const Tensor& t, DType dtype, int64_t batch, int64_t nodes, const Tensor& like) {
+  if (t.ndim == 1)
+    expect_index(name, t, dtype, {nodes}, like);
+  else
+    expect_index(name, t, dtype, {batch, nodes}, like);
+}
+
+void expect_range(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high) refuse(name, " is ", value, "; expected ", low, " to ", high);
+}
+
+void* stream_of(const Tensor& t) {
+  void* stream = nullptr;
+  if (exchange().current_work_stream && exchange().current_work_stream(kDLCUDA, t.device_index, &stream) != 0)
+    throw py::error_already_set();
+  return stream;
+}
+
+// Calls cpu::op(args...) without the GIL, or cuda::op(args..., stream).
+#ifdef MSN_WITH_CUDA
+#define MSN_DISPATCH(op, on, ...)                          \
+  if ((on).device == Device::kCUDA) {                      \
+    msn::cuda::op(__VA_ARGS__, stream_of(on));             \
+  } else {                                                 \
+    py::gil_scoped_release release;                        \
+    msn::cpu::op(__VA_ARGS__);                             \
+  }
+#else
+#define MSN_DISPATCH(op, on, ...)                                                               \
+  if ((on).device == Device::kCUDA)                                                             \
+    throw std::runtime_error("msn_ext was built without CUDA; reinstall it with nvcc on PATH"); \
+  py::gil_scoped_release release;                                                               \
+  msn::cpu::op(__VA_ARGS__);
+#endif
+
+// ---- the ops ----------------------------------------------------------------------------------
+
+void tree_ancestors(py::handle parents_, py::handle ancestors_, py::handle depth_) {
+  const Tensor parents = borrow("parents", parents_), ancestors = borrow("ancestors", ancestors_), depth = borrow("depth", depth_);
+  if (parents.ndim != 1 && parents.ndim != 2) refuse("parents has shape ", shape_text(parents), "; expected [N] or [B, N]");
+  const int64_t nodes = parents.shape[parents.ndim - 1];
+  const int64_t batch = parents.ndim == 2 ? parents.shape[0] : 1;
+  expect_nodes("parents", nodes);
+  expect_tree("parents", parents, DType::kInt32, batch, nodes, parents);
+  expect_tree("depth", depth, DType::kInt32, batch, nodes, parents);
+  expect_dtype("ancestors", ancestors, DType::kInt64);
+  expect_contiguous("ancestors", ancestors);
+  MSN_DISPATCH(tree_ancestors, parents, parents, ancestors, depth)
+}
+
+void tree_attention(py::handle q_, py::handle k_, py::handle v_, py::handle lengths_, py::handle offsets_,
+                    py::handle ancestors_, py::handle sinks_, double scale, int64_t window, double softcap, py::handle out_) {
+  const Tensor q = borrow("q", q_), k = borrow("k_cache", k_), v = borrow("v_cache", v_), lengths = borrow("lengths", lengths_),
+               ancestors = borrow("ancestors", ancestors_), out = borrow("out", out_),
+               offsets = borrow_optional("offsets", offsets_), sinks = borrow_optional("sinks", sinks_);
+  expect_dims("q", q, 4);
+  expect_dims("k_cache", k, 4);
+  expect_dims("v_cache", v, 4);
+  const int64_t batch = q.shape[0], heads = q.shape[1], nodes = q.shape[2], dim = q.shape[3];
+  const int64_t kv_heads = k.shape[1], slots = k.shape[2], v_dim = v.shape[3];
+  expect_nodes("q", nodes);
+  expect_range("head size of q", dim, 1, 256);
+  expect_range("head size of v_cache", v_dim, 1, 256);
+  expect_float("q", q);
+  expect_dtype("k_cache", k, q.dtype);
+  expect_dtype("v_cache", v, q.dtype);
+  expect_device("k_cache", k, q);
+  expect_device("v_cache", v, q);
+  if (kv_heads < 1 || heads % kv_heads) refuse("k_cache has ", kv_heads, " heads; expected a divisor of q's ", heads);
+  expect_shape("k_cache", k, {batch, kv_heads, slots, dim});
+  expect_shape("v_cache", v, {batch, kv_heads, slots, v_dim});
+  expect_index("lengths", lengths, DType::kInt64, {batch}, q);
+  if (offsets.data) expect_index("offsets", offsets, DType::kInt64, {batch}, q);
+  if (ancestors.ndim == 2)
+    expect_index("ancestors", ancestors, DType::kInt64, {nodes, msn::words_for(static_cast<int>(nodes))}, q);
+  else
+    expect_index("ancestors", ancestors, DType::kInt64, {batch, nodes, msn::words_for(static_cast<int>(nodes))}, q);
+  if (sinks.data) {
+    expect_dtype("sinks", sinks, q.dtype);
+    expect_shape("sinks", sinks, {heads});
+    expect_contiguous("sinks", sinks);
+    expect_device("sinks", sinks, q);
+  }
+  if (window < 0) refuse("window is ", window, "; expected 0 (none) or more");
+  if (!(softcap >= 0)) refuse("softcap is ", softcap, "; expected 0 (none) or more");
+  expect_dtype("out", out, q.dtype);
+  expect_shape("out", out, {batch, nodes, heads, v_dim});
+  expect_contiguous("out", out);
+  const msn::AttentionOptions options{scale, window, softcap};
+  if (batch == 0) return;
+  MSN_DISPATCH(tree_attention, q, q, k, v, lengths, offsets, ancestors, sinks, options, out)
+}
+
+void verify_tree(py::handle tokens_, py::handle targets_, py::handle parents_, py::handle accept_length_, py::handle path_,
+                 py::handle bonus_, py::handle continuation_) {
+  const Tensor tokens = borrow("tokens", tokens_), targets = borrow("targets", targets_), parents = borrow("parents", parents_),
+               accept_length = borrow("accept_length", accept_length_), path = borrow("path", path_),
+               bonus = borrow("bonus", bonus_), continuation = borrow("continuation", continuation_);
+  expect_dims("tokens", tokens, 2);
+  const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
+  expect_nodes("tokens", nodes);
+  expect_index("tokens", tokens, DType::kInt64, {batch, nodes}, tokens);
+  expect_index("targets", targets, DType::kInt64, {batch, nodes}, tokens);
+  expect_tree("parents", parents, DType::kInt32, batch, nodes, tokens);
+  expect_index("accept_length", accept_length, DType::kInt64, {batch}, tokens);
+  expect_index("path", path, DType::kInt64, {batch, nodes}, tokens);
+  expect_index("bonus", bonus, DType::kInt64, {batch}, tokens);
+  expect_index("continuation", continuation, DType::kInt64, {batch, nodes}, tokens);
+  MSN_DISPATCH(verify_tree, tokens, tokens, targets, parents, accept_length, path, bonus, continuation)
+}
+
+void commit_kv(const std::vector<py::object>& caches_, py::handle lengths_, py::handle path_, py::handle accept_length_) {
+  const Tensor lengths = borrow("lengths", lengths_), path = borrow("path", path_), accept_length = borrow("accept_length", accept_length_);
+  expect_dims("path", path, 2);
+  const int64_t batch = path.shape[0];
+  expect_index("path", path, DType::kInt64, {batch, path.shape[1]}, path);
+  expect_index("lengths", lengths, DType::kInt64, {batch}, path);
+  expect_index("accept_length", accept_length, DType::kInt64, {batch}, path);
+  std::vector<Tensor> caches;
+  caches.reserve(caches_.size());
+  for (size_t i = 0; i < caches_.size(); ++i) {
+    const std::string name = "caches[" + std::to_string(i) + "]";
+    caches.push_back(borrow(name.c_str(), caches_[i]));
+    expect_dims(name.c_str(), caches[i], 4);
+    expect_device(name.c_str(), caches[i], path);
+    if (caches[i].shape[0] != batch) refuse(name, " has batch size ", caches[i].shape[0], "; expected ", batch);
+  }
+  if (caches.empty()) return;
+  MSN_DISPATCH(commit_kv, path, caches, lengths, path, accept_length)
+}
+
+void lookup_ngram(py::handle history_, py::handle lengths_, int64_t max_ngram, py::handle tokens_, py::handle matched_) {
+  const Tensor history = borrow("history", history_), lengths = borrow("lengths", lengths_), tokens = borrow("tokens", tokens_),
+               matched = borrow("matched", matched_);
+  expect_dims("history", history, 2);
+  expect_dims("tokens", tokens, 2);
+  const int64_t batch = history.shape[0];
+  expect_index("history", history, DType::kInt64, {batch, history.shape[1]}, history);
+  expect_index("lengths", lengths, DType::kInt64, {batch}, history);
+  expect_range("max_ngram", max_ngram, 1, 1 << 20);
+  expect_index("tokens", tokens, DType::kInt64, {batch, tokens.shape[1]}, history);
+  expect_index("matched", matched, DType::kInt64, {batch}, history);
+  MSN_DISPATCH(lookup_ngram, history, history, lengths, max_ngram, tokens, matched)
+}
+
+void fill_tree(py::handle candidates_, py::handle retrieved_, py::handle history_, py::handle lengths_, py::handle depth_,
+               py::handle rank_, py::handle seed_, py::handle tokens_) {
+  const Tensor candidates = borrow("candidates", candidates_), retrieved = borrow("retrieved", retrieved_),
+               history = borrow("history", history_), lengths = borrow("lengths", lengths_), depth = borrow("depth", depth_),
+               rank = borrow("rank", rank_), seed = borrow("seed", seed_), tokens = borrow("tokens", tokens_);
+  expect_dims("candidates", candidates, 3);
+  expect_dims("retrieved", retrieved, 2);
+  expect_dims("history", history, 2);
+  expect_dims("rank", rank, 1);
+  const int64_t batch = history.shape[0], nodes = rank.shape[0];
+  expect_nodes("rank", nodes);
+  expect_index("candidates", candidates, DType::kInt64, {batch, candidates.shape[1], candidates.shape[2]}, history);
+  expect_index("retrieved", retrieved, DType::kInt64, {batch, retrieved.shape[1]}, history);
+  expect_index("history", history, DType::kInt64, {batch, history.shape[1]}, history);
+  expect_index("lengths", lengths, DType::kInt64, {batch}, history);
+  expect_tree("depth", depth, DType::kInt32, batch, nodes, history);
+  expect_index("rank", rank, DType::kInt32, {nodes}, history);
+  expect_index("seed", seed, DType::kInt64, {1}, history);
+  expect_index("tokens", tokens, DType::kInt64, {batch, nodes}, history);
+  MSN_DISPATCH(fill_tree, history, candidates, retrieved, history, lengths, depth, rank, seed, tokens)
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = MSN_VERSION;
+  info["compiler"] = MSN_COMPILER;
+  info["cuda"] = std::string(MSN_CUDA_VERSION).empty() ? py::object(py::none()) : py::object(py::str(MSN_CUDA_VERSION));
+  info["cuda_architectures"] = py::str(MSN_CUDA_ARCHS).attr("split")();
+  info["cpu_isa"] = msn::cpu::attention_isa();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of msn_ext; call them through msn_ext.ops.";
+  m.def("tree_ancestors", &tree_ancestors);
+  m.def("tree_attention", &tree_attention);
+  m.def("verify_tree", &verify_tree);
+  m.def("commit_kv", &commit_kv);
+  m.def("lookup_ngram", &lookup_ngram);
+  m.def("fill_tree", &fill_tree);
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,68 @@
+// How guesses are found and put into a tree, one value at a time: suffix matching, counter-based
+// noise, the fill rule. Inline for host and device, like tree.h.
+#pragma once
+#include <cstdint>
+
+#include "tree.h"
+
+namespace msn {
+
+// Rank of a node that takes its token from the retrieved continuation; ranks >= 0 are places in
+// the top-k of the denoised logits at the node's depth.
+constexpr int32_t kRetrieval = -1;
+
+// SplitMix64 (Steele, Lea, Flood 2014): the finaliser over a Weyl sequence.
+MSN_HD uint64_t splitmix64(uint64_t x) {
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+// 63 random bits for a counter: the same on every backend, whatever runs in parallel.
+MSN_HD int64_t counter_bits(int64_t seed, int64_t row, int64_t position, int64_t node) {
+  uint64_t x = splitmix64(static_cast<uint64_t>(seed) ^ splitmix64(static_cast<uint64_t>(row)));
+  x = splitmix64(x ^ static_cast<uint64_t>(position));
+  return static_cast<int64_t>(splitmix64(x ^ static_cast<uint64_t>(node)) >> 1);
+}
+
+// Length (<= max_ngram) of the longest common suffix of history[:end] and history[:length].
+MSN_HD int match_length(const int64_t* history, int64_t length, int64_t end, int64_t max_ngram) {
+  int64_t k = 0;
+  const int64_t limit = end < max_ngram ? end : max_ngram;
+  while (k < limit && history[end - 1 - k] == history[length - 1 - k]) ++k;
+  return static_cast<int>(k);
+}
+
+// "Longest match wins, most recent breaks ties", as one number to maximise; 0: no match.
+MSN_HD int64_t match_key(int matched, int64_t end) {
+  return matched ? (static_cast<int64_t>(matched) << 40) | end : 0;
+}
+MSN_HD int64_t match_end(int64_t key) { return key & ((int64_t{1} << 40) - 1); }
+MSN_HD int64_t match_size(int64_t key) { return key >> 40; }
+
+struct FillSources {
+  const int64_t* candidates;  // [depths, ranks] of this row; -1: none
+  int64_t depths, ranks;
+  const int64_t* retrieved;  // [retrieved_length] of this row; -1: none
+  int64_t retrieved_length;
+  const int64_t* history;  // [length] of this row
+  int64_t length;
+};
+
+// The token of one node: its candidate, else noise from the tokens so far. The root repeats the
+// last token; so does padding, which nobody reads.
+MSN_HD int64_t fill_node(const FillSources& from, int node, int32_t depth, int32_t rank,
+                         int64_t seed, int64_t row) {
+  if (node == 0 || depth <= 0) return from.history[from.length - 1];
+  int64_t token = -1;
+  if (rank == kRetrieval) {
+    if (depth <= from.retrieved_length) token = from.retrieved[depth - 1];
+  } else if (depth <= from.depths && rank >= 0 && rank < from.ranks) {
+    token = from.candidates[(depth - 1) * from.ranks + rank];
+  }
+  if (token >= 0) return token;
+  return from.history[counter_bits(seed, row, from.length + depth, node) % from.length];
+}
+
+}  // namespace msn

@@ -1,0 +1,55 @@
+// Every op once per backend. Shapes, dtypes and meaning stand in msn_ext/ops/__init__.py;
+// bindings.cpp has checked them before any of these is called. Integer tensors are contiguous.
+// `stream` is a cudaStream_t.
+#pragma once
+#include <vector>
+
+#include "tensor.h"
+
+namespace msn {
+
+struct AttentionOptions {
+  double scale = 1.0;
+  int64_t window = 0;     // 0: none
+  double softcap = 0.0;   // 0: none
+};
+
+namespace cpu {
+void tree_ancestors(const Tensor& parents, const Tensor& ancestors, const Tensor& depth);
+void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
+                    const Tensor& offsets, const Tensor& ancestors, const Tensor& sinks,
+                    const AttentionOptions& options, const Tensor& out);
+void verify_tree(const Tensor& tokens, const Tensor& targets, const Tensor& parents,
+                 const Tensor& accept_length, const Tensor& path, const Tensor& bonus,
+                 const Tensor& continuation);
+void commit_kv(const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& path,
+               const Tensor& accept_length);
+void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngram,
+                  const Tensor& tokens, const Tensor& matched);
+void fill_tree(const Tensor& candidates, const Tensor& retrieved, const Tensor& history,
+               const Tensor& lengths, const Tensor& depth, const Tensor& rank, const Tensor& seed,
+               const Tensor& tokens);
+const char* attention_isa();  // instruction set that tree_attention runs on here
+}  // namespace cpu
+
+#ifdef MSN_WITH_CUDA
+namespace cuda {
+void tree_ancestors(const Tensor& parents, const Tensor& ancestors, const Tensor& depth,
+                    void* stream);
+void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
+                    const Tensor& offsets, const Tensor& ancestors, const Tensor& sinks,
+                    const AttentionOptions& options, const Tensor& out, void* stream);
+void verify_tree(const Tensor& tokens, const Tensor& targets, const Tensor& parents,
+                 const Tensor& accept_length, const Tensor& path, const Tensor& bonus,
+                 const Tensor& continuation, void* stream);
+void commit_kv(const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& path,
+               const Tensor& accept_length, void* stream);
+void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngram,
+                  const Tensor& tokens, const Tensor& matched, void* stream);
+void fill_tree(const Tensor& candidates, const Tensor& retrieved, const Tensor& history,
+               const Tensor& lengths, const Tensor& depth, const Tensor& rank, const Tensor& seed,
+               const Tensor& tokens, void* stream);
+}  // namespace cuda
+#endif
+
+}  // namespace msn

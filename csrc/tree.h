@@ -1,0 +1,128 @@
+// The rules of a draft tree, one node at a time: what an ancestor is, what is accepted, what a
+// node may attend to. Inline for host and device, so that the CUDA kernels run the very code
+// that the CPU tests exercise.
+//
+// A tree of n nodes (n <= 256) is its `parents`: node 0 is the root (parents[0] == -1), a live
+// node has 0 <= parents[i] < i, and a padding node, which never counts, has parents[i] == -1.
+// A descendant of a padding node is dead too. Every walk goes from a node to a smaller one, so
+// it ends whatever the array holds.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MSN_HD __host__ __device__ __forceinline__
+#else
+#define MSN_HD inline
+#endif
+
+namespace msn {
+
+constexpr int kMaxNodes = 256;
+constexpr int kWordBits = 64;
+constexpr int kMaxWords = kMaxNodes / kWordBits;
+
+MSN_HD int words_for(int nodes) { return (nodes + kWordBits - 1) / kWordBits; }
+
+// A value that `parents[node]` may hold.
+MSN_HD bool well_formed(int32_t parent, int node) {
+  return parent == -1 || (parent >= 0 && parent < node);
+}
+
+// The parent of `node` to walk to, or -1 at the root, at padding and at anything malformed.
+MSN_HD int parent_of(const int32_t* parents, int node) {
+  const int32_t parent = parents[node];
+  return parent >= 0 && parent < node ? parent : -1;
+}
+
+MSN_HD void set_bit(uint64_t* words, int node) {
+  words[node / kWordBits] |= uint64_t{1} << (node % kWordBits);
+}
+
+MSN_HD bool has_bit(const uint64_t* words, int node) {
+  return (words[node / kWordBits] >> (node % kWordBits)) & 1;
+}
+
+MSN_HD int popcount(uint64_t word) {
+#ifdef __CUDA_ARCH__
+  return __popcll(word);
+#else
+  return __builtin_popcountll(word);
+#endif
+}
+
+// Depth of a live node (root 0), from the bits of its ancestors and itself; -1 for a dead one.
+MSN_HD int depth_from_bits(const uint64_t* words, int n_words) {
+  int bits = 0;
+  for (int w = 0; w < n_words; ++w) bits += popcount(words[w]);
+  return bits - 1;
+}
+
+// Writes the bits of `node` and its ancestors; returns its depth. A dead node has no bits and -1.
+MSN_HD int ancestors_of(const int32_t* parents, int node, uint64_t* words, int n_words) {
+  for (int w = 0; w < n_words; ++w) words[w] = 0;
+  int depth = 0, at = node;
+  for (; at > 0; ++depth) {
+    set_bit(words, at);
+    at = parent_of(parents, at);
+  }
+  if (at == 0) {
+    set_bit(words, 0);
+    return depth;
+  }
+  for (int w = 0; w < n_words; ++w) words[w] = 0;
+  return -1;
+}
+
+// Depth of `node` if every token on its path is the target of the node above, else -1.
+// The root is always accepted.
+MSN_HD int accepted_depth(const int32_t* parents, const int64_t* tokens, const int64_t* targets,
+                          int node) {
+  int depth = 0;
+  while (node > 0) {
+    const int parent = parent_of(parents, node);
+    if (parent < 0 || tokens[node] != targets[parent]) return -1;
+    node = parent;
+    ++depth;
+  }
+  return depth;
+}
+
+// Edges from `top` down to `node`; 0 where `node` does not lie below `top`.
+MSN_HD int depth_below(const int32_t* parents, int node, int top) {
+  int depth = 0;
+  while (node > top) {
+    node = parent_of(parents, node);
+    ++depth;
+  }
+  return node == top ? depth : 0;
+}
+
+// "Deepest wins, lowest index breaks ties", as one number to maximise. depth >= -1.
+MSN_HD int64_t path_key(int depth, int node) {
+  return static_cast<int64_t>(depth) * (int64_t{1} << 32) + (kMaxNodes - 1 - node);
+}
+MSN_HD int key_node(int64_t key) { return kMaxNodes - 1 - static_cast<int>(key & 0xffffffff); }
+MSN_HD int key_depth(int64_t key) { return static_cast<int>(key >> 32); }
+
+// Writes the `length` nodes that lead down to `node` (itself last); the ones above are left out.
+MSN_HD void write_path(const int32_t* parents, int node, int length, int64_t* out) {
+  for (int i = length - 1; i >= 0; --i) {
+    out[i] = node;
+    node = parent_of(parents, node);
+  }
+}
+
+// Where the keys of one row of the batch lie: the prefix in slots [first, first + prefix), then
+// the tree's nodes. Logical position 0 is slot `first` (what is before it is left padding).
+struct RowLayout {
+  int64_t first;   // left padding
+  int64_t prefix;  // tokens whose keys are cached and accepted
+  MSN_HD int64_t tree_slot(int node) const { return first + prefix + node; }
+};
+
+// First logical position that a query at `position` may attend to (window <= 0: no window).
+MSN_HD int64_t window_start(int64_t position, int64_t window) {
+  return window > 0 && position >= window ? position - window + 1 : 0;
+}
+
+}  // namespace msn

@@ -1,0 +1,304 @@
+"""The ops of a decoding step, each a :mod:`torch.library` op with a CPU and a CUDA kernel.
+
+Shapes: B rows of a batch, N tree nodes (1 to 256), W = ceil(N / 64) words, H query heads, H_kv key
+and value heads, C cache slots, D and D_v head sizes. Trees are int32 (``parents``, ``depth``,
+``rank``); tokens, lengths and everything torch indexes with are int64. ``parents[0]`` is -1 (the
+root), a live node has ``0 <= parents[i] < i``, and a padding node, which is never accepted, has
+``parents[i] == -1``. Wrong shapes, dtypes, devices and values raise :class:`ValueError`, which
+names the argument; on CUDA, values are not read back: a malformed parent counts as padding and a
+slot outside the cache is left alone.
+
+The specification of each op is its plain PyTorch version in :mod:`msn_ext.ops.reference`.
+"""
+
+import torch
+from torch import Tensor
+
+from msn_ext import _C
+
+__all__ = ["commit_kv", "fill_tree", "lookup_ngram", "tree_ancestors", "tree_attention", "verify_tree"]
+
+_library = torch.library.Library("msn_ext", "DEF")
+_ops = torch.ops.msn_ext
+
+
+def _register(schema: str, impl, fake):
+    """Define an op and register its one Python implementation (the kernel picks the backend)."""
+    name = schema.split("(")[0]
+    _library.define(schema)
+    _library.impl(name, impl, "CPU")
+    _library.impl(name, impl, "CUDA")
+    torch.library.register_fake(f"msn_ext::{name}", fake, lib=_library)
+
+
+# ---- tree_ancestors ------------------------------------------------------------------------------
+
+
+def tree_ancestors(parents: Tensor, *, validate: bool = True) -> tuple[Tensor, Tensor]:
+    """Ancestor bits and depth of every node of a draft tree.
+
+    Args:
+        parents: int32 [N] or [B, N].
+        validate: on CUDA, read the result back once (a host sync) and raise on malformed parents.
+            The CPU kernel always raises.
+
+    Returns:
+        ``ancestors`` int64 [..., N, W]: bit ``j % 64`` of word ``j // 64`` of node i is set where j
+        is i or above it; ``depth`` int32 [..., N]: 0 at the root, -1 at padding and below it.
+
+    Raises:
+        ValueError: a parent is neither -1 nor an earlier node, or N is not in 1..256.
+    """
+    ancestors, depth = _ops.tree_ancestors(parents)
+    if validate and parents.is_cuda:
+        node = torch.arange(parents.shape[-1], device=parents.device)
+        bad = (parents < -1) | (parents >= node)
+        if bool(bad.any()):
+            at = int(bad.nonzero()[0, -1])
+            raise ValueError(f"parents[{at}] is {int(parents[bad][0])}; expected -1 or a node in [0, {at - 1}]")
+    return ancestors, depth
+
+
+def _tree_ancestors_outputs(parents: Tensor) -> tuple[Tensor, Tensor]:
+    nodes = parents.shape[-1] if parents.dim() else 0
+    ancestors = parents.new_empty((*parents.shape, (nodes + 63) // 64), dtype=torch.int64)
+    return ancestors, torch.empty_like(parents, memory_format=torch.contiguous_format)
+
+
+def _tree_ancestors_impl(parents: Tensor) -> tuple[Tensor, Tensor]:
+    ancestors, depth = _tree_ancestors_outputs(parents)
+    _C.tree_ancestors(parents.contiguous(), ancestors, depth)
+    return ancestors, depth
+
+
+_register("tree_ancestors(Tensor parents) -> (Tensor, Tensor)", _tree_ancestors_impl, _tree_ancestors_outputs)
+
+
+# ---- tree_attention ------------------------------------------------------------------------------
+
+
+def tree_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    ancestors: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of the nodes of a draft tree: the whole prefix and their own ancestors.
+
+    Node i of row b attends to slots ``offsets[b] <= s < lengths[b]`` and to slot
+    ``lengths[b] + j`` for every j in its ancestor bits (itself included). Nothing else is read, so
+    other slots may hold anything. A node without bits (padding) gives zeros.
+
+    Args:
+        q: [B, H, N, D], float16, bfloat16, float32 or (CPU only) float64; D <= 256.
+        k_cache: [B, H_kv, C, D], H a multiple of H_kv, same dtype, strides as they come.
+        v_cache: [B, H_kv, C, D_v], D_v <= 256.
+        lengths: int64 [B], slots before the root, left padding included; lengths + N <= C.
+        ancestors: int64 [N, W] or [B, N, W], from :func:`tree_ancestors`.
+        offsets: int64 [B], left padding in slots; None: none.
+        scale: of the scores; None: 1 / sqrt(D).
+        window: if > 0, only keys fewer than ``window`` *logical* positions before the node
+            (a position is slot - offset in the prefix, prefix length + depth in the tree).
+        softcap: if > 0, scores become softcap * tanh(scores / softcap).
+        sinks: [H], one more score per head that takes part in the softmax and carries no value.
+
+    Returns:
+        [B, N, H, D_v] in q's dtype; sums are float32 (float64 for float64).
+    """
+    return _ops.tree_attention(q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks)
+
+
+def _tree_attention_output(q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks):
+    if q.dim() != 4 or v_cache.dim() != 4:
+        raise ValueError(f"q and v_cache have shapes {list(q.shape)} and {list(v_cache.shape)}; expected 4 dimensions")
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3])
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _tree_attention_impl(q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks):
+    out = _tree_attention_output(q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    _C.tree_attention(
+        _dense_rows(q), _dense_rows(k_cache), _dense_rows(v_cache), lengths, offsets, ancestors, sinks, scale, window, softcap, out
+    )  # fmt: skip
+    return out
+
+
+_register(
+    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor ancestors, Tensor? offsets, "
+    "float? scale, int window, float softcap, Tensor? sinks) -> Tensor",
+    _tree_attention_impl,
+    _tree_attention_output,
+)
+
+
+# ---- verify_tree ---------------------------------------------------------------------------------
+
+
+def verify_tree(tokens: Tensor, targets: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The longest path of a draft tree that the model agrees with (arXiv 2406.17404, section 3.3).
+
+    A node is accepted if its token is its parent's target and its parent is accepted; the root
+    always is. Of the accepted nodes the deepest wins; the lowest index breaks ties.
+
+    Args:
+        tokens: int64 [B, N], the draft.
+        targets: int64 [B, N], the token the model itself puts after each node.
+        parents: int32 [N] or [B, N].
+
+    Returns:
+        ``accept_length`` int64 [B], tokens gained: accepted drafts and the bonus token, >= 1;
+        ``path`` int64 [B, N], the ``accept_length`` accepted nodes, root first, then -1;
+        ``bonus`` int64 [B], the target of the last node of the path;
+        ``continuation`` int64 [B, N], the rejected nodes on the way to the deepest node below the
+        path's end (lowest index breaks ties), then -1: their logits are the next guesses (Jacobi).
+    """
+    return _ops.verify_tree(tokens, targets, parents)
+
+
+def _verify_tree_outputs(tokens: Tensor, targets: Tensor, parents: Tensor):
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens has shape {list(tokens.shape)}; expected [B, N]")
+    row = tokens.new_empty(tokens.shape[:1])
+    return row, tokens.new_empty(tokens.shape), torch.empty_like(row), tokens.new_empty(tokens.shape)
+
+
+def _verify_tree_impl(tokens: Tensor, targets: Tensor, parents: Tensor):
+    out = _verify_tree_outputs(tokens, targets, parents)
+    _C.verify_tree(tokens.contiguous(), targets.contiguous(), parents.contiguous(), *out)
+    return out
+
+
+_register(
+    "verify_tree(Tensor tokens, Tensor targets, Tensor parents) -> (Tensor, Tensor, Tensor, Tensor)",
+    _verify_tree_impl,
+    _verify_tree_outputs,
+)
+
+
+# ---- commit_kv -----------------------------------------------------------------------------------
+
+
+def commit_kv(caches: list[Tensor], lengths: Tensor, path: Tensor, accept_length: Tensor) -> None:
+    """Move the keys and values of the accepted path up behind the prefix, in place.
+
+    For every cache, row b and i < accept_length[b]: slot ``lengths[b] + path[b, i]`` goes to slot
+    ``lengths[b] + i``.
+
+    Args:
+        caches: tensors [B, heads, C, size] of any dtype and stride, keys and values of all layers;
+            all in one launch.
+        lengths: int64 [B], slots before the root.
+        path: int64 [B, P], increasing along the path, as :func:`verify_tree` gives it.
+        accept_length: int64 [B], at most P.
+    """
+    _ops.commit_kv(caches, lengths, path, accept_length)
+
+
+def _commit_kv_impl(caches, lengths, path, accept_length) -> None:
+    _C.commit_kv(caches, lengths, path.contiguous(), accept_length)
+
+
+_register(
+    "commit_kv(Tensor(a!)[] caches, Tensor lengths, Tensor path, Tensor accept_length) -> ()",
+    _commit_kv_impl,
+    lambda caches, lengths, path, accept_length: None,
+)
+
+
+# ---- lookup_ngram --------------------------------------------------------------------------------
+
+
+def lookup_ngram(history: Tensor, lengths: Tensor, max_ngram: int, length: int) -> tuple[Tensor, Tensor]:
+    """What followed the longest earlier match of the text's end (arXiv 2406.17404, appendix B).
+
+    The longest suffix of ``history[b, :lengths[b]]`` of at most ``max_ngram`` tokens that also
+    ends earlier is looked up; of several matches the most recent one counts.
+
+    Args:
+        history: int64 [B, C], the tokens so far; what lies behind ``lengths`` is not read.
+        lengths: int64 [B], 1 <= lengths <= C.
+        max_ngram: longest suffix to look for, >= 1.
+        length: how many tokens to return, >= 0.
+
+    Returns:
+        ``tokens`` int64 [B, length], what followed the match, -1 past the end of the text or where
+        nothing matched; ``matched`` int64 [B], tokens that matched (0: none).
+    """
+    return _ops.lookup_ngram(history, lengths, max_ngram, length)
+
+
+def _lookup_ngram_outputs(history: Tensor, lengths: Tensor, max_ngram: int, length: int):
+    if length < 0:
+        raise ValueError(f"length is {length}; expected 0 or more")
+    return history.new_empty(history.shape[0], length), torch.empty_like(lengths)
+
+
+def _lookup_ngram_impl(history: Tensor, lengths: Tensor, max_ngram: int, length: int):
+    out = _lookup_ngram_outputs(history, lengths, max_ngram, length)
+    _C.lookup_ngram(history.contiguous(), lengths, max_ngram, *out)
+    return out
+
+
+_register(
+    "lookup_ngram(Tensor history, Tensor lengths, int max_ngram, int length) -> (Tensor, Tensor)",
+    _lookup_ngram_impl,
+    _lookup_ngram_outputs,
+)
+
+
+# ---- fill_tree -----------------------------------------------------------------------------------
+
+
+def fill_tree(
+    candidates: Tensor, retrieved: Tensor, history: Tensor, lengths: Tensor, depth: Tensor, rank: Tensor, seed: Tensor
+) -> Tensor:
+    """The tokens of a draft tree with a fixed shape (arXiv 2406.17404, section 3.3, appendix B).
+
+    The root is the last token of the text. A node at depth d takes ``candidates[b, d - 1, rank]``,
+    or with rank -1 ``retrieved[b, d - 1]``; where that is missing or -1, *ahead noise*: a token
+    drawn uniformly from the text so far (Eq. 4) by a counter-based generator (SplitMix64 of seed,
+    row, position and node), the same on every device.
+
+    Args:
+        candidates: int64 [B, depths, ranks], likeliest tokens first; -1: none.
+        retrieved: int64 [B, R]; -1: none.
+        history: int64 [B, C]; lengths: int64 [B], >= 1.
+        depth: int32 [N] or [B, N]; rank: int32 [N].
+        seed: int64 [1].
+
+    Returns:
+        int64 [B, N].
+    """
+    return _ops.fill_tree(candidates, retrieved, history, lengths, depth, rank, seed)
+
+
+def _fill_tree_output(candidates, retrieved, history, lengths, depth, rank, seed):
+    return history.new_empty(history.shape[0], rank.shape[-1])
+
+
+def _fill_tree_impl(candidates, retrieved, history, lengths, depth, rank, seed):
+    out = _fill_tree_output(candidates, retrieved, history, lengths, depth, rank, seed)
+    _C.fill_tree(
+        candidates.contiguous(), retrieved.contiguous(), history.contiguous(), lengths, depth.contiguous(), rank.contiguous(), seed, out
+    )  # fmt: skip
+    return out
+
+
+_register(
+    "fill_tree(Tensor candidates, Tensor retrieved, Tensor history, Tensor lengths, Tensor depth, Tensor rank, "
+    "Tensor seed) -> Tensor",
+    _fill_tree_impl,
+    _fill_tree_output,
+)
