@@ -187,6 +187,8 @@ void expect_range(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high) refuse(name, " is ", value, "; expected ", low, " to ", high);
 }
 
+// Calls cpu::op(args...) without the GIL, or cuda::op(args..., stream).
+#ifdef MSN_WITH_CUDA
 void* stream_of(const Tensor& t) {
   void* stream = nullptr;
   if (exchange().current_work_stream && exchange().current_work_stream(kDLCUDA, t.device_index, &stream) != 0)
@@ -194,8 +196,6 @@ void* stream_of(const Tensor& t) {
   return stream;
 }
 
-// Calls cpu::op(args...) without the GIL, or cuda::op(args..., stream).
-#ifdef MSN_WITH_CUDA
 #define MSN_DISPATCH(op, on, ...)                          \
   if ((on).device == Device::kCUDA) {                      \
     msn::cuda::op(__VA_ARGS__, stream_of(on));             \
