@@ -16,7 +16,9 @@ from torch import Tensor
 
 from msn_ext import _C
 
-__all__ = ["commit_kv", "fill_tree", "lookup_ngram", "tree_ancestors", "tree_attention", "verify_tree"]
+from .reference import MAX_NODES
+
+__all__ = ["MAX_NODES", "commit_kv", "fill_tree", "lookup_ngram", "tree_ancestors", "tree_attention", "verify_tree"]
 
 _library = torch.library.Library("msn_ext", "DEF")
 _ops = torch.ops.msn_ext
@@ -55,7 +57,8 @@ def tree_ancestors(parents: Tensor, *, validate: bool = True) -> tuple[Tensor, T
         bad = (parents < -1) | (parents >= node)
         if bool(bad.any()):
             at = int(bad.nonzero()[0, -1])
-            raise ValueError(f"parents[{at}] is {int(parents[bad][0])}; expected -1 or a node in [0, {at - 1}]")
+            expected = f"-1 or a node in [0, {at - 1}]" if at else "-1"
+            raise ValueError(f"parents[{at}] is {int(parents[bad][0])}; expected {expected}")
     return ancestors, depth
 
 
@@ -240,6 +243,8 @@ def lookup_ngram(history: Tensor, lengths: Tensor, max_ngram: int, length: int) 
 
 
 def _lookup_ngram_outputs(history: Tensor, lengths: Tensor, max_ngram: int, length: int):
+    if history.dim() != 2:
+        raise ValueError(f"history has shape {list(history.shape)}; expected [B, C]")
     if length < 0:
         raise ValueError(f"length is {length}; expected 0 or more")
     return history.new_empty(history.shape[0], length), torch.empty_like(lengths)
@@ -285,7 +290,11 @@ def fill_tree(
 
 
 def _fill_tree_output(candidates, retrieved, history, lengths, depth, rank, seed):
-    return history.new_empty(history.shape[0], rank.shape[-1])
+    if history.dim() != 2 or rank.dim() != 1:
+        raise ValueError(
+            f"history and rank have shapes {list(history.shape)} and {list(rank.shape)}; expected [B, C] and [N]"
+        )
+    return history.new_empty(history.shape[0], rank.shape[0])
 
 
 def _fill_tree_impl(candidates, retrieved, history, lengths, depth, rank, seed):

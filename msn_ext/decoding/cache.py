@@ -1,0 +1,100 @@
+"""The key/value cache of tree decoding: full storage, written at per-row slots."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from msn_ext import ops
+
+
+class TreeLayer(CacheLayerMixin):
+    """Keys and values of one layer, [B, heads, capacity, size] each (latents for MLA models)."""
+
+    is_sliding = False  # windows are the mask's business: a window may reach back past rejected nodes
+
+    def __init__(self, cache: TreeCache):
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = self._empty(key_states), self._empty(value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def _empty(self, like: Tensor) -> Tensor:
+        batch, heads, _, size = like.shape
+        return like.new_empty(batch, heads, self._cache.capacity, size)
+
+    def grow(self) -> None:
+        if not self.is_initialized:
+            return
+        old = self.keys, self.values
+        self.keys, self.values = (self._empty(x) for x in old)
+        for new, kept in zip((self.keys, self.values), old):
+            new[:, :, : kept.shape[2]] = kept
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        at = self._cache.write_index
+        self.keys.transpose(1, 2)[at] = key_states.transpose(1, 2)
+        self.values.transpose(1, 2)[at] = value_states.transpose(1, 2)
+        end = self._cache.end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self._cache.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.end, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class TreeCache(Cache):
+    """A cache whose rows grow at their own pace.
+
+    Row b holds left padding in slots [0, offsets[b]), the accepted prefix up to its length, and
+    behind it the nodes of the tree that is being checked; :meth:`commit` moves the accepted ones
+    up. Storage grows by half when it is full.
+
+    Args:
+        config: the model's text config, for the number of layers.
+    """
+
+    def __init__(self, config):
+        self.capacity = 0
+        self.start = self.end = 0
+        self.write_index: tuple = ()
+        super().__init__(layers=[TreeLayer(self) for _ in DynamicCache(config=config).layers])
+
+    def _reserve(self, slots: int) -> None:
+        if slots > self.capacity:
+            self.capacity = max(slots, self.capacity * 3 // 2)
+            for layer in self.layers:
+                layer.grow()
+
+    def at_start(self, count: int) -> None:
+        """The next forward pass writes ``count`` tokens into the first slots of every row."""
+        self._reserve(count)
+        self.start, self.end = 0, count
+        self.write_index = (slice(None), slice(0, count))
+
+    def at(self, lengths: Tensor, nodes: int, end: int) -> None:
+        """The next forward pass writes ``nodes`` tokens of row b from slot ``lengths[b]`` on.
+
+        ``end`` bounds lengths + nodes: the host knows it without asking the device.
+        """
+        self._reserve(end)
+        self.start, self.end = end - nodes, end
+        rows = torch.arange(lengths.shape[0], device=lengths.device)[:, None]
+        self.write_index = (rows, lengths[:, None] + torch.arange(nodes, device=lengths.device))
+
+    def commit(self, lengths: Tensor, path: Tensor, accept_length: Tensor) -> None:
+        """Keep the accepted path (see :func:`msn_ext.ops.commit_kv`)."""
+        stored = [x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)]
+        ops.commit_kv(stored, lengths, path, accept_length)

@@ -1,0 +1,176 @@
+"""One step of decoding: draft, one forward pass, verify, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from msn_ext import ops
+
+from .attention import KernelAttention, MaskAttention, TreeContext
+from .cache import TreeCache
+from .drafting import TreeDrafter
+from .support import rope_types
+from .tree import RETRIEVAL, ROOT_ONLY, DraftTree
+
+Targets = Callable[[Tensor, Tensor, LogitsProcessorList], Tensor]
+
+
+@dataclass
+class Gained:
+    """What one forward pass gave: row b gained ``tokens[b, :counts[b]]`` (int64 [B, N], [B])."""
+
+    tokens: Tensor
+    counts: Tensor
+
+
+class Decoder:
+    """The state of a batch that is being decoded; all of it on the model's device.
+
+    ``history[b, :lengths[b]]`` are the tokens so far, without padding. The last one is the root of
+    the next tree: its key and value are not cached yet. Positions are logical: left padding has
+    none.
+
+    Args:
+        model: a causal language model.
+        attention: how it attends to a tree, from :func:`.support.attention_for`.
+        input_ids: int64 [B, P], left-padded prompts.
+        offsets: int64 [B], how much of each is padding.
+        tree: the draft's shape.
+        targets: the next token after every node (:mod:`.verification`).
+        processors: of the logits; none may look at the prefix.
+        max_new_tokens: tokens to gain per row, exactly unless an end-of-text token comes first.
+        eos_token_ids: int64 [E]; what ends a row.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: KernelAttention | MaskAttention,
+        input_ids: Tensor,
+        offsets: Tensor,
+        tree: DraftTree,
+        targets: Targets,
+        processors: LogitsProcessorList,
+        max_new_tokens: int,
+        eos_token_ids: Tensor,
+    ):
+        batch, prompt = input_ids.shape
+        device = input_ids.device
+        self.model, self._attention, self._tree = model, attention, tree
+        self._targets, self._processors, self._eos = targets, processors, eos_token_ids
+        self._input_ids, self._offsets = input_ids, offsets
+        self._config = model.config.get_text_config(decoder=True)
+        self._cache = TreeCache(self._config)
+        self._drafter = TreeDrafter(tree, batch, device)
+        self._forwards_all_logits = not model._supports_logits_to_keep()
+
+        self._history = torch.zeros(batch, prompt + max_new_tokens + ops.MAX_NODES, dtype=torch.int64, device=device)
+        columns = torch.arange(prompt, device=device)
+        self._history[:, :prompt] = input_ids.gather(1, (columns + offsets[:, None]).clamp(max=prompt - 1))
+        self._lengths = prompt - offsets
+        self._remaining = torch.full_like(self._lengths, max_new_tokens)
+        # The last position that plain decoding would compute. Nodes beyond it are computed there
+        # (tables of learned positions end somewhere); what they say is never used.
+        self._last_position = (self._lengths + max_new_tokens - 2).clamp(min=0)
+        # Slots of the longest row before its root, a bound that needs no word from the device.
+        self._longest = prompt - 1
+        self._final = prompt + max_new_tokens
+        self._shallow_until = self._longrope_boundary()
+
+    def _longrope_boundary(self) -> int:
+        """The slot where 'longrope' switches its factors for the whole batch; 0: not on the way."""
+        if "longrope" not in rope_types(self._config):
+            return 0
+        parameters = self._config.rope_parameters
+        boundary = parameters.get("original_max_position_embeddings") or self._config.max_position_embeddings
+        boundary += int(self._offsets.min())
+        if not self._longest < boundary < self._final:
+            return 0
+        if self._input_ids.shape[0] > 1:
+            raise ValueError(
+                f"rope_type='longrope' changes its factors at {boundary} tokens, in the middle of this batch, and rows "
+                "that grow at their own pace would not switch together; generate row by row, or stop before"
+            )
+        return boundary
+
+    def _tree_now(self, shape: DraftTree) -> DraftTree:
+        """``shape``, or no draft where a tree would straddle the longrope boundary."""
+        straddles = self._longest < self._shallow_until <= self._longest + shape.max_depth
+        return ROOT_ONLY if straddles else shape
+
+    @torch.no_grad()
+    def prefill(self) -> Gained:
+        """The first pass: the prompt, and behind it a chain of guesses, checked like any tree."""
+        rank = RETRIEVAL if RETRIEVAL in self._tree.ranks else 0
+        tree = self._tree_now(DraftTree.chain(self._tree.max_depth + 1, rank))
+        tokens = self._drafter.propose(tree, self._history, self._lengths)
+        ids = torch.cat([self._input_ids, tokens[:, 1:]], dim=1)
+        total = ids.shape[1]
+        self._cache.at_start(total)
+        columns = torch.arange(total, device=ids.device)
+        padded = bool((self._offsets > 0).any())
+        positions = (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
+        logits = self._forward(
+            ids,
+            positions,
+            (columns >= self._offsets[:, None]).long() if padded else None,
+            keep=len(tree),
+        )
+        return self._finish(tree, tokens, positions[:, -len(tree) :], logits)
+
+    @torch.no_grad()
+    def step(self) -> Gained:
+        """Every later pass: a tree behind the cached prefix."""
+        tree = self._tree_now(self._tree)
+        shape = tree.tensors(self._lengths.device)
+        tokens = self._drafter.propose(tree, self._history, self._lengths)
+        prefix = self._lengths - 1 + self._offsets
+        self._cache.at(prefix, len(tree), self._longest + len(tree))
+        positions = ((self._lengths - 1)[:, None] + shape.depth).minimum(self._last_position[:, None])
+        context = TreeContext(prefix, self._offsets, shape.ancestors)
+        with self._attention.checking(context, self._cache.end, self.model.dtype) as mask:
+            logits = self._forward(tokens, positions, mask, keep=len(tree))
+        return self._finish(tree, tokens, positions, logits)
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask, keep: int) -> Tensor:
+        """Logits [B, keep, V] of the last ``keep`` tokens."""
+        limit = {} if self._forwards_all_logits else {"logits_to_keep": keep}
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            return_dict=True,
+            **limit,
+        ).logits[:, -keep:]
+
+    def _finish(self, tree: DraftTree, tokens: Tensor, positions: Tensor, logits: Tensor) -> Gained:
+        """Verify, commit, and take the next guesses; no host sync."""
+        shape = tree.tensors(tokens.device)
+        targets = self._targets(logits, positions, self._processors)
+        accepted, path, _, continuation = ops.verify_tree(tokens, targets, shape.parents)
+        self._cache.commit(self._lengths - 1 + self._offsets, path, accepted)
+        self._drafter.observe(logits, continuation)
+
+        gained = targets.gather(1, path.clamp(min=0))  # the target of each accepted node, root first
+        columns = torch.arange(len(tree), device=tokens.device)
+        counts = accepted.minimum(self._remaining)
+        if self._eos.numel():
+            ends = torch.isin(gained, self._eos) & (columns < counts[:, None])
+            counts = torch.where(ends.any(1), ends.int().argmax(1) + 1, counts)
+            self._remaining = torch.where(ends.any(1), counts, self._remaining)
+        # Behind the gained tokens lies rubbish, which the next step overwrites.
+        self._history.scatter_(1, self._lengths[:, None] + columns, gained)
+        self._lengths = self._lengths + counts
+        self._remaining = self._remaining - counts
+        return Gained(gained, counts)
+
+    def advance(self, longest_gain: int) -> None:
+        """Tell the decoder how many tokens the longest row has gained in all (the host's bound)."""
+        self._longest = self._input_ids.shape[1] - 1 + longest_gain

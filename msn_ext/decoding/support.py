@@ -1,0 +1,98 @@
+"""Which models can be decoded with a tree. What cannot be right is refused, with the reason."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .attention import KernelAttention, MaskAttention, TreeContext
+from .cache import TreeCache
+from .tree import DraftTree
+
+# Families whose trees are compared with plain decoding in python_tests/test_lossless.py.
+TESTED = frozenset(
+    "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 deepseek_v2 deepseek_v3 "
+    "mixtral qwen3_moe gptj codegen".split()
+)
+# Families that ignore the attention interface but follow a dense mask and position_ids.
+MASK_ONLY = frozenset({"gptj", "codegen"})
+
+
+def _refuse(model: PreTrainedModel, reason: str):
+    raise ValueError(f"{type(model).__name__} ({model.config.model_type}) cannot be decoded with a draft tree: {reason}")
+
+
+def rope_types(config) -> set[str]:
+    """The rotary embedding types a config asks for; empty without rotary embeddings."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    groups = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
+    return {group.get("rope_type", "default") for group in groups}
+
+
+def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
+    """The way to make ``model`` attend to a tree.
+
+    Raises:
+        ValueError: the model cannot be decoded with a tree; says why.
+    """
+    config = model.config.get_text_config(decoder=True)
+    family = config.model_type
+    if model.config.is_encoder_decoder:
+        _refuse(model, "it is an encoder-decoder model")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        _refuse(model, "its forward takes no position_ids")
+    if getattr(model, "_is_stateful", False) or not model._supports_default_dynamic_cache():
+        _refuse(model, "it has recurrent state, which cannot be rolled back past a rejected token")
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        _refuse(model, f"its cache has layers of other kinds than keys and values ({names})")
+    if "dynamic" in rope_types(config):
+        _refuse(model, "rope_type='dynamic' changes the positions of the cached keys as the text grows")
+    if family in MASK_ONLY:
+        return MaskAttention(model)
+    if not KernelAttention.supports(model):
+        _refuse(model, "its attention ignores transformers' AttentionInterface and is not known to follow a dense mask")
+    attention = KernelAttention(model)
+    if family not in TESTED:
+        _probe(model, attention)
+    return attention
+
+
+_probed: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, attention: KernelAttention) -> None:
+    """Compare a small tree with plain forward passes over its paths, once per model."""
+    if model in _probed:
+        return
+    config = model.config.get_text_config(decoder=True)
+    tree = DraftTree((-1, 0, 0, 1, 2, 2))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (1, 6 + len(tree)), generator=generator).to(model.device)
+    prefix, nodes = tokens[:, :6], tokens[:, 6:]
+    tensors = tree.tensors(model.device)
+    lengths = torch.tensor([6], device=model.device)
+    cache = TreeCache(config)
+    cache.at_start(6)
+    model(input_ids=prefix, position_ids=torch.arange(6, device=model.device)[None], past_key_values=cache, use_cache=True)
+    cache.at(lengths, len(tree), 6 + len(tree))
+    context = TreeContext(lengths, torch.zeros_like(lengths), tensors.ancestors)
+    with attention.checking(context, cache.end, model.dtype) as mask:
+        found = model(
+            input_ids=nodes, attention_mask=mask, position_ids=lengths[:, None] + tensors.depth, past_key_values=cache, use_cache=True
+        ).logits[0].float()  # fmt: skip
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    for leaf in (3, 4, 5):
+        path = [leaf]
+        while path[0]:
+            path.insert(0, tree.parents[path[0]])
+        plain = model(input_ids=torch.cat([prefix, nodes[:, path]], 1), use_cache=False).logits[0, 6:].float()
+        if not torch.allclose(found[path], plain, atol=tolerance * plain.abs().max().item(), rtol=0):
+            _refuse(model, "a trial tree did not give the logits of plain forward passes")
+    _probed.add(model)

