@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <sstream>
 #include <string>
@@ -150,6 +151,7 @@ void expect_dims(const char* name, const Tensor& t, int ndim) {
 }
 
 void expect_contiguous(const char* name, const Tensor& t) {
+  if (std::count(t.shape, t.shape + t.ndim, 0)) return;
   int64_t stride = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
     if (t.shape[i] != 1 && t.strides[i] != stride) refuse(name, " is not contiguous");
@@ -244,6 +246,7 @@ void tree_attention(py::handle q_, py::handle k_, py::handle v_, py::handle leng
   expect_dtype("v_cache", v, q.dtype);
   expect_device("k_cache", k, q);
   expect_device("v_cache", v, q);
+  if (heads < 1) refuse("q has shape ", shape_text(q), "; expected at least one head");
   if (kv_heads < 1 || heads % kv_heads) refuse("k_cache has ", kv_heads, " heads; expected a divisor of q's ", heads);
   expect_shape("k_cache", k, {batch, kv_heads, slots, dim});
   expect_shape("v_cache", v, {batch, kv_heads, slots, v_dim});

@@ -5,7 +5,6 @@ import io
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from importlib import metadata
@@ -111,14 +110,12 @@ def _cached_folder(progress: bool) -> Path:
         with FileLock(root / f"{folder.name}.lock"):
             if folder.is_dir():  # another process was faster
                 return folder
-            for left in root.glob(f"{folder.name}.tmp-*"):  # by a killed process: nobody else holds the lock
-                shutil.rmtree(left, ignore_errors=True)
-            made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=root))
-            try:
-                _convert(source, made, _Progress(sys.stderr if progress else None, root))
-                made.rename(folder)
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
+            unfinished = root / f"{folder.name}.tmp"
+            if unfinished.exists():  # a killed process left it: nobody else holds the lock
+                shutil.rmtree(unfinished)
+            unfinished.mkdir()
+            _convert(source, unfinished, _Progress(sys.stderr if progress else None, root))
+            unfinished.rename(folder)
     except OSError as error:
         raise RuntimeError(
             f"cannot keep the converted demo model in {root} ({error.strerror or error}); "

@@ -79,6 +79,10 @@ class KernelAttention:
     def supports(model: PreTrainedModel) -> bool:
         return type(model)._can_set_attn_implementation()
 
+    def reading(self):
+        """Within: the model attends as the user set it up."""
+        return self._lock
+
     @contextlib.contextmanager
     def checking(self, tree: TreeContext, end: int, dtype: torch.dtype):
         """Within: the model attends to ``tree``; yields the attention mask to call it with (none)."""
@@ -117,6 +121,10 @@ class MaskAttention:
         if self._additive:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
+
+    def reading(self):
+        """As :meth:`KernelAttention.reading`."""
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def checking(self, tree: TreeContext, end: int, dtype: torch.dtype):

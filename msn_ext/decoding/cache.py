@@ -26,7 +26,8 @@ class TreeLayer(CacheLayerMixin):
 
     def _empty(self, like: Tensor) -> Tensor:
         batch, heads, _, size = like.shape
-        return like.new_empty(batch, heads, self._cache.capacity, size)
+        # Zeros: a dense mask gives unused slots weight 0, but 0 x NaN would still be NaN.
+        return like.new_zeros(batch, heads, self._cache.capacity, size)
 
     def grow(self) -> None:
         if not self.is_initialized:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from msn_ext import ops
+from msn_ext.ops.reference import MAX_NODES
 
 from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache
@@ -69,7 +70,7 @@ class Decoder:
         self._drafter = TreeDrafter(tree, batch, device)
         self._forwards_all_logits = not model._supports_logits_to_keep()
 
-        self._history = torch.zeros(batch, prompt + max_new_tokens + ops.MAX_NODES, dtype=torch.int64, device=device)
+        self._history = torch.zeros(batch, prompt + max_new_tokens + MAX_NODES, dtype=torch.int64, device=device)
         columns = torch.arange(prompt, device=device)
         self._history[:, :prompt] = input_ids.gather(1, (columns + offsets[:, None]).clamp(max=prompt - 1))
         self._lengths = prompt - offsets
@@ -115,12 +116,9 @@ class Decoder:
         columns = torch.arange(total, device=ids.device)
         padded = bool((self._offsets > 0).any())
         positions = (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
-        logits = self._forward(
-            ids,
-            positions,
-            (columns >= self._offsets[:, None]).long() if padded else None,
-            keep=len(tree),
-        )
+        mask = (columns >= self._offsets[:, None]).long() if padded else None
+        with self._attention.reading():
+            logits = self._forward(ids, positions, mask, keep=len(tree))
         return self._finish(tree, tokens, positions[:, -len(tree) :], logits)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from msn_ext import ops
+from msn_ext.ops.reference import MAX_NODES
 
 RETRIEVAL = -1
 """Rank of a node that continues the retrieved text instead of the model's own guesses."""
@@ -57,8 +58,8 @@ class DraftTree:
 
     def __post_init__(self):
         parents = tuple(int(p) for p in self.parents)
-        if not 1 <= len(parents) <= ops.MAX_NODES:
-            raise ValueError(f"parents has {len(parents)} nodes; expected 1 to {ops.MAX_NODES}")
+        if not 1 <= len(parents) <= MAX_NODES:
+            raise ValueError(f"parents has {len(parents)} nodes; expected 1 to {MAX_NODES}")
         for node, parent in enumerate(parents):
             if (parent != -1) if node == 0 else not 0 <= parent < node:
                 expected = "-1 (the root)" if node == 0 else f"a node in [0, {node - 1}]"

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from msn_ext import _C
 
-from .reference import MAX_NODES
-
-__all__ = ["MAX_NODES", "commit_kv", "fill_tree", "lookup_ngram", "tree_ancestors", "tree_attention", "verify_tree"]
+__all__ = ["commit_kv", "fill_tree", "lookup_ngram", "tree_ancestors", "tree_attention", "verify_tree"]
 
 _library = torch.library.Library("msn_ext", "DEF")
 _ops = torch.ops.msn_ext

@@ -1,0 +1,136 @@
+"""Every op once or twice on CUDA with small inputs, compared with the CPU op: what gpu.sh runs under
+compute-sanitizer. Inputs are made and results compared on the CPU, so that almost every kernel the
+sanitizer sees is ours.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize_ops.py
+"""
+
+import argparse
+
+import torch
+
+from msn_ext import ops
+
+BATCH = 3
+NODES = (1, 33, 70, 256)
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # times (1 + |value|)
+FAR = 1 << 40
+
+
+def rand_trees(n: int) -> torch.Tensor:
+    """[BATCH, n] parents: a random tree, a chain, a tree with padding."""
+    rows = []
+    for b in range(BATCH):
+        parent = [int(torch.randint(0, max(i, 1), ())) if b != 1 else i - 1 for i in range(n)]
+        rows.append([-1 if i == 0 or (b == 2 and i % 7 == 6) else parent[i] for i in range(n)])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def on(device, value):
+    if isinstance(value, torch.Tensor):
+        # The whole storage, byte by byte: keeps the strides and the offset, and runs no kernel.
+        memory = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).to(device, copy=True)
+        view = torch.empty(0, dtype=value.dtype, device=device)
+        return view.set_(memory.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+    return [on(device, x) for x in value] if isinstance(value, list) else value
+
+
+def compare(name: str, device: str, op, *args, tolerance: float = 0.0, **kwargs) -> None:
+    want = op(*args, **kwargs)
+    got = op(*on(device, list(args)), **{k: on(device, x) for k, x in kwargs.items()})
+    for expected, result in zip(want, got) if isinstance(want, tuple) else [(want, got)]:
+        result = result.cpu()
+        if tolerance == 0 and not torch.equal(result, expected):
+            raise SystemExit(f"{name}: {device} differs from cpu")
+        expected, result = expected.double(), result.double()
+        if tolerance and not ((result - expected).abs() <= tolerance * (1 + expected.abs())).all():
+            raise SystemExit(f"{name}: {device} differs from cpu by up to {(result - expected).abs().max():.3g}")
+    print(f"{name}: same as on the CPU", flush=True)
+
+
+def check_tree(n: int, device: str) -> None:
+    parents = rand_trees(n)
+    tokens, targets = (torch.randint(0, 3, (BATCH, n)) for _ in range(2))
+    compare(f"tree_ancestors N={n}", device, ops.tree_ancestors, parents, validate=False)
+    compare(f"verify_tree N={n}", device, ops.verify_tree, tokens, targets, parents)
+    compare(f"verify_tree N={n}, one tree", device, ops.verify_tree, tokens, targets, parents[1].clone())
+    broken = parents.clone()
+    broken[:, n // 2] = n + 5
+    dead = parents.clone()
+    dead[:, n // 2] = -1
+    want = ops.verify_tree(tokens, targets, dead)
+    got = ops.verify_tree(*on(device, [tokens, targets, broken]))
+    if not all(torch.equal(a, b.cpu()) for a, b in zip(want, got)):
+        raise SystemExit(f"verify_tree N={n}: a malformed parent does not count as padding")
+
+
+def check_drafting(n: int, device: str) -> None:
+    history = torch.randint(0, 5, (BATCH, 3000))
+    lengths = torch.tensor([3000, 1, 777])
+    compare("lookup_ngram", device, ops.lookup_ngram, history, lengths, 4, 9)
+    depth, rank = torch.randint(0, 7, (BATCH, n), dtype=torch.int32), torch.randint(-1, 5, (n,), dtype=torch.int32)
+    sources = [torch.randint(-1, 50, (BATCH, 5, 4)), torch.randint(-1, 50, (BATCH, 5)), history]
+    shape = [depth, rank, torch.tensor([7])]
+    compare(f"fill_tree N={n}", device, ops.fill_tree, *sources, lengths, *shape)
+    outside = on(device, torch.tensor([FAR, -FAR, 0]))
+    ops.lookup_ngram(on(device, history), outside, 4, 9)
+    ops.fill_tree(*on(device, sources), outside, *on(device, shape))
+
+
+def check_commit(n: int, device: str) -> None:
+    slots = 20 + n
+    caches = [torch.randn(BATCH, 2, slots, 64).half() for _ in range(66)]
+    caches += [torch.randn(BATCH, slots, 3, 10).transpose(1, 2), torch.randn(BATCH, 2, slots, 9)[..., 1:8].bfloat16()]
+    caches += [torch.randint(0, 99, (BATCH, 2, 5, slots), dtype=torch.uint8).transpose(2, 3)]
+    path = torch.full((BATCH, n), -1)
+    accepted = torch.tensor([min(n, k) for k in (1, 6, 40)])
+    for b in range(BATCH):
+        path[b, : accepted[b]] = torch.randperm(n)[: accepted[b]].sort().values
+    lengths = torch.tensor([20, 0, 11])
+    copies = on(device, caches)
+    ops.commit_kv(caches, lengths, path, accepted)
+    ops.commit_kv(copies, *on(device, [lengths, path, accepted]))
+    outside = [torch.tensor([FAR, -1, slots]), path, torch.tensor([FAR, n, n])]
+    ops.commit_kv(copies, *on(device, outside))  # every row starts outside: nothing may change
+    if not all(torch.equal(a, b.cpu()) for a, b in zip(caches, copies)):
+        raise SystemExit(f"commit_kv N={n}: {device} differs from cpu")
+    ops.commit_kv(copies, *on(device, [lengths, path + FAR, torch.full((BATCH,), FAR)]))
+    print(f"commit_kv N={n}: same as on the CPU", flush=True)
+
+
+def check_attention(n: int, device: str) -> None:
+    lengths, offsets = torch.tensor([45, 3, 0]), torch.tensor([5, 0, 0])
+    ancestors, _ = ops.tree_ancestors(rand_trees(n))
+    cases = [(torch.float16, 64, 64, 4, {}), (torch.float32, 20, 7, 3, {"window": 9, "softcap": 5.0})]
+    if n <= 70:
+        cases += [(torch.bfloat16, 256, 200, 2, {"offsets": offsets}), (torch.float16, 128, 128, 1, {"offsets": offsets, "window": 4})]
+    for dtype, dim, v_dim, heads, options in cases:
+        q = torch.randn(BATCH, n, heads, dim).to(dtype).transpose(1, 2)
+        kv_heads = 2 if heads == 4 else 1
+        k = torch.full((BATCH, kv_heads, 48 + n, dim), torch.nan, dtype=dtype)
+        v = torch.full((BATCH, kv_heads, 48 + n, v_dim), torch.nan, dtype=dtype)
+        for b in range(BATCH):  # NaN stays in every slot that no node may see
+            seen = slice(int(offsets[b]) if "offsets" in options else 0, int(lengths[b]) + n)
+            k[b, :, seen] = torch.randn(kv_heads, *k[b, 0, seen].shape).to(dtype)
+            v[b, :, seen] = torch.randn(kv_heads, *v[b, 0, seen].shape).to(dtype)
+        sinks = torch.randn(heads).to(dtype)
+        name = f"tree_attention N={n} {str(dtype)[6:]} D={dim},{v_dim}"
+        compare(name, device, ops.tree_attention, q, k, v, lengths, ancestors, sinks=sinks, tolerance=TOLERANCE[dtype], **options)
+        outside = on(device, torch.tensor([FAR, -FAR, 48 + n]))
+        ops.tree_attention(*on(device, [q, k, v]), outside, on(device, ancestors))  # reads no slot outside
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="what is compared with the CPU")
+    device = parser.parse_args().device
+    torch.manual_seed(0)
+    for n in NODES:
+        for check in (check_tree, check_drafting, check_commit, check_attention):
+            check(n, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

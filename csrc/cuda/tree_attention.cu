@@ -1,0 +1,285 @@
+// Attention of the draft tree's nodes over the prefix and their own ancestors.
+//
+// One block per (row of the batch, key-value head, tile of 16 query rows); a query row is a node
+// and one of the query heads that share the key-value head, so keys and values are read once for
+// the whole group and never repeated in memory. The block walks over tiles of 32 keys, staged in
+// shared memory as float: prefix slots [offset, length) from the first that the root's window
+// reaches, then the tree's slots. Each of 4 warps owns 4 query rows: a lane a key for the scores,
+// a lane every 32nd value for the sums, with the softmax kept online in float32.
+// A key that a query may not see takes no part: its score is dropped before the softmax and its
+// value is skipped, not multiplied by 0, since it may be NaN. Slots outside the cache are not read.
+//
+// Bytes: every tile of query rows reads the whole prefix, N * group / 16 times in all, from L2
+// where it fits. The prefix is not split over blocks, so long prefixes with few nodes leave the
+// device idle; arithmetic is on CUDA cores, 2 (D + D_v) flops a query row and key.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../tree.h"
+#include "common.cuh"
+
+namespace msn::cuda {
+
+namespace {
+
+constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+constexpr int kWarpRows = 4, kBlockRows = kWarps * kWarpRows;  // query rows
+constexpr int kKeys = kWarp;                                   // of a tile: one a lane
+
+template <typename T>
+struct Problem {
+  const T *q, *k, *v, *sinks;  // sinks may be null
+  T* out;
+  const int64_t *lengths, *offsets;  // offsets may be null
+  const uint64_t* ancestors;
+  int64_t q_row, q_head, q_node, k_row, k_head, k_slot, v_row, v_head, v_slot;  // strides
+  int64_t ancestors_row;                                                       // 0: one tree for all rows
+  int64_t slots, window;  // slots fit an int
+  int kv_heads, group, nodes, dim, v_dim, tiles;
+  float scale, softcap;
+  bool wide_k, wide_v;  // rows can be read 16 bytes at a time
+};
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ void from_float(float x, float* to) { *to = x; }
+__device__ void from_float(float x, __half* to) { *to = __float2half(x); }
+__device__ void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
+
+__device__ float warp_max(float x) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, distance));
+  return x;
+}
+__device__ float warp_sum(float x) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kWholeWarp, x, distance);
+  return x;
+}
+
+// Row length in shared memory: float4 reads by 8 lanes in 8 different rows then hit all 32 banks.
+__host__ __device__ constexpr int key_pitch(int dim) { return 4 * ((dim + 3) / 4 | 1); }
+__host__ __device__ constexpr int query_pitch(int dim) { return (dim + 3) / 4 * 4; }
+
+// `count` rows of `width` values as float into a tile of kKeys rows of `padded` values, zeros
+// around them. `wide` requires `width` and `padded` to be whole 16-byte chunks.
+template <typename T>
+__device__ void stage(const T* rows, int64_t stride, int count, int width, bool wide, float* tile, int pitch,
+                      int padded) {
+  constexpr int kChunk = 16 / sizeof(T);
+  if (wide) {
+    const int chunks = padded / kChunk;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kKeys * chunks; i += kThreads) {
+      const int row = i / chunks, column = i % chunks * kChunk;
+      uint4 raw = make_uint4(0, 0, 0, 0);
+      if (row < count && column < width) raw = *reinterpret_cast<const uint4*>(rows + row * stride + column);
+      const T* values = reinterpret_cast<const T*>(&raw);
+      float4* to = reinterpret_cast<float4*>(tile + row * pitch + column);
+#pragma unroll
+      for (int x = 0; x < kChunk; x += 4)
+        to[x / 4] = make_float4(to_float(values[x]), to_float(values[x + 1]), to_float(values[x + 2]),
+                                to_float(values[x + 3]));
+    }
+  } else {
+    for (int row = threadIdx.x / kWarp; row < kKeys; row += kWarps)
+      for (int column = threadIdx.x % kWarp; column < padded; column += kWarp)
+        tile[row * pitch + column] = row < count && column < width ? to_float(rows[row * stride + column]) : 0.0f;
+  }
+}
+
+// sums[r] += weight of key j for row r * value of key j, over the tile. kDense: every row sees
+// every key; else only keys in `seen` count.
+template <bool kDense, int kColumns>
+__device__ void add_values(float (&sums)[kWarpRows][kColumns], const float (&weight)[kWarpRows],
+                           const unsigned (&seen)[kWarpRows], const float* values, int count) {
+#pragma unroll 4
+  for (int j = 0; j < (kDense ? kKeys : count); ++j) {
+    float value[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) value[c] = values[(j * kColumns + c) * kWarp];
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+      const float of_key = __shfl_sync(kWholeWarp, weight[r], j);
+      if (kDense || (seen[r] >> j & 1)) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) sums[r][c] = fmaf(of_key, value[c], sums[r][c]);
+      }
+    }
+  }
+}
+
+// kColumns: values of a head, in units of 32, one a lane. The blocks that a multiprocessor is asked to
+// hold are what shared memory allows; they bound the registers.
+template <typename T, int kColumns>
+__global__ void __launch_bounds__(kThreads, kColumns > 4 ? 2 : 4)
+    tree_attention_kernel(const __grid_constant__ Problem<T> p) {
+  extern __shared__ float4 shared[];
+  const int pitch = key_pitch(p.dim), q_pitch = query_pitch(p.dim);
+  float* keys = reinterpret_cast<float*>(shared);
+  float* values = keys + kKeys * pitch;
+  float* queries = values + kKeys * kColumns * kWarp;
+
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int tile = blockIdx.x % p.tiles, kv_head = blockIdx.x / p.tiles % p.kv_heads;
+  const int64_t row = blockIdx.x / p.tiles / p.kv_heads;
+  const int n_words = words_for(p.nodes);
+  const uint64_t* ancestors = p.ancestors + row * p.ancestors_row;
+
+  // Keys are counted from the first one of the row: `prefix` of the text, then the nodes up to `end`.
+  const int64_t length = clamp(p.lengths[row], 0, p.slots);
+  const int64_t first = p.offsets ? clamp(p.offsets[row], 0, length) : 0;
+  const int prefix = static_cast<int>(length - first);
+  const int end = prefix + static_cast<int>(clamp(p.slots - length, 0, p.nodes));
+
+  // Query row r of this warp: its node, whether it takes part, the first position it may see.
+  const int first_row = tile * kBlockRows + warp * kWarpRows;
+  int node[kWarpRows], start[kWarpRows];
+  bool live[kWarpRows], any[kWarpRows];
+  float largest[kWarpRows], total[kWarpRows], sums[kWarpRows][kColumns];
+#pragma unroll
+  for (int r = 0; r < kWarpRows; ++r) {
+    node[r] = (first_row + r) / p.group;
+    const int head = kv_head * p.group + (first_row + r) % p.group;
+    const bool exists = node[r] < p.nodes;
+    const int depth = exists ? depth_from_bits(ancestors + node[r] * n_words, n_words) : -1;
+    live[r] = depth >= 0;
+    any[r] = false;
+    start[r] = static_cast<int>(window_start(prefix + depth, p.window));
+    largest[r] = exists && p.sinks ? to_float(p.sinks[head]) : -INFINITY;
+    total[r] = lane == 0 && largest[r] != -INFINITY ? 1.0f : 0.0f;  // lanes hold parts of it
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) sums[r][c] = 0.0f;
+    const T* query = p.q + row * p.q_row + head * p.q_head + node[r] * p.q_node;
+    for (int d = lane; d < q_pitch; d += kWarp)
+      queries[(warp * kWarpRows + r) * q_pitch + d] = exists && d < p.dim ? to_float(query[d]) : 0.0f;
+  }
+
+  const T* k = p.k + row * p.k_row + kv_head * p.k_head;
+  const T* v = p.v + row * p.v_row + kv_head * p.v_head;
+  // No live node comes before the root, so none sees what the root's window leaves out.
+  for (int from = static_cast<int>(window_start(prefix, p.window)); from < end; from += kKeys) {
+    const int count = end - from < kKeys ? end - from : kKeys;
+    const int64_t slot = first + from;
+    stage(k + slot * p.k_slot, p.k_slot, count, p.dim, p.wide_k, keys, pitch, q_pitch);
+    stage(v + slot * p.v_slot, p.v_slot, count, p.v_dim, p.wide_v, values, kColumns * kWarp, kColumns * kWarp);
+    __syncthreads();
+
+    float score[kWarpRows] = {};
+    const float4* key = reinterpret_cast<const float4*>(keys + lane * pitch);
+    const float4* query = reinterpret_cast<const float4*>(queries + warp * kWarpRows * q_pitch);
+#pragma unroll 2
+    for (int d = 0; d < q_pitch / 4; ++d) {
+      const float4 a = key[d];
+#pragma unroll
+      for (int r = 0; r < kWarpRows; ++r) {
+        const float4 b = query[r * (q_pitch / 4) + d];
+        score[r] = fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, score[r]))));
+      }
+    }
+
+    const bool in_prefix = from + lane < prefix;
+    const int key_node = in_prefix ? 0 : from + lane - prefix;
+    int position = from + lane;  // logical: in the tree, siblings share one
+    if (p.window > 0 && !in_prefix && lane < count)
+      position = prefix + depth_from_bits(ancestors + key_node * n_words, n_words);
+
+    unsigned seen[kWarpRows];
+    bool dense = true;
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+      const bool allowed = live[r] && lane < count && position >= start[r] &&
+                           (in_prefix || has_bit(ancestors + node[r] * n_words, key_node));
+      seen[r] = __ballot_sync(kWholeWarp, allowed);
+      dense = dense && (!live[r] || seen[r] == kWholeWarp);  // what a dead row sums up is not written
+      float s = score[r] * p.scale;
+      if (p.softcap > 0.0f) s = p.softcap * tanhf(s / p.softcap);
+      s = allowed ? s : -INFINITY;
+      const float before = largest[r];
+      largest[r] = fmaxf(before, warp_max(s));
+      const float base = largest[r] == -INFINITY ? 0.0f : largest[r];  // not -inf - -inf
+      const float fade = expf(before - base);
+      score[r] = allowed ? expf(s - base) : 0.0f;
+      total[r] = total[r] * fade + score[r];
+      any[r] = any[r] || seen[r] != 0;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) sums[r][c] *= fade;
+    }
+    if (dense)
+      add_values<true, kColumns>(sums, score, seen, values + lane, count);
+    else
+      add_values<false, kColumns>(sums, score, seen, values + lane, count);
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int r = 0; r < kWarpRows; ++r) {
+    const float weight = warp_sum(total[r]);
+    if (node[r] >= p.nodes) continue;
+    const int head = kv_head * p.group + (first_row + r) % p.group;
+    T* out = p.out + ((row * p.nodes + node[r]) * p.kv_heads * p.group + head) * p.v_dim;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (c * kWarp + lane < p.v_dim) from_float(any[r] ? sums[r][c] / weight : 0.0f, out + c * kWarp + lane);
+  }
+}
+
+bool wide_rows(const Tensor& t) {
+  uint64_t all = reinterpret_cast<uint64_t>(t.data) | t.shape[3] * t.item_size;
+  for (int i = 0; i < 3; ++i) all |= t.strides[i] * t.item_size;
+  return all % 16 == 0;
+}
+
+template <typename T, int kColumns>
+void launch_columns(const Problem<T>& p, int64_t batch, void* stream) {
+  const size_t floats = kKeys * (key_pitch(p.dim) + kColumns * kWarp) + kBlockRows * query_pitch(p.dim);
+  const size_t bytes = floats * sizeof(float);
+  if (bytes > 48 * 1024)  // more than a kernel gets unasked
+    check("tree_attention", cudaFuncSetAttribute(tree_attention_kernel<T, kColumns>,
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  launch("tree_attention", tree_attention_kernel<T, kColumns>, grid_x("tree_attention", batch * p.kv_heads * p.tiles),
+         kThreads, bytes, stream, p);
+}
+
+template <typename T>
+void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, const Tensor& offsets,
+         const Tensor& ancestors, const Tensor& sinks, const AttentionOptions& options, const Tensor& out,
+         void* stream) {
+  const int kv_heads = static_cast<int>(k.shape[1]), group = static_cast<int>(q.shape[1]) / kv_heads;
+  const int nodes = static_cast<int>(q.shape[2]), v_dim = static_cast<int>(v.shape[3]);
+  const Problem<T> p{q.as<T>(), k.as<T>(), v.as<T>(), sinks.as<T>(), out.as<T>(), lengths.as<int64_t>(),
+                     offsets.as<int64_t>(), ancestors.as<uint64_t>(), q.strides[0], q.strides[1], q.strides[2],
+                     k.strides[0], k.strides[1], k.strides[2], v.strides[0], v.strides[1], v.strides[2],
+                     ancestors.ndim == 3 ? int64_t{1} * nodes * words_for(nodes) : 0, k.shape[2], options.window,
+                     kv_heads, group, nodes, static_cast<int>(q.shape[3]), v_dim,
+                     (nodes * group + kBlockRows - 1) / kBlockRows, static_cast<float>(options.scale),
+                     static_cast<float>(options.softcap), wide_rows(k), wide_rows(v)};
+  if (v_dim <= 2 * kWarp)
+    launch_columns<T, 2>(p, q.shape[0], stream);
+  else if (v_dim <= 4 * kWarp)
+    launch_columns<T, 4>(p, q.shape[0], stream);
+  else
+    launch_columns<T, 8>(p, q.shape[0], stream);
+}
+
+}  // namespace
+
+void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, const Tensor& offsets,
+                    const Tensor& ancestors, const Tensor& sinks, const AttentionOptions& options, const Tensor& out,
+                    void* stream) {
+  if (q.shape[0] == 0 || q.shape[1] == 0) return;
+  if (k.shape[2] > INT32_MAX - kMaxNodes)
+    throw std::invalid_argument("k_cache has " + std::to_string(k.shape[2]) + " slots; expected fewer than 2^31 - 256");
+  const DeviceGuard guard("tree_attention", q);
+  const auto run_as = [&](auto element) {
+    run<decltype(element)>(q, k, v, lengths, offsets, ancestors, sinks, options, out, stream);
+  };
+  switch (q.dtype) {
+    case DType::kFloat32: return run_as(float{});
+    case DType::kFloat16: return run_as(__half{});
+    case DType::kBFloat16: return run_as(__nv_bfloat16{});
+    default:
+      throw std::invalid_argument("q has dtype float64; expected float16, bfloat16 or float32 (float64 is CPU only)");
+  }
+}
+
+}  // namespace msn::cuda

@@ -1,0 +1,336 @@
+"""Decoding with a draft tree gives what plain decoding gives.
+
+In float64, on randomly initialised models of every family, the comparison is token for token with
+``model.generate(do_sample=False)``. The weights are large, so that text repeats, guesses come true
+and sibling paths alias; a test at the end checks that they do.
+"""
+
+import random
+
+import pytest
+import torch
+from families import FAMILIES, VOCAB, tiny_model
+from transformers import LogitsProcessorList, TemperatureLogitsWarper
+
+import msn_ext
+from msn_ext import DraftTree, generate
+from msn_ext.decoding import Decoder, attention_for, greedy
+from msn_ext.decoding.attention import KernelAttention, MaskAttention
+from msn_ext.decoding.support import TESTED
+from msn_ext.decoding.tree import RETRIEVAL
+
+SEEDS = 10  # x 22 families: the 200 models and more of the acceptance test
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models are faster without threads, and the rest of the machine is left alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_tree(rng: random.Random) -> DraftTree:
+    """Any shape of up to 40 nodes; some nodes retrieve, siblings may even share a rank."""
+    nodes = rng.randint(1, 40)
+    parents = [-1] + [rng.choice([i - 1, rng.randrange(i)]) for i in range(1, nodes)]
+    if rng.random() < 0.3:
+        return DraftTree(tuple(parents))
+    return DraftTree(tuple(parents), tuple(rng.choice([RETRIEVAL, 0, 0, 1, 2, 5]) for _ in range(nodes)))
+
+
+def prompts(rng: random.Random, batch: int, padded: bool = True):
+    """Left-padded prompts of 1 to 14 tokens, and their mask."""
+    length = rng.randint(1, 14)
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    if padded:
+        for b in range(1, batch):
+            mask[b, : rng.randrange(length)] = 0
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    ids = torch.randint(3, VOCAB, (batch, length), generator=generator)
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_plain_decoding(family, seed):
+    """Random trees and the paper's; batches of 1 to 4, ragged; end-of-text inside accepted paths;
+    `max_new_tokens` cutting a path."""
+    rng = random.Random(f"{family}{seed}")
+    model = tiny_model(family, seed)
+    # transformers' own eager attention in float64, which these two use, gives NaN at padding (softmax
+    # in float32 of a row of least float64s); longrope switches its factors for a whole batch.
+    batch = 1 if family == "phi3-longrope" else 1 + seed % 4
+    ids, mask = prompts(rng, batch, padded=family not in ("gemma2", "gemma3"))
+    settings = dict(
+        do_sample=False,
+        max_new_tokens=rng.choice([1, 2, 7, 48]),
+        eos_token_id=rng.choice([None, [2, 5], [3, 8, 11]]),
+        pad_token_id=0,
+        return_dict_in_generate=True,
+    )
+    expected = model.generate(ids, attention_mask=mask, **settings).sequences
+    for draft in ("paper", random_tree(rng), rng.choice(["jacobi", "lookup", "none"])):
+        out = generate(model, ids, mask, draft=draft, **settings)
+        assert torch.equal(out.sequences, expected), draft
+        for row, accepts in zip(out.sequences, out.accept_lengths):
+            new = int(accepts.sum())
+            assert accepts.min() >= 1 and new <= settings["max_new_tokens"]
+            assert not row[ids.shape[1] + new :].any(), "something other than padding behind the end"
+
+
+def test_every_tested_family_is_here():
+    assert {tiny_model(family, 0).config.model_type for family in FAMILIES} == TESTED
+
+
+def test_guesses_come_true_and_alias():
+    """The comparison above would prove little if nothing were accepted, or no two paths agreed."""
+    accepts, aliased = [], 0
+    for seed in range(8):
+        model = tiny_model("llama", seed)
+        ids, mask = prompts(random.Random(seed), 2)
+        decoder = Decoder(
+            model, attention_for(model), ids, (mask == 0).sum(1), DraftTree.paper(), greedy, LogitsProcessorList(), 40, ids[0, :0]
+        )  # fmt: skip
+        gained = decoder.prefill()
+        for step in range(12):
+            accepts += gained.counts.tolist()
+            decoder.advance(int((decoder._lengths - (mask.sum(1))).max()))
+            proposed = decoder._drafter.propose(DraftTree.paper(), decoder._history, decoder._lengths)
+            children = [i for i, parent in enumerate(DraftTree.paper().parents) if parent == 0]
+            aliased += sum(len(children) - len(set(row[children].tolist())) for row in proposed)
+            gained = decoder.step()
+    assert sum(accepts) / len(accepts) > 1.5 and max(accepts) >= 5
+    assert aliased > 10
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-window", "gemma3", "mistral-window", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_dense_masks_equal_the_kernel(family, implementation):
+    """The fallback for models that take no attention function of ours, tried on models that do."""
+    model = tiny_model(family, 3)
+    model.set_attn_implementation(implementation)
+    ids, mask = prompts(random.Random(3), 3, padded=implementation == "sdpa")  # eager: see above
+    results = []
+    for attention in (KernelAttention(model), MaskAttention(model)):
+        decoder = Decoder(
+            model, attention, ids, (mask == 0).sum(1), DraftTree.paper(), greedy, LogitsProcessorList(), 40, ids[0, :0]
+        )  # fmt: skip
+        decoder.prefill()
+        for step in range(10):
+            decoder.advance(int((decoder._lengths - mask.sum(1)).max()))
+            decoder.step()
+        results.append(decoder._history[:, : int(decoder._lengths.min())])
+    common = min(result.shape[1] for result in results)
+    assert common >= 11 and torch.equal(results[0][:, :common], results[1][:, :common])
+
+
+def test_attention_implementation_is_restored():
+    model = tiny_model("llama", 0)
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        generate(model, torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=10)
+        assert model.config._attn_implementation == implementation
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+SAMPLING = [
+    dict(temperature=0.7),
+    dict(temperature=1.3, top_k=5),
+    dict(top_p=0.8, top_k=0),
+    dict(min_p=0.1, top_k=0),
+    dict(typical_p=0.9, top_k=0),
+]
+
+
+@pytest.mark.parametrize("settings", SAMPLING, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_sampling_is_the_same_for_every_draft(family, settings):
+    """The seed and the text settle every token; the draft only decides where it is looked for."""
+    rng = random.Random(f"{family}{settings}")
+    model = tiny_model(family, 1)
+    ids, mask = prompts(rng, 3)
+    outputs = []
+    for draft in ("none", "paper", "lookup", random_tree(rng), random_tree(rng)):
+        torch.manual_seed(7)
+        outputs.append(
+            generate(
+                model, ids, mask, draft=draft, do_sample=True, max_new_tokens=40, eos_token_id=[2], pad_token_id=0,
+                return_dict_in_generate=True, **settings,
+            )
+        )  # fmt: skip
+    assert all(torch.equal(out.sequences, outputs[0].sequences) for out in outputs)
+    assert max(accepts.max() for out in outputs[1:] for accepts in out.accept_lengths) > 1
+    torch.manual_seed(8)
+    other = generate(model, ids, mask, do_sample=True, max_new_tokens=40, pad_token_id=0, **settings)
+    assert not torch.equal(other[:, : ids.shape[1] + 3], outputs[0].sequences[:, : ids.shape[1] + 3])
+
+
+@pytest.mark.parametrize("draft", ["none", "paper", "jacobi"])
+def test_sampled_text_has_the_models_distribution(draft):
+    """Chi-square of three-token continuations against their enumerated probabilities."""
+    model = tiny_model("llama", 2)
+    prompt = torch.tensor([[5, 9, 4]])
+    temperature, top_k, rows = 0.9, 3, 3000
+
+    def next_distribution(ids):
+        logits = model(ids).logits[0, -1].float() / temperature
+        kept = logits >= logits.topk(top_k).values[-1]
+        return torch.where(kept, logits, -torch.inf).softmax(-1)
+
+    expected = {(): 1.0}
+    with torch.no_grad():
+        for _ in range(3):
+            expected = {
+                (*text, token): probability * share
+                for text, probability in expected.items()
+                for token, share in enumerate(
+                    next_distribution(torch.cat([prompt, torch.tensor([text], dtype=torch.int64)], 1)).tolist()
+                )
+                if share > 0
+            }
+    torch.manual_seed(0)
+    out = generate(
+        model, prompt, draft=draft, do_sample=True, temperature=temperature, top_k=top_k, max_new_tokens=3,
+        num_return_sequences=rows, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    counts: dict[tuple, int] = {}
+    for row in out[:, 3:].tolist():
+        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
+    assert set(counts) <= set(expected), "a text of probability 0 was sampled"
+    rare = [text for text, probability in expected.items() if probability * rows < 5]
+    cells = [(counts.get(text, 0), p * rows) for text, p in expected.items() if text not in rare]
+    if rare:
+        cells.append((sum(counts.get(t, 0) for t in rare), sum(expected[t] for t in rare) * rows))
+    cells = [(seen, wanted) for seen, wanted in cells if wanted > 0]
+    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+    degrees = len(cells) - 1
+    # Wilson-Hilferty: the cube root of chi-square / degrees is close to normal; 4 sigma.
+    z = ((statistic / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / (2 / (9 * degrees)) ** 0.5
+    assert degrees > 5 and z < 4, f"chi-square {statistic:.1f} at {degrees} degrees of freedom"
+
+
+# ---- the Hugging Face side -----------------------------------------------------------------------
+
+
+def test_custom_generate_is_the_same():
+    model = tiny_model("llama", 4)
+    ids, mask = prompts(random.Random(4), 3)
+    settings = dict(do_sample=False, max_new_tokens=30, pad_token_id=0, eos_token_id=[2])
+    expected = model.generate(ids, attention_mask=mask, **settings)
+    through_transformers = model.generate(ids, attention_mask=mask, custom_generate=msn_ext.generate, **settings)
+    assert torch.equal(through_transformers, expected)
+    assert torch.equal(generate(model, ids, attention_mask=mask, **settings), expected)
+    chain = model.generate(ids, attention_mask=mask, custom_generate=msn_ext.generate, draft="jacobi", **settings)
+    assert torch.equal(chain, expected)
+
+
+def test_greedy_takes_prefix_free_processors():
+    model = tiny_model("llama", 5)
+    ids = torch.tensor([[4, 5, 6]])
+    settings = dict(do_sample=False, max_new_tokens=20, logits_processor=LogitsProcessorList([TemperatureLogitsWarper(0.5)]))
+    assert torch.equal(generate(model, ids, **settings), model.generate(ids, **settings))
+
+
+def test_num_return_sequences():
+    model = tiny_model("llama", 6)
+    torch.manual_seed(0)
+    out = generate(model, torch.tensor([[4, 5]]), do_sample=True, num_return_sequences=4, max_new_tokens=12, eos_token_id=None)
+    assert out.shape == (4, 14) and len({tuple(row) for row in out.tolist()}) == 4
+
+
+def test_max_time_stops():
+    model = tiny_model("llama", 6)
+    out = generate(model, torch.tensor([[4, 5]]), max_new_tokens=400, max_time=0.0, eos_token_id=None, do_sample=False)
+    assert out.shape[1] == 3, "the first token is past the deadline already"
+
+
+def test_custom_stopping_criterion_inside_an_accepted_path():
+    """Asked after every token, as plain decoding asks: nothing behind the stop is kept."""
+    model = tiny_model("llama", 2)
+    ids = torch.tensor([[5, 9, 4, 7]])
+
+    def at_13(input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 13)
+
+    expected = model.generate(ids, do_sample=False, max_new_tokens=60, stopping_criteria=[at_13], eos_token_id=None)
+    out = generate(model, ids, do_sample=False, max_new_tokens=60, stopping_criteria=[at_13], eos_token_id=None)
+    assert torch.equal(out, expected) and out.shape[1] == 13
+
+
+class Recorder:
+    def __init__(self):
+        self.puts, self.ended = [], 0
+
+    def put(self, value):
+        self.puts.append(value)
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("through_transformers", [False, True])
+def test_streamer_gets_the_prompt_and_every_pass(through_transformers):
+    import functools
+
+    model, streamer = tiny_model("llama", 2), Recorder()
+    ids = torch.tensor([[5, 9, 4, 7]])
+    settings = dict(do_sample=False, max_new_tokens=30, eos_token_id=None, return_dict_in_generate=True)
+    if through_transformers:
+        out = model.generate(ids, custom_generate=functools.partial(generate, streamer=streamer), **settings)
+    else:
+        out = generate(model, ids, streamer=streamer, **settings)
+    assert torch.equal(streamer.puts[0], ids) and streamer.ended == 1
+    assert [len(value) for value in streamer.puts[1:]] == out.accept_lengths[0].tolist()
+    assert torch.cat(streamer.puts[1:]).tolist() == out.sequences[0, 4:].tolist()
+
+
+def test_streamer_ends_when_decoding_fails():
+    class Failing(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.puts) == 3:
+                raise RuntimeError("reader went away")
+
+    streamer = Failing()
+    with pytest.raises(RuntimeError, match="reader went away"):
+        generate(tiny_model("llama", 2), torch.tensor([[5]]), streamer=streamer, max_new_tokens=30, eos_token_id=None, do_sample=False)
+    assert streamer.ended == 1
+
+
+def test_two_threads_share_a_model():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = tiny_model("llama", 3)
+    inputs = [torch.tensor([[3 + i, 9, 4, 7 + i]]) for i in range(6)]
+    settings = dict(do_sample=False, max_new_tokens=40, eos_token_id=None)
+    expected = [model.generate(ids, **settings) for ids in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda ids: generate(model, ids, **settings), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_nan_logits_follow_torch():
+    """Greedy: the arg-max of NaN is torch's, as in plain decoding. Sampling: an error, no token."""
+    model = tiny_model("llama", 3)
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    ids = torch.tensor([[4, 5, 6]])
+    settings = dict(max_new_tokens=8, eos_token_id=None)
+    assert torch.equal(generate(model, ids, do_sample=False, **settings), model.generate(ids, do_sample=False, **settings))
+    with pytest.raises(ValueError, match="NaN"):
+        generate(model, ids, do_sample=True, **settings)
+
+
+def test_half_precision_tokens_are_arg_max_to_within_rounding():
+    """bfloat16: every token is within rounding of the best one, given the text before it."""
+    model = tiny_model("qwen3", 1, torch.bfloat16)
+    ids = torch.randint(3, VOCAB, (1, 8), generator=torch.Generator().manual_seed(0))
+    out = generate(model, ids, do_sample=False, max_new_tokens=60, eos_token_id=None)
+    with torch.no_grad():
+        logits = model(out[:, :-1]).logits[0, 7:].float()
+    chosen = logits.gather(1, out[0, 8:, None]).squeeze(1)
+    assert (logits.max(1).values - chosen).max() <= 0.05 * logits.abs().max()

@@ -1,0 +1,158 @@
+"""What cannot be right is refused with a sentence that says why; nothing is ignored."""
+
+import pytest
+import torch
+from families import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, GenerationConfig
+
+from msn_ext import DraftTree, generate
+from msn_ext.decoding import attention_for
+from msn_ext.decoding import support
+
+IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama", 0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(draft="medusa"), "draft is 'medusa'; expected 'paper'"),
+        (dict(draft=None), "draft is None"),
+        (dict(num_beams=3), "num_beams is 3"),
+        (dict(penalty_alpha=0.6, top_k=4), "penalty_alpha is 0.6"),
+        (dict(repetition_penalty=1.2), "RepetitionPenaltyLogitsProcessor may look at the tokens before"),
+        (dict(no_repeat_ngram_size=2), "NoRepeatNGramLogitsProcessor"),
+        (dict(min_new_tokens=3, eos_token_id=2), "MinLengthLogitsProcessor"),
+        (dict(bad_words_ids=[[3]]), "NoBadWordsLogitsProcessor"),
+        (dict(forced_eos_token_id=2), "ForcedEOSTokenLogitsProcessor"),
+        (dict(prefix_allowed_tokens_fn=lambda b, ids: [3]), "PrefixConstrainedLogitsProcessor"),
+        (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens is 3"),
+        (dict(cache_implementation="static"), "cache_implementation is 'static'"),
+        (dict(use_cache=False), "use_cache is False"),
+        (dict(output_scores=True, return_dict_in_generate=True), "output_scores is True"),
+        (dict(output_logits=True, return_dict_in_generate=True), "output_logits is True"),
+        (dict(output_hidden_states=True, return_dict_in_generate=True), "output_hidden_states is True"),
+        (dict(stop_strings=["x"]), "tokenizer is None"),
+        (dict(inputs_embeds=torch.zeros(2, 3, 16, dtype=torch.float64)), "inputs_embeds"),
+        (dict(streamer=object()), "streamer needs a batch of one"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options(llama, options, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        generate(llama, IDS, **({"max_new_tokens": 4, "pad_token_id": 0} | options))
+
+
+def test_options_in_a_generation_config(llama):
+    config = GenerationConfig(num_beams=2, max_new_tokens=4, pad_token_id=0)
+    with pytest.raises(ValueError, match="num_beams is 2"):
+        generate(llama, IDS, generation_config=config)
+    with pytest.raises(ValueError, match="num_beams is 2"):
+        llama.generate(IDS, custom_generate=generate, num_beams=2, max_new_tokens=4, pad_token_id=0)
+
+
+def test_a_filled_cache(llama):
+    cache = DynamicCache(config=llama.config)
+    llama(IDS[:, :2], past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values is not empty"):
+        generate(llama, IDS, past_key_values=cache, max_new_tokens=4, pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    "input_ids, mask, message",
+    [
+        ([[1, 2]], None, "input_ids is list"),
+        (torch.tensor([1, 2]), None, r"input_ids is \(2,\) torch.int64"),
+        (torch.tensor([[0.5]]), None, "input_ids is .* torch.float32"),
+        (torch.zeros(1, 0, dtype=torch.int64), None, r"input_ids has shape \[1, 0\]"),
+        (IDS, torch.ones(2, 4), r"attention_mask has shape \[2, 4\]; expected \[2, 3\]"),
+        (IDS, torch.tensor([[1, 1, 0], [1, 1, 1]]), "0 behind a 1; expected left padding"),
+        (IDS, torch.tensor([[1, 0, 1], [1, 1, 1]]), "0 behind a 1"),
+        (IDS, torch.tensor([[0, 0, 0], [1, 1, 1]]), "masks a whole row"),
+    ],
+)
+def test_inputs(llama, input_ids, mask, message):
+    with pytest.raises(ValueError, match=message):
+        generate(llama, input_ids, mask, max_new_tokens=4, pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (((),), "parents has 0 nodes; expected 1 to 256"),
+        ((range(-1, 256),), "parents has 257 nodes"),
+        (((0,),), r"parents\[0\] is 0; expected -1"),
+        (((-1, 1),), r"parents\[1\] is 1; expected a node in \[0, 0\]"),
+        (((-1, 0, -1),), r"parents\[2\] is -1"),
+        (((-1, 0), (0,)), "ranks has 1 entries; expected 2"),
+        (((-1, 0), (0, -2)), "ranks has -2"),
+    ],
+)
+def test_trees(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DraftTree(*arguments)
+
+
+def test_paths():
+    with pytest.raises(ValueError, match=r"paths has \[0, 1\] but not \[0\]"):
+        DraftTree.from_paths([[1], [0, 1]])
+    with pytest.raises(ValueError, match="empty path"):
+        DraftTree.from_paths([[]])
+
+
+def _model(model_type, auto=AutoModelForCausalLM, **settings):
+    torch.manual_seed(0)
+    return auto.from_config(AutoConfig.for_model(model_type, **settings)).eval()
+
+
+SMALL = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: _model("mamba", **SMALL), "position_ids|recurrent state"),
+        (lambda: _model("mpt", vocab_size=24, d_model=16, n_heads=2, n_layers=2), "position_ids|AttentionInterface"),
+        (lambda: _model("bloom", vocab_size=24, hidden_size=16, n_layer=2, n_head=2), "position_ids|AttentionInterface"),
+        (lambda: _model("falcon", alibi=True, **SMALL), "AttentionInterface|position_ids"),
+        (lambda: _model("gpt_neo", vocab_size=24, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]), "AttentionInterface"),
+        (
+            lambda: _model("llama", intermediate_size=16, rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4), **SMALL),
+            "rope_type='dynamic'",
+        ),
+        (lambda: _model("t5", AutoModelForSeq2SeqLM, vocab_size=24, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), "encoder-decoder"),
+    ],
+    ids=["mamba", "mpt", "bloom", "falcon-alibi", "gpt_neo", "rope-dynamic", "t5"],
+)  # fmt: skip
+def test_models(make, message):
+    with pytest.raises(ValueError, match=f"cannot be decoded with a draft tree: .*({message})"):
+        attention_for(make())
+
+
+def test_longrope_boundary_inside_a_batch():
+    model = tiny_model("phi3-longrope", 0)
+    with pytest.raises(ValueError, match="longrope.*generate row by row"):
+        generate(model, IDS, max_new_tokens=60, pad_token_id=0)
+
+
+def test_an_unknown_family_is_probed(monkeypatch):
+    """A family that nobody tested is tried on a small tree first: right ones pass, wrong ones do not."""
+    good = _model("granite", intermediate_size=16, **SMALL)
+    assert good.config.model_type not in support.TESTED
+    ids = torch.tensor([[3, 4, 5]])
+    settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+    assert torch.equal(generate(good, ids, **settings), good.generate(ids, **settings))
+
+    wrong = _model("granite", intermediate_size=16, **SMALL)
+    forward = type(wrong.model).forward
+
+    def ignores_positions(self, *args, position_ids=None, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(wrong.model), "forward", ignores_positions)
+    with pytest.raises(ValueError, match="a trial tree did not give the logits"):
+        attention_for(wrong)
