@@ -1,0 +1,197 @@
+"""Decoding a real model, plain transformers and msn_ext side by side: MAT, tokens/s, speed-up, exactness.
+
+    python benchmarks/decode.py                              # 12 Spec-Bench prompts, the demo model
+    python benchmarks/decode.py --prompts 40 --new-tokens 128 --drafts paper --output results.jsonl
+    python benchmarks/decode.py --model PATH_OR_ID --device cuda --dtype bfloat16
+
+Prompts are taken in turn from every category of a Spec-Bench file (the shared data's
+`bench/specbench_dev.jsonl`), first turns, greedy. Every prompt is decoded by `model.generate` and by
+every draft, one after the other in one process, so the ratios compare like with like whatever else
+the machine does. With --output, a line is appended per prompt and draft; what stands there already
+is not run again.
+
+Where an output differs from plain decoding, the text up to there is fed to the model and the gap
+between its two likeliest tokens is reported: a near-tie may flip, since a tree changes the order in
+which sums are taken. The exit status is 1 if any gap is 1e-3 or more (float32 and float64).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import msn_ext
+
+SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "bench" / "specbench_dev.jsonl"
+CATEGORIES = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
+NEAR_TIE = 1e-3
+
+
+def load_prompts(path: pathlib.Path, count: int) -> list[tuple[str, int, str]]:
+    """(category, question id, text): the first prompts of each category in turn, ``count`` in all."""
+    groups: dict[str, list] = {category: [] for category in CATEGORIES}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        category = row["category"] if row["category"] in groups else "mt_bench"
+        groups[category].append((category, row["question_id"], row["turns"][0]))
+    in_turn = [group[i] for i in range(max(map(len, groups.values()))) for group in groups.values() if i < len(group)]
+    return sorted(in_turn[:count], key=lambda prompt: CATEGORIES.index(prompt[0]))
+
+
+def top_two_gap(model, ids: torch.Tensor) -> float:
+    """Distance between the two largest logits behind ``ids`` [1, length]."""
+    with torch.no_grad():
+        best = model(ids, logits_to_keep=1).logits[0, -1].topk(2).values
+    return float(best[0] - best[1])
+
+
+def run(model, inputs, draft: str, new_tokens: int) -> tuple[list[int], list[int], float]:
+    """New tokens, accept lengths (one a forward pass) and seconds of one greedy generation."""
+    settings = dict(do_sample=False, max_new_tokens=new_tokens, return_dict_in_generate=True)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    if draft == "transformers":
+        out = model.generate(**inputs, **settings)
+    else:
+        out = msn_ext.generate(model, **inputs, draft=draft, **settings)
+    new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    seconds = time.perf_counter() - start
+    accepts = [1] * len(new) if draft == "transformers" else out.accept_lengths[0].tolist()
+    return new, accepts, seconds
+
+
+def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> list[dict]:
+    rows = []
+    bar = tqdm(total=len(prompts) * (len(drafts) + 1), unit="run", disable=None)
+    for category, question, text in prompts:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        ).to(model.device)
+        plain: list[int] = []
+        for draft in ("transformers", *drafts):
+            bar.set_postfix_str(f"{category} {draft}")
+            row = done.get((question, draft))
+            if row is None:
+                new, accepts, seconds = run(model, inputs, draft, new_tokens)
+                row = dict(category=category, question=question, draft=draft, prompt=inputs["input_ids"].shape[1])
+                row |= dict(tokens=new, accept_lengths=accepts, seconds=round(seconds, 4), flip_at=None, gap=None)
+                if draft != "transformers" and new != plain:
+                    at = next(i for i, (a, b) in enumerate(zip(new + [-1], plain + [-1])) if a != b)
+                    prefix = torch.tensor([plain[:at]], dtype=torch.int64, device=model.device)
+                    row |= dict(flip_at=at, gap=top_two_gap(model, torch.cat([inputs["input_ids"], prefix], 1)))
+                save(row)
+            if draft == "transformers":
+                plain = row["tokens"]
+            rows.append(row)
+            bar.update()
+    bar.close()
+    return rows
+
+
+def summarise(rows: list[dict], drafts: list[str]) -> str:
+    """One line per draft and category: MAT, tokens/s and speed-up over plain transformers."""
+    seconds = {(r["question"], r["draft"]): r["seconds"] for r in rows}
+    lines = [f"{'draft':<14}{'category':<16}{'prompts':>8}{'MAT':>7}{'tok/s':>9}{'plain tok/s':>13}{'speed-up':>10}{'flips':>7}"]
+    for draft in drafts:
+        for category in (*CATEGORIES, "all"):
+            part = [r for r in rows if r["draft"] == draft and category in (r["category"], "all")]
+            if not part:
+                continue
+            tokens = sum(len(r["tokens"]) for r in part)
+            passes = sum(len(r["accept_lengths"]) for r in part)
+            spent = sum(r["seconds"] for r in part)
+            plain_rows = {r["question"]: r for r in rows if r["draft"] == "transformers"}
+            plain_tokens = sum(len(plain_rows[r["question"]]["tokens"]) for r in part)
+            plain_rate = plain_tokens / sum(seconds[r["question"], "transformers"] for r in part)
+            flips = sum(r["flip_at"] is not None for r in part)
+            lines.append(
+                f"{draft:<14}{category:<16}{len(part):>8}{tokens / passes:>7.2f}{tokens / spent:>9.1f}{plain_rate:>13.1f}"
+                f"{tokens / spent / plain_rate:>9.2f}x{flips:>7}"
+            )
+    return "\n".join(lines)
+
+
+def conditions(model, arguments) -> dict:
+    """What the figures depend on, for the record."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
+    )
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return dict(
+        command="python benchmarks/decode.py " + " ".join(arguments),
+        commit=commit.stdout.strip() or "unknown",
+        device=device,
+        dtype=str(model.dtype).removeprefix("torch."),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        msn_ext=msn_ext.build_info(),
+    )
+
+
+def load_model(options):
+    if options.model is None:
+        from msn_ext.demo import load_model
+
+        model, tokenizer = load_model()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    return model.to(options.device, getattr(torch, options.dtype)).eval(), tokenizer
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="path or id; the demo model where none is named")
+    parser.add_argument("--data", type=pathlib.Path, default=SHARED, help="a Spec-Bench question file")
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--drafts", default="paper,lookup,none", help="comma-separated")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "float16", "bfloat16"])
+    parser.add_argument("--output", type=pathlib.Path, help="JSON lines: conditions, then one line per run")
+    options = parser.parse_args(arguments)
+    if not options.data.is_file():
+        parser.error(f"--data {options.data}: no such file")
+    drafts = options.drafts.split(",")
+    if unknown := set(drafts) - set(msn_ext.generation.DRAFTS):
+        parser.error(f"--drafts has {', '.join(sorted(unknown))}; expected {', '.join(msn_ext.generation.DRAFTS)}")
+
+    done: dict = {}
+    if options.output and options.output.exists():
+        lines = [json.loads(line) for line in options.output.read_text(encoding="utf-8").splitlines()]
+        done = {(line["question"], line["draft"]): line for line in lines if "question" in line}
+    model, tokenizer = load_model(options)
+    header = conditions(model, arguments)
+
+    def save(row: dict) -> None:
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            fresh = not options.output.exists()
+            with options.output.open("a", encoding="utf-8") as file:
+                if fresh:
+                    file.write(json.dumps(header) + "\n")
+                file.write(json.dumps(row) + "\n")
+
+    rows = measure(model, tokenizer, load_prompts(options.data, options.prompts), drafts, options.new_tokens, done, save)
+    print(json.dumps(header, indent=1))
+    print(summarise(rows, drafts))
+    flips = [row for row in rows if row["flip_at"] is not None]
+    for row in flips:
+        print(f"differs: {row['draft']}, question {row['question']}, token {row['flip_at']}, top-2 logit gap {row['gap']:.2e}")
+    compared = sum(row["draft"] != "transformers" for row in rows)
+    print(f"{compared - len(flips)} of {compared} outputs equal plain decoding, {len(flips)} differ")
+    exact = options.dtype in ("float32", "float64")
+    return int(exact and any(row["gap"] >= NEAR_TIE for row in flips))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
