@@ -60,7 +60,7 @@ RANKS, RETRIEVED, MAX_NGRAM = 10, 5, 3
 
 @dataclasses.dataclass
 class Case:
-    """One op at one size."""
+    """One op at one size; its calls hold while the generator that made it stays here."""
 
     size: str
     bytes: int
@@ -422,12 +422,14 @@ def environment(device: str, bandwidth: float) -> dict:
     }
 
 
-HEADER = ["op", "model", "size", "µs", "quartiles", "KB", "GB/s", "of copy", "eager µs", "×", "other µs", "×", "other"]
+HEADER = "op, model, size, µs, quartiles, KB, GB/s, of copy, eager µs, ×, other µs, ×, other".split(", ")
 
 
 def table_row(row: dict) -> list[str]:
     lower, upper = row["seconds_quartiles"]
-    other = [f"{row['other_seconds'] * 1e6:.1f}", f"{row['other_ratio']:.2f}", row["other"]] if row["other"] else [""] * 3
+    other = [""] * 3
+    if row["other"]:
+        other = [f"{row['other_seconds'] * 1e6:.1f}", f"{row['other_ratio']:.2f}", row["other"]]
     return [
         row["op"],
         row["model"],
@@ -465,10 +467,11 @@ def main() -> None:
         parser.error("--device cuda: no GPU, or msn_ext was built without CUDA")
 
     nodes, contexts = ([1, 16, 69], [256, 1024]) if options.quick else (NODES, CONTEXTS)
-    timer = Timer(device, repeats=9 if options.quick else 31)
+    timer = Timer(device, repeats=9 if options.quick else 101)
     bandwidth = copy_bandwidth(timer)
     about = environment(device, bandwidth)
-    print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, msn_ext {about['msn_ext']['version']}")
+    versions = f"torch {about['torch']}, msn_ext {about['msn_ext']['version']}"
+    print(f"{about['device']}, {about['threads']} threads, {versions}")
     print(f"copy: {bandwidth / 1e9:.1f} GB/s; commit {about['commit']}")
     rows = []
     for model in MODELS[device]:

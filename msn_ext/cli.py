@@ -117,7 +117,7 @@ def _add_demo(subparsers) -> None:
     )
     parser.add_argument("prompt", nargs="?", help="what to ask (default: one of a few built-in prompts)")
     parser.add_argument("--max-new-tokens", type=_positive_int, default=128, metavar="N", help="(default: 128)")
-    parser.add_argument("--no-color", action="store_true", help="mark passes with ‹ › (so does NO_COLOR, or no terminal)")
+    parser.add_argument("--no-color", action="store_true", help="mark passes with ‹ › (as does NO_COLOR)")
     _add_decoding_options(parser)
     parser.set_defaults(run=_demo)
 
@@ -140,9 +140,8 @@ def _demo(arguments) -> int:
 
         dtype = str(model.dtype).removeprefix("torch.")
         print(f"SmolLM2-135M-Instruct, {dtype}, {device}. Prompt: {prompt}\n")
-        drafted = _timed(
-            model, input_ids, arguments.draft, PassStreamer(tokenizer, sys.stdout, color=color, mark=not color), max_new_tokens=limit
-        )
+        streamer = PassStreamer(tokenizer, sys.stdout, color=color, mark=not color)
+        drafted = _timed(model, input_ids, arguments.draft, streamer, max_new_tokens=limit)
         print("\n")
         with _status("plain decoding, for comparison …"):
             plain = _timed_plain(model, input_ids, limit)
@@ -173,12 +172,13 @@ def comparison(drafted: "Run", plain: "Run", draft: str, device: str, tokenizer,
     lines.append(f"Speed-up:   {speedup:.2f}×")
     if speedup < 1 and draft != "none":
         cost = (drafted.seconds / drafted.passes) / (plain.seconds / plain.passes)
-        lines.append(f"            Slower here: a pass gains {drafted.mat:.2f} tokens, but takes as long as {cost:.1f} plain steps.")
+        gain = f"a pass gains {drafted.mat:.2f} tokens, but takes as long as {cost:.1f} plain steps"
+        lines.append(f"            Slower here: {gain}.")
         if device == "cpu":
             nodes = "each of its 69 nodes" if draft == "paper" else "each guess"
             lines.append(f"            A CPU pays for {nodes}; a GPU, busy with reading the weights, hardly notices.")
 
-    shown = "one colour a pass, plain where it gained one token" if color else "‹ › around passes that gained more than one token"
+    shown = "one colour a pass, plain for one token" if color else "‹ › around a pass that gained several"
     lines += ["", f"Tokens gained by a pass (in the text above: {shown}):", histogram(drafted.accept_lengths)]
     return "\n".join(lines)
 
@@ -236,7 +236,7 @@ def _add_generate(subparsers) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="generate with any causal language model",
-        description="Generate with any causal language model that transformers can load, several tokens per forward pass.",
+        description="Generate with any causal language model of transformers, several tokens per forward pass.",
     )
     parser.add_argument("--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from standard input")
@@ -292,9 +292,11 @@ def _generate(arguments) -> int:
 
 
 def _standard_input() -> str:
+    if sys.stdin is None:
+        raise CommandError("cannot read the prompt from standard input: it is closed")
     try:
         text = sys.stdin.buffer.read().decode()
-    except (AttributeError, OSError, ValueError) as error:  # closed, a folder, not UTF-8
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise CommandError(f"cannot read the prompt from standard input: {error}") from error
     return text.removesuffix("\n")
 
@@ -325,7 +327,7 @@ def _info(arguments) -> int:
         cuda = "not built (nvcc was not found, or MSN_CUDA=off)"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     try:
-        demo = f"{source_file().name}, converted into {cache_root()}"
+        demo = f"{source_file().name}; its conversion is kept in {cache_root()}"
     except FileNotFoundError as error:
         demo = str(error)
     rows = {
@@ -525,15 +527,16 @@ def _checked_device(name: str) -> str:
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise CommandError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
         if not msn_ext.build_info()["cuda"]:
-            raise CommandError(f"--device {name}: msn_ext was built without CUDA kernels; reinstall it with nvcc on PATH")
+            raise CommandError(f"--device {name}: msn_ext has no CUDA kernels here; reinstall it with nvcc on PATH")
     return name
 
 
 def _encode(model, tokenizer, prompt: str, chat: bool, max_new_tokens: int):
     """The prompt's tokens [1, P] on the model's device, and how many may follow."""
     if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     input_ids = encoded["input_ids"]
@@ -543,7 +546,7 @@ def _encode(model, tokenizer, prompt: str, chat: bool, max_new_tokens: int):
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context is not None:
         if length >= context:
-            raise CommandError(f"the prompt has {length} tokens, but the model's context holds {context}, answer included")
+            raise CommandError(f"the prompt has {length} tokens; the model's context holds {context}, answer included")
         if length + max_new_tokens > context:
             max_new_tokens = context - length
             print(f"msn: the model's context leaves room for {max_new_tokens} new tokens", file=sys.stderr)

@@ -45,7 +45,8 @@ def _tree_attention_forward(
         offsets=tree.offsets,
         scale=scaling,
         window=sliding_window or 0,
-        softcap=softcap or 0.0,
+        # Older transformers run Gemma 2 through sdpa, which leaves the soft cap out; then so do we.
+        softcap=0.0 if _active.replaced == "sdpa" else softcap or 0.0,
         sinks=None if s_aux is None else s_aux.to(query.dtype),
     )
     return out, None
@@ -74,6 +75,7 @@ class KernelAttention:
         self._lock = _lock_of(model)
         submodels = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
         self._configs = list({id(m.config): m.config for m in submodels}.values())
+        self._text_config = model.config.get_text_config(decoder=True)
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -89,7 +91,7 @@ class KernelAttention:
         with self._lock:
             # The internal attribute, as set_attn_implementation does: the property also sets sub-configs.
             before = [config._attn_implementation_internal for config in self._configs]
-            _active.tree = tree
+            _active.tree, _active.replaced = tree, self._text_config._attn_implementation
             try:
                 for config in self._configs:
                     config._attn_implementation_internal = IMPLEMENTATION

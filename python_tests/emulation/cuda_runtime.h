@@ -1,0 +1,204 @@
+// CUDA's kernel language on a CPU, as much of it as csrc/cuda uses: enough to run the kernels
+// themselves, thread by thread, where there is no GPU. Each thread of a block is a fiber; warps and
+// lanes run in random order, each up to the next barrier or warp operation, so that a missing
+// barrier shows as a wrong result. What a GPU would hang on or leave undefined (a barrier or a
+// shuffle that not all threads reach, a partial mask) aborts with a message, and so does a write
+// to shared memory that the launch did not ask for. Shared memory holds NaN before each block.
+//
+// Not modelled: two blocks at once and their memory (they run one after the other, so races between
+// blocks do not show); memory ordering inside a warp; caches and pointers of the device (host memory
+// stands for it); alignment faults (build.py has the compiler check alignment instead); the rounding
+// of the device's exp and tanh; the limit on kernel parameters (4 KB before CUDA 12.1); registers and
+// launch bounds; streams and graph capture.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <tuple>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+// build.py turns `extern __shared__ T name[]` into a pointer to emulation::dynamic_shared.
+#define __shared__ static __attribute__((section("emulated_shared")))
+extern "C" char __start_emulated_shared[] __attribute__((weak)), __stop_emulated_shared[] __attribute__((weak));
+
+#define CUDART_VERSION 13000
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+using cudaStream_t = void*;
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+constexpr int kWarp = 32, kMaxThreads = 1024;
+constexpr size_t kStack = 64 << 10;
+constexpr size_t kUnasked = 48 << 10, kMostShared = 99 << 10;  // 99 KB: the least that sm_80 and later offer
+
+enum State { kReady, kAtWarp, kAtBlock, kDone };
+struct Fiber {
+  std::unique_ptr<char[]> stack;
+  ucontext_t start;
+  jmp_buf at;  // swapcontext would be a system call each time
+  State state;
+  int operations;  // warp operations so far
+};
+inline Fiber fibers[kMaxThreads];
+inline jmp_buf scheduler;
+inline int running;
+inline std::function<void()> kernel;
+inline std::mt19937 order{1};
+inline uint64_t exchanged[2][kMaxThreads];  // alternating: a lane may be one operation ahead
+inline size_t shared_limit = kUnasked;
+alignas(16) inline char dynamic_shared[kMostShared];
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulation: %s (block %u %u %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z);
+  std::abort();
+}
+
+inline void wait(State state) {
+  fibers[running].state = state;
+  if (!_setjmp(fibers[running].at)) _longjmp(scheduler, 1);
+}
+inline void run_thread() {
+  for (;; wait(kDone)) kernel();
+}
+inline void resume(int thread) {
+  Fiber& fiber = fibers[thread];
+  running = thread;
+  threadIdx = dim3(thread, 0, 0);
+  if (_setjmp(scheduler)) return;
+  if (fiber.stack) _longjmp(fiber.at, 1);
+  fiber.stack.reset(new char[kStack]);
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = kStack;
+  makecontext(&fiber.start, run_thread, 0);
+  setcontext(&fiber.start);
+}
+
+// All lanes of the warp bring a value; afterwards each may read any other lane's.
+inline const uint64_t* exchange(unsigned mask, uint64_t value) {
+  if (mask != 0xffffffffu) fail("a mask other than the whole warp");
+  uint64_t* values = exchanged[fibers[running].operations++ % 2];
+  values[running] = value;
+  wait(kAtWarp);
+  return values + running / kWarp * kWarp;
+}
+
+inline bool all_are(State state, int first, int count) {
+  return std::all_of(fibers + first, fibers + first + count, [=](const Fiber& f) { return f.state == state; });
+}
+inline void let_go(int first, int count) {
+  for (int i = first; i < first + count; ++i) fibers[i].state = kReady;
+}
+
+inline void run_block(size_t shared_bytes) {
+  const int threads = static_cast<int>(blockDim.x);
+  for (int i = 0; i < threads; ++i) fibers[i].operations = 0;
+  std::memset(dynamic_shared, 0xff, sizeof dynamic_shared);
+  std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+  int warps[kMaxThreads / kWarp], lanes[kWarp];
+  std::iota(warps, warps + threads / kWarp, 0);
+  std::iota(lanes, lanes + kWarp, 0);
+  // One warp after the other runs until the block's barrier stops it: the widest possible skew.
+  do {
+    let_go(0, threads);
+    std::shuffle(warps, warps + threads / kWarp, order);
+    for (int w = 0; w < threads / kWarp; ++w) {
+      const int first = warps[w] * kWarp;
+      do {
+        let_go(first, kWarp);
+        std::shuffle(lanes, lanes + kWarp, order);
+        for (const int lane : lanes) resume(first + lane);
+      } while (all_are(kAtWarp, first, kWarp));
+    }
+  } while (all_are(kAtBlock, 0, threads));
+  if (!all_are(kDone, 0, threads)) fail("threads wait at a barrier or warp operation that others never reach");
+  if (std::any_of(dynamic_shared + shared_bytes, std::end(dynamic_shared), [](char x) { return x != '\xff'; }))
+    fail("a write to shared memory that the launch did not ask for");
+}
+
+template <typename T>
+T read_lane(unsigned mask, T value, int lane) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  std::memcpy(&value, exchange(mask, bits) + lane, sizeof value);
+  return value;
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::wait(emulation::kAtBlock); }
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return emulation::read_lane(mask, value, lane % emulation::kWarp);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int other) {
+  return emulation::read_lane(mask, value, static_cast<int>(threadIdx.x % emulation::kWarp) ^ other);
+}
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  const uint64_t* votes = emulation::exchange(mask, vote);
+  unsigned all = 0;
+  for (int lane = 0; lane < emulation::kWarp; ++lane) all |= static_cast<unsigned>(votes[lane]) << lane;
+  return all;
+}
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+// Holds for the next launch; a GPU keeps it with the kernel.
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
+  if (static_cast<size_t>(bytes) > emulation::kMostShared) return cudaErrorInvalidConfiguration;
+  emulation::shared_limit = bytes;
+  return cudaSuccess;
+}
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  if (!grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 || !block.x ||
+      block.x > emulation::kMaxThreads || config->dynamicSmemBytes > emulation::shared_limit)
+    return cudaErrorInvalidConfiguration;
+  if (block.x % emulation::kWarp) emulation::fail("a block that is no whole number of warps");
+  emulation::shared_limit = emulation::kUnasked;
+  const std::tuple<Parameters...> values(arguments...);
+  emulation::kernel = [&] { std::apply(kernel, values); };
+  gridDim = grid;
+  blockDim = block;
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) emulation::run_block(config->dynamicSmemBytes);
+  return cudaSuccess;
+}

@@ -1,0 +1,316 @@
+"""Fuzzes the emulated CUDA kernels against msn_ext.ops.reference; by hand:
+
+    python python_tests/emulation/fuzz.py --rounds 50 --seed 0
+
+builds them in a temporary folder. A round is one random case of each op. Each tensor of a case lies in
+a block of 0xff bytes (NaN, -1), gaps between strides included, in which every byte is compared with
+what it shall be in the end. The block ends at a page that cannot be accessed: a read behind it is fatal.
+"""
+
+import argparse
+import ctypes
+import faulthandler
+import math
+import mmap
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import build
+import torch
+
+import msn_ext
+from msn_ext import _C
+from msn_ext.ops import reference
+
+NODES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256]
+FAR = [-(2**63), -5, 2**62, 2**63 - 1]  # values that nothing reaches
+PAGE = mmap.PAGESIZE
+LIBC = ctypes.CDLL(None)
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+CACHE_DTYPES = [
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.bool, torch.int64, torch.complex128
+]  # fmt: skip
+
+
+def block_of(size: int) -> torch.Tensor:
+    """At least a page more than ``size`` bytes, all 0xff, up to a page that cannot be accessed."""
+    usable = (size + 2 * PAGE - 1) // PAGE * PAGE
+    area = mmap.mmap(-1, usable + PAGE)
+    block = torch.frombuffer(area, dtype=torch.uint8, count=usable).fill_(255)
+    assert LIBC.mprotect(ctypes.c_void_p(block.data_ptr() + usable), ctypes.c_size_t(PAGE), 0) == 0
+    return block
+
+
+class Memory:
+    """The tensors of a case, each inside a block of 0xff bytes, and what the blocks shall hold in the end."""
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.blocks = []
+
+    def place(self, values: torch.Tensor, free: int = 0, want: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor that holds ``values`` and shall end as ``want`` (None: as it began).
+
+        Its first ``free`` dimensions lie in any order in memory; where there are any, all of them may have gaps.
+        """
+        dims, rng = values.dim(), self.rng
+        order = rng.sample(range(free), free) + list(range(free, dims))
+        gaps = [rng.choice([0, 0, 1, 3]) for _ in range(dims)] if free and rng.random() < 0.6 else [0] * dims
+        sizes = [values.shape[d] + gaps[d] for d in order]
+        size = math.prod(sizes) * values.element_size()
+        block = block_of(size)
+        tensor = block[len(block) - size :].view(values.dtype).view(sizes)
+        tensor = tensor.permute([order.index(d) for d in range(dims)])
+        for d in range(dims):
+            tensor = tensor.narrow(d, rng.randrange(gaps[d] + 1), values.shape[d])
+        tensor.copy_(values)
+        end = block.clone()
+        twin = end.view(values.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        if want is not None:
+            assert want.shape == values.shape and want.dtype == values.dtype
+            twin.copy_(want)
+        self.blocks.append((block, end, tensor, twin))
+        return tensor
+
+    def check(self) -> None:
+        for block, end, tensor, twin in self.blocks:
+            if not torch.equal(block, end):
+                inside = torch.equal(tensor, twin)
+                wrong = "the bytes around it changed" if inside else f"holds {tensor}, expected {twin}"
+                raise AssertionError(f"a tensor {list(tensor.shape)} {tensor.dtype}: {wrong}")
+
+
+def check_op(op: str, rng: random.Random, inputs, want) -> None:
+    """The kernel gives ``want``, bit for bit, and touches nothing else."""
+    memory = Memory(rng)
+    inputs = [memory.place(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    outputs = [memory.place(torch.full_like(x, 77), want=x) for x in want]
+    getattr(_C, op)(*inputs, *outputs)
+    memory.check()
+
+
+def random_tree(rng: random.Random, nodes: int) -> list[int]:
+    draw = rng.choice(
+        [
+            lambda i: rng.randrange(i),
+            lambda i: i - 1 if rng.random() < 0.97 else rng.randrange(i),
+            lambda i: rng.randrange(min(i, 3)),
+            lambda i: rng.randrange(max(0, i - 10), i),
+            lambda i: -1 if rng.random() < 0.1 else rng.randrange(i),
+        ]
+    )
+    return [-1, *(draw(i) for i in range(1, nodes))]
+
+
+def random_parents(rng: random.Random, batch: int, nodes: int) -> torch.Tensor:
+    """Well-formed, [N] or [B, N]."""
+    if rng.random() < 0.3:
+        return torch.tensor(random_tree(rng, nodes), dtype=torch.int32)
+    return torch.tensor([random_tree(rng, nodes) for _ in range(batch)], dtype=torch.int32).view(batch, nodes)
+
+
+def malformed(rng: random.Random, parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy with malformed entries, and one where these are padding; often both as they were."""
+    nodes = parents.shape[-1]
+    bad, good = parents.clone(), parents.clone()
+    for _ in range(rng.choice([0, 1, 5]) if parents.numel() else 0):
+        at = rng.randrange(parents.numel())
+        node = at % nodes
+        bad.view(-1)[at] = rng.choice([-7, -(2**31), 2**31 - 1, nodes, node, node + 1])
+        good.view(-1)[at] = -1
+    return bad, good
+
+
+def spoil(rng: random.Random, lengths: torch.Tensor, near: int) -> torch.Tensor:
+    """Lengths of which one may be out of range."""
+    lengths = lengths.clone()
+    if len(lengths) and rng.random() < 0.4:
+        lengths[rng.randrange(len(lengths))] = rng.choice([*FAR, -1, 0, near, near + 1])
+    return lengths
+
+
+def fuzz_tree_ancestors(rng: random.Random, nodes: int) -> None:
+    bad, good = malformed(rng, random_parents(rng, rng.randrange(4), nodes))
+    check_op("tree_ancestors", rng, [bad], reference.tree_ancestors(good))
+
+
+def fuzz_verify_tree(rng: random.Random, nodes: int) -> None:
+    batch, vocabulary = rng.randrange(4), rng.choice([1, 2, 3, 50])
+    bad, good = malformed(rng, random_parents(rng, batch, nodes))
+    tokens, targets = torch.randint(0, vocabulary, (2, batch, nodes))
+    check_op("verify_tree", rng, [tokens, targets, bad], reference.verify_tree(tokens, targets, good))
+
+
+def random_history(rng: random.Random, batch: int, capacity: int) -> torch.Tensor:
+    if rng.random() < 0.3:
+        return torch.arange(capacity).remainder(rng.choice([1, 2, 3, 7])).repeat(batch, 1)
+    return torch.randint(0, rng.choice([1, 2, 3, 100]), (batch, capacity))
+
+
+def fuzz_lookup_ngram(rng: random.Random, nodes: int) -> None:
+    batch, capacity = rng.randrange(4), rng.choice([1, 2, 5, 40, 1500])  # a block has 1024 threads
+    history = random_history(rng, batch, capacity)
+    lengths = torch.full((batch,), capacity) if rng.random() < 0.4 else torch.randint(0, capacity + 1, (batch,))
+    lengths = spoil(rng, lengths, capacity)
+    max_ngram, wanted = rng.choice([1, 2, 3, 5, 100 if capacity > 40 else 1 << 20]), rng.choice([0, 1, 5, 33, 1100])
+    want = reference.lookup_ngram(history, lengths.clamp(0, capacity), max_ngram, wanted)
+    check_op("lookup_ngram", rng, [history, lengths, max_ngram], want)
+
+
+def fuzz_fill_tree(rng: random.Random, nodes: int) -> None:
+    batch, capacity = rng.randrange(4), rng.choice([1, 5, 40])
+    history = random_history(rng, batch, capacity)
+    lengths = spoil(rng, torch.randint(1, capacity + 1, (batch,)), capacity)
+    depth = torch.randint(-1, 8, (nodes,) if rng.random() < 0.3 else (batch, nodes), dtype=torch.int32)
+    rank = torch.randint(-2, 6, (nodes,), dtype=torch.int32)
+    candidates = torch.randint(-1, 9, (batch, rng.choice([0, 1, 5]), rng.choice([0, 1, 4])))
+    retrieved = torch.randint(-1, 9, (batch, rng.choice([0, 1, 5])))
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+    sources = candidates, retrieved, history
+    want = reference.fill_tree(*sources, lengths.clamp(1, capacity), depth, rank, seed)
+    check_op("fill_tree", rng, [*sources, lengths, depth, rank, seed], [want])
+
+
+def random_path(rng: random.Random, width: int, room: int) -> tuple[list[int], int]:
+    """Nodes accepted in a row with ``room`` slots behind the prefix; at times malformed."""
+    kind = rng.random()
+    if kind < 0.2:
+        nodes = [rng.choice([*FAR, rng.randrange(-3, room + 9)]) for _ in range(width)]
+        return nodes, rng.choice([*FAR, width, width + 9])
+    accepted = rng.randrange(min(width, room) + 1)
+    nodes = sorted(rng.sample(range(room), accepted))
+    if nodes and kind < 0.8:
+        nodes[0] = 0
+    return nodes + [-1] * (width - accepted), accepted
+
+
+def fuzz_commit_kv(rng: random.Random, nodes: int) -> None:
+    batch, width, slots = rng.randrange(4), min(nodes, 40), rng.choice([1, 8, 64, 100])
+    starts = [rng.randrange(slots) for _ in range(batch)]
+    paths, accepted = zip(*(random_path(rng, width, slots - start) for start in starts)) if batch else ((), ())
+    path, accept_length = torch.tensor(paths).view(batch, width).long(), torch.tensor(accepted).long()
+    lengths = spoil(rng, torch.tensor(starts).long(), slots)
+    memory, caches = Memory(rng), []
+    for _ in range(rng.choice([1, 2, 4, 66, 490])):  # a launch takes 64, or 480
+        own_slots = max(1, slots + rng.choice([0, 0, -5, 3]))
+        shape = batch, rng.choice([0, 1, 2, 5]), own_slots, rng.choice([0, 1, 3, 8, 20, 64])
+        values = torch.randint(0, 200, shape).to(rng.choice(CACHE_DTYPES))
+        want = values.clone()
+        for b, start in enumerate(lengths.tolist()):
+            if not 0 <= start < own_slots:
+                continue
+            room = own_slots - start
+            kept = max(0, min(int(accept_length[b]), width, room))
+            # Malformed steps as well-formed ones that stay where they are.
+            sane = torch.tensor([[node if i < node < room else i for i, node in enumerate(path[b, :kept].tolist())]])
+            reference.commit_kv([want[b : b + 1]], lengths[b : b + 1], sane.long(), torch.tensor([kept]))
+        caches.append(memory.place(values, free=4, want=want))
+    _C.commit_kv(caches, *map(memory.place, (lengths, path, accept_length)))
+    memory.check()
+
+
+def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
+    large = nodes > 100
+    batch, kv_heads = (1, 1) if large else (rng.randrange(1, 4), rng.choice([1, 2]))
+    group = rng.choice([1, 2] if large else [1, 2, 3, 7])
+    dim = rng.choice([1, 3, 8, 64] if large else [1, 3, 8, 64, 80, 128, 256])
+    v_dim = dim if rng.random() < 0.5 else rng.choice([1, 5, 64, 72, 128, 200, 256])
+    dtype = rng.choice(list(TOLERANCE))
+    lengths = torch.tensor([rng.choice([0, 1, 5, 31, 32, 33, 64, 90]) for _ in range(batch)])
+    slots = int(lengths.max()) + nodes + rng.choice([0, 0, 3])
+    offsets = torch.tensor([rng.randrange(x + 1) for x in lengths.tolist()]) if rng.random() < 0.4 else None
+    if rng.random() < 0.3:
+        lengths = spoil(rng, lengths, slots - 1)
+        offsets = offsets if offsets is None else spoil(rng, offsets, slots)
+    options = {
+        "scale": rng.choice([dim**-0.5, 0.3]),
+        "window": rng.choice([0, 0, 1, 2, 7, 40, 2**63 - 1]),
+        "softcap": rng.choice([0.0, 0.0, 3.0]),
+    }
+    heads = kv_heads * group
+    sinks = (torch.randn(heads) * 2).to(dtype) if rng.random() < 0.4 else None
+    if sinks is not None and rng.random() < 0.3:
+        sinks[0] = -math.inf
+    ancestors = reference.tree_ancestors(random_parents(rng, batch, nodes))[0]
+
+    # As the kernel takes them: inside the cache.
+    inside = lengths.clamp(0, slots)
+    first = None if offsets is None else torch.minimum(offsets.clamp(min=0), inside)
+    mask = reference.tree_mask(inside, ancestors, slots, offsets=first, window=options["window"])[:, 0]  # [B, N, C]
+    shapes = (heads, nodes, dim), (kv_heads, slots, dim), (kv_heads, slots, v_dim)
+    q, k, v = (torch.randn(batch, *shape).to(dtype) for shape in shapes)
+    want = reference.tree_attention(
+        q.double(), k.double(), v.double(), inside, ancestors,
+        offsets=first, sinks=None if sinks is None else sinks.double(), **options,
+    )  # fmt: skip
+    # Slots that nobody sees hold poison; one that some nodes see, and others do not, NaN.
+    seen = mask.any(1)
+    poison = rng.choice([math.nan, math.inf, 1e4])
+    for b in range(batch):
+        k[b, :, ~seen[b]] = v[b, :, ~seen[b]] = poison
+        partly = (seen[b] & ~mask[b, mask[b].any(1)].all(0)).nonzero().flatten().tolist()
+        if partly and rng.random() < 0.5:
+            slot = rng.choice(partly)
+            k[b, :, slot] = v[b, :, slot] = math.nan
+            want[b, mask[b, :, slot]] = math.nan
+
+    memory = Memory(rng)
+    q, k, v = (memory.place(x, free=3) for x in (q, k, v))
+    rest = [x if x is None else memory.place(x) for x in (lengths, offsets, ancestors, sinks)]
+    out = memory.place(torch.zeros(want.shape, dtype=dtype))
+    _C.tree_attention(q, k, v, *rest, *options.values(), out)
+    case = f"{dtype}, {shapes}, lengths {lengths}, offsets {offsets}, {options}"
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype], "equal_nan": True}
+    torch.testing.assert_close(out.double(), want, **close, msg=lambda text: f"{text}\n{case}")
+    # Compared: what is left to check is that nothing around it changed.
+    memory.blocks[-1][3].copy_(out)
+    memory.check()
+
+
+OPS = {
+    "tree_ancestors": fuzz_tree_ancestors,
+    "verify_tree": fuzz_verify_tree,
+    "lookup_ngram": fuzz_lookup_ngram,
+    "fill_tree": fuzz_fill_tree,
+    "commit_kv": fuzz_commit_kv,
+    "tree_attention": fuzz_tree_attention,
+}
+
+
+def run(ops: list[str], rounds: int, seed: int) -> None:
+    for at in range(rounds):
+        for op in ops:
+            rng = random.Random(f"{seed} {op} {at}")
+            torch.manual_seed(rng.getrandbits(32))
+            try:
+                OPS[op](rng, NODES[at % len(NODES)])
+            except BaseException:
+                print(f"{op} fails in round {at} of seed {seed}", file=sys.stderr)
+                raise
+    print(f"{rounds} rounds agree: {' '.join(ops)}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2 * len(NODES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--built", action="store_true", help="PYTHONPATH has the emulated build (else one is made)")
+    args = parser.parse_args()
+    if not args.built:
+        with tempfile.TemporaryDirectory() as folder:
+            build.build(Path(folder))
+            return build.fuzz(Path(folder), *sys.argv[1:]).returncode
+    assert msn_ext.build_info()["cpu_isa"] == "emulated CUDA", f"not an emulated build: {_C.__file__}"
+    torch.set_num_threads(1)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGTRAP, chain=True)  # what the compiler's checks end with on some machines
+    run(args.ops, args.rounds, args.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

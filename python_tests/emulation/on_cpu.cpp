@@ -1,0 +1,35 @@
+// The CPU ops of the emulated module are the CUDA kernels: built with this file in place of
+// csrc/cpu, msn_ext._C answers for CPU tensors with what csrc/cuda computes. Every other layer
+// (bindings.cpp, the Python ops) is the real one. Not modelled: device tensors and streams;
+// cuda_runtime.h lists what the emulated device itself leaves out.
+#define MSN_WITH_CUDA
+#include "ops.h"
+
+namespace msn::cpu {
+
+void tree_ancestors(const Tensor& parents, const Tensor& ancestors, const Tensor& depth) {
+  cuda::tree_ancestors(parents, ancestors, depth, nullptr);
+}
+void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, const Tensor& offsets,
+                    const Tensor& ancestors, const Tensor& sinks, const AttentionOptions& options, const Tensor& out) {
+  cuda::tree_attention(q, k, v, lengths, offsets, ancestors, sinks, options, out, nullptr);
+}
+void verify_tree(const Tensor& tokens, const Tensor& targets, const Tensor& parents, const Tensor& accept_length,
+                 const Tensor& path, const Tensor& bonus, const Tensor& continuation) {
+  cuda::verify_tree(tokens, targets, parents, accept_length, path, bonus, continuation, nullptr);
+}
+void commit_kv(const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& path,
+               const Tensor& accept_length) {
+  cuda::commit_kv(caches, lengths, path, accept_length, nullptr);
+}
+void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngram, const Tensor& tokens,
+                  const Tensor& matched) {
+  cuda::lookup_ngram(history, lengths, max_ngram, tokens, matched, nullptr);
+}
+void fill_tree(const Tensor& candidates, const Tensor& retrieved, const Tensor& history, const Tensor& lengths,
+               const Tensor& depth, const Tensor& rank, const Tensor& seed, const Tensor& tokens) {
+  cuda::fill_tree(candidates, retrieved, history, lengths, depth, rank, seed, tokens, nullptr);
+}
+const char* attention_isa() { return "emulated CUDA"; }
+
+}  // namespace msn::cpu

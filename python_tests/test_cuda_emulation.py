@@ -1,0 +1,50 @@
+"""The CUDA kernels where there is no GPU: compiled for the CPU over a small emulation of CUDA.
+
+What is proved is the kernels' logic, down to barriers, alignment and bounds, against
+msn_ext.ops.reference; emulation/cuda_runtime.h lists what only a GPU can show.
+"""
+
+import shutil
+import subprocess
+
+import pytest
+from emulation import build
+
+ROUNDS = 130  # ten of each size of tree
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """Folder with a build of the checkout's kernels."""
+    folder = tmp_path_factory.mktemp("emulated")
+    build.build(folder)
+    return folder
+
+
+def fuzz(folder, *options: str) -> subprocess.CompletedProcess:
+    return build.fuzz(folder, "--rounds", str(ROUNDS), *options, timeout=300, capture_output=True)
+
+
+def test_the_kernels_do_what_the_reference_says(emulated):
+    """Every op on random cases, malformed ones included: the reference's values, nothing else touched, no hang."""
+    run = fuzz(emulated)
+    assert run.returncode == 0 and f"{ROUNDS} rounds agree" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    "op, old, new",
+    [
+        ("commit_kv", "&& node < room", ""),
+        ("commit_kv", "while (all % cache.unit) cache.unit /= 2;", "while (stretch % cache.unit) cache.unit /= 2;"),
+        ("tree_ancestors", "__syncthreads();", ""),
+    ],
+    ids=["bounds", "alignment", "barrier"],
+)
+def test_a_mistake_in_a_kernel_is_found(emulated, tmp_path, op, old, new):
+    """Negative controls: the same build with one mistake in one kernel fails in that op."""
+    mutant = shutil.copytree(emulated, tmp_path / "mutant")
+    build.mutate(mutant, f"{op}.cu", old, new)
+    run = fuzz(mutant, "--ops", op)
+    assert run.returncode != 0 and f"fuzz_{op}" in run.stderr, run.stdout + run.stderr
