@@ -29,6 +29,7 @@ import transformers
 from tqdm import tqdm
 
 import msn_ext
+from msn_ext.generation import DRAFTS
 
 SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "bench" / "specbench_dev.jsonl"
 CATEGORIES = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
@@ -190,8 +191,8 @@ def main(arguments: list[str]) -> int:
     if not options.data.is_file():
         parser.error(f"--data {options.data}: no such file")
     drafts = options.drafts.split(",")
-    if unknown := set(drafts) - set(msn_ext.generation.DRAFTS):
-        parser.error(f"--drafts has {', '.join(sorted(unknown))}; expected {', '.join(msn_ext.generation.DRAFTS)}")
+    if unknown := set(drafts) - set(DRAFTS):
+        parser.error(f"--drafts has {', '.join(sorted(unknown))}; expected {', '.join(DRAFTS)}")
 
     done: dict = {}
     if options.output and options.output.exists():

@@ -4,19 +4,28 @@
 ``build_info()`` says what this installation was built with; the kernels are in ``msn_ext.ops``.
 """
 
-import torch  # noqa: F401  # before _C, which shares torch's OpenMP threads
-
-from msn_ext import _C
-
-from .decoding import DraftTree
-from .generation import MSNGenerateOutput, generate
+import importlib
 
 __all__ = ["DraftTree", "MSNGenerateOutput", "build_info", "generate"]
+
+# Imported when first used, so that `msn --help` need not wait for torch and transformers.
+_HOMES = {"DraftTree": "decoding", "MSNGenerateOutput": "generation", "generate": "generation"}
 
 
 def build_info() -> dict:
     """Version, compiler, CUDA version (None: CPU only), CUDA architectures, CPU instruction set."""
+    from msn_ext.ops import _C
+
     return _C.build_info()
 
 
-__version__ = build_info()["version"]
+def __getattr__(name: str):
+    if name == "__version__":
+        return build_info()["version"]
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -238,6 +238,7 @@ def _decode(
 ):
     """The decoding loop, called by ``GenerationMixin.generate`` with everything prepared."""
     tree = _draft_tree(draft)
+    attention = attention_for(model)
     _check_config(generation_config)
     _check_processors(logits_processor)
     if unknown := {name for name, value in model_kwargs.items() if value is not None} - _PREPARED:
@@ -246,7 +247,6 @@ def _decode(
         raise ValueError("past_key_values is not empty; msn_ext.generate starts from the prompt's tokens")
     if streamer is not None and input_ids.shape[0] != 1:
         raise ValueError(f"streamer needs a batch of one; input_ids has {input_ids.shape[0]} rows")
-    attention = attention_for(model)
     offsets = _padding(input_ids, attention_mask)
     criteria = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
     max_new_tokens = generation_config.max_length - input_ids.shape[1]

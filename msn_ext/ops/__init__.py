@@ -11,7 +11,7 @@ slot outside the cache is left alone.
 The specification of each op is its plain PyTorch version in :mod:`msn_ext.ops.reference`.
 """
 
-import torch
+import torch  # before _C, which shares its OpenMP threads
 from torch import Tensor
 
 from msn_ext import _C

