@@ -263,82 +263,49 @@ def _decode(
     else:
         targets = greedy
     decoder = Decoder(model, attention, input_ids, offsets, tree, targets, logits_processor, max_new_tokens, eos)
-    collected = _Collected(input_ids.cpu(), max_new_tokens, set(eos.tolist()), criteria, model.config.get_text_config().vocab_size)
+    passes: list[Tensor] = []  # what each pass gained, int64 [B]
+    totals = torch.zeros(input_ids.shape[0], dtype=torch.int64)
     try:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         gained = decoder.prefill()
         while True:
-            news = collected.take(gained)
-            if streamer is not None and news[0]:
-                streamer.put(torch.tensor(news[0]))
-            if collected.finished:
+            counts, remaining, invalid = gained.status.cpu()  # the one read from the device in a step
+            if invalid.any():
+                row = int(invalid.argmax())
+                raise ValueError(f"the model's probabilities for row {row} hold NaN or infinity; no token can be drawn")
+            if criteria:
+                _ask_criteria(criteria, decoder, counts, remaining)
+            passes.append(counts)
+            totals += counts
+            if streamer is not None:
+                streamer.put(gained.tokens[0, : int(counts[0])].cpu())
+            if not remaining.any():
                 break
-            decoder.advance(collected.longest)
+            decoder.advance(int(totals.max()))
             gained = decoder.step()
     finally:
         if streamer is not None:
             streamer.end()
 
-    sequences = collected.sequences(generation_config._pad_token_tensor).to(input_ids.device)
+    pad = generation_config._pad_token_tensor
+    sequences = decoder.sequences(int(totals.max()), 0 if pad is None else int(pad))
     if not generation_config.return_dict_in_generate:
         return sequences
-    return MSNGenerateOutput(sequences=sequences, accept_lengths=collected.accept_lengths)
+    accept_lengths = tuple(row[row > 0] for row in torch.stack(passes, dim=1))
+    return MSNGenerateOutput(sequences=sequences, accept_lengths=accept_lengths)
 
 
-class _Collected:
-    """The host's side: what each row has gained, and when it is finished."""
+def _ask_criteria(criteria: list, decoder: Decoder, counts: Tensor, remaining: Tensor) -> None:
+    """Ask after every token that a pass gained; cut a row behind the first one that ends it.
 
-    def __init__(self, prompts: Tensor, max_new_tokens: int, eos: set[int], criteria: list, vocab_size: int):
-        self._prompts, self._max, self._eos, self._criteria, self._vocab = prompts, max_new_tokens, eos, criteria, vocab_size
-        batch = prompts.shape[0]
-        self._tokens: list[list[int]] = [[] for _ in range(batch)]
-        self._accepts: list[list[int]] = [[] for _ in range(batch)]
-        self._done = [False] * batch
-
-    def take(self, gained) -> list[list[int]]:
-        """Append what a pass gained (one read from the device); returns the new tokens per row."""
-        packed = torch.cat([gained.counts[:, None], gained.tokens], dim=1).tolist()
-        news = [[] if done else row[1 : 1 + row[0]] for row, done in zip(packed, self._done)]
-        for b, new in enumerate(news):
-            if self._done[b]:
-                continue
-            if any(not 0 <= token < self._vocab for token in new):
-                raise ValueError(f"the model's probabilities for row {b} hold NaN or infinity; no token can be drawn")
-            if self._criteria:
-                news[b] = new = self._until_criterion(b, new)
-            self._tokens[b] += new
-            self._accepts[b].append(len(new))
-            self._done[b] = self._done[b] or len(self._tokens[b]) >= self._max or new[-1] in self._eos
-        return news
-
-    def _until_criterion(self, b: int, new: list[int]) -> list[int]:
-        """``new`` up to the first token after which a stopping criterion says stop."""
-        ids = torch.cat([self._prompts[b], torch.tensor(self._tokens[b] + new, dtype=torch.int64)])[None]
-        for count in range(1, len(new) + 1):
-            seen = ids[:, : ids.shape[1] - len(new) + count]
-            if any(bool(torch.as_tensor(criterion(seen, None)).all()) for criterion in self._criteria):
-                self._done[b] = True
-                return new[:count]
-        return new
-
-    @property
-    def finished(self) -> bool:
-        return all(self._done)
-
-    @property
-    def longest(self) -> int:
-        return max(len(tokens) for tokens in self._tokens)
-
-    @property
-    def accept_lengths(self) -> tuple[Tensor, ...]:
-        return tuple(torch.tensor(accepts) for accepts in self._accepts)
-
-    def sequences(self, pad_token: Tensor | None) -> Tensor:
-        pad = int(pad_token) if pad_token is not None else 0
-        batch, prompt = self._prompts.shape
-        out = torch.full((batch, prompt + self.longest), pad, dtype=torch.int64)
-        out[:, :prompt] = self._prompts
-        for row, tokens in zip(out, self._tokens):
-            row[prompt : prompt + len(tokens)] = torch.tensor(tokens)
-        return out
+    ``counts`` and ``remaining`` [B] are the pass's, on the host, and are corrected in place.
+    """
+    for b in counts.nonzero().flatten().tolist():
+        ids, count = decoder.row(b)[None], int(counts[b])
+        for kept in range(1, count + 1):
+            seen = ids[:, : ids.shape[1] - count + kept]
+            if any(bool(torch.as_tensor(criterion(seen, None)).all()) for criterion in criteria):
+                decoder.cut(b, count - kept)
+                counts[b], remaining[b] = kept, 0
+                break

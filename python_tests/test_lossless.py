@@ -95,7 +95,7 @@ def test_guesses_come_true_and_alias():
         )  # fmt: skip
         gained = decoder.prefill()
         for step in range(12):
-            accepts += gained.counts.tolist()
+            accepts += gained.status[0].tolist()
             decoder.advance(int((decoder._lengths - (mask.sum(1))).max()))
             proposed = decoder._drafter.propose(DraftTree.paper(), decoder._history, decoder._lengths)
             children = [i for i, parent in enumerate(DraftTree.paper().parents) if parent == 0]

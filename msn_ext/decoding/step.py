@@ -23,10 +23,17 @@ Targets = Callable[[Tensor, Tensor, LogitsProcessorList], Tensor]
 
 @dataclass
 class Gained:
-    """What one forward pass gave: row b gained ``tokens[b, :counts[b]]`` (int64 [B, N], [B])."""
+    """What one forward pass gave.
+
+    Attributes:
+        tokens: int64 [B, N]; row b gained ``tokens[b, :counts[b]]``.
+        status: int64 [3, B], all that the host has to read: ``counts``, the tokens that each row may
+            still gain (0: finished), and whether a gained token is none of the vocabulary (a draw
+            from probabilities that hold NaN).
+    """
 
     tokens: Tensor
-    counts: Tensor
+    status: Tensor
 
 
 class Decoder:
@@ -73,7 +80,7 @@ class Decoder:
         self._history = torch.zeros(batch, prompt + max_new_tokens + MAX_NODES, dtype=torch.int64, device=device)
         columns = torch.arange(prompt, device=device)
         self._history[:, :prompt] = input_ids.gather(1, (columns + offsets[:, None]).clamp(max=prompt - 1))
-        self._lengths = prompt - offsets
+        self._prompt_lengths = self._lengths = prompt - offsets
         self._remaining = torch.full_like(self._lengths, max_new_tokens)
         # The last position that plain decoding would compute. Nodes beyond it are computed there
         # (tables of learned positions end somewhere); what they say is never used.
@@ -167,8 +174,26 @@ class Decoder:
         self._history.scatter_(1, self._lengths[:, None] + columns, gained)
         self._lengths = self._lengths + counts
         self._remaining = self._remaining - counts
-        return Gained(gained, counts)
+        invalid = ((gained >= logits.shape[-1]) & (columns < counts[:, None])).any(1)
+        return Gained(gained, torch.stack([counts, self._remaining, invalid.long()]))
 
     def advance(self, longest_gain: int) -> None:
         """Tell the decoder how many tokens the longest row has gained in all (the host's bound)."""
         self._longest = self._input_ids.shape[1] - 1 + longest_gain
+
+    def row(self, b: int) -> Tensor:
+        """Prompt (padding included) and new tokens of one row, int64 [length]."""
+        new = self._history[b, int(self._prompt_lengths[b]) : int(self._lengths[b])]
+        return torch.cat([self._input_ids[b], new])
+
+    def cut(self, b: int, count: int) -> None:
+        """Take back the last ``count`` tokens of row b and finish it."""
+        self._lengths[b] -= count
+        self._remaining[b] = 0
+
+    def sequences(self, longest_gain: int, pad: int) -> Tensor:
+        """Prompts and new tokens, int64 [B, P + longest_gain], ``pad`` behind the shorter rows."""
+        columns = torch.arange(longest_gain, device=self._history.device)
+        new = self._history.gather(1, self._prompt_lengths[:, None] + columns)
+        ended = columns >= (self._lengths - self._prompt_lengths)[:, None]
+        return torch.cat([self._input_ids, new.masked_fill(ended, pad)], dim=1)

@@ -43,10 +43,10 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
     family = config.model_type
     if model.config.is_encoder_decoder:
         _refuse(model, "it is an encoder-decoder model")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        _refuse(model, "its forward takes no position_ids")
     if getattr(model, "_is_stateful", False) or not model._supports_default_dynamic_cache():
         _refuse(model, "it has recurrent state, which cannot be rolled back past a rejected token")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        _refuse(model, "its forward takes no position_ids")
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
