@@ -189,8 +189,8 @@ void expect_range(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high) refuse(name, " is ", value, "; expected ", low, " to ", high);
 }
 
-// Calls cpu::op(args...) without the GIL, or cuda::op(args..., stream).
 #ifdef MSN_WITH_CUDA
+// torch's current stream on the tensor's device.
 void* stream_of(const Tensor& t) {
   void* stream = nullptr;
   if (exchange().current_work_stream && exchange().current_work_stream(kDLCUDA, t.device_index, &stream) != 0)
@@ -198,6 +198,7 @@ void* stream_of(const Tensor& t) {
   return stream;
 }
 
+// Calls cpu::op(args...) without the GIL, or cuda::op(args..., stream), by where `on` lies.
 #define MSN_DISPATCH(op, on, ...)                          \
   if ((on).device == Device::kCUDA) {                      \
     msn::cuda::op(__VA_ARGS__, stream_of(on));             \
