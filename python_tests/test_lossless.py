@@ -260,6 +260,24 @@ def test_custom_stopping_criterion_inside_an_accepted_path():
     assert torch.equal(out, expected) and out.shape[1] == 13
 
 
+def test_stop_strings_as_in_plain_decoding():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = Tokenizer(models.BPE({chr(ord("a") + i): i for i in range(VOCAB)}, merges=[]))
+    characters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    characters.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters)
+    model = tiny_model("llama", 2)
+    ids = torch.tensor([[5, 9, 4, 7]])
+    settings = dict(do_sample=False, max_new_tokens=60, eos_token_id=None, tokenizer=tokenizer)
+    free = tokenizer.convert_ids_to_tokens(generate(model, ids, **settings)[0, 4:])
+    for at in (3, 11, 20):  # somewhere in the text, in the middle of accepted paths
+        expected = model.generate(ids, stop_strings=free[at], **settings)
+        assert torch.equal(generate(model, ids, stop_strings=free[at], **settings), expected)
+        assert expected.shape[1] <= 4 + at + 1
+
+
 class Recorder:
     def __init__(self):
         self.puts, self.ended = [], 0

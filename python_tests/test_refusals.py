@@ -112,6 +112,12 @@ def _model(model_type, auto=AutoModelForCausalLM, **settings):
 SMALL = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
 
 
+def _spread_model():
+    model = tiny_model("llama", 0)
+    model.lm_head.to("meta")
+    return model
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -125,8 +131,9 @@ SMALL = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_h
             "rope_type='dynamic'",
         ),
         (lambda: _model("t5", AutoModelForSeq2SeqLM, vocab_size=24, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), "encoder-decoder"),
+        (_spread_model, r"spread over several devices \(cpu, meta\)"),
     ],
-    ids=["mamba", "mpt", "bloom", "falcon-alibi", "gpt_neo", "rope-dynamic", "t5"],
+    ids=["mamba", "mpt", "bloom", "falcon-alibi", "gpt_neo", "rope-dynamic", "t5", "several devices"],
 )  # fmt: skip
 def test_models(make, message):
     with pytest.raises(ValueError, match=f"cannot be decoded with a draft tree: .*({message})"):

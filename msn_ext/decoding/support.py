@@ -53,6 +53,8 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
         _refuse(model, f"its cache has layers of other kinds than keys and values ({names})")
     if "dynamic" in rope_types(config):
         _refuse(model, "rope_type='dynamic' changes the positions of the cached keys as the text grows")
+    if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
+        _refuse(model, f"its weights are spread over several devices ({', '.join(sorted(devices))})")
     if family in MASK_ONLY:
         return MaskAttention(model)
     if not KernelAttention.supports(model):
