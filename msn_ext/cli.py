@@ -176,7 +176,7 @@ def comparison(drafted: "Run", plain: "Run", draft: str, device: str, tokenizer,
         lines.append(f"            Slower here: {gain}.")
         if device == "cpu":
             nodes = "each of its 69 nodes" if draft == "paper" else "each guess"
-            lines.append(f"            A CPU pays for {nodes}; a GPU, busy with reading the weights, hardly notices.")
+            lines.append(f"            A CPU pays for {nodes}; a GPU, busy with reading the weights, should hardly notice.")
 
     shown = "one colour a pass, plain for one token" if color else "‹ › around a pass that gained several"
     lines += ["", f"Tokens gained by a pass (in the text above: {shown}):", histogram(drafted.accept_lengths)]
