@@ -160,29 +160,17 @@ def generate(
         generation_config=generation_config,
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
-        custom_generate=_Bound(draft, streamer),
+        custom_generate=functools.partial(_decode, draft=draft, streamer=streamer),
         **generation_kwargs,
     )
 
 
 # transformers takes arguments that are named in a custom decoding method's signature out of those it
-# prepares, and would pass this one twice.
+# prepares, and would pass this one twice (so `_decode` does not name it either).
 _signature = inspect.signature(generate)
 generate.__signature__ = _signature.replace(
     parameters=[p for name, p in _signature.parameters.items() if name != "attention_mask"]
 )
-
-
-class _Bound:
-    """``_decode`` with what transformers does not pass on to a custom decoding method."""
-
-    def __init__(self, draft, streamer):
-        self._draft, self._streamer = draft, streamer
-
-    def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        return _decode(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, self._draft, self._streamer, **model_kwargs
-        )  # fmt: skip
 
 
 def _draft_tree(draft: str | DraftTree) -> DraftTree:
@@ -232,11 +220,10 @@ def _decode(
     generation_config,
     draft,
     streamer,
-    attention_mask=None,
-    past_key_values=None,
     **model_kwargs,
 ):
     """The decoding loop, called by ``GenerationMixin.generate`` with everything prepared."""
+    attention_mask, past_key_values = (model_kwargs.pop(name, None) for name in ("attention_mask", "past_key_values"))
     tree = _draft_tree(draft)
     attention = attention_for(model)
     _check_config(generation_config)

@@ -216,6 +216,12 @@ def test_ctrl_c_and_broken_pipe_in_a_process(tiny, tmp_path):
 # ---- msn generate ----------------------------------------------------------------------------------
 
 
+def test_the_listed_drafts_are_those_of_generate():
+    from msn_ext.generation import DRAFTS
+
+    assert cli.DRAFTS == tuple(DRAFTS)
+
+
 @pytest.mark.parametrize("draft", cli.DRAFTS)
 def test_json(draft, tiny, capsys):
     result = generate_json(capsys, "--model", tiny, "--prompt", "hello", "--max-new-tokens", "40", "--draft", draft)

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from msn_ext import ops
-from msn_ext.ops.reference import MAX_NODES
-
-RETRIEVAL = -1
-"""Rank of a node that continues the retrieved text instead of the model's own guesses."""
+from msn_ext.ops.reference import MAX_NODES, RETRIEVAL
 
 # The tree of Medusa's `mc_sim_7b_63`, which the paper decodes with (appendix B): a path is the
 # rank of each node from the root down.

@@ -8,7 +8,7 @@ import torch
 
 MAX_NODES = 256
 WORD_BITS = 64
-RETRIEVAL = -1
+RETRIEVAL = -1  # rank of a node that continues the retrieved text, not the model's own guesses
 _MASK64 = (1 << 64) - 1
 
 
