@@ -1,15 +1,17 @@
 """Several tokens per forward pass from Hugging Face causal language models, with unchanged output.
 
-``generate`` decodes (arXiv 2406.17404, section 3.3); ``DraftTree`` is the shape of a draft;
+``generate`` decodes (arXiv 2406.17404, section 3.3); ``DraftTree`` is the shape of a draft, a ``Drafter``
+a source of guesses of your own, which gives a ``Draft`` and is shown what was ``Verified``;
 ``build_info()`` says what this installation was built with; the kernels are in ``msn_ext.ops``.
 """
 
 import importlib
 
-__all__ = ["DraftTree", "MSNGenerateOutput", "build_info", "generate"]
+__all__ = ["Draft", "DraftTree", "Drafter", "MSNGenerateOutput", "Verified", "build_info", "generate"]
 
 # Imported when first used, so that `msn --help` need not wait for torch and transformers.
-_HOMES = {"DraftTree": "decoding", "MSNGenerateOutput": "generation", "generate": "generation"}
+_HOMES = dict.fromkeys(("Draft", "DraftTree", "Drafter", "Verified"), "decoding")
+_HOMES |= dict.fromkeys(("MSNGenerateOutput", "generate"), "generation")
 
 
 def build_info() -> dict:

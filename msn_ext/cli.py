@@ -15,7 +15,7 @@ import time
 from collections import Counter
 
 # Names of msn_ext.generate's drafts; listed here because importing them costs seconds.
-DRAFTS = ("paper", "jacobi", "lookup", "none")
+DRAFTS = ("paper", "jacobi", "lookup", "recycling", "lookahead", "none")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 PROMPTS = (
@@ -99,8 +99,8 @@ def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
         "--draft",
         choices=DRAFTS,
         default="paper",
-        help="where guesses come from: the paper's tree of 69 nodes, a Jacobi chain, look-up in the text so far, or "
-        "none, which is plain decoding (default: paper)",
+        help="where guesses come from: the paper's tree of 69 nodes, a Jacobi chain, look-up in the text so far, Token "
+        "Recycling, Lookahead decoding, or none, which is plain decoding (default: paper)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if it can be used, else cpu)")
 

@@ -26,12 +26,25 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from .decoding import RETRIEVAL, Decoder, DraftTree, Sampler, attention_for, greedy
+from .decoding import (
+    RETRIEVAL,
+    Decoder,
+    Drafter,
+    DraftTree,
+    Lookahead,
+    Sampler,
+    TokenRecycling,
+    TreeDrafter,
+    attention_for,
+    greedy,
+)
 
 DRAFTS = {
     "paper": DraftTree.paper,
     "jacobi": functools.partial(DraftTree.chain, 6),
     "lookup": functools.partial(DraftTree.chain, 8, rank=RETRIEVAL),
+    "recycling": TokenRecycling,
+    "lookahead": Lookahead,
     "none": functools.partial(DraftTree.chain, 1),
 }
 
@@ -67,6 +80,7 @@ _NEUTRAL = {
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
 }
+_DRAFTER_PARTS = ("max_depth", "start", "first", "propose", "observe")
 # Keyword arguments that transformers prepares and this decoder makes itself.
 _PREPARED = {"position_ids", "use_cache", "logits_to_keep", "cache_position"}
 
@@ -89,7 +103,7 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    draft: str | DraftTree = "paper",
+    draft: str | DraftTree | Drafter = "paper",
     tokenizer=None,
     streamer=None,
     generation_config: GenerationConfig | None = None,
@@ -110,8 +124,9 @@ def generate(
         input_ids: int64 [B, P], left-padded where the rows differ in length.
         attention_mask: [B, P], 0 at padding; None: as ``model.generate`` infers it.
         draft: ``"paper"`` (the paper's 68 guesses), ``"jacobi"`` (a chain of 5 denoised guesses),
-            ``"lookup"`` (7 tokens retrieved from the text), ``"none"`` (plain decoding), or a
-            :class:`DraftTree`.
+            ``"lookup"`` (7 tokens retrieved from the text), ``"recycling"`` (Token Recycling, arXiv
+            2408.08696), ``"lookahead"`` (arXiv 2402.02057), ``"none"`` (plain decoding), a
+            :class:`DraftTree` or a :class:`Drafter`.
         tokenizer: needed with ``stop_strings``.
         streamer: gets the prompt, then the tokens of each forward pass, then ``end()`` (batch 1).
         generation_config, generation_kwargs: as for ``model.generate``.
@@ -173,13 +188,15 @@ generate.__signature__ = _signature.replace(
 )
 
 
-def _draft_tree(draft: str | DraftTree) -> DraftTree:
-    if isinstance(draft, DraftTree):
-        return draft
+def _drafter(draft: str | DraftTree | Drafter) -> Drafter:
     if isinstance(draft, str) and draft in DRAFTS:
-        return DRAFTS[draft]()
+        draft = DRAFTS[draft]()
+    if isinstance(draft, DraftTree):
+        return TreeDrafter(draft)
+    if not isinstance(draft, type) and all(hasattr(draft, name) for name in _DRAFTER_PARTS):
+        return draft
     names = ", ".join(repr(name) for name in DRAFTS)
-    raise ValueError(f"draft is {draft!r}; expected {names} or a DraftTree")
+    raise ValueError(f"draft is {draft!r}; expected {names}, a DraftTree or a Drafter ({', '.join(_DRAFTER_PARTS)})")
 
 
 def _check_config(config: GenerationConfig) -> None:
@@ -224,7 +241,7 @@ def _decode(
 ):
     """The decoding loop, called by ``GenerationMixin.generate`` with everything prepared."""
     attention_mask, past_key_values = (model_kwargs.pop(name, None) for name in ("attention_mask", "past_key_values"))
-    tree = _draft_tree(draft)
+    drafter = _drafter(draft)
     attention = attention_for(model)
     _check_config(generation_config)
     _check_processors(logits_processor)
@@ -249,7 +266,7 @@ def _decode(
         targets = Sampler(int(torch.randint(2**63 - 1, ())))
     else:
         targets = greedy
-    decoder = Decoder(model, attention, input_ids, offsets, tree, targets, logits_processor, max_new_tokens, eos)
+    decoder = Decoder(model, attention, input_ids, offsets, drafter, targets, logits_processor, max_new_tokens, eos)
     passes: list[Tensor] = []  # what each pass gained, int64 [B]
     totals = torch.zeros(input_ids.shape[0], dtype=torch.int64)
     try:

@@ -13,11 +13,12 @@ from families import FAMILIES, VOCAB, tiny_model
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 import msn_ext
-from msn_ext import DraftTree, generate
-from msn_ext.decoding import Decoder, attention_for, greedy
+from msn_ext import Draft, DraftTree, generate
+from msn_ext.decoding import Decoder, TreeDrafter, attention_for, greedy
 from msn_ext.decoding.attention import KernelAttention, MaskAttention
 from msn_ext.decoding.support import TESTED
 from msn_ext.decoding.tree import RETRIEVAL
+from msn_ext.generation import DRAFTS
 
 SEEDS = 10  # x 22 families: the 200 models and more of the acceptance test
 
@@ -38,6 +39,39 @@ def random_tree(rng: random.Random) -> DraftTree:
     if rng.random() < 0.3:
         return DraftTree(tuple(parents))
     return DraftTree(tuple(parents), tuple(rng.choice([RETRIEVAL, 0, 0, 1, 2, 5]) for _ in range(nodes)))
+
+
+class RandomDrafter:
+    """A tree of its own for every row and step: padding anywhere, rubbish at the root, siblings that
+    alias, guesses from the text (which repeats, so that many come true), and a chain behind the prompt."""
+
+    max_depth = 40
+
+    def __init__(self, rng: random.Random):
+        self._rng, self.seen = rng, []
+
+    def start(self, batch, vocabulary, device):
+        self._vocabulary = vocabulary
+
+    def _tokens(self, history, lengths, count):
+        rows = []
+        for row, length in zip(history.tolist(), lengths.tolist()):
+            at = [self._rng.randrange(length) for _ in range(count)]
+            rows.append([row[i] if self._rng.random() < 0.8 else self._rng.randrange(self._vocabulary) for i in at])
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), count)
+
+    def first(self, history, lengths):
+        return self._tokens(history, lengths, self._rng.randrange(5))
+
+    def propose(self, history, lengths):
+        nodes = self._rng.choice([1, 2, 17, 40, 64, 65])
+        parents = [
+            [-1] + [self._rng.choice([i - 1, self._rng.randrange(-1, i)]) for i in range(1, nodes)] for _ in range(len(lengths))
+        ]
+        return Draft.of(self._tokens(history, lengths, nodes), torch.tensor(parents, dtype=torch.int32))
+
+    def observe(self, verified):
+        self.seen.append(verified)
 
 
 def prompts(rng: random.Random, batch: int, padded: bool = True):
@@ -71,7 +105,8 @@ def test_equals_plain_decoding(family, seed):
         return_dict_in_generate=True,
     )
     expected = model.generate(ids, attention_mask=mask, **settings).sequences
-    for draft in ("paper", random_tree(rng), rng.choice(["jacobi", "lookup", "none"])):
+    named = rng.choice(["jacobi", "lookup", "recycling", "lookahead", "none"])
+    for draft in ("paper", random_tree(rng), RandomDrafter(rng), named):
         out = generate(model, ids, mask, draft=draft, **settings)
         assert torch.equal(out.sequences, expected), draft
         for row, accepts in zip(out.sequences, out.accept_lengths):
@@ -91,13 +126,13 @@ def test_guesses_come_true_and_alias():
         model = tiny_model("llama", seed)
         ids, mask = prompts(random.Random(seed), 2)
         decoder = Decoder(
-            model, attention_for(model), ids, (mask == 0).sum(1), DraftTree.paper(), greedy, LogitsProcessorList(), 40, ids[0, :0]
+            model, attention_for(model), ids, (mask == 0).sum(1), TreeDrafter(DraftTree.paper()), greedy, LogitsProcessorList(), 40, ids[0, :0]
         )  # fmt: skip
         gained = decoder.prefill()
         for step in range(12):
             accepts += gained.status[0].tolist()
             decoder.advance(int((decoder._lengths - (mask.sum(1))).max()))
-            proposed = decoder._drafter.propose(DraftTree.paper(), decoder._history, decoder._lengths)
+            proposed = decoder._drafter.propose(decoder._history, decoder._lengths).tokens
             children = [i for i, parent in enumerate(DraftTree.paper().parents) if parent == 0]
             aliased += sum(len(children) - len(set(row[children].tolist())) for row in proposed)
             gained = decoder.step()
@@ -115,7 +150,7 @@ def test_dense_masks_equal_the_kernel(family, implementation):
     results = []
     for attention in (KernelAttention(model), MaskAttention(model)):
         decoder = Decoder(
-            model, attention, ids, (mask == 0).sum(1), DraftTree.paper(), greedy, LogitsProcessorList(), 40, ids[0, :0]
+            model, attention, ids, (mask == 0).sum(1), TreeDrafter(DraftTree.paper()), greedy, LogitsProcessorList(), 40, ids[0, :0]
         )  # fmt: skip
         decoder.prefill()
         for step in range(10):
@@ -153,7 +188,7 @@ def test_sampling_is_the_same_for_every_draft(family, settings):
     model = tiny_model(family, 1)
     ids, mask = prompts(rng, 3)
     outputs = []
-    for draft in ("none", "paper", "lookup", random_tree(rng), random_tree(rng)):
+    for draft in (*DRAFTS, random_tree(rng), random_tree(rng), RandomDrafter(rng)):
         torch.manual_seed(7)
         outputs.append(
             generate(

@@ -6,7 +6,7 @@ from families import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, GenerationConfig
 
 from msn_ext import DraftTree, generate
-from msn_ext.decoding import attention_for
+from msn_ext.decoding import TokenRecycling, attention_for
 from msn_ext.decoding import support
 
 IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
@@ -22,6 +22,7 @@ def llama():
     [
         (dict(draft="medusa"), "draft is 'medusa'; expected 'paper'"),
         (dict(draft=None), "draft is None"),
+        (dict(draft=TokenRecycling), "draft is <class"),
         (dict(num_beams=3), "num_beams is 3"),
         (dict(penalty_alpha=0.6, top_k=4), "penalty_alpha is 0.6"),
         (dict(repetition_penalty=1.2), "RepetitionPenaltyLogitsProcessor may look at the tokens before"),

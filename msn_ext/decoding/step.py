@@ -14,9 +14,9 @@ from msn_ext.ops.reference import MAX_NODES
 
 from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache
-from .drafting import TreeDrafter
+from .drafting import Draft, Drafter, Verified
 from .support import rope_types
-from .tree import RETRIEVAL, ROOT_ONLY, DraftTree
+from .tree import DraftTree
 
 Targets = Callable[[Tensor, Tensor, LogitsProcessorList], Tensor]
 
@@ -48,7 +48,7 @@ class Decoder:
         attention: how it attends to a tree, from :func:`.support.attention_for`.
         input_ids: int64 [B, P], left-padded prompts.
         offsets: int64 [B], how much of each is padding.
-        tree: the draft's shape.
+        drafter: where the guesses come from; it is started here.
         targets: the next token after every node (:mod:`.verification`).
         processors: of the logits; none may look at the prefix.
         max_new_tokens: tokens to gain per row, exactly unless an end-of-text token comes first.
@@ -61,7 +61,7 @@ class Decoder:
         attention: KernelAttention | MaskAttention,
         input_ids: Tensor,
         offsets: Tensor,
-        tree: DraftTree,
+        drafter: Drafter,
         targets: Targets,
         processors: LogitsProcessorList,
         max_new_tokens: int,
@@ -69,12 +69,12 @@ class Decoder:
     ):
         batch, prompt = input_ids.shape
         device = input_ids.device
-        self.model, self._attention, self._tree = model, attention, tree
+        self.model, self._attention, self._drafter = model, attention, drafter
         self._targets, self._processors, self._eos = targets, processors, eos_token_ids
         self._input_ids, self._offsets = input_ids, offsets
         self._config = model.config.get_text_config(decoder=True)
         self._cache = TreeCache(self._config)
-        self._drafter = TreeDrafter(tree, batch, device)
+        drafter.start(batch, self._config.vocab_size, device)
         self._forwards_all_logits = not model._supports_logits_to_keep()
 
         self._history = torch.zeros(batch, prompt + max_new_tokens + MAX_NODES, dtype=torch.int64, device=device)
@@ -106,18 +106,21 @@ class Decoder:
             )
         return boundary
 
-    def _tree_now(self, shape: DraftTree) -> DraftTree:
-        """``shape``, or no draft where a tree would straddle the longrope boundary."""
-        straddles = self._longest < self._shallow_until <= self._longest + shape.max_depth
-        return ROOT_ONLY if straddles else shape
+    def _straddles(self) -> bool:
+        """Whether a tree might reach across the longrope boundary: then nothing is drafted."""
+        return self._longest < self._shallow_until <= self._longest + self._drafter.max_depth
+
+    def _chain(self, guesses: Tensor | None = None) -> Draft:
+        """The root and ``guesses`` [B, n] (none: plain decoding), one below the other."""
+        root = self._history.gather(1, self._lengths[:, None] - 1)
+        tokens = root if guesses is None else torch.cat([root, guesses], dim=1)
+        return Draft.shaped(tokens, DraftTree.chain(tokens.shape[1]).tensors(tokens.device))
 
     @torch.no_grad()
     def prefill(self) -> Gained:
         """The first pass: the prompt, and behind it a chain of guesses, checked like any tree."""
-        rank = RETRIEVAL if RETRIEVAL in self._tree.ranks else 0
-        tree = self._tree_now(DraftTree.chain(self._tree.max_depth + 1, rank))
-        tokens = self._drafter.propose(tree, self._history, self._lengths)
-        ids = torch.cat([self._input_ids, tokens[:, 1:]], dim=1)
+        draft = self._chain(None if self._straddles() else self._drafter.first(self._history, self._lengths))
+        ids = torch.cat([self._input_ids, draft.tokens[:, 1:]], dim=1)
         total = ids.shape[1]
         self._cache.at_start(total)
         columns = torch.arange(total, device=ids.device)
@@ -125,22 +128,23 @@ class Decoder:
         positions = (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
         mask = (columns >= self._offsets[:, None]).long() if padded else None
         with self._attention.reading():
-            logits = self._forward(ids, positions, mask, keep=len(tree))
-        return self._finish(tree, tokens, positions[:, -len(tree) :], logits)
+            logits = self._forward(ids, positions, mask, keep=len(draft))
+        return self._finish(draft, positions[:, -len(draft) :], logits)
 
     @torch.no_grad()
     def step(self) -> Gained:
         """Every later pass: a tree behind the cached prefix."""
-        tree = self._tree_now(self._tree)
-        shape = tree.tensors(self._lengths.device)
-        tokens = self._drafter.propose(tree, self._history, self._lengths)
+        draft = self._chain() if self._straddles() else self._drafter.propose(self._history, self._lengths)
+        draft.tokens[:, 0] = self._history.gather(1, self._lengths[:, None] - 1)[:, 0]
         prefix = self._lengths - 1 + self._offsets
-        self._cache.at(prefix, len(tree), self._longest + len(tree))
-        positions = ((self._lengths - 1)[:, None] + shape.depth).minimum(self._last_position[:, None])
-        context = TreeContext(prefix, self._offsets, shape.ancestors)
+        self._cache.at(prefix, len(draft), self._longest + len(draft))
+        # Padding nodes have depth -1; they are computed at the root's position and never used.
+        depth = draft.depth.clamp(min=0)
+        positions = ((self._lengths - 1)[:, None] + depth).minimum(self._last_position[:, None])
+        context = TreeContext(prefix, self._offsets, draft.ancestors)
         with self._attention.checking(context, self._cache.end, self.model.dtype) as mask:
-            logits = self._forward(tokens, positions, mask, keep=len(tree))
-        return self._finish(tree, tokens, positions, logits)
+            logits = self._forward(draft.tokens, positions, mask, keep=len(draft))
+        return self._finish(draft, positions, logits)
 
     def _forward(self, ids: Tensor, positions: Tensor, mask, keep: int) -> Tensor:
         """Logits [B, keep, V] of the last ``keep`` tokens."""
@@ -155,16 +159,15 @@ class Decoder:
             **limit,
         ).logits[:, -keep:]
 
-    def _finish(self, tree: DraftTree, tokens: Tensor, positions: Tensor, logits: Tensor) -> Gained:
-        """Verify, commit, and take the next guesses; no host sync."""
-        shape = tree.tensors(tokens.device)
+    def _finish(self, draft: Draft, positions: Tensor, logits: Tensor) -> Gained:
+        """Verify, commit, and show the drafter what came of it; no host sync."""
         targets = self._targets(logits, positions, self._processors)
-        accepted, path, _, continuation = ops.verify_tree(tokens, targets, shape.parents)
+        accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._cache.commit(self._lengths - 1 + self._offsets, path, accepted)
-        self._drafter.observe(logits, continuation)
+        self._drafter.observe(Verified(draft, logits, targets, path, accepted, continuation))
 
         gained = targets.gather(1, path.clamp(min=0))  # the target of each accepted node, root first
-        columns = torch.arange(len(tree), device=tokens.device)
+        columns = torch.arange(len(draft), device=gained.device)
         counts = accepted.minimum(self._remaining)
         if self._eos.numel():
             ends = torch.isin(gained, self._eos) & (columns < counts[:, None])

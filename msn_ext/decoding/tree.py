@@ -132,5 +132,3 @@ class DraftTree:
         rank = torch.tensor(self.ranks, dtype=torch.int32)
         return TreeTensors(*(x.to(device) for x in (parents, rank, depth, ancestors)))
 
-
-ROOT_ONLY = DraftTree.chain(1)
