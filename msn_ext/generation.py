@@ -80,7 +80,6 @@ _NEUTRAL = {
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
 }
-_DRAFTER_PARTS = ("max_depth", "start", "first", "propose", "observe")
 # Keyword arguments that transformers prepares and this decoder makes itself.
 _PREPARED = {"position_ids", "use_cache", "logits_to_keep", "cache_position"}
 
@@ -193,10 +192,13 @@ def _drafter(draft: str | DraftTree | Drafter) -> Drafter:
         draft = DRAFTS[draft]()
     if isinstance(draft, DraftTree):
         return TreeDrafter(draft)
-    if not isinstance(draft, type) and all(hasattr(draft, name) for name in _DRAFTER_PARTS):
+    if isinstance(draft, Drafter) and not isinstance(draft, type):
         return draft
     names = ", ".join(repr(name) for name in DRAFTS)
-    raise ValueError(f"draft is {draft!r}; expected {names}, a DraftTree or a Drafter ({', '.join(_DRAFTER_PARTS)})")
+    raise ValueError(
+        f"draft is {draft!r}; expected {names}, a DraftTree or a Drafter (an object with max_depth, start, first, "
+        "propose and observe)"
+    )
 
 
 def _check_config(config: GenerationConfig) -> None:

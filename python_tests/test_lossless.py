@@ -45,7 +45,7 @@ class RandomDrafter:
     """A tree of its own for every row and step: padding anywhere, rubbish at the root, siblings that
     alias, guesses from the text (which repeats, so that many come true), and a chain behind the prompt."""
 
-    max_depth = 40
+    max_depth = 64
 
     def __init__(self, rng: random.Random):
         self._rng, self.seen = rng, []
@@ -72,6 +72,11 @@ class RandomDrafter:
 
     def observe(self, verified):
         self.seen.append(verified)
+
+
+def paper_decoder(model, attention, ids, mask) -> Decoder:
+    drafter = TreeDrafter(DraftTree.paper())
+    return Decoder(model, attention, ids, (mask == 0).sum(1), drafter, greedy, LogitsProcessorList(), 40, ids[0, :0])
 
 
 def prompts(rng: random.Random, batch: int, padded: bool = True):
@@ -125,9 +130,7 @@ def test_guesses_come_true_and_alias():
     for seed in range(8):
         model = tiny_model("llama", seed)
         ids, mask = prompts(random.Random(seed), 2)
-        decoder = Decoder(
-            model, attention_for(model), ids, (mask == 0).sum(1), TreeDrafter(DraftTree.paper()), greedy, LogitsProcessorList(), 40, ids[0, :0]
-        )  # fmt: skip
+        decoder = paper_decoder(model, attention_for(model), ids, mask)
         gained = decoder.prefill()
         for step in range(12):
             accepts += gained.status[0].tolist()
@@ -140,6 +143,18 @@ def test_guesses_come_true_and_alias():
     assert aliased > 10
 
 
+def test_random_drafters_try_what_they_are_for():
+    """Accepted guesses, padding between live nodes, rows with different trees."""
+    drafter = RandomDrafter(random.Random(0))
+    model = tiny_model("llama", 3)
+    ids, mask = prompts(random.Random(0), 3)
+    generate(model, ids, mask, draft=drafter, do_sample=False, max_new_tokens=60, eos_token_id=None, pad_token_id=0)
+    trees = [verified.draft.parents for verified in drafter.seen if verified.draft.parents.dim() == 2]
+    assert max(int(verified.accept_length.max()) for verified in drafter.seen) >= 3
+    assert sum(bool(((tree[:, 1:-1] < 0) & (tree[:, 2:] >= 0)).any()) for tree in trees) > 5
+    assert sum(not torch.equal(tree[0], tree[1]) for tree in trees) > 5
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2-window", "gemma3", "mistral-window", "gpt2", "deepseek_v3"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_dense_masks_equal_the_kernel(family, implementation):
@@ -149,9 +164,7 @@ def test_dense_masks_equal_the_kernel(family, implementation):
     ids, mask = prompts(random.Random(3), 3, padded=implementation == "sdpa")  # eager: see above
     results = []
     for attention in (KernelAttention(model), MaskAttention(model)):
-        decoder = Decoder(
-            model, attention, ids, (mask == 0).sum(1), TreeDrafter(DraftTree.paper()), greedy, LogitsProcessorList(), 40, ids[0, :0]
-        )  # fmt: skip
+        decoder = paper_decoder(model, attention, ids, mask)
         decoder.prefill()
         for step in range(10):
             decoder.advance(int((decoder._lengths - mask.sum(1)).max()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ class Verified:
     continuation: Tensor
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """A source of guesses. It can be wrong, never harmful: it only decides where the model looks.
 

@@ -58,7 +58,7 @@ class TokenRecycling:
 
     def propose(self, history: Tensor, lengths: Tensor) -> Draft:
         tokens = history.new_empty(history.shape[0], len(self._tree))
-        tokens[:, 0] = history.gather(1, lengths[:, None] - 1)[:, 0]
+        tokens[:, :1] = history.gather(1, lengths[:, None] - 1)
         for nodes, parents, ranks in self._layers:
             tokens[:, nodes] = self._matrix[tokens[:, parents], ranks]
         return Draft.shaped(tokens, self._shape)

@@ -110,10 +110,13 @@ class Decoder:
         """Whether a tree might reach across the longrope boundary: then nothing is drafted."""
         return self._longest < self._shallow_until <= self._longest + self._drafter.max_depth
 
+    def _roots(self) -> Tensor:
+        """The last token of every row, int64 [B, 1]."""
+        return self._history.gather(1, self._lengths[:, None] - 1)
+
     def _chain(self, guesses: Tensor | None = None) -> Draft:
         """The root and ``guesses`` [B, n] (none: plain decoding), one below the other."""
-        root = self._history.gather(1, self._lengths[:, None] - 1)
-        tokens = root if guesses is None else torch.cat([root, guesses], dim=1)
+        tokens = self._roots() if guesses is None else torch.cat([self._roots(), guesses], dim=1)
         return Draft.shaped(tokens, DraftTree.chain(tokens.shape[1]).tensors(tokens.device))
 
     @torch.no_grad()
@@ -135,7 +138,7 @@ class Decoder:
     def step(self) -> Gained:
         """Every later pass: a tree behind the cached prefix."""
         draft = self._chain() if self._straddles() else self._drafter.propose(self._history, self._lengths)
-        draft.tokens[:, 0] = self._history.gather(1, self._lengths[:, None] - 1)[:, 0]
+        draft.tokens[:, :1] = self._roots()
         prefix = self._lengths - 1 + self._offsets
         self._cache.at(prefix, len(draft), self._longest + len(draft))
         # Padding nodes have depth -1; they are computed at the root's position and never used.
