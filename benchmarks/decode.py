@@ -149,14 +149,14 @@ def summarise(rows: list[dict], drafts: list[str]) -> str:
     return "\n".join(lines)
 
 
-def conditions(model, arguments) -> dict:
+def conditions(model, program: str, arguments) -> dict:
     """What the figures depend on, for the record."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
     )
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return dict(
-        command="python benchmarks/decode.py " + " ".join(arguments),
+        command=f"python benchmarks/{program} " + " ".join(arguments),
         commit=commit.stdout.strip() or "unknown",
         device=device,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -199,7 +199,7 @@ def main(arguments: list[str]) -> int:
         lines = [json.loads(line) for line in options.output.read_text(encoding="utf-8").splitlines()]
         done = {(line["question"], line["draft"]): line for line in lines if "question" in line}
     model, tokenizer = load_model(options)
-    header = conditions(model, arguments)
+    header = conditions(model, "decode.py", arguments)
 
     def save(row: dict) -> None:
         if options.output:

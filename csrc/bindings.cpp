@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "best_first.h"
 #include "ops.h"
 #include "tree.h"
 
@@ -347,6 +348,83 @@ void fill_tree(py::handle candidates_, py::handle retrieved_, py::handle history
   MSN_DISPATCH(fill_tree, history, candidates, retrieved, history, lengths, depth, rank, seed, tokens)
 }
 
+void top_guesses(py::handle logits_, py::handle guesses_) {
+  const Tensor logits = borrow("logits", logits_), guesses = borrow("guesses", guesses_);
+  expect_dims("logits", logits, 2);
+  expect_float("logits", logits);
+  expect_range("vocabulary of logits", logits.shape[1], 1, msn::kMaxVocabulary);
+  if (logits.shape[1] > 1 && logits.strides[1] != 1) refuse("logits has rows that are not contiguous");
+  expect_index("guesses", guesses, DType::kInt32, {logits.shape[0], msn::kGuesses}, logits);
+  if (logits.shape[0] == 0) return;
+  MSN_DISPATCH(top_guesses, logits, logits, guesses)
+}
+
+void index_suffixes(py::handle heads_, py::handle history_, py::handle start_, py::handle lengths_) {
+  const Tensor heads = borrow("heads", heads_), history = borrow("history", history_), start = borrow("start", start_),
+               lengths = borrow("lengths", lengths_);
+  expect_dims("history", history, 2);
+  const int64_t batch = history.shape[0];
+  expect_range("capacity of history", history.shape[1], 0, INT32_MAX);
+  expect_index("history", history, DType::kInt64, {batch, history.shape[1]}, history);
+  expect_dims("heads", heads, 3);
+  expect_index("heads", heads, DType::kInt32, {batch, msn::kSuffixes, heads.shape[2]}, history);
+  expect_index("start", start, DType::kInt64, {batch}, history);
+  expect_index("lengths", lengths, DType::kInt64, {batch}, history);
+  if (heads.shape[2] == 0) return;
+  MSN_DISPATCH(index_suffixes, history, heads, history, start, lengths)
+}
+
+void remember_guesses(py::handle contexts_, py::handle history_, py::handle lengths_, py::handle tokens_, py::handle parents_,
+                      py::handle path_, py::handle guesses_) {
+  const Tensor contexts = borrow("contexts", contexts_), history = borrow("history", history_), lengths = borrow("lengths", lengths_),
+               tokens = borrow("tokens", tokens_), parents = borrow("parents", parents_), path = borrow("path", path_),
+               guesses = borrow("guesses", guesses_);
+  expect_dims("tokens", tokens, 2);
+  expect_dims("history", history, 2);
+  expect_dims("contexts", contexts, 3);
+  const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
+  expect_nodes("tokens", nodes);
+  expect_index("tokens", tokens, DType::kInt64, {batch, nodes}, tokens);
+  expect_index("contexts", contexts, DType::kInt32, {msn::kOrders, contexts.shape[1], 1 + msn::kGuesses}, tokens);
+  expect_index("history", history, DType::kInt64, {batch, history.shape[1]}, tokens);
+  expect_index("lengths", lengths, DType::kInt64, {batch}, tokens);
+  expect_tree("parents", parents, DType::kInt32, batch, nodes, tokens);
+  expect_index("path", path, DType::kInt64, {batch, nodes}, tokens);
+  expect_index("guesses", guesses, DType::kInt32, {batch, nodes, msn::kGuesses}, tokens);
+  if (contexts.shape[1] == 0) return;
+  MSN_DISPATCH(remember_guesses, tokens, contexts, history, lengths, tokens, parents, path, guesses)
+}
+
+void draft_tree(py::handle history_, py::handle lengths_, py::handle denoised_, py::handle contexts_, py::handle heads_,
+                py::handle factors_, int64_t max_depth, double foresight, py::handle tokens_, py::handle parents_,
+                py::handle probability_, py::handle sources_) {
+  const Tensor history = borrow("history", history_), lengths = borrow("lengths", lengths_), denoised = borrow("denoised", denoised_),
+               contexts = borrow("contexts", contexts_), heads = borrow("heads", heads_), factors = borrow("factors", factors_),
+               tokens = borrow("tokens", tokens_), parents = borrow("parents", parents_),
+               probability = borrow("probability", probability_), sources = borrow("sources", sources_);
+  expect_dims("history", history, 2);
+  expect_dims("denoised", denoised, 3);
+  expect_dims("contexts", contexts, 3);
+  expect_dims("heads", heads, 3);
+  expect_dims("tokens", tokens, 2);
+  const int64_t batch = history.shape[0], nodes = tokens.shape[1];
+  expect_nodes("tokens", nodes);
+  expect_range("max_depth", max_depth, 0, msn::kMaxNodes);
+  if (!(foresight >= 0 && foresight <= 1)) refuse("foresight is ", foresight, "; expected 0 to 1");
+  expect_index("history", history, DType::kInt64, {batch, history.shape[1]}, history);
+  expect_index("lengths", lengths, DType::kInt64, {batch}, history);
+  expect_index("denoised", denoised, DType::kInt32, {batch, denoised.shape[1], msn::kGuesses}, history);
+  expect_index("contexts", contexts, DType::kInt32, {msn::kOrders, contexts.shape[1], 1 + msn::kGuesses}, history);
+  expect_index("heads", heads, DType::kInt32, {batch, msn::kSuffixes, heads.shape[2]}, history);
+  expect_index("factors", factors, DType::kFloat64, {msn::kFactors}, history);
+  expect_index("tokens", tokens, DType::kInt64, {batch, nodes}, history);
+  expect_index("parents", parents, DType::kInt32, {batch, nodes}, history);
+  expect_index("probability", probability, DType::kFloat64, {batch, nodes}, history);
+  expect_index("sources", sources, DType::kInt32, {batch, nodes}, history);
+  MSN_DISPATCH(draft_tree, history, history, lengths, denoised, contexts, heads, factors, max_depth, foresight, tokens, parents,
+               probability, sources)
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = MSN_VERSION;
@@ -367,5 +445,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("commit_kv", &commit_kv);
   m.def("lookup_ngram", &lookup_ngram);
   m.def("fill_tree", &fill_tree);
+  m.def("top_guesses", &top_guesses);
+  m.def("index_suffixes", &index_suffixes);
+  m.def("remember_guesses", &remember_guesses);
+  m.def("draft_tree", &draft_tree);
   m.def("build_info", &build_info);
 }

@@ -29,6 +29,13 @@ void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngra
 void fill_tree(const Tensor& candidates, const Tensor& retrieved, const Tensor& history,
                const Tensor& lengths, const Tensor& depth, const Tensor& rank, const Tensor& seed,
                const Tensor& tokens);
+void top_guesses(const Tensor& logits, const Tensor& guesses);
+void index_suffixes(const Tensor& heads, const Tensor& history, const Tensor& start, const Tensor& lengths);
+void remember_guesses(const Tensor& contexts, const Tensor& history, const Tensor& lengths, const Tensor& tokens,
+                      const Tensor& parents, const Tensor& path, const Tensor& guesses);
+void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
+                const Tensor& heads, const Tensor& factors, int64_t max_depth, double foresight,
+                const Tensor& tokens, const Tensor& parents, const Tensor& probability, const Tensor& sources);
 const char* attention_isa();  // instruction set that tree_attention runs on here
 }  // namespace cpu
 
@@ -49,6 +56,13 @@ void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngra
 void fill_tree(const Tensor& candidates, const Tensor& retrieved, const Tensor& history,
                const Tensor& lengths, const Tensor& depth, const Tensor& rank, const Tensor& seed,
                const Tensor& tokens, void* stream);
+void top_guesses(const Tensor& logits, const Tensor& guesses, void* stream);
+void index_suffixes(const Tensor& heads, const Tensor& history, const Tensor& start, const Tensor& lengths, void* stream);
+void remember_guesses(const Tensor& contexts, const Tensor& history, const Tensor& lengths, const Tensor& tokens,
+                      const Tensor& parents, const Tensor& path, const Tensor& guesses, void* stream);
+void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
+                const Tensor& heads, const Tensor& factors, int64_t max_depth, double foresight,
+                const Tensor& tokens, const Tensor& parents, const Tensor& probability, const Tensor& sources, void* stream);
 }  // namespace cuda
 #endif
 

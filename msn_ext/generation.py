@@ -28,10 +28,12 @@ from transformers.generation import (
 
 from .decoding import (
     RETRIEVAL,
+    BestFirst,
     Decoder,
     Drafter,
     DraftTree,
     Lookahead,
+    SamDecoding,
     Sampler,
     TokenRecycling,
     TreeDrafter,
@@ -40,9 +42,11 @@ from .decoding import (
 )
 
 DRAFTS = {
+    "auto": BestFirst,
     "paper": DraftTree.paper,
     "jacobi": functools.partial(DraftTree.chain, 6),
     "lookup": functools.partial(DraftTree.chain, 8, rank=RETRIEVAL),
+    "suffix": SamDecoding,
     "recycling": TokenRecycling,
     "lookahead": Lookahead,
     "none": functools.partial(DraftTree.chain, 1),

@@ -1,8 +1,10 @@
 """The decoding step, from draft to commit; see docs/how-it-works.md."""
 
+from .best_first import BestFirst
 from .drafting import Draft, Drafter, TreeDrafter, Verified
 from .lookahead import Lookahead
 from .recycling import TokenRecycling
+from .sam import SamDecoding
 from .step import Decoder, Gained
 from .support import attention_for
 from .tree import RETRIEVAL, DraftTree
@@ -10,12 +12,14 @@ from .verification import Sampler, greedy
 
 __all__ = [
     "RETRIEVAL",
+    "BestFirst",
     "Decoder",
     "Draft",
     "DraftTree",
     "Drafter",
     "Gained",
     "Lookahead",
+    "SamDecoding",
     "Sampler",
     "TokenRecycling",
     "TreeDrafter",

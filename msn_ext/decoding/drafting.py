@@ -56,6 +56,7 @@ class Verified:
         logits: [B, N, V], behind every node.
         targets: int64 [B, N], the token the model itself puts after each node.
         path, accept_length, continuation: as :func:`msn_ext.ops.verify_tree` gives them.
+        history, lengths: the text before the pass, as :class:`Drafter` has it.
     """
 
     draft: Draft
@@ -64,6 +65,8 @@ class Verified:
     path: Tensor
     accept_length: Tensor
     continuation: Tensor
+    history: Tensor
+    lengths: Tensor
 
 
 @runtime_checkable

@@ -167,7 +167,9 @@ class Decoder:
         targets = self._targets(logits, positions, self._processors)
         accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._cache.commit(self._lengths - 1 + self._offsets, path, accepted)
-        self._drafter.observe(Verified(draft, logits, targets, path, accepted, continuation))
+        self._drafter.observe(
+            Verified(draft, logits, targets, path, accepted, continuation, self._history, self._lengths)
+        )
 
         gained = targets.gather(1, path.clamp(min=0))  # the target of each accepted node, root first
         columns = torch.arange(len(draft), device=gained.device)

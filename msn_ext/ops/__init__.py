@@ -16,7 +16,20 @@ from torch import Tensor
 
 from msn_ext import _C
 
-__all__ = ["commit_kv", "fill_tree", "lookup_ngram", "tree_ancestors", "tree_attention", "verify_tree"]
+from .reference import GUESSES, MAX_NODES
+
+__all__ = [
+    "commit_kv",
+    "draft_tree",
+    "fill_tree",
+    "index_suffixes",
+    "lookup_ngram",
+    "remember_guesses",
+    "top_guesses",
+    "tree_ancestors",
+    "tree_attention",
+    "verify_tree",
+]
 
 _library = torch.library.Library("msn_ext", "DEF")
 _ops = torch.ops.msn_ext
@@ -308,4 +321,176 @@ _register(
     "Tensor seed) -> Tensor",
     _fill_tree_impl,
     _fill_tree_output,
+)
+
+
+# ---- top_guesses ---------------------------------------------------------------------------------
+
+
+def top_guesses(logits: Tensor) -> Tensor:
+    """The eight likeliest tokens of every row of logits and how likely each is among them.
+
+    A *guess* is ``token * 16 + level``. The level is the number of :data:`.reference.EDGES` that are
+    no larger than the token's probability in a softmax over the eight (which needs no sum over the
+    vocabulary, and so no second pass).
+
+    Args:
+        logits: [..., V], float16, bfloat16, float32 or (CPU only) float64; V <= 2^27.
+
+    Returns:
+        int32 [..., 8], likeliest first (NaN before everything, as in arg-max; the lowest token of
+        equals), -1 where V < 8.
+    """
+    return _ops.top_guesses(logits)
+
+
+def _top_guesses_output(logits: Tensor) -> Tensor:
+    if logits.dim() < 1:
+        raise ValueError("logits has shape []; expected [..., V]")
+    return logits.new_empty((*logits.shape[:-1], GUESSES), dtype=torch.int32)
+
+
+def _top_guesses_impl(logits: Tensor) -> Tensor:
+    out = _top_guesses_output(logits)
+    _C.top_guesses(_dense_rows(logits.reshape(-1, logits.shape[-1])), out.view(-1, GUESSES))
+    return out
+
+
+_register("top_guesses(Tensor logits) -> Tensor", _top_guesses_impl, _top_guesses_output)
+
+
+# ---- index_suffixes ------------------------------------------------------------------------------
+
+
+def index_suffixes(heads: Tensor, history: Tensor, start: Tensor, lengths: Tensor) -> None:
+    """Note where the last 1, 2, 3, 4, 6, 8, 12 and 16 tokens before every new token stood, in place.
+
+    For every row b, place ``max(1, start[b]) <= e < lengths[b]`` and n-gram length, the slot of the
+    n-gram that ends before e becomes e. So a slot holds the most recent place, and a token costs the
+    same however long the text is.
+
+    Args:
+        heads: int32 [B, 8, S], zeros at first; n-grams share slots where their hashes do.
+        history: int64 [B, C], C < 2^31.
+        start: int64 [B], the places before it are indexed already.
+        lengths: int64 [B], tokens in the text.
+    """
+    _ops.index_suffixes(heads, history, start, lengths)
+
+
+def _index_suffixes_impl(heads, history, start, lengths) -> None:
+    _C.index_suffixes(heads, history.contiguous(), start, lengths)
+
+
+_register(
+    "index_suffixes(Tensor(a!) heads, Tensor history, Tensor start, Tensor lengths) -> ()",
+    _index_suffixes_impl,
+    lambda heads, history, start, lengths: None,
+)
+
+
+# ---- remember_guesses ----------------------------------------------------------------------------
+
+
+def remember_guesses(
+    contexts: Tensor, history: Tensor, lengths: Tensor, tokens: Tensor, parents: Tensor, path: Tensor, guesses: Tensor
+) -> None:
+    """Remember, for the last 1, 2 and 3 tokens at every node of a draft, what the model guessed next.
+
+    Nodes with one context: later rows over earlier ones, in a row the accepted path over the rest,
+    then the higher index. Padding is left out.
+
+    Args:
+        contexts: int32 [3, S, 9], zeros at first, changed in place: of an order and a hash slot, what
+            tells contexts apart (0: empty) and the guesses.
+        history: int64 [B, C]; lengths: int64 [B], >= 1: the text before the pass; its end is the root.
+        tokens: int64 [B, N]; parents: int32 [N] or [B, N]: the draft.
+        path: int64 [B, N], as :func:`verify_tree` gives it.
+        guesses: int32 [B, N, 8], as :func:`top_guesses` gives them.
+    """
+    _ops.remember_guesses(contexts, history, lengths, tokens, parents, path, guesses)
+
+
+def _remember_guesses_impl(contexts, history, lengths, tokens, parents, path, guesses) -> None:
+    rest = (x.contiguous() for x in (history, lengths, tokens, parents, path, guesses))
+    _C.remember_guesses(contexts, *rest)
+
+
+_register(
+    "remember_guesses(Tensor(a!) contexts, Tensor history, Tensor lengths, Tensor tokens, Tensor parents, Tensor path, "
+    "Tensor guesses) -> ()",
+    _remember_guesses_impl,
+    lambda contexts, history, lengths, tokens, parents, path, guesses: None,
+)
+
+
+# ---- draft_tree ----------------------------------------------------------------------------------
+
+
+def draft_tree(
+    history: Tensor,
+    lengths: Tensor,
+    denoised: Tensor,
+    contexts: Tensor,
+    heads: Tensor,
+    factors: Tensor,
+    nodes: int,
+    max_depth: int,
+    foresight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best ``nodes`` nodes of the tree of everything that any source guesses.
+
+    What may follow a node is what its sources list: the denoised guesses of its depth (arXiv
+    2406.17404, section 3.3), those remembered after its last 1, 2 and 3 tokens (Token Recycling, arXiv
+    2408.08696, has the first), and the tokens that followed the last places of its longest n-grams. A
+    token's score is a bias times the factor of every source that lists it; its probability given the
+    node is its score over 1 (nothing of all this) plus all scores, at most 0.99, and that of a path
+    is the product.
+
+    Each row gets the most valuable nodes, most valuable first, and parents before children. A node's
+    value is its probability; the likeliest child of a node (noise, a token of the text, if there is no
+    guess) is worth ``foresight`` times its parent's probability more, for if the accepted path ends
+    there, what the model says below is a guess of the next step. Of equals the one whose parent comes
+    first wins, then denoised guesses before remembered ones before suffixes.
+
+    Args:
+        history: int64 [B, C]; lengths: int64 [B], >= 1: the text, whose end is the root.
+        denoised: int32 [B, D, 8], guesses for the D next tokens; -1: none.
+        contexts: int32 [3, S, 9], of :func:`remember_guesses`; S = 0: none.
+        heads: int32 [B, 8, S'], of :func:`index_suffixes`; S' = 0: none.
+        factors: float64 [348], each 1e-9 to 1e9; :mod:`.reference` has their places.
+        nodes: N, root included, 1 to 256.
+        max_depth: of any node, 0 to 256.
+        foresight: 0 to 1; 0: probability alone counts, and there is no noise.
+
+    Returns:
+        ``tokens`` int64 [B, N]; ``parents`` int32 [B, N], -1 at the root and where nothing was left to
+        guess; ``probability`` float64 [B, N], that the node will be accepted: their sum is the expected
+        accept length; ``sources`` int32 [B, N], the sum of 1 (denoised), 2 (remembered), 4 (suffix), 8 (noise).
+    """
+    return _ops.draft_tree(history, lengths, denoised, contexts, heads, factors, nodes, max_depth, foresight)
+
+
+def _draft_tree_outputs(history, lengths, denoised, contexts, heads, factors, nodes, max_depth, foresight):
+    if history.dim() != 2:
+        raise ValueError(f"history has shape {list(history.shape)}; expected [B, C]")
+    shape = history.shape[0], nodes
+    tokens, parents = history.new_empty(shape), history.new_empty(shape, dtype=torch.int32)
+    return tokens, parents, history.new_empty(shape, dtype=torch.float64), torch.empty_like(parents)
+
+
+def _draft_tree_impl(history, lengths, denoised, contexts, heads, factors, nodes, max_depth, foresight):
+    if not 1 <= nodes <= MAX_NODES:
+        raise ValueError(f"nodes is {nodes}; expected 1 to {MAX_NODES}")
+    out = _draft_tree_outputs(history, lengths, denoised, contexts, heads, factors, nodes, max_depth, foresight)
+    tables = (x.contiguous() for x in (history, lengths, denoised, contexts, heads, factors))
+    _C.draft_tree(*tables, max_depth, foresight, *out)
+    return out
+
+
+_register(
+    "draft_tree(Tensor history, Tensor lengths, Tensor denoised, Tensor contexts, Tensor heads, Tensor factors, int nodes, "
+    "int max_depth, float foresight) -> (Tensor, Tensor, Tensor, Tensor)",
+    _draft_tree_impl,
+    _draft_tree_outputs,
 )

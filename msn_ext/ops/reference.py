@@ -184,3 +184,176 @@ def fill_tree(candidates, retrieved, history, lengths, depth, rank, seed):
                 token = int(history[b, counter_bits(int(seed), b, size + d, node) % size])
             tokens[b, node] = token
     return tokens.to(history.device)
+
+
+# ---- best-first drafting: what is known, and the tree that is made of it ----------------------------
+
+GUESSES = 8  # of the model, kept of every row of logits
+EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 0.985)  # between levels of probability
+LEVELS = len(EDGES) + 1
+ORDERS = 3  # contexts of 1, 2 and 3 tokens
+SUFFIXES = (1, 2, 3, 4, 6, 8, 12, 16)  # lengths of the n-grams that are indexed
+DENOISED, ADJACENT, SUFFIX, NOISE = 1, 2, 4, 8  # bits of `sources`
+CEILING = 0.99  # of the probability of a child, so that it always comes behind its parent
+
+# The factors, one by one (see `draft_tree`): where each table begins, its dimensions behind it.
+_BIAS = 0  # [highest order known here: 0..3, longest suffix known here: 0..8]
+_DENOISED = _BIAS + (ORDERS + 1) * (len(SUFFIXES) + 1)  # [depth: 0, 1, 2 and more, any context known here, level]
+_ADJACENT = _DENOISED + 3 * 2 * LEVELS  # [order, highest order known here, level]
+_SUFFIX = _ADJACENT + ORDERS * (ORDERS + 1) * LEVELS  # [n-gram, rank: 0, 1, 2 and more, highest order known here]
+FACTORS = _SUFFIX + len(SUFFIXES) * 3 * (ORDERS + 1)
+
+
+def top_guesses(logits):
+    rows = logits.reshape(-1, logits.shape[-1])
+    guesses = torch.full((len(rows), GUESSES), -1, dtype=torch.int32)
+    for at, row in enumerate(rows.double().tolist()):
+        # Largest first, NaN before everything, the lowest token of equals.
+        order = sorted(range(len(row)), key=lambda t: (row[t] == row[t], -row[t] if row[t] == row[t] else 0, t))
+        best = torch.tensor([row[t] for t in order[:GUESSES]], dtype=torch.float64)
+        weights = (best - best[:1]).exp()
+        total = 0.0
+        for weight in weights.tolist():
+            total += weight
+        for rank, weight in enumerate(weights.tolist()):
+            level = sum(weight / total >= edge for edge in EDGES)
+            guesses[at, rank] = order[rank] * 16 + level
+    return guesses.view(*logits.shape[:-1], GUESSES).to(logits.device)
+
+
+def _hashes(context: list[int]) -> list[int]:
+    """Of the last 1, 2, 3, … tokens of a context, which is given newest first."""
+    hashes, h = [], 0
+    for token in context:
+        h = splitmix64(h ^ token)
+        hashes.append(h)
+    return hashes
+
+
+def _signed32(x: int) -> int:
+    x &= 0xFFFFFFFF
+    return x - (1 << 32) if x >> 31 else x
+
+
+def _check(h: int) -> int:
+    """What tells contexts in one slot apart; never 0, which is an empty slot."""
+    return _signed32(h >> 32 | 1)
+
+
+def context_of(history: list[int], tokens: list[int], chain: list[int], most: int) -> list[int]:
+    """The last ``most`` tokens up to the end of ``chain``, newest first."""
+    text = history[-most:] + [tokens[node] for node in chain[1:]]
+    return text[: -most - 1 : -1]
+
+
+def index_suffixes(heads, history, start, lengths):
+    slots = heads.shape[2]
+    for b, (begin, size) in enumerate(zip(start.tolist(), lengths.tolist())):
+        row = history[b].tolist()
+        for end in range(max(begin, 1), size):
+            hashes = _hashes(row[max(0, end - SUFFIXES[-1]) : end][::-1])
+            for level, n in enumerate(SUFFIXES):
+                if n <= end:
+                    heads[b, level, hashes[n - 1] % slots] = end
+
+
+def remember_guesses(contexts, history, lengths, tokens, parents, path, guesses):
+    check_parents(parents)
+    batch, n = tokens.shape
+    slots = contexts.shape[1]
+    for b, (size, row) in enumerate(zip(lengths.tolist(), parents.expand(batch, n).tolist())):
+        accepted = [node for node in path[b].tolist() if node >= 0]
+        for node in [*(i for i in range(n) if i not in accepted), *accepted]:
+            chain = _chain(row, node)
+            if not chain:
+                continue
+            context = context_of(history[b, :size].tolist(), tokens[b].tolist(), chain, ORDERS)
+            for order, h in enumerate(_hashes(context)):
+                contexts[order, h % slots, 0] = _check(h)
+                contexts[order, h % slots, 1:] = guesses[b, node]
+
+
+def listed_behind(context, depth, denoised, contexts, heads, history):
+    """What the sources list behind a context (newest first): the place of its bias, and (token, place of its
+    factor, source) as often as a source lists a token. Arguments but the first two as lists or of one row."""
+    hashes = _hashes(context)
+    known = []
+    for order, h in enumerate(hashes[:ORDERS]):
+        slots = contexts.shape[1]
+        row = contexts[order, h % slots].tolist() if slots else [0]
+        if row[0] == _check(h):
+            known.append((order, row[1:]))
+    highest = max((order + 1 for order, _ in known), default=0)
+
+    behind = []  # (index of the n-gram, rank, token), the longest first
+    for level in reversed(range(len(SUFFIXES))):
+        n, slots = SUFFIXES[level], heads.shape[1]
+        end = int(heads[level, hashes[n - 1] % slots]) if slots and n <= len(hashes) else 0
+        if n <= end < len(history) and history[end - n : end][::-1] == context[:n]:
+            before = {token for _, _, token in behind}
+            if history[end] not in before:
+                behind.append((level, len(before), history[end]))
+    longest = behind[0][0] + 1 if behind else 0
+
+    listed = []
+    for guess in denoised[depth] if depth < len(denoised) else ():
+        row = min(depth, 2) * 2 + (highest > 0)
+        listed.append((guess >> 4, _DENOISED + row * LEVELS + guess % 16, DENOISED))
+    for order, row in known:
+        for guess in row:
+            listed.append((guess >> 4, _ADJACENT + (order * (ORDERS + 1) + highest) * LEVELS + guess % 16, ADJACENT))
+    for level, rank, token in behind:
+        listed.append((token, _SUFFIX + (level * 3 + min(rank, 2)) * (ORDERS + 1) + highest, SUFFIX))
+    return _BIAS + highest * (len(SUFFIXES) + 1) + longest, [entry for entry in listed if entry[0] >= 0]
+
+
+def _candidates(context, depth, denoised, contexts, heads, history, factors):
+    """[token, score, sources] of every token that a source lists behind a context."""
+    bias, listed = listed_behind(context, depth, denoised, contexts, heads, history)
+    candidates = {}
+    for token, factor, source in listed:
+        candidate = candidates.setdefault(token, [token, factors[bias], 0])
+        candidate[1] *= factors[factor]
+        candidate[2] |= source
+    return list(candidates.values())
+
+
+def draft_tree(history, lengths, denoised, contexts, heads, factors, nodes, max_depth, foresight):
+    batch = history.shape[0]
+    tokens = torch.zeros(batch, nodes, dtype=torch.int64)
+    parents = torch.full((batch, nodes), -1, dtype=torch.int32)
+    probability = torch.zeros(batch, nodes, dtype=torch.float64)
+    sources = torch.zeros(batch, nodes, dtype=torch.int32)
+    for b, size in enumerate(lengths.tolist()):
+        text = history[b, :size].tolist()
+        rows = denoised[b].tolist()
+        # (-value, parent, place among the candidates): the most valuable, of equals the one whose parent
+        # came first, then as listed. Behind it what becomes of the node. At first there is the root.
+        waiting = [(-1.0, -1, 0, (text[-1], 1.0, 0))]
+        made, chains = [], []
+        while waiting and len(made) < nodes:
+            best = min(waiting)
+            waiting.remove(best)
+            _, parent, _, (token, above, source) = best
+            node = len(made)
+            made.append((token, parent, above, source))
+            chains.append([*chains[parent], node] if node else [0])
+            depth = len(chains[node]) - 1
+            if depth >= max_depth:
+                continue
+            context = context_of(text, [token for token, *_ in made], chains[node], SUFFIXES[-1])
+            found = _candidates(context, depth, rows, contexts, heads[b], text, factors.tolist())
+            total = 1.0
+            for _, score, _ in found:
+                total += score
+            if not found and above * foresight > 0:
+                found = [(text[counter_bits(0, 0, size + depth + 1, node) % size], 0.0, NOISE)]
+            likeliest = max(range(len(found)), key=lambda at: (found[at][1], -at), default=0)
+            for at, (token, score, source) in enumerate(found):
+                p = above * min(score / total, CEILING)
+                value = p + above * foresight if at == likeliest else p
+                waiting.append((-value, node, at, (token, p, source)))
+        for node, (token, parent, p, source) in enumerate(made):
+            tokens[b, node], parents[b, node], probability[b, node], sources[b, node] = token, parent, p, source
+        tokens[b, len(made) :] = text[-1]
+    return tuple(x.to(history.device) for x in (tokens, parents, probability, sources))

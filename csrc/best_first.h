@@ -1,0 +1,159 @@
+// What is known behind a context, and what it is worth: the tables of best-first drafting, one
+// value at a time. Inline for host and device, like tree.h; msn_ext/ops/reference.py says the same
+// in Python. Sums and products are float64 and in a fixed order, and these files are compiled
+// without fused multiply-add, so every backend builds the same tree.
+#pragma once
+#include "drafting.h"
+
+namespace msn {
+
+constexpr int kGuesses = 8;   // of the model, kept of every row of logits
+constexpr int kLevels = 12;   // of probability
+constexpr int kOrders = 3;    // contexts of 1, 2 and 3 tokens
+constexpr int kSuffixes = 8;  // n-grams that are indexed; the longest has kContext tokens
+constexpr int kContext = 16;
+constexpr int64_t kMaxVocabulary = int64_t{1} << 27;  // so that a guess fits its 32 bits
+constexpr double kCeiling = 0.99;  // of a child's probability: it always comes behind its parent
+
+enum Source : int32_t { kDenoised = 1, kAdjacent = 2, kSuffix = 4, kNoise = 8 };
+
+// The factors: where each table begins; its dimensions behind it.
+constexpr int kBiasAt = 0;  // [highest order known here, longest suffix known here + 1 or 0]
+constexpr int kDenoisedAt = kBiasAt + (kOrders + 1) * (kSuffixes + 1);  // [depth <= 2, any order known, level]
+constexpr int kAdjacentAt = kDenoisedAt + 3 * 2 * kLevels;              // [order, highest order known here, level]
+constexpr int kSuffixAt = kAdjacentAt + kOrders * (kOrders + 1) * kLevels;  // [n-gram, rank <= 2, highest order]
+constexpr int kFactors = kSuffixAt + kSuffixes * 3 * (kOrders + 1);
+
+// Tokens that may be listed behind a context, each in a slot of its own: the denoised guesses, the
+// remembered ones of every order, the suffixes from the longest to the shortest.
+constexpr int kListed = kGuesses * (1 + kOrders) + kSuffixes;
+
+MSN_HD int suffix_length(int index) {
+  constexpr int lengths[kSuffixes] = {1, 2, 3, 4, 6, 8, 12, kContext};
+  return lengths[index];
+}
+
+// A guess is a token and its level of probability among the kGuesses, in one number; -1: none.
+MSN_HD int32_t pack_guess(int64_t token, int level) { return static_cast<int32_t>(token * 16 + level); }
+MSN_HD int64_t guess_token(int32_t guess) { return guess >> 4; }
+MSN_HD int guess_level(int32_t guess) { return guess & 15; }
+MSN_HD int level_of(double probability) {
+  constexpr double edges[kLevels - 1] = {0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 0.985};
+  int level = 0;
+  for (int i = 0; i < kLevels - 1; ++i) level += probability >= edges[i];
+  return level;
+}
+
+// The hash of a context and one more token before it (contexts are read from the newest token back).
+MSN_HD uint64_t extend_hash(uint64_t hash, int64_t token) { return splitmix64(hash ^ static_cast<uint64_t>(token)); }
+// Tells contexts in one slot of a table apart; 0 is an empty slot.
+MSN_HD int32_t hash_check(uint64_t hash) { return static_cast<int32_t>(static_cast<uint32_t>(hash >> 32) | 1u); }
+
+// The tokens up to and including `node`, newest first: its path, then the text, of which the root is
+// the end. Returns how many there are, at most `most`.
+MSN_HD int context_of(const int64_t* tokens, const int32_t* parents, int node, const int64_t* history, int64_t length,
+                      int most, int64_t* context) {
+  int count = 0;
+  for (; node > 0 && count < most; node = parent_of(parents, node)) context[count++] = tokens[node];
+  for (int64_t at = length - 1; at >= 0 && count < most; --at) context[count++] = history[at];
+  return count;
+}
+
+// Everything that drafting may read about one row.
+struct Sources {
+  const int32_t* denoised;  // [depths, kGuesses]
+  int64_t depths;
+  const int32_t* contexts;  // [kOrders, slots, 1 + kGuesses]
+  int64_t slots;
+  const int32_t* heads;  // [kSuffixes, head_slots]
+  int64_t head_slots;
+  const int64_t* history;  // [length]
+  int64_t length;
+  const double* factors;  // [kFactors]
+};
+
+// What the tables hold behind one context.
+struct Known {
+  const int32_t* guesses[kOrders];  // null: nothing
+  int highest;                      // order that is known, + 1; 0: none
+  int64_t next[kSuffixes];          // token behind the n-gram's last place; -1: none, or a longer one has it
+  int rank[kSuffixes];              // among the different tokens, from the longest n-gram on
+  int longest;                      // n-gram that is known, + 1; 0: none
+};
+
+MSN_HD void look_up(const Sources& from, const int64_t* context, int count, Known& known) {
+  known.highest = known.longest = 0;
+  for (int order = 0; order < kOrders; ++order) known.guesses[order] = nullptr;
+  uint64_t hash = 0;
+  for (int n = 1, level = 0; level < kSuffixes; ++n) {
+    if (n <= count) hash = extend_hash(hash, context[n - 1]);
+    if (n <= count && n <= kOrders && from.slots > 0) {
+      const int64_t slot = (n - 1) * from.slots + static_cast<int64_t>(hash % static_cast<uint64_t>(from.slots));
+      const int32_t* row = from.contexts + slot * (1 + kGuesses);
+      if (row[0] == hash_check(hash)) {
+        known.guesses[n - 1] = row + 1;
+        known.highest = n;
+      }
+    }
+    if (n != suffix_length(level)) continue;
+    known.next[level] = -1;
+    if (n <= count && from.head_slots > 0) {
+      const int64_t slot = level * from.head_slots + static_cast<int64_t>(hash % static_cast<uint64_t>(from.head_slots));
+      const int64_t end = from.heads[slot];
+      bool same = n <= end && end < from.length;
+      for (int i = 0; same && i < n; ++i) same = from.history[end - 1 - i] == context[i];
+      if (same) {
+        known.next[level] = from.history[end];
+        known.longest = level + 1;
+      }
+    }
+    ++level;
+  }
+  int different = 0;
+  for (int level = kSuffixes - 1; level >= 0; --level) {
+    for (int longer = level + 1; longer < kSuffixes; ++longer)
+      if (known.next[longer] == known.next[level]) known.next[level] = -1;
+    known.rank[level] = different;
+    different += known.next[level] >= 0;
+  }
+}
+
+// One of the listed tokens: its factor and where it comes from. Token -1: none here.
+struct Listed {
+  int64_t token;
+  int factor;
+  int32_t source;
+};
+
+MSN_HD Listed listed_at(const Sources& from, const Known& known, int depth, int at) {
+  if (at < kGuesses) {
+    if (depth >= from.depths) return {-1, 0, 0};
+    const int32_t guess = from.denoised[depth * kGuesses + at];
+    if (guess < 0) return {-1, 0, 0};
+    const int row = (depth < 2 ? depth : 2) * 2 + (known.highest > 0);
+    return {guess_token(guess), kDenoisedAt + row * kLevels + guess_level(guess), kDenoised};
+  }
+  at -= kGuesses;
+  if (at < kGuesses * kOrders) {
+    const int order = at / kGuesses;
+    const int32_t guess = known.guesses[order] ? known.guesses[order][at % kGuesses] : -1;
+    if (guess < 0) return {-1, 0, 0};
+    const int row = order * (kOrders + 1) + known.highest;
+    return {guess_token(guess), kAdjacentAt + row * kLevels + guess_level(guess), kAdjacent};
+  }
+  const int level = kSuffixes - 1 - (at - kGuesses * kOrders);
+  if (known.next[level] < 0) return {-1, 0, 0};
+  const int row = level * 3 + (known.rank[level] < 2 ? known.rank[level] : 2);
+  return {known.next[level], kSuffixAt + row * (kOrders + 1) + known.highest, kSuffix};
+}
+
+MSN_HD double bias_of(const Sources& from, const Known& known) {
+  return from.factors[kBiasAt + known.highest * (kSuffixes + 1) + known.longest];
+}
+
+// Stands behind `parent` at `depth` where nothing is listed: a token of the text, by counter.
+MSN_HD int64_t noise_token(const Sources& from, int depth, int parent) {
+  return from.history[counter_bits(0, 0, from.length + depth, parent) % from.length];
+}
+
+}  // namespace msn

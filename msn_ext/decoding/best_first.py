@@ -1,0 +1,181 @@
+"""Best-first drafting: the most probable nodes of a tree of everything that is known, as many as pay."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from msn_ext import ops
+from msn_ext.ops.reference import GUESSES, MAX_NODES, ORDERS, SUFFIXES
+
+from . import factors as weights
+from .budget import SIZES, Budget, StepTimes
+from .drafting import Draft, TreeDrafter, Verified
+from .tree import RETRIEVAL, DraftTree
+
+OPENING = 6
+"""Guesses behind the prompt, a chain: text that followed its end before, noise where there is none."""
+FORESIGHT = 0.05
+SLOTS = 1 << 16
+"""Contexts of one order that are remembered."""
+
+
+class Denoised:
+    """The model's guesses at the rejected nodes below the accepted path, by depth (Jacobi iteration).
+
+    Attributes:
+        guesses: int32 [B, depths, 8], as :func:`msn_ext.ops.draft_tree` takes them; -1: none.
+    """
+
+    def __init__(self, batch: int, depths: int, device: torch.device):
+        self._depths = depths
+        self.guesses = torch.full((batch, depths, GUESSES), -1, dtype=torch.int32, device=device)
+
+    def update(self, verified: Verified, guesses: Tensor) -> None:
+        nodes = verified.continuation[:, : self._depths, None]
+        self.guesses = guesses.gather(1, nodes.clamp(min=0).expand(-1, -1, GUESSES)).masked_fill(nodes < 0, -1)
+
+
+class Adjacency:
+    """What the model last guessed after the same one, two and three tokens, from every verified node.
+
+    One table for all rows: 7 MB whatever the vocabulary. A newer context takes an older one's slot.
+
+    Attributes:
+        contexts: int32 [3, slots, 9], as :func:`msn_ext.ops.remember_guesses` keeps it.
+    """
+
+    def __init__(self, device: torch.device, slots: int = SLOTS):
+        self.contexts = torch.zeros(ORDERS, slots, 1 + GUESSES, dtype=torch.int32, device=device)
+
+    def update(self, verified: Verified, guesses: Tensor) -> None:
+        draft = verified.draft
+        ops.remember_guesses(
+            self.contexts, verified.history, verified.lengths, draft.tokens, draft.parents, verified.path, guesses
+        )
+
+
+class Suffix:
+    """What followed the last place of the text's last n-grams, up to 16 tokens long.
+
+    32 bytes a token of room, at most 4 MB a row; a step costs the same however long the text is.
+
+    Attributes:
+        heads: int32 [B, 8, slots], as :func:`msn_ext.ops.index_suffixes` keeps it.
+    """
+
+    def __init__(self, batch: int, room: int, device: torch.device):
+        slots = min(1 << max(room - 1, 0).bit_length(), 1 << 17) if room else 0
+        self.heads = torch.zeros(batch, len(SUFFIXES), slots, dtype=torch.int32, device=device)
+        self._indexed = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def update(self, history: Tensor, lengths: Tensor) -> None:
+        ops.index_suffixes(self.heads, history, self._indexed, lengths)
+        self._indexed = lengths.clone()
+
+
+SOURCES = ("denoised", "adjacency", "suffix")
+
+
+class BestFirst:
+    """A tree of the most probable guesses of several sources, of a size that pays on this machine.
+
+    Args:
+        budget: nodes per tree, root included, 1 to 256; None: what gives the most tokens per second by
+            the expected accept length (the sum of the nodes' probabilities) and the time of a step.
+        sources: which of :data:`SOURCES` to use.
+        factors: float64 [348], what :func:`msn_ext.ops.draft_tree` weighs the sources with; None: those
+            that ``benchmarks/calibrate.py`` fitted on instruction-tuning prompts.
+        times: seconds of a step by its nodes, for the budget; None: learned while decoding.
+        max_depth: of the tree.
+        foresight: 0 to 1, what a prediction for the next step is worth, see :func:`msn_ext.ops.draft_tree`.
+
+    An object that is passed to several calls of ``generate`` keeps what it remembers, and what it
+    learned of step times, from call to call.
+    """
+
+    def __init__(
+        self,
+        budget: int | None = None,
+        sources: tuple[str, ...] = SOURCES,
+        factors: Tensor | None = None,
+        times: dict[int, float] | None = None,
+        max_depth: int = 20,
+        foresight: float = FORESIGHT,
+    ):
+        if budget is not None and not 1 <= budget <= MAX_NODES:
+            raise ValueError(f"budget is {budget}; expected None or 1 to {MAX_NODES}")
+        if unknown := set(sources) - set(SOURCES):
+            raise ValueError(f"sources has {', '.join(map(repr, sorted(unknown)))}; expected some of {', '.join(SOURCES)}")
+        self.max_depth, self._budget, self._sources = max_depth, budget, tuple(sources)
+        self._factors = weights.load() if factors is None else factors
+        self._foresight, self._curve, self._times = foresight, times, None
+        self._adjacency: Adjacency | None = None
+        self._opening = TreeDrafter(DraftTree.chain(OPENING, RETRIEVAL))
+
+    def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
+        device = torch.device(device)
+        self._opening.start(batch, vocabulary, device)
+        self._factors = self._factors.to(device)
+        self._denoised = Denoised(batch, self.max_depth if "denoised" in self._sources else 0, device)
+        if self._adjacency is None or self._adjacency.contexts.device != device:
+            self._adjacency = Adjacency(device, slots=SLOTS if "adjacency" in self._sources else 0)
+        self._suffix: Suffix | None = None
+        if self._times is None:
+            self._times = StepTimes(self._curve, device.type)
+        self._choice = Budget(self._times, batch)
+        self._expected: float | None = None  # guesses accepted per row, of the last tree
+        self._last: tuple[int, Tensor] | None = None  # tokens computed and accept lengths of the last step
+
+    def _listen(self, history: Tensor, lengths: Tensor) -> Suffix:
+        """The suffixes of the text so far."""
+        if self._suffix is None:
+            self._suffix = Suffix(len(lengths), history.shape[1] if "suffix" in self._sources else 0, history.device)
+        self._suffix.update(history, lengths)
+        return self._suffix
+
+    def first(self, history: Tensor, lengths: Tensor) -> Tensor:
+        return self._opening.first(history, lengths)
+
+    def propose(self, history: Tensor, lengths: Tensor) -> Draft:
+        if self._budget is None:
+            self._look_back()
+        tokens, parents, self.probability, self.sources = ops.draft_tree(
+            history,
+            lengths,
+            self._denoised.guesses,
+            self._adjacency.contexts,
+            self._listen(history, lengths).heads,
+            self._factors,
+            self._budget or SIZES[-1],
+            self.max_depth,
+            self._foresight,
+        )
+        nodes = self._budget or self._pay()
+        return Draft.of(tokens[:, :nodes], parents[:, :nodes])
+
+    def _pay(self) -> int:
+        """The nodes that give the most tokens per second; waits for the device."""
+        expected = (self.probability.sum(0).cumsum(0) / len(self.probability) - 1).tolist()
+        nodes = self._choice.choose(expected)
+        self._expected = expected[nodes - 1]
+        return nodes
+
+    def _look_back(self) -> None:
+        """Learn from the step before: how long it took, what it gained."""
+        now = time.perf_counter()
+        if self._last is not None:
+            nodes, accepted = self._last
+            self._times.observe(nodes, now - self._began)
+            self._choice.observe(self._expected, float(accepted.double().mean()) - 1)
+        self._began, self._last = now, None
+
+    def observe(self, verified: Verified) -> None:
+        if self._expected is not None:
+            self._last = verified.draft.tokens.numel(), verified.accept_length
+        guesses = ops.top_guesses(verified.logits)
+        self._denoised.update(verified, guesses)
+        if "adjacency" in self._sources:
+            self._adjacency.update(verified, guesses)

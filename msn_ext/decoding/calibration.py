@@ -1,0 +1,108 @@
+"""Fitting the factors of best-first drafting to what a model says on given prompts.
+
+How likely a listed token is depends on which sources list it and how sure they were
+(:func:`msn_ext.ops.draft_tree`): a multinomial logit whose weights are the factors' logarithms, with "none
+of these" as one more outcome of score 1. It is fitted to the nodes of accepted paths, where the
+model's own next token is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from msn_ext.ops import reference
+
+from .best_first import BestFirst
+from .drafting import Verified
+
+PULL = 0.3
+"""Nodes' worth of evidence, per factor and unit of its squared logarithm, that holds it at the prior."""
+
+
+@dataclass
+class Records:
+    """What was listed at nodes of accepted paths, and what came.
+
+    Attributes:
+        nodes: of every node the place of its bias, the (token, place of its factor) of every entry, and the
+            model's own next token.
+    """
+
+    nodes: list[tuple[int, list[tuple[int, int]], int]] = field(default_factory=list)
+
+
+class Recorder(BestFirst):
+    """Best-first drafting that also keeps records of what it knew and what came (on the host, slowly)."""
+
+    def __init__(self, records: Records, **options):
+        super().__init__(**options)
+        self._records = records
+
+    def observe(self, verified: Verified) -> None:
+        if self._suffix is not None:  # not in the prompt's pass
+            self._record(verified)
+        super().observe(verified)
+
+    def _record(self, verified: Verified) -> None:
+        draft = verified.draft
+        contexts = self._adjacency.contexts.cpu()
+        for b, (tokens, path) in enumerate(zip(draft.tokens.tolist(), verified.path.tolist())):
+            text = verified.history[b, : int(verified.lengths[b])].tolist()
+            denoised, heads = self._denoised.guesses[b].tolist(), self._suffix.heads[b].cpu()
+            chain = []
+            for node in path[: int(verified.accept_length[b])]:
+                chain.append(node)
+                context = reference.context_of(text, tokens, chain, reference.SUFFIXES[-1])
+                bias, listed = reference.listed_behind(context, len(chain) - 1, denoised, contexts, heads, text)
+                entries = [(token, factor) for token, factor, _ in listed]
+                self._records.nodes.append((bias, entries, int(verified.targets[b, node])))
+
+
+def fit(records: Records, prior: Tensor, rounds: int = 60) -> tuple[Tensor, float, float]:
+    """The factors under which what came was likeliest, held at ``prior`` where there is little evidence.
+
+    Args:
+        records: of a few thousand nodes or more.
+        prior: float64 [348].
+        rounds: of L-BFGS.
+
+    Returns:
+        float64 [348]; the mean log-likelihood of a node under the prior and under the result.
+    """
+    candidates: list[tuple[int, list[int]]] = []  # (node, places of its bias and factors)
+    came = []  # per node the candidate that came, -1: none of them
+    for node, (bias, entries, truth) in enumerate(records.nodes):
+        listed: dict[int, list[int]] = {}
+        for token, factor in entries:
+            listed.setdefault(token, [bias]).append(factor)
+        came.append(len(candidates) + list(listed).index(truth) if truth in listed else -1)
+        candidates += [(node, places) for places in listed.values()]
+    owner = torch.tensor([node for node, _ in candidates])
+    sizes = torch.tensor([len(places) for _, places in candidates])
+    places = torch.tensor([place for _, listed in candidates for place in listed])
+    candidate = torch.arange(len(candidates)).repeat_interleave(sizes)
+    came = torch.tensor(came)
+    hit = came >= 0
+
+    def likelihood(weights: Tensor) -> Tensor:
+        scores = torch.zeros(len(candidates), dtype=torch.float64).index_add(0, candidate, weights[places])
+        total = torch.ones(len(came), dtype=torch.float64).index_add(0, owner, scores.exp())
+        return (scores[came.clamp(min=0)] * hit).sum() - total.log().sum()
+
+    start = prior.double().log()
+    weights = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([weights], max_iter=rounds, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = (PULL * (weights - start).square().sum() - likelihood(weights)) / len(came)
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    with torch.no_grad():
+        before, after = (float(likelihood(w)) / len(came) for w in (start, weights))
+    return weights.detach().exp().clamp(1e-6, 1e6), before, after
