@@ -1,6 +1,7 @@
 """Accept lengths of every drafter on Spec-Bench, by replay: drafters x categories x budgets, and an ablation.
 
-    python benchmarks/specbench.py --output results.jsonl            # all turns, all drafters (hours on a CPU)
+    python benchmarks/specbench.py --output results.jsonl            # all turns and drafters (hours on a CPU); goes on
+                                                                     # where a file of the same drafters ends
     python benchmarks/specbench.py --prompts 24 --drafts paper,auto@64
     python benchmarks/specbench.py --check 6                         # also decode six turns for real, and compare
     python benchmarks/specbench.py --summary results.jsonl           # the tables of a file, nothing run
@@ -194,15 +195,15 @@ def replay_all(drafts: list[str], model, text: list[int], prompt: int, scratch: 
     return {name: results[name] for name in drafts}
 
 
-def load_turns(path: pathlib.Path, count: int | None) -> list[dict]:
-    """Questions, in turn from every category: the first ``count``, or all."""
+def load_questions(path: pathlib.Path, skip: int, count: int | None) -> list[dict]:
+    """Questions, in turn from every category: ``count`` or all behind the first ``skip``."""
     groups: dict[str, list] = {category: [] for category in CATEGORIES}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         group = row["category"] if row["category"] in groups else "mt_bench"
         groups[group].append(dict(category=group, question=row["question_id"], turns=row["turns"][:2]))
     in_turn = [group[i] for i in range(max(map(len, groups.values()))) for group in groups.values() if i < len(group)]
-    return in_turn[:count]
+    return in_turn[skip:][:count]
 
 
 @torch.no_grad()
@@ -287,6 +288,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", help="path or id; the demo model where none is named")
     parser.add_argument("--data", type=pathlib.Path, default=SHARED, help="a Spec-Bench question file")
     parser.add_argument("--prompts", type=int, help="questions, in turn from every category (default: all)")
+    parser.add_argument("--skip", type=int, default=0, help="questions to leave out first (24 served to design auto)")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--drafts", default=",".join(DRAFTS), help="comma-separated (default: all)")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="questions that are also decoded for real")
@@ -324,7 +326,7 @@ def main(arguments: list[str]) -> int:
                     file.write(json.dumps(header) + "\n")
                 file.write(json.dumps(row) + "\n")
 
-    questions = load_turns(options.data, options.prompts)
+    questions = load_questions(options.data, options.skip, options.prompts)
     rows = measure(model, tokenizer, questions, drafts, options.new_tokens, options.check, done, save)
     print(json.dumps(header))
     print(summarise(rows))

@@ -1,104 +1,53 @@
-"""Every op against its specification (msn_ext.ops.reference) and an independent oracle (oracle.py)."""
+"""Every op against its specification (msn_ext.ops.reference) and an independent oracle (oracle.py).
 
-import contextlib
+Those of best-first drafting have a file of their own; what concerns all ops alike is here.
+"""
+
 import dataclasses
 import random
-import threading
 
 import oracle
 import pytest
 import torch
+from cases import (
+    CPU_DTYPES,
+    EXTREMES,
+    KINDS,
+    SIZES,
+    assert_equal,
+    bounded,
+    build_tree,
+    integers,
+    malformed_trees,
+    one_thread,
+    padded,
+    seeded,
+    tree_tensor,
+    trees,
+)
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from msn_ext import _C, ops
 from msn_ext.ops import reference
 
-OPS = ["tree_ancestors", "tree_attention", "verify_tree", "commit_kv", "lookup_ngram", "fill_tree"]
-SIZES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256]
-KINDS = ["random", "chain", "star", "deep", "padded"]
-EXTREMES = [-(2**31), -2, 2**31 - 1]
+OPS = [
+    "tree_ancestors",
+    "tree_attention",
+    "verify_tree",
+    "commit_kv",
+    "lookup_ngram",
+    "fill_tree",
+    "top_guesses",
+    "remember_guesses",
+    "index_suffixes",
+    "draft_tree",
+]
 POISONS = [float("nan"), float("inf"), -float("inf"), 1e30]
-CPU_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-def build_tree(kind: str, nodes: int, seed: int = 0) -> list[int]:
-    """A tree's parents; "padded" has padding in the middle, with dead nodes below it."""
-    rng = random.Random(f"{kind} {nodes} {seed}")
-    draw = {
-        "random": lambda i: rng.randrange(i),
-        "chain": lambda i: i - 1,
-        "star": lambda i: 0,
-        "deep": lambda i: rng.randrange(max(0, i - 3), i),
-        "padded": lambda i: rng.randrange(-1, i) if rng.random() < 0.5 else rng.choice([-1, i - 1]),
-    }[kind]
-    return [-1, *(draw(i) for i in range(1, nodes))]
-
-
-@st.composite
-def trees(draw, rows: int = 1) -> list[list[int]]:
-    """One tree a row, all of one size: small ones node by node, larger ones by kind and seed."""
-    if draw(st.booleans()):
-        nodes = draw(st.integers(1, 12))
-        return [[-1, *(draw(st.integers(-1, i - 1)) for i in range(1, nodes))] for _ in range(rows)]
-    nodes = draw(st.sampled_from(SIZES) | st.integers(1, 256))
-    return [build_tree(draw(st.sampled_from(KINDS)), nodes, draw(st.integers(0, 999))) for _ in range(rows)]
-
-
-def tree_tensor(parents, device: str) -> torch.Tensor:
-    return torch.tensor(parents, dtype=torch.int32, device=device)
 
 
 def ancestors_of(parents, device: str) -> torch.Tensor:
     return ops.tree_ancestors(tree_tensor(parents, device))[0]
-
-
-def integers(values, device: str = "cpu") -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
-
-
-def padded(lists: list[list[int]], width: int) -> list[list[int]]:
-    return [[*x, *[-1] * (width - len(x))] for x in lists]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Thousands of tiny torch ops spend their time waiting for a second thread on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def assert_equal(got, expected) -> None:
-    """Same values, shape, dtype and device."""
-    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def bounded(call, seconds: float = 20):
-    """What ``call`` returns or raises; fails if it has not come back after ``seconds``."""
-    outcome = []
-
-    def work():
-        try:
-            outcome.append((call(), None))
-        except Exception as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert outcome, f"no answer after {seconds} s"
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
 
 
 # ---- tree_ancestors ------------------------------------------------------------------------------
@@ -130,17 +79,6 @@ def test_ancestors_take_strided_parents_and_no_rows(device):
     assert_equal(ops.tree_ancestors(parents.t().contiguous().t()), ops.tree_ancestors(parents))
     ancestors, depth = ops.tree_ancestors(parents[:0])
     assert ancestors.shape == (0, 40, 1) and depth.shape == (0, 40)
-
-
-@st.composite
-def malformed_trees(draw) -> tuple[list[int], int]:
-    """Parents with one to three wrong entries, and the first of these."""
-    parents = draw(trees())[0]
-    wrong = draw(st.lists(st.integers(0, len(parents) - 1), min_size=1, max_size=3, unique=True))
-    for i in wrong:
-        values = [i, i + 1, len(parents), *EXTREMES] + ([0] if i == 0 else [])
-        parents[i] = draw(st.sampled_from(values))
-    return parents, min(wrong)
 
 
 @given(malformed=malformed_trees())
@@ -811,6 +749,8 @@ def example(op: str, device: str) -> dict:
     shapes = [(2, 4, 4, 8), (2, 2, 16, 8), (2, 2, 16, 6)]
     q, k, v = (torch.randn(shape, generator=source).to(device) for shape in shapes)
     tokens = integers([[1, 2, 3, 4], [1, 2, 3, 4]], device)
+    text = integers([[1, 2, 3, 1, 2, 0], [5, 5, 5, 5, 5, 5]], device)
+    guesses = torch.arange(2 * 4 * 8, dtype=torch.int32, device=device).view(2, 4, 8) * 17  # levels 0 to 15
     return {
         "tree_ancestors": lambda: {"parents": parents},
         "tree_attention": lambda: {
@@ -833,7 +773,7 @@ def example(op: str, device: str) -> dict:
             "accept_length": integers([2, 3], device),
         },
         "lookup_ngram": lambda: {
-            "history": integers([[1, 2, 3, 1, 2, 0], [5, 5, 5, 5, 5, 5]], device),
+            "history": text,
             "lengths": integers([5, 6], device),
             "max_ngram": 3,
             "length": 4,
@@ -847,6 +787,33 @@ def example(op: str, device: str) -> dict:
             "rank": tree_tensor([0, 0, -1, 1], device),
             "seed": integers([42], device),
         },
+        "top_guesses": lambda: {"logits": torch.randn(2, 4, 20, generator=source).to(device)},
+        "remember_guesses": lambda: {
+            "contexts": torch.zeros(3, 32, 9, dtype=torch.int32, device=device),
+            "history": text,
+            "lengths": integers([5, 6], device),
+            "tokens": tokens,
+            "parents": parents,
+            "path": integers([[0, 1, 3, -1], [0, -1, -1, -1]], device),
+            "guesses": guesses,
+        },
+        "index_suffixes": lambda: {
+            "heads": torch.zeros(2, 8, 32, dtype=torch.int32, device=device),
+            "history": text,
+            "start": integers([0, 2], device),
+            "lengths": integers([5, 6], device),
+        },
+        "draft_tree": lambda: {
+            "history": text,
+            "lengths": integers([5, 6], device),
+            "denoised": guesses[:, :3],
+            "contexts": torch.zeros(3, 32, 9, dtype=torch.int32, device=device),
+            "heads": torch.zeros(2, 8, 32, dtype=torch.int32, device=device),
+            "factors": torch.ones(reference.FACTORS, dtype=torch.float64, device=device),
+            "nodes": 6,
+            "max_depth": 3,
+            "foresight": 0.05,
+        },
     }[op]()
 
 
@@ -857,28 +824,39 @@ def test_opcheck(device, op):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_step_equals_the_eager_one(device, backend):
-    """All ops in one graph, commit_kv in place."""
+    """All ops in one graph; caches and tables change in place."""
 
     def step(arguments):
         ancestors, depth = ops.tree_ancestors(**arguments["tree_ancestors"], validate=False)
         out = ops.tree_attention(**{**arguments["tree_attention"], "ancestors": ancestors}) * 2
         retrieved, matched = ops.lookup_ngram(**arguments["lookup_ngram"])
         filled = ops.fill_tree(**{**arguments["fill_tree"], "depth": depth, "retrieved": retrieved})
-        accept_length, path, bonus, continuation = ops.verify_tree(**{**arguments["verify_tree"], "tokens": filled})
+        drafted = {**arguments["verify_tree"], "tokens": filled, "targets": filled * 0 + 3}  # row 0 retrieved a 3
+        accept_length, path, bonus, continuation = ops.verify_tree(**drafted)
         ops.commit_kv(**{**arguments["commit_kv"], "path": path, "accept_length": accept_length})
-        return ancestors, depth, out, retrieved, matched, filled, accept_length, path, bonus, continuation
+        guesses = ops.top_guesses(arguments["top_guesses"]["logits"] * 2)
+        observed = {**arguments["remember_guesses"], "tokens": filled, "path": path, "guesses": guesses}
+        ops.remember_guesses(**observed)
+        ops.index_suffixes(**arguments["index_suffixes"])
+        tables = {"contexts": observed["contexts"], "heads": arguments["index_suffixes"]["heads"]}
+        draft = ops.draft_tree(**{**arguments["draft_tree"], **tables, "denoised": guesses})
+        verified = accept_length, path, bonus, continuation
+        return ancestors, depth, out, retrieved, matched, filled, *verified, guesses, *draft
 
     torch.compiler.reset()
     eager, compiled = ({op: example(op, device) for op in OPS} for _ in range(2))
     assert_equal(torch.compile(step, fullgraph=True, backend=backend)(compiled), step(eager))
-    assert_equal(compiled["commit_kv"]["caches"], eager["commit_kv"]["caches"])
+    for op, changed in [("commit_kv", "caches"), ("remember_guesses", "contexts"), ("index_suffixes", "heads")]:
+        assert_equal(compiled[op][changed], eager[op][changed])
+        assert not all(torch.equal(x, y) for x, y in zip(compiled[op][changed], example(op, device)[changed]))
 
 
-def test_ops_take_tensors_that_require_grad():
-    arguments = example("tree_attention", "cpu")
-    expected = ops.tree_attention(**arguments)
-    arguments["q"] = torch.nn.Parameter(arguments["q"])
-    assert_equal(ops.tree_attention(**arguments), expected)
+@pytest.mark.parametrize("op, name", [("tree_attention", "q"), ("top_guesses", "logits"), ("draft_tree", "factors")])
+def test_ops_take_tensors_that_require_grad(op, name):
+    arguments = example(op, "cpu")
+    expected = getattr(ops, op)(**arguments)
+    arguments[name] = torch.nn.Parameter(arguments[name])
+    assert_equal(getattr(ops, op)(**arguments), expected)
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -904,8 +882,20 @@ def as_float(x):
     return x.float()
 
 
+def as_int64(x):
+    return x.long()
+
+
+def strided(x):
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
 def sized(*shape):
     return lambda x: x.new_zeros(shape)
+
+
+def number(value):
+    return lambda x: value
 
 
 # Seen from shapes and dtypes alone: op, changed arguments, the argument that the message names.
@@ -997,6 +987,75 @@ WRONG_FORMS = [
     ("fill_tree", {"rank": sized(257)}, "rank"),
     ("fill_tree", {"seed": lambda x: x.repeat(2)}, "seed"),
     ("fill_tree", {"seed": as_int32}, "seed"),
+    ("top_guesses", {"logits": scalar}, "logits"),
+    ("top_guesses", {"logits": as_int64}, "logits"),
+    ("top_guesses", {"logits": lambda x: x.to(torch.complex64)}, "logits"),
+    ("index_suffixes", {"heads": flat}, "heads"),
+    ("index_suffixes", {"heads": fewer_rows}, "heads"),
+    ("index_suffixes", {"heads": as_int64}, "heads"),
+    ("index_suffixes", {"heads": strided}, "heads"),
+    ("index_suffixes", {"heads": sized(2, 7, 32)}, "heads"),
+    ("index_suffixes", {"history": scalar}, "history"),
+    ("index_suffixes", {"history": flat}, "history"),
+    ("index_suffixes", {"history": as_int32}, "history"),
+    ("index_suffixes", {"start": fewer_rows}, "start"),
+    ("index_suffixes", {"start": as_int32}, "start"),
+    ("index_suffixes", {"lengths": fewer_rows}, "lengths"),
+    ("index_suffixes", {"lengths": as_int32}, "lengths"),
+    ("remember_guesses", {"contexts": flat}, "contexts"),
+    ("remember_guesses", {"contexts": as_int64}, "contexts"),
+    ("remember_guesses", {"contexts": strided}, "contexts"),
+    ("remember_guesses", {"contexts": sized(2, 32, 9)}, "contexts"),
+    ("remember_guesses", {"contexts": sized(3, 32, 8)}, "contexts"),
+    ("remember_guesses", {"history": flat}, "history"),
+    ("remember_guesses", {"history": fewer_rows}, "history"),
+    ("remember_guesses", {"history": as_int32}, "history"),
+    ("remember_guesses", {"lengths": fewer_rows}, "lengths"),
+    ("remember_guesses", {"lengths": as_int32}, "lengths"),
+    ("remember_guesses", {"tokens": flat}, "tokens"),
+    ("remember_guesses", {"tokens": as_int32}, "tokens"),
+    ("remember_guesses", {"tokens": sized(2, 0)}, "tokens"),
+    ("remember_guesses", {"tokens": sized(2, 257)}, "tokens"),
+    ("remember_guesses", {"parents": fewer_rows}, "parents"),
+    ("remember_guesses", {"parents": as_int64}, "parents"),
+    ("remember_guesses", {"parents": lambda x: x[:, :-1]}, "parents"),
+    ("remember_guesses", {"path": fewer_rows}, "path"),
+    ("remember_guesses", {"path": as_int32}, "path"),
+    ("remember_guesses", {"path": lambda x: x[:, :-1]}, "path"),
+    ("remember_guesses", {"guesses": flat}, "guesses"),
+    ("remember_guesses", {"guesses": as_int64}, "guesses"),
+    ("remember_guesses", {"guesses": lambda x: x[..., :-1]}, "guesses"),
+    ("remember_guesses", {"guesses": lambda x: x[:, :-1]}, "guesses"),
+    ("draft_tree", {"history": scalar}, "history"),
+    ("draft_tree", {"history": flat}, "history"),
+    ("draft_tree", {"history": as_int32}, "history"),
+    ("draft_tree", {"lengths": fewer_rows}, "lengths"),
+    ("draft_tree", {"lengths": as_int32}, "lengths"),
+    ("draft_tree", {"denoised": flat}, "denoised"),
+    ("draft_tree", {"denoised": fewer_rows}, "denoised"),
+    ("draft_tree", {"denoised": as_int64}, "denoised"),
+    ("draft_tree", {"denoised": lambda x: x[..., :-1]}, "denoised"),
+    ("draft_tree", {"contexts": flat}, "contexts"),
+    ("draft_tree", {"contexts": as_int64}, "contexts"),
+    ("draft_tree", {"contexts": sized(2, 32, 9)}, "contexts"),
+    ("draft_tree", {"contexts": sized(3, 32, 8)}, "contexts"),
+    ("draft_tree", {"heads": flat}, "heads"),
+    ("draft_tree", {"heads": fewer_rows}, "heads"),
+    ("draft_tree", {"heads": as_int64}, "heads"),
+    ("draft_tree", {"heads": sized(2, 7, 32)}, "heads"),
+    ("draft_tree", {"factors": fewer_rows}, "factors"),
+    ("draft_tree", {"factors": scalar}, "factors"),
+    ("draft_tree", {"factors": as_float}, "factors"),
+    ("draft_tree", {"nodes": number(0)}, "nodes"),
+    ("draft_tree", {"nodes": number(-1)}, "nodes"),
+    ("draft_tree", {"nodes": number(257)}, "nodes"),
+    ("draft_tree", {"nodes": number(2**40)}, "nodes"),
+    ("draft_tree", {"max_depth": number(-1)}, "max_depth"),
+    ("draft_tree", {"max_depth": number(257)}, "max_depth"),
+    ("draft_tree", {"foresight": number(-0.01)}, "foresight"),
+    ("draft_tree", {"foresight": number(1.01)}, "foresight"),
+    ("draft_tree", {"foresight": number(float("nan"))}, "foresight"),
+    ("draft_tree", {"foresight": number(float("inf"))}, "foresight"),
 ]
 
 # Values, which only the CPU reads back: op, arguments, the start of the message.
@@ -1021,6 +1080,18 @@ WRONG_VALUES = [
     ("lookup_ngram", {"lengths": [5, -(2**63)]}, r"lengths\[1\]"),
     ("fill_tree", {"lengths": [0, 4]}, r"lengths\[0\] is 0"),
     ("fill_tree", {"lengths": [3, 5]}, r"lengths\[1\] is 5"),
+    ("index_suffixes", {"lengths": [5, 7]}, r"lengths\[1\] is 7"),
+    ("index_suffixes", {"lengths": [-1, 6]}, r"lengths\[0\] is -1"),
+    ("index_suffixes", {"lengths": [5, 2**63 - 1]}, r"lengths\[1\]"),
+    ("index_suffixes", {"start": [7, 0]}, r"start\[0\] is 7"),
+    ("index_suffixes", {"start": [0, -1]}, r"start\[1\] is -1"),
+    ("index_suffixes", {"start": [0, -(2**63)]}, r"start\[1\]"),
+    ("remember_guesses", {"lengths": [0, 6]}, r"lengths\[0\] is 0"),
+    ("remember_guesses", {"lengths": [5, 7]}, r"lengths\[1\] is 7"),
+    ("remember_guesses", {"lengths": [5, -(2**63)]}, r"lengths\[1\]"),
+    ("draft_tree", {"lengths": [0, 6]}, r"lengths\[0\] is 0"),
+    ("draft_tree", {"lengths": [5, 7]}, r"lengths\[1\] is 7"),
+    ("draft_tree", {"lengths": [5, 2**63 - 1]}, r"lengths\[1\]"),
 ]
 
 

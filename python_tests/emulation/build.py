@@ -19,6 +19,7 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-alias
 FLAGS += ["-U_FORTIFY_SOURCE"]
 # What would be an alignment fault on a GPU ends the process.
 KERNEL_FLAGS = ["-x", "c++", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+KERNEL_FLAGS += ["-ffp-contract=off"]  # as -fmad=false in CMakeLists.txt; some processors fuse unasked
 DEFINES = [f'-DMSN_{name}="emulated"' for name in ("VERSION", "COMPILER", "CUDA_VERSION", "CUDA_ARCHS")]
 
 

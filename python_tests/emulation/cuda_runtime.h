@@ -167,6 +167,22 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return all;
 }
 
+inline int atomicMax(int* at, int value) {
+  const int before = *at;
+  *at = std::max(before, value);
+  return before;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -270,6 +270,107 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
     memory.check()
 
 
+def fuzz_top_guesses(rng: random.Random, nodes: int) -> None:
+    rows, vocabulary = rng.randrange(4), rng.choice([1, 2, 7, 8, 9, 1000, 1023, 1025, 8192, 9001])
+    logits = torch.randn(rows, vocabulary) * rng.choice([0.0, 0.1, 1.0, 5.0])
+    if rng.random() < 0.5:
+        logits = logits.round()  # equals, -0.0 among them
+    for _ in range(rng.choice([0, 1, 3, 2 * vocabulary]) if rows else 0):
+        special = rng.choice([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, -1e-42])
+        logits[rng.randrange(rows), rng.randrange(vocabulary)] = special
+    logits = logits.to(rng.choice(list(TOLERANCE)))
+    want = reference.top_guesses(logits)
+    memory = Memory(rng)
+    placed, out = memory.place(logits, free=1), memory.place(torch.full_like(want, 77), want=want)
+    _C.top_guesses(placed, out)
+    memory.check()
+
+
+def random_tokens(rng: random.Random, *shape: int) -> torch.Tensor:
+    """Of a vocabulary so small that contexts meet again; at times any that a guess can hold."""
+    return torch.randint(0, rng.choice([1, 2, 3, 5, 40, 1 << 27]), shape)
+
+
+def random_guesses(rng: random.Random, *shape: int) -> torch.Tensor:
+    guesses = random_tokens(rng, *shape, reference.GUESSES) * 16
+    guesses = (guesses + torch.randint(0, reference.LEVELS, guesses.shape)).int()
+    none = torch.rand(guesses.shape) < rng.choice([0.0, 0.0, 0.3, 0.9])
+    return guesses.masked_fill(none, rng.choice([-1, -(2**31)]))
+
+
+def random_heads(rng: random.Random, history: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Of the first ``lengths`` tokens; any slots may hold anything."""
+    heads = torch.zeros(len(history), len(reference.SUFFIXES), rng.choice([0, 1, 7, 300]), dtype=torch.int32)
+    if heads.shape[2]:
+        reference.index_suffixes(heads, history, torch.zeros_like(lengths), lengths)
+    wrong = torch.rand(heads.shape) < rng.choice([0.0, 0.0, 0.1])
+    anything = torch.tensor([-(2**31), -1, 0, 1, 2, 7, 2**31 - 1], dtype=torch.int32)
+    return torch.where(wrong, anything[torch.randint(0, 7, heads.shape)], heads)
+
+
+def random_contexts(rng: random.Random, history: torch.Tensor) -> torch.Tensor:
+    """What drafts behind the texts of ``history`` left."""
+    batch, capacity = history.shape
+    contexts = torch.zeros(reference.ORDERS, rng.choice([0, 1, 7, 300]), 1 + reference.GUESSES, dtype=torch.int32)
+    for _ in range(rng.choice([0, 1, 10]) if contexts.shape[1] else 0):
+        parents = torch.tensor(random_tree(rng, 8), dtype=torch.int32)
+        tokens = history[:, torch.randint(0, capacity, (8,))]
+        lengths, path = torch.randint(1, capacity + 1, (batch,)), torch.full((batch, 8), -1)
+        reference.remember_guesses(contexts, history, lengths, tokens, parents, path, random_guesses(rng, batch, 8))
+    return contexts
+
+
+def fuzz_index_suffixes(rng: random.Random, nodes: int) -> None:
+    batch, capacity = rng.randrange(4), rng.choice([0, 1, 2, 16, 17, 40, 1500])  # a block has 1024 threads
+    history = random_history(rng, batch, capacity)
+    lengths, start = (spoil(rng, torch.randint(0, capacity + 1, (batch,)), capacity) for _ in range(2))
+    inside = lengths.clamp(0, capacity), start.clamp(0, capacity)
+    # What earlier calls may have left: places before the first new one.
+    heads = torch.rand(batch, len(reference.SUFFIXES), rng.choice([0, 1, 2, 50, 3000]))
+    heads = (heads * inside[1].clamp(min=1)[:, None, None]).int()
+    want, memory = heads.clone(), Memory(rng)
+    if heads.shape[2]:
+        reference.index_suffixes(want, history, inside[1], inside[0])
+    _C.index_suffixes(memory.place(heads, want=want), *map(memory.place, (history, start, lengths)))
+    memory.check()
+
+
+def fuzz_remember_guesses(rng: random.Random, nodes: int) -> None:
+    batch, capacity, slots = rng.randrange(4), rng.choice([1, 2, 3, 20]), rng.choice([0, 1, 2, 50, 3000])
+    history, tokens = random_history(rng, batch, capacity), random_tokens(rng, batch, nodes)
+    lengths = spoil(rng, torch.randint(1, capacity + 1, (batch,)), capacity)
+    bad, good = malformed(rng, random_parents(rng, batch, nodes))
+    path = reference.verify_tree(tokens, random_tokens(rng, batch, nodes), good)[1]
+    for _ in range(rng.choice([0, 0, 1, 20]) if batch else 0):
+        path[rng.randrange(batch), rng.randrange(nodes)] = rng.choice([*FAR, nodes, rng.randrange(nodes)])
+    guesses = torch.randint(-(2**31), 2**31 - 1, (batch, nodes, reference.GUESSES), dtype=torch.int32)
+    contexts = torch.randint(-9, 9, (reference.ORDERS, slots, 1 + reference.GUESSES), dtype=torch.int32)
+    want, memory = contexts.clone(), Memory(rng)
+    if slots:
+        inside = lengths.clamp(1, capacity), torch.where(path < nodes, path, -1)
+        reference.remember_guesses(want, history, inside[0], tokens, good, inside[1], guesses)
+    inputs = history, lengths, tokens, bad, path, guesses
+    _C.remember_guesses(memory.place(contexts, want=want), *map(memory.place, inputs))
+    memory.check()
+
+
+def fuzz_draft_tree(rng: random.Random, nodes: int) -> None:
+    batch, capacity = rng.choice([0, 1, 1, 2]), rng.choice([1, 2, 20, 100])
+    history = random_history(rng, batch, capacity)
+    lengths = spoil(rng, torch.randint(1, capacity + 1, (batch,)), capacity)
+    inside = lengths.clamp(1, capacity)
+    denoised = random_guesses(rng, batch, rng.choice([0, 1, 4, 20, 300]))
+    contexts, heads = random_contexts(rng, history), random_heads(rng, history, inside)
+    # Powers of two give many equal values; with the smallest factors, or down a deep path, values reach 0.
+    factors = torch.randn(reference.FACTORS, dtype=torch.float64) * rng.choice([0, 1, 3, 10])
+    factors = 2.0 ** factors.round() if rng.random() < 0.3 else factors.exp()
+    factors = (factors * rng.choice([1e-9, 0.1, 1.0, 1e9])).clamp(1e-9, 1e9)
+    options = rng.choice([0, 1, 3, 16, 256, 256]), rng.choice([0.0, 0.05, 0.5, 1.0])
+    tables = denoised, contexts, heads, factors
+    want = reference.draft_tree(history, inside, *tables, nodes, *options)
+    check_op("draft_tree", rng, [history, lengths, *tables, *options], want)
+
+
 OPS = {
     "tree_ancestors": fuzz_tree_ancestors,
     "verify_tree": fuzz_verify_tree,
@@ -277,6 +378,10 @@ OPS = {
     "fill_tree": fuzz_fill_tree,
     "commit_kv": fuzz_commit_kv,
     "tree_attention": fuzz_tree_attention,
+    "top_guesses": fuzz_top_guesses,
+    "index_suffixes": fuzz_index_suffixes,
+    "remember_guesses": fuzz_remember_guesses,
+    "draft_tree": fuzz_draft_tree,
 }
 
 

@@ -30,6 +30,20 @@ void fill_tree(const Tensor& candidates, const Tensor& retrieved, const Tensor& 
                const Tensor& depth, const Tensor& rank, const Tensor& seed, const Tensor& tokens) {
   cuda::fill_tree(candidates, retrieved, history, lengths, depth, rank, seed, tokens, nullptr);
 }
+void top_guesses(const Tensor& logits, const Tensor& guesses) { cuda::top_guesses(logits, guesses, nullptr); }
+void index_suffixes(const Tensor& heads, const Tensor& history, const Tensor& start, const Tensor& lengths) {
+  cuda::index_suffixes(heads, history, start, lengths, nullptr);
+}
+void remember_guesses(const Tensor& contexts, const Tensor& history, const Tensor& lengths, const Tensor& tokens,
+                      const Tensor& parents, const Tensor& path, const Tensor& guesses) {
+  cuda::remember_guesses(contexts, history, lengths, tokens, parents, path, guesses, nullptr);
+}
+void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
+                const Tensor& heads, const Tensor& factors, int64_t max_depth, double foresight, const Tensor& tokens,
+                const Tensor& parents, const Tensor& probability, const Tensor& sources) {
+  cuda::draft_tree(history, lengths, denoised, contexts, heads, factors, max_depth, foresight, tokens, parents,
+                   probability, sources, nullptr);
+}
 const char* attention_isa() { return "emulated CUDA"; }
 
 }  // namespace msn::cpu
