@@ -28,10 +28,8 @@ constexpr int kFactors = kSuffixAt + kSuffixes * 3 * (kOrders + 1);
 // remembered ones of every order, the suffixes from the longest to the shortest.
 constexpr int kListed = kGuesses * (1 + kOrders) + kSuffixes;
 
-MSN_HD int suffix_length(int index) {
-  constexpr int lengths[kSuffixes] = {1, 2, 3, 4, 6, 8, 12, kContext};
-  return lengths[index];
-}
+// 1, 2, 3, 4, 6, 8, 12, 16: a byte each, since an array would lie on a GPU thread's stack.
+MSN_HD int suffix_length(int index) { return static_cast<int>(0x100c080604030201ull >> (8 * index) & 0xff); }
 
 // A guess is a token and its level of probability among the kGuesses, in one number; -1: none.
 MSN_HD int32_t pack_guess(int64_t token, int level) { return static_cast<int32_t>(token * 16 + level); }
