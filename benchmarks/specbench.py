@@ -52,7 +52,7 @@ DRAFTS = (
 
 def make_drafter(name: str):
     if not name.startswith("auto@"):
-        return _drafter(name)
+        return _drafter(name, None)
     budget, _, without = name.removeprefix("auto@").partition("-")
     options = {"foresight": 0.0} if without == "foresight" else {}
     return BestFirst(int(budget), sources=tuple(source for source in SOURCES if source != without), **options)

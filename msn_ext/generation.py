@@ -26,9 +26,9 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
+from . import profile
 from .decoding import (
     RETRIEVAL,
-    BestFirst,
     Decoder,
     Drafter,
     DraftTree,
@@ -42,7 +42,7 @@ from .decoding import (
 )
 
 DRAFTS = {
-    "auto": BestFirst,
+    "auto": None,  # depends on the model
     "paper": DraftTree.paper,
     "jacobi": functools.partial(DraftTree.chain, 6),
     "lookup": functools.partial(DraftTree.chain, 8, rank=RETRIEVAL),
@@ -106,7 +106,7 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    draft: str | DraftTree | Drafter = "paper",
+    draft: str | DraftTree | Drafter = "auto",
     tokenizer=None,
     streamer=None,
     generation_config: GenerationConfig | None = None,
@@ -191,7 +191,9 @@ generate.__signature__ = _signature.replace(
 )
 
 
-def _drafter(draft: str | DraftTree | Drafter) -> Drafter:
+def _drafter(draft: str | DraftTree | Drafter, model: PreTrainedModel) -> Drafter:
+    if draft == "auto":
+        return profile.auto(model)
     if isinstance(draft, str) and draft in DRAFTS:
         draft = DRAFTS[draft]()
     if isinstance(draft, DraftTree):
@@ -247,7 +249,7 @@ def _decode(
 ):
     """The decoding loop, called by ``GenerationMixin.generate`` with everything prepared."""
     attention_mask, past_key_values = (model_kwargs.pop(name, None) for name in ("attention_mask", "past_key_values"))
-    drafter = _drafter(draft)
+    drafter = _drafter(draft, model)
     attention = attention_for(model)
     _check_config(generation_config)
     _check_processors(logits_processor)

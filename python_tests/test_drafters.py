@@ -1,6 +1,7 @@
 """What each drafter proposes and remembers, against its paper's rules followed step by step."""
 
 import pathlib
+import random
 import re
 
 import pytest
@@ -8,7 +9,11 @@ import torch
 from families import VOCAB, tiny_model
 
 from msn_ext import Draft, Verified, generate, ops
-from msn_ext.decoding import Lookahead, TokenRecycling
+from msn_ext.decoding import BestFirst, Lookahead, SamDecoding, TokenRecycling
+from msn_ext.decoding.best_first import SOURCES
+from msn_ext.decoding.budget import SIZES, Budget, StepTimes
+from msn_ext.decoding.sam import SuffixAutomaton
+from msn_ext.ops import reference
 
 CPU = torch.device("cpu")
 
@@ -22,10 +27,10 @@ def text(*rows):
     return history, lengths
 
 
-def verify(draft: Draft, logits: torch.Tensor) -> Verified:
+def verify(draft: Draft, logits: torch.Tensor, history: torch.Tensor, lengths: torch.Tensor) -> Verified:
     targets = logits.argmax(-1)
     accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
-    return Verified(draft, logits, targets, path, accepted, continuation)
+    return Verified(draft, logits, targets, path, accepted, continuation, history, lengths)
 
 
 # ---- Token Recycling -----------------------------------------------------------------------------
@@ -49,7 +54,7 @@ def test_recycling_fills_its_tree_from_the_matrix_and_the_last_duplicate_wins():
                 assert torch.equal(draft.tokens[:, node], matrix[draft.tokens[:, parent], rank])
         assert torch.equal(draft.tokens[:, 0], torch.tensor([6, 8]))
         logits = torch.randn(2, 81, VOCAB, generator=generator)
-        drafter.observe(verify(draft, logits))
+        drafter.observe(verify(draft, logits, history, lengths))
         for row, scores in zip(draft.tokens.tolist(), logits):
             for token, score in zip(row, scores):
                 wins += bool(matrix[token].any())
@@ -69,6 +74,150 @@ def test_recycling_keeps_its_matrix_for_the_next_call_only_in_the_same_object():
     generate(small, ids, draft=drafter, **settings)
 
 
+# ---- best-first ----------------------------------------------------------------------------------
+
+SETTINGS = dict(do_sample=False, max_new_tokens=48, eos_token_id=None, return_dict_in_generate=True)
+
+
+def passes(draft, prompt=(5, 9, 4, 7), model=None) -> int:
+    return len(generate(model or tiny_model("llama", 3), torch.tensor([prompt]), draft=draft, **SETTINGS).accept_lengths[0])
+
+
+def test_best_first_proposes_what_its_tables_hold_and_fills_them_from_every_pass():
+    """Its tables, kept here by the reference ops from what it is shown, give its next tree."""
+    drafter = BestFirst(budget=24)
+    drafter.start(2, VOCAB, CPU)
+    generator = torch.Generator().manual_seed(0)
+    history, lengths = torch.randint(0, 4, (2, 64), generator=generator), torch.tensor([9, 12])
+    drafter.first(history, lengths)
+    contexts = torch.zeros(3, 1 << 16, 9, dtype=torch.int32)
+    denoised = torch.full((2, 20, 8), -1, dtype=torch.int32)
+    gained = []
+    for _ in range(5):
+        heads = torch.zeros(2, 8, 64, dtype=torch.int32)
+        reference.index_suffixes(heads, history, torch.zeros_like(lengths), lengths)
+        expected = reference.draft_tree(history, lengths, denoised, contexts, heads, drafter._factors, 24, 20, 0.05)
+        draft = drafter.propose(history, lengths)
+        assert torch.equal(draft.tokens, expected[0]) and torch.equal(draft.parents, expected[1])
+        assert torch.equal(drafter.probability, expected[2]) and torch.equal(drafter.sources, expected[3])
+        logits = torch.randn(2, 24, VOCAB, generator=generator)
+        logits[..., :4] += 2  # few tokens, so that guesses come true
+        verified = verify(draft, logits, history, lengths)
+        drafter.observe(verified)
+        guesses = reference.top_guesses(logits)
+        reference.remember_guesses(contexts, history, lengths, draft.tokens, draft.parents, verified.path, guesses)
+        denoised.fill_(-1)
+        for b, row in enumerate(verified.continuation.tolist()):
+            for depth, node in enumerate(node for node in row if node >= 0):
+                denoised[b, depth] = guesses[b, node]
+        for b, (path, count) in enumerate(zip(verified.path, verified.accept_length.tolist())):
+            history[b, lengths[b] : lengths[b] + count] = verified.targets[b, path[:count]]
+        lengths = lengths + verified.accept_length
+        gained += verified.accept_length.tolist()
+    assert max(gained) > 1 and (denoised >= 0).any()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_drafts_alone_and_more_find_more(source):
+    alone, nothing = passes(BestFirst(budget=32, sources=(source,))), passes(BestFirst(budget=32, sources=(), foresight=0))
+    assert passes(BestFirst(budget=32)) <= alone < nothing
+
+
+def test_an_object_remembers_from_call_to_call():
+    drafter = BestFirst(budget=32)
+    cold = passes(BestFirst(budget=32))
+    assert passes(drafter) == cold and passes(drafter) < cold
+
+
+def test_the_size_follows_the_time_of_a_step():
+    """Nothing is drafted where a node costs a whole step, the largest tree where nodes are free."""
+    free, dear = StepTimes({1: 1.0, 512: 1.0}, "cpu"), StepTimes({1: 1.0, 512: 512.0}, "cpu")
+    for times in (free, dear):
+        times.observe = lambda tokens, seconds: None
+    sizes = {}
+    for name, times in (("free", free), ("dear", dear)):
+        drafter, sizes[name] = BestFirst(times=times), []
+        propose = drafter.propose
+        drafter.propose = lambda *text, propose=propose, seen=sizes[name]: (draft := propose(*text), seen.append(len(draft)))[0]
+        passes(drafter)
+    assert set(sizes["dear"]) == {1}
+    assert sizes["free"][5:] and min(sizes["free"][5:]) > 16
+
+
+@pytest.mark.parametrize("device, kink", [("cpu", 0.6), ("cpu", 1.0), ("cuda", 1.0)])
+def test_step_times_learn_what_they_are_shown(device, kink):
+    times = StepTimes(None, device)
+    truth = lambda tokens: 0.01 * (1 + 0.05 * tokens) * (kink if tokens == 1 else 1)  # noqa: E731
+    assert times(1) < times(8) < times(64)
+    for tokens in (8, 1, 64):
+        times.observe(tokens, truth(tokens))
+        assert times(tokens) == pytest.approx(truth(tokens), rel=0.4)
+    for tokens in (1, 8, 64) * 15:
+        times.observe(tokens, truth(tokens))
+    for tokens in (1, 8, 24, 64):
+        assert times(tokens) == pytest.approx(truth(tokens), rel=0.02)
+    times.observe(8, 100.0)  # somebody stopped the machine
+    assert times(8) == pytest.approx(truth(8), rel=0.25)
+    for tokens in (1, 64) * 20:  # another program has come, everything takes longer
+        times.observe(tokens, 3 * truth(tokens))
+    assert times(64) == pytest.approx(3 * truth(64), rel=0.1) and times(1) == pytest.approx(3 * truth(1), rel=0.3)
+
+
+def test_measured_step_times_are_read_between_and_behind():
+    times = StepTimes({16: 4.0, 1: 1.0, 8: 2.0, 12: 1.9}, "cuda")
+    assert [times(n) for n in (1, 8, 12, 14, 16, 24)] == [1.0, 2.0, 2.0, 3.0, 4.0, 8.0]
+    times.observe(8, 50.0)
+    assert times(8) == 2.0
+    assert StepTimes({4: 2.0}, "cpu")(100) == 2.0
+
+
+def test_the_budget_is_the_best_rate_and_trusts_what_came_true():
+    times = StepTimes({1: 1.0, 101: 2.0}, "cpu")
+    expected = [min(2.0, 0.2 * n) for n in range(SIZES[-1])]
+    budget = Budget(times, rows=1)
+    rate = {n: (1 + expected[n - 1]) / times(n) for n in SIZES}
+    assert budget.choose(expected) == max(SIZES, key=rate.get) == 12
+    for _ in range(400):
+        budget.observe(2.0, 0.0)  # nothing ever comes true
+    assert budget.choose(expected) == 1
+    assert Budget(times, rows=64).choose(expected) == 1, "a large batch has no time to spare"
+    assert Budget(times, rows=1).choose(expected[:1]) == 1
+
+
+# ---- SAM-Decoding --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("letters", [1, 2, 3, 6])
+def test_the_automaton_finds_the_first_place_of_the_longest_match(letters):
+    for seed in range(25):
+        rng = random.Random(f"{letters} {seed}")
+        automaton, tokens = SuffixAutomaton(), []
+        for _ in range(rng.randrange(1, 70)):
+            tokens.append(rng.randrange(letters))
+            automaton.append(tokens[-1])
+            size = len(tokens)
+            places = (
+                (n, [end for end in range(n, size) if tokens[end - n : end] == tokens[size - n :]])
+                for n in range(size - 1, 0, -1)
+            )
+            matched, ends = next(((n, ends) for n, ends in places if ends), (0, []))
+            assert automaton.matched == matched
+            assert not ends or automaton.follows == ends[0]
+
+
+def test_sam_copies_four_tokens_for_every_one_that_matched():
+    drafter = SamDecoding()
+    drafter.start(3, VOCAB, CPU)
+    history, lengths = text([1, 2, 3, 4, 5, 6, 7, 8, 9, 1], [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], [1, 2, 3])
+    draft = drafter.propose(history, lengths)
+    assert draft.tokens.tolist() == [[1, 2, 3, 4, 5, 1, 1, 1, 1], [2, 3, 4, 5, 6, 7, 8, 9, 1], [3] * 9]
+    chain = [*range(-1, 8)]
+    assert draft.parents.tolist() == [chain[:5] + [-1] * 4, chain, [-1] * 9]
+    history, lengths = text([*range(70), *range(30)], [7] * 3, [7])
+    drafter.start(3, VOCAB, CPU)
+    assert drafter.propose(history, lengths).depth.max(1).values.tolist() == [59, 1, 0]
+
+
 # ---- Lookahead -----------------------------------------------------------------------------------
 
 
@@ -85,7 +234,7 @@ def test_lookahead_window_pool_and_guesses():
 
     def step(draft):
         logits = torch.nn.functional.one_hot(answer(draft.tokens), size).float()
-        drafter.observe(verify(draft, logits))
+        drafter.observe(verify(draft, logits, history, lengths))
 
     step(draft)
     root, sizes = 7, []
@@ -130,6 +279,13 @@ def test_lookahead_sees_its_window_as_the_paper_draws_it():
         (lambda: Lookahead(ngram=2), "ngram is 2; expected 3"),
         (lambda: Lookahead(guesses=-1), "guesses is -1; expected 0"),
         (lambda: Lookahead(window=60, guesses=60), "tree of 480 nodes; expected at most 256"),
+        (lambda: BestFirst(budget=0), "budget is 0; expected None or 1 to 256"),
+        (lambda: BestFirst(sources=("suffix", "tables")), "sources has 'tables'; expected some of denoised, adjacency, suffix"),
+        (lambda: BestFirst(max_depth=-1), "max_depth is -1; expected 0 to 256"),
+        (lambda: BestFirst(foresight=2.0), "foresight is 2.0; expected 0 to 1"),
+        (lambda: BestFirst(factors=torch.ones(3)), "factors has shape [3] and dtype torch.float32; expected [348], float64"),
+        (lambda: SamDecoding(most=1), "most is 1; expected 2 to 256"),
+        (lambda: SamDecoding(growth=0), "growth is 0"),
         (lambda: TokenRecycling(0), "budget is 0; expected 1 to 81"),
         (lambda: TokenRecycling(82), "budget is 82"),
     ],

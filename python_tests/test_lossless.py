@@ -14,8 +14,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 import msn_ext
 from msn_ext import Draft, DraftTree, generate
-from msn_ext.decoding import Decoder, TreeDrafter, attention_for, greedy
+from msn_ext.decoding import BestFirst, Decoder, TreeDrafter, attention_for, greedy
 from msn_ext.decoding.attention import KernelAttention, MaskAttention
+from msn_ext.decoding.best_first import SOURCES
 from msn_ext.decoding.support import TESTED
 from msn_ext.decoding.tree import RETRIEVAL
 from msn_ext.generation import DRAFTS
@@ -74,6 +75,18 @@ class RandomDrafter:
         self.seen.append(verified)
 
 
+def random_best_first(rng: random.Random) -> BestFirst:
+    """Best-first drafting of any size from any sources, weighed anyhow."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    return BestFirst(
+        budget=rng.choice([None, 1, 2, 5, 33, 64, 200]),
+        sources=tuple(source for source in SOURCES if rng.random() < 0.7),
+        factors=None if rng.random() < 0.5 else 10 ** (4 * torch.rand(348, generator=generator).double() - 2),
+        max_depth=rng.choice([0, 1, 5, 20, 64]),
+        foresight=rng.choice([0.0, 0.05, 1.0]),
+    )
+
+
 def paper_decoder(model, attention, ids, mask) -> Decoder:
     drafter = TreeDrafter(DraftTree.paper())
     return Decoder(model, attention, ids, (mask == 0).sum(1), drafter, greedy, LogitsProcessorList(), 40, ids[0, :0])
@@ -110,8 +123,8 @@ def test_equals_plain_decoding(family, seed):
         return_dict_in_generate=True,
     )
     expected = model.generate(ids, attention_mask=mask, **settings).sequences
-    named = rng.choice(["jacobi", "lookup", "recycling", "lookahead", "none"])
-    for draft in ("paper", random_tree(rng), RandomDrafter(rng), named):
+    named = rng.choice(["auto", "jacobi", "lookup", "suffix", "recycling", "lookahead", "none"])
+    for draft in ("paper", random_tree(rng), RandomDrafter(rng), random_best_first(rng), named):
         out = generate(model, ids, mask, draft=draft, **settings)
         assert torch.equal(out.sequences, expected), draft
         for row, accepts in zip(out.sequences, out.accept_lengths):
@@ -201,7 +214,7 @@ def test_sampling_is_the_same_for_every_draft(family, settings):
     model = tiny_model(family, 1)
     ids, mask = prompts(rng, 3)
     outputs = []
-    for draft in (*DRAFTS, random_tree(rng), random_tree(rng), RandomDrafter(rng)):
+    for draft in (*DRAFTS, random_tree(rng), random_tree(rng), RandomDrafter(rng), random_best_first(rng)):
         torch.manual_seed(7)
         outputs.append(
             generate(
@@ -216,7 +229,7 @@ def test_sampling_is_the_same_for_every_draft(family, settings):
     assert not torch.equal(other[:, : ids.shape[1] + 3], outputs[0].sequences[:, : ids.shape[1] + 3])
 
 
-@pytest.mark.parametrize("draft", ["none", "paper", "jacobi"])
+@pytest.mark.parametrize("draft", ["none", "auto", "paper", "jacobi"])
 def test_sampled_text_has_the_models_distribution(draft):
     """Chi-square of three-token continuations against their enumerated probabilities."""
     model = tiny_model("llama", 2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msn_ext import ops
-from msn_ext.ops.reference import GUESSES, MAX_NODES, ORDERS, SUFFIXES
+from msn_ext.ops.reference import FACTORS, GUESSES, MAX_NODES, ORDERS, SUFFIXES
 
 from . import factors as weights
 from .budget import SIZES, Budget, StepTimes
@@ -86,9 +86,9 @@ class BestFirst:
         budget: nodes per tree, root included, 1 to 256; None: what gives the most tokens per second by
             the expected accept length (the sum of the nodes' probabilities) and the time of a step.
         sources: which of :data:`SOURCES` to use.
-        factors: float64 [348], what :func:`msn_ext.ops.draft_tree` weighs the sources with; None: those
-            that ``benchmarks/calibrate.py`` fitted on instruction-tuning prompts.
-        times: seconds of a step by its nodes, for the budget; None: learned while decoding.
+        factors: float64 [348], what :func:`msn_ext.ops.draft_tree` weighs the sources with; None: those of
+            the package, fitted to answers of a small model.
+        times: of a step, for the budget; they go on learning. None: nothing is known yet.
         max_depth: of the tree.
         foresight: 0 to 1, what a prediction for the next step is worth, see :func:`msn_ext.ops.draft_tree`.
 
@@ -101,7 +101,7 @@ class BestFirst:
         budget: int | None = None,
         sources: tuple[str, ...] = SOURCES,
         factors: Tensor | None = None,
-        times: dict[int, float] | None = None,
+        times: StepTimes | None = None,
         max_depth: int = 20,
         foresight: float = FORESIGHT,
     ):
@@ -109,9 +109,17 @@ class BestFirst:
             raise ValueError(f"budget is {budget}; expected None or 1 to {MAX_NODES}")
         if unknown := set(sources) - set(SOURCES):
             raise ValueError(f"sources has {', '.join(map(repr, sorted(unknown)))}; expected some of {', '.join(SOURCES)}")
-        self.max_depth, self._budget, self._sources = max_depth, budget, tuple(sources)
+        if not 0 <= max_depth <= MAX_NODES:
+            raise ValueError(f"max_depth is {max_depth}; expected 0 to {MAX_NODES}")
+        if not 0 <= foresight <= 1:
+            raise ValueError(f"foresight is {foresight}; expected 0 to 1")
+        if factors is not None and (factors.shape != (FACTORS,) or factors.dtype != torch.float64):
+            raise ValueError(
+                f"factors has shape {list(factors.shape)} and dtype {factors.dtype}; expected [{FACTORS}], float64"
+            )
+        self.max_depth, self.budget, self._sources = max_depth, budget, tuple(sources)
         self._factors = weights.load() if factors is None else factors
-        self._foresight, self._curve, self._times = foresight, times, None
+        self._foresight, self._times = foresight, times
         self._adjacency: Adjacency | None = None
         self._opening = TreeDrafter(DraftTree.chain(OPENING, RETRIEVAL))
 
@@ -124,7 +132,7 @@ class BestFirst:
             self._adjacency = Adjacency(device, slots=SLOTS if "adjacency" in self._sources else 0)
         self._suffix: Suffix | None = None
         if self._times is None:
-            self._times = StepTimes(self._curve, device.type)
+            self._times = StepTimes(None, device.type)
         self._choice = Budget(self._times, batch)
         self._expected: float | None = None  # guesses accepted per row, of the last tree
         self._last: tuple[int, Tensor] | None = None  # tokens computed and accept lengths of the last step
@@ -140,7 +148,7 @@ class BestFirst:
         return self._opening.first(history, lengths)
 
     def propose(self, history: Tensor, lengths: Tensor) -> Draft:
-        if self._budget is None:
+        if self.budget is None:
             self._look_back()
         tokens, parents, self.probability, self.sources = ops.draft_tree(
             history,
@@ -149,11 +157,11 @@ class BestFirst:
             self._adjacency.contexts,
             self._listen(history, lengths).heads,
             self._factors,
-            self._budget or SIZES[-1],
+            self.budget or SIZES[-1],
             self.max_depth,
             self._foresight,
         )
-        nodes = self._budget or self._pay()
+        nodes = self.budget or self._pay()
         return Draft.of(tokens[:, :nodes], parents[:, :nodes])
 
     def _pay(self) -> int:

@@ -3,58 +3,72 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import accumulate
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Trees that are considered."""
-RATE = 0.2  # of forgetting
+MEMORY = 0.95  # what the past still counts after one more step
 OUTLIER = 2.0  # a step that took so many times what was expected counts as one that took just that
 
 
 class StepTimes:
     """Seconds of a step by the tokens that it computes, rows of the batch times nodes of a tree.
 
-    Begins with a curve (measured by ``msn tune``, else a straight line that suits the kind of device) and
-    corrects it, at every size that has been used, by what was seen there; sizes in between by what was
-    seen on either side.
+    Where a curve was measured (``msn tune``), that is it. Else a straight line is fitted to the steps seen, and one
+    token, which CPUs compute in another way than several, is a point of its own. What has not been seen yet is
+    taken for cheap, and so is tried.
 
     Args:
-        curve: tokens and seconds of measured steps; None: relative guesses by ``device_type``.
-        device_type: ``"cpu"`` (a token costs 3 % of a step) or another (0.1 %).
+        curve: tokens and seconds of measured steps; linear between them, the last two's line behind.
+        device_type: ``"cpu"`` or another; without a curve, a first guess of what a token adds to a step.
     """
 
     def __init__(self, curve: dict[int, float] | None, device_type: str):
-        slope = 0.03 if device_type == "cpu" else 0.001
-        self._curve = sorted((curve or {1: 1.0 + slope, 101: 1.0 + 101 * slope}).items())
-        self._corrections: dict[int, float] = {}
+        points = sorted(curve.items()) if curve else []
+        # More tokens never take less time: what says so is noise.
+        self._curve = list(zip((n for n, _ in points), accumulate((seconds for _, seconds in points), max)))
+        self._slope, self._kink = (0.03, 0.7) if device_type == "cpu" else (0.001, 1.0)
+        self._single: float | None = None
+        self._sums = [0.0] * 5  # of 1, x, y, x x, x y over the steps of several tokens
 
     def __call__(self, tokens: int) -> float:
-        """Expected seconds (without a measured curve, and before anything was seen, in units of their own)."""
-        return _between(self._curve, tokens, beyond=True) * self._correction(tokens)
+        """Expected seconds; before anything was measured or seen, in units of their own."""
+        if self._curve:
+            return _along(self._curve, tokens)
+        if tokens == 1 and self._single is not None:
+            return self._single
+        several = self._line(tokens)
+        return several * self._kink if tokens == 1 else several
 
-    def _correction(self, tokens: int) -> float:
-        return _between(sorted(self._corrections.items()), tokens, beyond=False) if self._corrections else 1.0
+    def _line(self, tokens: float) -> float:
+        n, x, y, xx, xy = self._sums
+        if n == 0:
+            return (1 + self._slope * tokens) * (self._single or self._kink) / self._kink
+        middle, spread = x / n, xx - x * x / n
+        # Where few sizes were seen, the slope is mostly the first guess.
+        guess, weight = self._slope * y / (n + self._slope * x), 100.0
+        slope = max(0.0, (xy - x * y / n + weight * guess) / (spread + weight))
+        return max(y / n + slope * (tokens - middle), 0.1 * y / n)
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A step of ``tokens`` took ``seconds``."""
-        seen = seconds / _between(self._curve, tokens, beyond=True)
-        if not self._corrections:
-            self._corrections[tokens] = seen
+        if self._curve:
             return
-        before = self._correction(tokens)
-        seen = min(max(seen, before / OUTLIER), before * OUTLIER)
-        first = tokens not in self._corrections
-        self._corrections[tokens] = seen if first else before + RATE * (seen - before)
+        if self._single if tokens == 1 else self._sums[0]:
+            expected = self(tokens)
+            seconds = min(max(seconds, expected / OUTLIER), expected * OUTLIER)
+        if tokens == 1:
+            self._single = seconds if self._single is None else self._single + (1 - MEMORY) * (seconds - self._single)
+        else:
+            new = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
+            self._sums = [MEMORY * old + value for old, value in zip(self._sums, new)]
 
 
-def _between(points: list[tuple[int, float]], x: float, beyond: bool) -> float:
-    """Linear interpolation; outside the nearest value, or with ``beyond`` to the right the last two's line."""
-    at = bisect_left(points, (x,))
+def _along(points: list[tuple[int, float]], x: float) -> float:
+    """Linear between the points, the nearest value before them, the last two's line behind."""
+    at = min(bisect_left(points, (x,)), len(points) - 1)
     if at == 0:
         return points[0][1]
-    if at == len(points):
-        if not beyond or len(points) == 1:
-            return points[-1][1]
-        at -= 1
     (x0, y0), (x1, y1) = points[at - 1 : at + 1]
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from msn_ext.ops.reference import FACTORS, LEVELS, ORDERS, SUFFIXES
+from msn_ext.ops.reference import LEVELS, ORDERS, SUFFIXES
 
 SHAPES = {
     "bias": (ORDERS + 1, len(SUFFIXES) + 1),  # highest order known here, longest suffix known here
@@ -21,37 +22,30 @@ SHAPES = {
 SHIPPED = Path(__file__).with_name("factors.json")
 
 
-def load(path: Path = SHIPPED) -> Tensor:
-    """float64 [348] from a file that :func:`save` wrote.
+def load() -> Tensor:
+    """float64 [348], fitted as the file beside this module says."""
+    return from_tables(json.loads(SHIPPED.read_text(encoding="utf-8")), SHIPPED.name)
+
+
+def from_tables(given: dict, name: str) -> Tensor:
+    """float64 [348] from tables in lists.
 
     Raises:
-        ValueError: a table is missing, has another shape, or holds a value outside 1e-9 to 1e9.
+        ValueError: a table of ``name`` is missing, has another shape, or holds a value outside 1e-9 to 1e9.
     """
-    tables = json.loads(Path(path).read_text())
     parts = []
-    for name, shape in SHAPES.items():
-        table = torch.tensor(tables.get(name, []), dtype=torch.float64)
-        if table.shape != shape:
-            raise ValueError(f"{path}: {name} has shape {list(table.shape)}; expected {list(shape)}")
-        if not bool(((table >= 1e-9) & (table <= 1e9)).all()):
-            raise ValueError(f"{path}: {name} holds a value outside 1e-9 to 1e9")
-        parts.append(table.flatten())
+    for table, shape in SHAPES.items():
+        values = torch.tensor(given.get(table, []), dtype=torch.float64)
+        if values.shape != shape:
+            raise ValueError(f"{name}: {table} has shape {list(values.shape)}; expected {list(shape)}")
+        if not bool(((values >= 1e-9) & (values <= 1e9)).all()):
+            raise ValueError(f"{name}: {table} holds a value outside 1e-9 to 1e9")
+        parts.append(values.flatten())
     return torch.cat(parts)
 
 
-def save(factors: Tensor, path: Path, **about) -> None:
-    """Write factors [348], three digits each, and what they come from."""
-    sizes = [torch.Size(shape).numel() for shape in SHAPES.values()]
-    assert factors.shape == (FACTORS,) and sum(sizes) == FACTORS
-    tables = {
-        name: [[float(f"{x:.3g}") for x in row] for row in part.reshape(-1, shape[-1]).tolist()]
-        for (name, shape), part in zip(SHAPES.items(), factors.split(sizes))
-    }
-    lines = [f' "{name}": {json.dumps(value)}' for name, value in about.items()]
-    for name, shape in SHAPES.items():
-        nested = tables[name]
-        if len(shape) == 3:
-            nested = [nested[i : i + shape[1]] for i in range(0, len(nested), shape[1])]
-        rows = ",\n  ".join(json.dumps(row) for row in nested)
-        lines.append(f' "{name}": [\n  {rows}\n ]')
-    Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+def tables(factors: Tensor) -> dict[str, list]:
+    """What :func:`from_tables` takes, three digits each."""
+    sizes = [math.prod(shape) for shape in SHAPES.values()]
+    rounded = torch.tensor([float(f"{x:.3g}") for x in factors.tolist()], dtype=torch.float64)
+    return {name: part.view(shape).tolist() for (name, shape), part in zip(SHAPES.items(), rounded.split(sizes))}

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from msn_ext import ops
+
 _NODE = 1 << 32  # apart from the node numbers that drafting noise counts with
 
 
@@ -36,7 +38,7 @@ def greedy(logits: Tensor, positions: Tensor, processors: LogitsProcessorList) -
         logits = logits.float()
     if processors:
         logits = _process(logits, processors)
-    return logits.argmax(-1)
+    return (ops.top_guesses(logits)[..., 0] >> 4).long()  # torch's own arg-max is slow on bfloat16
 
 
 def _process(logits: Tensor, processors: LogitsProcessorList) -> Tensor:

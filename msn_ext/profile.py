@@ -1,0 +1,100 @@
+"""What is known of a model on a machine: how long a step takes by its tokens, and its own factors.
+
+``msn tune`` writes a profile; ``draft="auto"`` reads it. One file per shape of model, device and dtype,
+so a fine-tuned model shares its base model's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import warnings
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .decoding import BestFirst, factors
+from .decoding.budget import StepTimes
+from .demo import cache_root
+
+
+@dataclass
+class Profile:
+    """Attributes:
+    times: seconds of a step by the tokens that it computes.
+    factors: float64 [348], fitted to this model; None: those of the package.
+    about: how it came about, for people.
+    """
+
+    times: dict[int, float]
+    factors: Tensor | None = None
+    about: dict = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tables = None if self.factors is None else factors.tables(self.factors)
+        text = json.dumps({"about": self.about, "times": self.times, "factors": tables}, indent=1)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            ValueError: it is none; says what is wrong.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            times = {int(tokens): float(seconds) for tokens, seconds in content["times"].items()}
+            tables = content["factors"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no profile: {error!r}") from error
+        if not times or not all(tokens >= 1 and 0 < seconds < float("inf") for tokens, seconds in times.items()):
+            raise ValueError(f"{path} is no profile: times is {times}; expected seconds by tokens")
+        return cls(times, None if tables is None else factors.from_tables(tables, str(path)), content.get("about", {}))
+
+
+def machine(device: torch.device) -> str:
+    """The device's name, for a CPU with the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.+)", cpuinfo.read_text())):
+        name = found[1]
+    return f"{name} {torch.get_num_threads()} threads"
+
+
+def profile_path(model) -> Path:
+    """Where the profile of a model on its device lies, under :func:`msn_ext.demo.cache_root`."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    name = f"{type(model).__name__} {size} {dtype} {machine(model.device)}"
+    return cache_root() / "profiles" / (re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-") + ".json")
+
+
+_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def auto(model) -> BestFirst:
+    """Best-first drafting for a model: by its profile, and by what this process has seen of its steps."""
+    known, key = _known.setdefault(model, {}), (str(model.device), model.dtype)
+    if key not in known:
+        profile = None
+        try:
+            if (path := profile_path(model)).exists():
+                profile = Profile.load(path)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"drafting goes on without a profile: {error}", stacklevel=2)
+        times = StepTimes(profile.times if profile else None, model.device.type)
+        known[key] = times, profile.factors if profile else None
+    times, fitted = known[key]
+    return BestFirst(times=times, factors=fitted)

@@ -1,0 +1,135 @@
+"""Measuring a model on this machine for ``draft="auto"``: seconds of a step by its size, and its own factors."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LogitsProcessorList
+
+from .decoding import BestFirst, Decoder, attention_for, greedy
+from .decoding.calibration import Recorder, Records, fit
+from .decoding.factors import load as shipped_factors
+from .generation import generate
+from .profile import Profile, machine, profile_path
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+ROUNDS = 7
+
+
+@torch.no_grad()
+def measure_step_times(model, context: int = 256, sizes: tuple[int, ...] = SIZES, progress: bool = True) -> dict[int, float]:
+    """Seconds of a whole step, drafting to commit, by the nodes of its tree; batch 1.
+
+    The sizes take turns, so that whatever else the machine does meets all alike; the first round warms up, and of
+    the others the median counts.
+
+    Args:
+        context: tokens of the text before the first step, at most half of what the model can take.
+    """
+    config = model.config.get_text_config(decoder=True)
+    context = max(1, min(context, (getattr(config, "max_position_embeddings", None) or 2 * context) // 2))
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    text = torch.randint(config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)).to(model.device)
+    drafter = BestFirst(budget=1)
+    no_padding, no_end = text.new_zeros(1), text.new_empty(0)
+    decoder = Decoder(
+        model, attention_for(model), text, no_padding, drafter, greedy, LogitsProcessorList(), context, no_end
+    )
+    gained = int(decoder.prefill().status.cpu()[0])
+    with tqdm(total=(ROUNDS + 1) * len(sizes), unit="step", desc="step times", leave=False, disable=not progress) as bar:
+        for _ in range(ROUNDS + 1):
+            for size in sizes:
+                decoder.advance(gained)
+                drafter.budget = size
+                start = time.perf_counter()
+                gained += int(decoder.step().status.cpu()[0])
+                seconds[size].append(time.perf_counter() - start)
+                bar.update()
+    return {size: statistics.median(taken[1:]) for size, taken in seconds.items()}
+
+
+def learn_factors(model, tokenizer, prompts: list[str], prior: Tensor, progress: bool = True) -> tuple[Tensor, dict]:
+    """The factors under which the model's own answers to some prompts are likeliest.
+
+    Args:
+        prompts: fifty or more, such as will be asked; each gets an answer of up to 128 tokens.
+        prior: float64 [348], where it begins and stays near for want of evidence.
+
+    Returns:
+        The factors, and a summary: nodes, mean log-likelihood before and after.
+    """
+    records = Records()
+    for prompt in tqdm(prompts, unit="prompt", desc="factors", leave=False, disable=not progress):
+        if tokenizer.chat_template:
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            inputs = tokenizer(prompt, return_tensors="pt")
+        drafter = Recorder(records, budget=64, factors=prior)
+        generate(model, inputs["input_ids"].to(model.device), draft=drafter, do_sample=False, max_new_tokens=128)
+    if not records.nodes:
+        raise ValueError("prompts gave no answers to learn from")
+    fitted, before, after = fit(records, prior)
+    return fitted, {"prompts": len(prompts), "nodes": len(records.nodes), "before": before, "after": after}
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a file: JSON lines with ``prompt`` or ``turns`` (the first counts), or plain lines.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no prompt.
+    """
+    opened = gzip.open if path.endswith(".gz") else open
+    prompts = []
+    with opened(path, "rt", encoding="utf-8") as file:
+        for line in filter(None, map(str.strip, file)):
+            if line.startswith("{"):
+                row = json.loads(line)
+                line = row.get("prompt") or next(iter(row.get("turns") or ()), None)
+                if not isinstance(line, str) or not line:
+                    raise ValueError(f"{path}: a line holds neither prompt nor turns, but {', '.join(row)}")
+            prompts.append(line)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return prompts
+
+
+def draw(files: list[list[str]], count: int) -> list[str]:
+    """``count`` prompts, as many from every file as can be, the same ones every time."""
+    shuffled = [random.Random(0).sample(prompts, len(prompts)) for prompts in files]
+    in_turn = [prompts[i] for i in range(max(map(len, shuffled), default=0)) for prompts in shuffled if i < len(prompts)]
+    return in_turn[:count]
+
+
+def tune(model, tokenizer, prompts: list[str], context: int = 256, progress: bool = True) -> tuple[Profile, Path]:
+    """Measure a model, learn its factors from ``prompts`` if there are any, and keep both where "auto" looks.
+
+    Factors of an earlier profile are kept where no prompts are given.
+    """
+    path = profile_path(model)
+    earlier = None
+    if path.exists():
+        try:
+            earlier = Profile.load(path)
+        except ValueError:
+            pass  # it is replaced
+    times = measure_step_times(model, context, progress=progress)
+    about = {"model": model.config._name_or_path or model.config.model_type, "device": machine(model.device)}
+    about |= {"dtype": str(model.dtype).removeprefix("torch."), "context": context, "torch": torch.__version__}
+    found = Profile(times, about=about)
+    if prompts:
+        found.factors, about["factors"] = learn_factors(model, tokenizer, prompts, shipped_factors(), progress)
+    elif earlier and earlier.factors is not None:
+        found.factors, about["factors"] = earlier.factors, earlier.about.get("factors")
+    found.save(path)
+    return found, path
