@@ -160,7 +160,7 @@ def test_step_times_learn_what_they_are_shown(device, kink):
     assert times(8) == pytest.approx(truth(8), rel=0.25)
     for tokens in (1, 64) * 20:  # another program has come, everything takes longer
         times.observe(tokens, 3 * truth(tokens))
-    assert times(64) == pytest.approx(3 * truth(64), rel=0.1) and times(1) == pytest.approx(3 * truth(1), rel=0.3)
+    assert times(64) == pytest.approx(3 * truth(64), rel=0.2) and times(1) == pytest.approx(3 * truth(1), rel=0.3)
 
 
 def test_measured_step_times_are_read_between_and_behind():

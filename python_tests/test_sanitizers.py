@@ -82,7 +82,7 @@ def test_the_cpu_ops_are_clean(sanitized):
     """The op tests but those of torch's own registration and compilation machinery."""
     skipped = "not opcheck and not compiled"
     options = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=sanitizers", "-k", skipped]
-    run = run_sanitized(sanitized, "-m", "pytest", *options, str(TESTS / "test_ops.py"))
+    run = run_sanitized(sanitized, "-m", "pytest", *options, *(str(TESTS / name) for name in ("test_ops.py", "test_best_first_ops.py")))
     output = run.stdout + run.stderr
     assert run.returncode == 0 and " passed" in output, output
     assert not any(mark in output for mark in REPORT), output
