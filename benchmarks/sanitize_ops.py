@@ -77,6 +77,32 @@ def check_drafting(n: int, device: str) -> None:
     ops.fill_tree(*on(device, sources), outside, *on(device, shape))
 
 
+def check_best_first(n: int, device: str) -> None:
+    logits = torch.randn(BATCH, n, 300)
+    logits[:, :, 7] = logits[:, :, 3]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        compare(f"top_guesses N={n} {str(dtype)[6:]}", device, ops.top_guesses, logits.to(dtype))
+    history, lengths = torch.randint(0, 9, (BATCH, 3000)), torch.tensor([3000, 1, 777])
+    outside = torch.tensor([FAR, -FAR, 0])
+    heads, contexts = torch.zeros(BATCH, 8, 512, dtype=torch.int32), torch.zeros(3, 512, 9, dtype=torch.int32)
+    heads_there, contexts_there = on(device, heads), on(device, contexts)
+    start = torch.tensor([0, 0, 700])
+    tokens, targets, parents = torch.randint(0, 9, (BATCH, n)), torch.randint(0, 9, (BATCH, n)), rand_trees(n)
+    path, guesses = ops.verify_tree(tokens, targets, parents)[1], ops.top_guesses(torch.randn(BATCH, n, 9))
+    draft = [history, lengths, tokens, parents, path, guesses]
+    ops.index_suffixes(heads, history, start, lengths)
+    ops.index_suffixes(heads_there, *on(device, [history, start, lengths]))
+    ops.remember_guesses(contexts, *draft)
+    ops.remember_guesses(contexts_there, *on(device, draft))
+    if not (torch.equal(heads, heads_there.cpu()) and torch.equal(contexts, contexts_there.cpu())):
+        raise SystemExit(f"tables of N={n}: {device} differs from cpu")
+    tables = [guesses[:, :5].contiguous(), contexts, heads, torch.rand(348, dtype=torch.float64) + 0.1]
+    compare(f"draft_tree N={n}", device, ops.draft_tree, history, lengths, *tables, n, 9, 0.05)
+    ops.index_suffixes(heads_there, *on(device, [history, outside, outside]))
+    ops.remember_guesses(contexts_there, *on(device, [history, outside, tokens, parents + n, path + FAR, guesses]))
+    ops.draft_tree(*on(device, [history, outside, *tables]), n, 9, 0.05)
+
+
 def check_commit(n: int, device: str) -> None:
     slots = 20 + n
     caches = [torch.randn(BATCH, 2, slots, 64).half() for _ in range(66)]
@@ -126,7 +152,7 @@ def main() -> None:
     device = parser.parse_args().device
     torch.manual_seed(0)
     for n in NODES:
-        for check in (check_tree, check_drafting, check_commit, check_attention):
+        for check in (check_tree, check_drafting, check_best_first, check_commit, check_attention):
             check(n, device)
     if device == "cuda":
         torch.cuda.synchronize()
