@@ -1,16 +1,17 @@
 """Several tokens per forward pass from Hugging Face causal language models, with unchanged output.
 
-``generate`` decodes (arXiv 2406.17404, section 3.3); ``DraftTree`` is the shape of a draft, a ``Drafter``
-a source of guesses of your own, which gives a ``Draft`` and is shown what was ``Verified``;
+``generate`` decodes (arXiv 2406.17404, section 3.3); ``BestFirst`` drafts what is most probable,
+``DraftTree`` is the shape of a draft, a ``Drafter`` a source of guesses of your own, which gives a ``Draft``
+and is shown what was ``Verified``;
 ``build_info()`` says what this installation was built with; the kernels are in ``msn_ext.ops``.
 """
 
 import importlib
 
-__all__ = ["Draft", "DraftTree", "Drafter", "MSNGenerateOutput", "Verified", "build_info", "generate"]
+__all__ = ["BestFirst", "Draft", "DraftTree", "Drafter", "MSNGenerateOutput", "Verified", "build_info", "generate"]
 
 # Imported when first used, so that `msn --help` need not wait for torch and transformers.
-_HOMES = dict.fromkeys(("Draft", "DraftTree", "Drafter", "Verified"), "decoding")
+_HOMES = dict.fromkeys(("BestFirst", "Draft", "DraftTree", "Drafter", "Verified"), "decoding")
 _HOMES |= dict.fromkeys(("MSNGenerateOutput", "generate"), "generation")
 
 
