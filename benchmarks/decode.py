@@ -25,11 +25,15 @@ import sys
 import time
 
 import torch
-import transformers
 from tqdm import tqdm
 
-import msn_ext
-from msn_ext.generation import DRAFTS
+folder = sys.path.pop(0)  # transformers looks for a package "kernels", which kernels.py beside this file is not
+import transformers  # noqa: E402
+
+import msn_ext  # noqa: E402
+from msn_ext.generation import DRAFTS  # noqa: E402
+
+sys.path.insert(0, folder)
 
 SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "bench" / "specbench_dev.jsonl"
 CATEGORIES = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 
 import msn_ext
 from msn_ext import ops
-from msn_ext.decoding import factors
 from msn_ext.ops import reference
 
 
@@ -360,7 +359,7 @@ class Knowledge:
                 self.contexts, self.history, torch.full_like(self.lengths, start + 1), tokens, self.chain, path, self.guesses
             )
         self.denoised = self.guesses[:, :6].contiguous()
-        self.factors = factors.load().to(device)
+        self.factors = torch.rand(reference.FACTORS, generator=generator, dtype=torch.float64).mul(9).add(0.1).to(device)
 
 
 def index_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""The command ``msn``: demo, generate, info.
+"""The command ``msn``: demo, generate, explain, tune, info.
 
 A subcommand is a function that adds its parser to :data:`COMMANDS`' common parser and names, with
 ``set_defaults(run=…)``, the function that does the work and returns the exit code. torch and
@@ -15,7 +15,7 @@ import time
 from collections import Counter
 
 # Names of msn_ext.generate's drafts; listed here because importing them costs seconds.
-DRAFTS = ("paper", "jacobi", "lookup", "recycling", "lookahead", "none")
+DRAFTS = ("auto", "paper", "jacobi", "lookup", "suffix", "recycling", "lookahead", "none")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 PROMPTS = (
@@ -98,9 +98,10 @@ def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft",
         choices=DRAFTS,
-        default="paper",
-        help="where guesses come from: the paper's tree of 69 nodes, a Jacobi chain, look-up in the text so far, Token "
-        "Recycling, Lookahead decoding, or none, which is plain decoding (default: paper)",
+        default="auto",
+        help="where guesses come from: everything that is known, as much of it as pays (auto), the paper's tree of 69 "
+        "nodes, a Jacobi chain, look-up in the text so far, its longest repetition, Token Recycling, Lookahead decoding, "
+        "or none, which is plain decoding (default: auto)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if it can be used, else cpu)")
 
@@ -299,6 +300,132 @@ def _standard_input() -> str:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise CommandError(f"cannot read the prompt from standard input: {error}") from error
     return text.removesuffix("\n")
+
+
+# ---- msn explain ---------------------------------------------------------------------------------
+
+
+def _add_explain(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "explain",
+        help="draw one step's draft tree and what the model accepted of it",
+        description="Decode greedily with best-first draft trees and draw one forward pass: the tree of guesses, where "
+        "they come from, how probable they were, and the path that the model accepted.",
+    )
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from standard input")
+    parser.add_argument(
+        "--pass",
+        dest="number",
+        type=_positive_int,
+        metavar="K",
+        help="the K-th forward pass behind the prompt's (default: the one that gained most)",
+    )
+    parser.add_argument("--svg", metavar="FILE", help="also write the picture to this file")
+    parser.add_argument(
+        "--min-probability",
+        type=lambda text: _number(text, float, lambda value: 0 <= value <= 1, "a number of 0 to 1"),
+        default=0.0,
+        metavar="P",
+        help="leave out less probable nodes, unless they were accepted (default: 0, show all)",
+    )
+    parser.add_argument(
+        "--nodes",
+        type=lambda text: _number(text, int, lambda value: 1 <= value <= 256, "a whole number of 1 to 256"),
+        default=32,
+        metavar="N",
+        help="per tree, root included (default: 32)",
+    )
+    parser.add_argument("--max-new-tokens", type=_positive_int, default=48, metavar="N", help="(default: 48)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if it can be used, else cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
+    parser.add_argument("--raw", action="store_true", help="the prompt as it is, without the model's chat template")
+    parser.set_defaults(run=_explain)
+
+
+def _explain(arguments) -> int:
+    prompt = _checked_prompt(_standard_input() if arguments.prompt == "-" else arguments.prompt)
+    svg = None if arguments.svg is None else os.path.expanduser(arguments.svg)
+    if svg is not None and (os.path.isdir(svg) or not os.path.isdir(os.path.dirname(svg) or ".")):
+        raise UsageError(f"--svg {arguments.svg}: expected a file in a folder that exists")
+
+    from msn_ext.demo import quiet_transformers
+    from msn_ext.explain import as_svg, as_text, record
+
+    model, tokenizer, _ = _load(arguments.model, arguments.dtype, arguments.device)
+    with quiet_transformers():
+        input_ids, limit = _encode(model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens)
+        steps = record(model, input_ids, arguments.nodes, limit)
+    if not steps:
+        raise CommandError("the prompt's own pass gained the whole answer: there is no tree; try more --max-new-tokens")
+    if arguments.number is None:
+        step = max(steps, key=lambda step: step.kept)
+    elif arguments.number <= len(steps):
+        step = steps[arguments.number - 1]
+    else:
+        raise CommandError(f"--pass {arguments.number}: behind the prompt's pass there were only {len(steps)}")
+    if svg is not None:
+        picture = as_svg(step, tokenizer, arguments.min_probability)
+        try:
+            with open(svg, "w", encoding="utf-8") as file:
+                file.write(picture)
+        except OSError as error:
+            raise CommandError(f"--svg {arguments.svg}: {error.strerror or error}") from error
+    color = not os.environ.get("NO_COLOR") and sys.stdout.isatty()
+    print(as_text(step, tokenizer, arguments.min_probability, color))
+    return 0
+
+
+# ---- msn tune ------------------------------------------------------------------------------------
+
+
+def _add_tune(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "tune",
+        help="measure a model on this machine, so that drafts are sized to it",
+        description="Measure how long a step takes by the nodes of its draft tree, and with --prompts also learn how far "
+        "each source of guesses is right for this model. The result is kept for models of this shape, on this device, in "
+        "this dtype; generate's default draft goes by it.",
+    )
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if it can be used, else cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
+    parser.add_argument("--context", type=_positive_int, default=256, metavar="N", help="tokens before a step (default: 256)")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        metavar="FILE",
+        help="such as will be asked: JSON lines with a prompt each (.gz too), or a plain prompt a line",
+    )
+    parser.add_argument("--samples", type=_positive_int, default=100, metavar="N", help="prompts to draw (default: 100)")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(arguments) -> int:
+    from msn_ext.tuning import draw, read_prompts, tune
+
+    try:
+        prompts = draw([read_prompts(os.path.expanduser(path)) for path in arguments.prompts or ()], arguments.samples)
+    except OSError as error:
+        raise CommandError(f"--prompts {error.filename}: {error.strerror}") from error
+
+    from msn_ext.demo import quiet_transformers
+
+    model, tokenizer, _ = _load(arguments.model, arguments.dtype, arguments.device)
+    with quiet_transformers():
+        profile, path = tune(model, tokenizer, prompts, arguments.context, progress=sys.stderr.isatty())
+    plain = profile.times[1]
+    print(f"{'nodes':>5} {'ms a step':>10} {'over plain':>11}")
+    for nodes, seconds in profile.times.items():
+        print(f"{nodes:>5} {1000 * seconds:>10.2f} {seconds / plain:>10.2f}x")
+    if prompts:
+        learned = profile.about["factors"]
+        print(
+            f"factors from {learned['prompts']} prompts, {learned['nodes']} nodes: "
+            f"log-likelihood {learned['before']:.3f} before, {learned['after']:.3f} after"
+        )
+    print(f"kept in {path}")
+    return 0
 
 
 # ---- msn info ------------------------------------------------------------------------------------
@@ -581,7 +708,7 @@ def _number(text: str, kind, holds, expected: str):
     return value
 
 
-COMMANDS = (_add_demo, _add_generate, _add_info)
+COMMANDS = (_add_demo, _add_generate, _add_explain, _add_tune, _add_info)
 
 if __name__ == "__main__":
     sys.exit(main())
