@@ -25,7 +25,9 @@ ROUNDS = 7
 
 
 @torch.no_grad()
-def measure_step_times(model, context: int = 256, sizes: tuple[int, ...] = SIZES, progress: bool = True) -> dict[int, float]:
+def measure_step_times(
+    model, context: int = 256, sizes: tuple[int, ...] = SIZES, progress: bool = True
+) -> dict[int, float]:
     """Seconds of a whole step, drafting to commit, by the nodes of its tree; batch 1.
 
     The sizes take turns, so that whatever else the machine does meets all alike; the first round warms up, and of
@@ -92,12 +94,17 @@ def read_prompts(path: str) -> list[str]:
     opened = gzip.open if path.endswith(".gz") else open
     prompts = []
     with opened(path, "rt", encoding="utf-8") as file:
-        for line in filter(None, map(str.strip, file)):
+        for number, line in enumerate(map(str.strip, file), 1):
+            if not line:
+                continue
             if line.startswith("{"):
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}: line {number} is no JSON: {error}") from error
                 line = row.get("prompt") or next(iter(row.get("turns") or ()), None)
                 if not isinstance(line, str) or not line:
-                    raise ValueError(f"{path}: a line holds neither prompt nor turns, but {', '.join(row)}")
+                    raise ValueError(f"{path}: line {number} holds neither prompt nor turns, but {', '.join(row)}")
             prompts.append(line)
     if not prompts:
         raise ValueError(f"{path} holds no prompts")

@@ -182,5 +182,5 @@ def test_demo_command(loaded, capsys):
     assert cli.main(["demo", "Count from one to ten.", "--max-new-tokens", "8"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "Prompt: Count from one to ten." in out and "msn (paper)" in out and "█" in out
+    assert "Prompt: Count from one to ten." in out and "msn (auto)" in out and "█" in out
     assert "Same text?  yes" in out or "Same text?  no, from token" in out

@@ -20,7 +20,7 @@ def llama():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(draft="medusa"), "draft is 'medusa'; expected 'paper'"),
+        (dict(draft="medusa"), "draft is 'medusa'; expected 'auto', 'paper'"),
         (dict(draft=None), "draft is None"),
         (dict(draft=TokenRecycling), "draft is <class"),
         (dict(num_beams=3), "num_beams is 3"),
