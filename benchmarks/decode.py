@@ -31,7 +31,7 @@ folder = sys.path.pop(0)  # transformers looks for a package "kernels", which ke
 import transformers  # noqa: E402
 
 import msn_ext  # noqa: E402
-from msn_ext.generation import DRAFTS  # noqa: E402
+from msn_ext.generation import DRAFTS, _drafter  # noqa: E402
 
 sys.path.insert(0, folder)
 
@@ -79,22 +79,41 @@ class ModelTime:
             hook.remove()
 
 
-def run(model, inputs, draft: str, new_tokens: int) -> tuple[list[int], list[int], float, float]:
-    """New tokens, accept lengths (one a forward pass), seconds, and seconds inside the model."""
+class DraftTime:
+    """A drafter, and the seconds spent in it (CPU; on a GPU, work goes on behind the calls)."""
+
+    def __init__(self, drafter):
+        self.seconds, self.max_depth = 0.0, drafter.max_depth
+        for name in ("start", "first", "propose", "observe"):
+            setattr(self, name, self._timed(getattr(drafter, name)))
+
+    def _timed(self, call):
+        def timed(*arguments):
+            since = time.perf_counter()
+            result = call(*arguments)
+            self.seconds += time.perf_counter() - since
+            return result
+
+        return timed
+
+
+def run(model, inputs, draft: str, new_tokens: int) -> tuple[list[int], list[int], float, float, float]:
+    """New tokens, accept lengths (one a forward pass), seconds, and those inside the model and the drafter."""
     settings = dict(do_sample=False, max_new_tokens=new_tokens, return_dict_in_generate=True)
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     inside = ModelTime(model)
+    drafter = None if draft == "transformers" else DraftTime(_drafter(draft, model))
     start = time.perf_counter()
-    if draft == "transformers":
+    if drafter is None:
         out = model.generate(**inputs, **settings)
     else:
-        out = msn_ext.generate(model, **inputs, draft=draft, **settings)
+        out = msn_ext.generate(model, **inputs, draft=drafter, **settings)
     new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     seconds = time.perf_counter() - start
     inside.remove()
-    accepts = [1] * len(new) if draft == "transformers" else out.accept_lengths[0].tolist()
-    return new, accepts, seconds, inside.seconds
+    accepts = out.accept_lengths[0].tolist() if drafter else [1] * len(new)
+    return new, accepts, seconds, inside.seconds, drafter.seconds if drafter else 0.0
 
 
 def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> list[dict]:
@@ -109,9 +128,10 @@ def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> 
             bar.set_postfix_str(f"{category} {draft}")
             row = done.get((question, draft))
             if row is None:
-                new, accepts, seconds, inside = run(model, inputs, draft, new_tokens)
+                new, accepts, seconds, inside, drafting = run(model, inputs, draft, new_tokens)
                 row = dict(category=category, question=question, draft=draft, prompt=inputs["input_ids"].shape[1])
                 row |= dict(tokens=new, accept_lengths=accepts, seconds=round(seconds, 4), model_seconds=round(inside, 4))
+                row["drafting_seconds"] = round(drafting, 4)
                 row |= dict(flip_at=None, gap=None)
                 if draft != "transformers" and new != plain:
                     at = next(i for i, (a, b) in enumerate(zip(new + [-1], plain + [-1])) if a != b)
@@ -128,11 +148,11 @@ def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> 
 
 def summarise(rows: list[dict], drafts: list[str]) -> str:
     """One line per draft and category: MAT, tokens/s and speed-up over plain transformers; "other" is the
-    share of the time that is not spent in the model's forward."""
+    share of the time that is not spent in the model's forward, "drafting" what of it is spent in the drafter."""
     seconds = {(r["question"], r["draft"]): r["seconds"] for r in rows}
     lines = [
         f"{'draft':<14}{'category':<16}{'prompts':>8}{'MAT':>7}{'tok/s':>9}{'plain tok/s':>13}{'speed-up':>10}"
-        f"{'other':>8}{'flips':>7}"
+        f"{'other':>8}{'drafting':>10}{'flips':>7}"
     ]
     for draft in drafts:
         for category in (*CATEGORIES, "all"):
@@ -148,7 +168,8 @@ def summarise(rows: list[dict], drafts: list[str]) -> str:
             flips = sum(r["flip_at"] is not None for r in part)
             lines.append(
                 f"{draft:<14}{category:<16}{len(part):>8}{tokens / passes:>7.2f}{tokens / spent:>9.1f}{plain_rate:>13.1f}"
-                f"{tokens / spent / plain_rate:>9.2f}x{1 - sum(r['model_seconds'] for r in part) / spent:>8.1%}{flips:>7}"
+                f"{tokens / spent / plain_rate:>9.2f}x{1 - sum(r['model_seconds'] for r in part) / spent:>8.1%}"
+                f"{sum(r['drafting_seconds'] for r in part) / spent:>10.1%}{flips:>7}"
             )
     return "\n".join(lines)
 
