@@ -127,6 +127,11 @@ def test_an_object_remembers_from_call_to_call():
     drafter = BestFirst(budget=32)
     cold = passes(BestFirst(budget=32))
     assert passes(drafter) == cold and passes(drafter) < cold
+    for vocabulary in (7, VOCAB):  # of another model's tokens nothing is kept
+        drafter.start(1, vocabulary, CPU)
+        history, lengths = text([4, 5, 6, 4, 5])
+        tokens = drafter.propose(history, lengths).tokens
+        assert set(tokens.flatten().tolist()) <= {4, 5, 6}
 
 
 def test_the_size_follows_the_time_of_a_step():

@@ -120,7 +120,7 @@ class BestFirst:
         self.max_depth, self.budget, self._sources = max_depth, budget, tuple(sources)
         self._factors = weights.load() if factors is None else factors
         self._foresight, self._times = foresight, times
-        self._adjacency: Adjacency | None = None
+        self._of: tuple[int, torch.device] | None = None  # whose tokens the table of contexts holds
         self._opening = TreeDrafter(DraftTree.chain(OPENING, RETRIEVAL))
 
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
@@ -128,7 +128,8 @@ class BestFirst:
         self._opening.start(batch, vocabulary, device)
         self._factors = self._factors.to(device)
         self._denoised = Denoised(batch, self.max_depth if "denoised" in self._sources else 0, device)
-        if self._adjacency is None or self._adjacency.contexts.device != device:
+        if self._of != (vocabulary, device):  # another vocabulary's tokens may be none here
+            self._of = vocabulary, device
             self._adjacency = Adjacency(device, slots=SLOTS if "adjacency" in self._sources else 0)
         self._suffix: Suffix | None = None
         if self._times is None:
