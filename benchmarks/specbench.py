@@ -7,7 +7,7 @@
     python benchmarks/specbench.py --summary results.jsonl           # the tables of a file, nothing run
 
 What a drafter gains is settled by the text that greedy decoding gives and by what the model says at the nodes
-that the drafter asks for. So every turn is decoded once, plainly; then all drafters run side by side on that
+that the drafter asks for. So every turn is decoded once, greedily; then all drafters run side by side on that
 text, as `msn_ext.generate` runs them, and what they ask for is computed in one forward pass: a node is known
 by the place where its path leaves the text and by its tokens from there, and is computed once for all. Of a
 node's logits the 16 largest are kept, which is more than any drafter looks at; the rest counts as minus
@@ -223,7 +223,7 @@ def measure(model, tokenizer, questions, drafts, new_tokens, check: int, done: d
                     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
                 ).to(model.device)
                 prompt = inputs["input_ids"].shape[1]
-                # Plain decoding in fewer passes; each token is the model's own.
+                # Each token is the model's own; which drafter finds it matters for near-ties at most.
                 out = msn_ext.generate(model, **inputs, draft=BestFirst(16), do_sample=False, max_new_tokens=new_tokens)
                 accept_lengths = replay_all(drafts, model, out[0].tolist(), prompt, scratch)
                 row = dict(category=question["category"], question=question["question"], turn=turn, prompt=prompt)

@@ -116,18 +116,20 @@ def generate(
 ):
     """Generate what ``model.generate`` would, several tokens per forward pass.
 
-    TR-Jacobi decoding (arXiv 2406.17404, section 3.3): every pass checks a tree of guesses and
-    keeps the longest path that the model itself would have taken. Greedy output is that of
-    ``model.generate(do_sample=False)``; sampled output has exactly the model's distribution, and
-    for a seed (``torch.manual_seed``) it is the same whatever the draft. Also usable as
+    Every pass checks a tree of guesses and keeps the longest path that the model itself would have
+    taken (arXiv 2406.17404, section 3.3). Greedy output is that of ``model.generate(do_sample=False)``;
+    sampled output has exactly the model's distribution, and for a seed (``torch.manual_seed``) it is the
+    same whatever the draft; below float64 both but for near-ties. Also usable as
     ``model.generate(**inputs, custom_generate=msn_ext.generate)``.
 
     Args:
         model: a decoder-only transformers model.
         input_ids: int64 [B, P], left-padded where the rows differ in length.
         attention_mask: [B, P], 0 at padding; None: as ``model.generate`` infers it.
-        draft: ``"paper"`` (the paper's 68 guesses), ``"jacobi"`` (a chain of 5 denoised guesses),
-            ``"lookup"`` (7 tokens retrieved from the text), ``"recycling"`` (Token Recycling, arXiv
+        draft: ``"auto"`` (the best guesses of all sources, as many as pay by the clock),
+            ``"paper"`` (the paper's 68 guesses), ``"jacobi"`` (a chain of 5 denoised guesses),
+            ``"lookup"`` (7 tokens retrieved from the text), ``"suffix"`` (SAM-Decoding, arXiv
+            2411.10666), ``"recycling"`` (Token Recycling, arXiv
             2408.08696), ``"lookahead"`` (arXiv 2402.02057), ``"none"`` (plain decoding), a
             :class:`DraftTree` or a :class:`Drafter`.
         tokenizer: needed with ``stop_strings``.
@@ -282,7 +284,7 @@ def _decode(
             streamer.put(input_ids.cpu())
         gained = decoder.prefill()
         while True:
-            counts, remaining, invalid = gained.status.cpu()  # the one read from the device in a step
+            counts, remaining, invalid = gained.status.cpu()  # all that the host reads, drafters that look at the clock apart
             if invalid.any():
                 row = int(invalid.argmax())
                 raise ValueError(f"the model's probabilities for row {row} hold NaN or infinity; no token can be drawn")

@@ -92,7 +92,7 @@ def auto(model) -> BestFirst:
         try:
             if (path := profile_path(model)).exists():
                 profile = Profile.load(path)
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home directory
             warnings.warn(f"drafting goes on without a profile: {error}", stacklevel=2)
         times = StepTimes(profile.times if profile else None, model.device.type)
         known[key] = times, profile.factors if profile else None

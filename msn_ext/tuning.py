@@ -7,6 +7,7 @@ import json
 import random
 import statistics
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -68,7 +69,8 @@ def learn_factors(model, tokenizer, prompts: list[str], prior: Tensor, progress:
     Returns:
         The factors, and a summary: nodes, mean log-likelihood before and after.
     """
-    records = Records()
+    records, asked = Records(), 0
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
     for prompt in tqdm(prompts, unit="prompt", desc="factors", leave=False, disable=not progress):
         if tokenizer.chat_template:
             inputs = tokenizer.apply_chat_template(
@@ -76,39 +78,49 @@ def learn_factors(model, tokenizer, prompts: list[str], prior: Tensor, progress:
             )
         else:
             inputs = tokenizer(prompt, return_tensors="pt")
-        drafter = Recorder(records, budget=64, factors=prior)
-        generate(model, inputs["input_ids"].to(model.device), draft=drafter, do_sample=False, max_new_tokens=128)
-    if not records.nodes:
-        raise ValueError("prompts gave no answers to learn from")
+        length = inputs["input_ids"].shape[1]
+        if not 0 < length < room:
+            continue  # nothing to ask, or no room for an answer
+        asked += 1
+        drafter, new_tokens = Recorder(records, budget=64, factors=prior), min(128, room - length)
+        generate(model, inputs["input_ids"].to(model.device), draft=drafter, do_sample=False, max_new_tokens=new_tokens)
+    if not any(entries for _, entries, _ in records.nodes):
+        raise ValueError(f"prompts gave no answers to learn from; {asked} of {len(prompts)} fit into the model's context")
     fitted, before, after = fit(records, prior)
-    return fitted, {"prompts": len(prompts), "nodes": len(records.nodes), "before": before, "after": after}
+    return fitted, {"prompts": asked, "nodes": len(records.nodes), "before": before, "after": after}
 
 
 def read_prompts(path: str) -> list[str]:
     """The prompts of a file: JSON lines with ``prompt`` or ``turns`` (the first counts), or plain lines.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it holds no prompt.
+        OSError: it cannot be opened.
+        ValueError: it is damaged or holds no prompt; names the file and the line.
     """
     opened = gzip.open if path.endswith(".gz") else open
-    prompts = []
-    with opened(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(map(str.strip, file), 1):
-            if not line:
-                continue
-            if line.startswith("{"):
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}: line {number} is no JSON: {error}") from error
-                line = row.get("prompt") or next(iter(row.get("turns") or ()), None)
-                if not isinstance(line, str) or not line:
-                    raise ValueError(f"{path}: line {number} holds neither prompt nor turns, but {', '.join(row)}")
-            prompts.append(line)
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    prompts = [_prompt(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line]
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts
+
+
+def _prompt(line: str, place: str) -> str:
+    if not line.startswith("{"):
+        return line
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from error
+    turns = row.get("turns")
+    prompt = row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
+    if not isinstance(prompt, str):
+        raise ValueError(f"{place} has neither a prompt nor turns that are text, but {', '.join(row)}")
+    return prompt
 
 
 def draw(files: list[list[str]], count: int) -> list[str]:
@@ -135,6 +147,7 @@ def tune(model, tokenizer, prompts: list[str], context: int = 256, progress: boo
     about |= {"dtype": str(model.dtype).removeprefix("torch."), "context": context, "torch": torch.__version__}
     found = Profile(times, about=about)
     if prompts:
+        found.save(path)  # whatever becomes of the prompts
         found.factors, about["factors"] = learn_factors(model, tokenizer, prompts, shipped_factors(), progress)
     elif earlier and earlier.factors is not None:
         found.factors, about["factors"] = earlier.factors, earlier.about.get("factors")

@@ -302,14 +302,16 @@ def test_tune_measures_and_keeps(tiny, tmp_path, monkeypatch, capsys):
     [
         (None, "No such file"),
         ("", "holds no prompts"),
-        ('{"question": "why?"}', "neither prompt nor turns, but question"),
-        ("{", "line 1"),
+        ('{"question": "why?"}', "neither a prompt nor turns that are text, but question"),
+        ("{", "line 1 is no JSON"),
+        ('{"turns": "abc"}', "but turns"),
+        (b"\xff\xfe", "cannot be read"),
     ],
 )
 def test_prompts_that_cannot_be_read(content, part, tiny, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert cli.main(["tune", "--model", tiny, "--prompts", str(file)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and part in error and "prompts.jsonl" in error

@@ -149,6 +149,21 @@ def test_the_size_follows_the_time_of_a_step():
     assert sizes["free"][5:] and min(sizes["free"][5:]) > 16
 
 
+def test_rows_that_have_ended_do_not_count():
+    """A row that gains nothing any more would go on promising what it promised last."""
+    drafter = BestFirst()
+    drafter.start(2, VOCAB, CPU)
+    history, lengths = text([1, 2, 3] * 6, [4, 5, 6] * 6)
+    history = torch.cat([history, torch.zeros(2, 60, dtype=torch.int64)], 1)
+    drafter._choice.choose = lambda expected: (promised.append(expected[-1]), 4)[1]
+    promised: list = []
+    drafter.propose(history, lengths)
+    assert drafter._growing.tolist() == [True, True]
+    drafter.propose(history, lengths + torch.tensor([2, 0]))
+    assert drafter._growing.tolist() == [True, False]
+    assert promised[-1] == pytest.approx(float(drafter.probability[0].sum()) - 1)
+
+
 @pytest.mark.parametrize("device, kink", [("cpu", 0.6), ("cpu", 1.0), ("cuda", 1.0)])
 def test_step_times_learn_what_they_are_shown(device, kink):
     times = StepTimes(None, device)
@@ -285,6 +300,9 @@ def test_lookahead_sees_its_window_as_the_paper_draws_it():
         (lambda: Lookahead(guesses=-1), "guesses is -1; expected 0"),
         (lambda: Lookahead(window=60, guesses=60), "tree of 480 nodes; expected at most 256"),
         (lambda: BestFirst(budget=0), "budget is 0; expected None or 1 to 256"),
+        (lambda: BestFirst(budget=8.0), "budget is 8.0"),
+        (lambda: BestFirst(sources="suffix"), "sources is 'suffix'; expected a tuple"),
+        (lambda: BestFirst(factors=torch.full((348,), torch.nan, dtype=torch.float64)), "factors holds a value outside"),
         (lambda: BestFirst(sources=("suffix", "tables")), "sources has 'tables'; expected some of denoised, adjacency, suffix"),
         (lambda: BestFirst(max_depth=-1), "max_depth is -1; expected 0 to 256"),
         (lambda: BestFirst(foresight=2.0), "foresight is 2.0; expected 0 to 1"),

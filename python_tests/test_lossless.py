@@ -187,6 +187,17 @@ def test_dense_masks_equal_the_kernel(family, implementation):
     assert common >= 11 and torch.equal(results[0][:, :common], results[1][:, :common])
 
 
+@pytest.mark.parametrize("length", [3, 28, 35, 38, 39, 40, 41])
+def test_longrope_switches_as_plain_decoding_does(length):
+    """At 40 tokens the factors of all positions change, and the text is read anew."""
+    model = tiny_model("phi3-longrope", length % 3)
+    ids = torch.randint(3, VOCAB, (1, length), generator=torch.Generator().manual_seed(length))
+    settings = dict(do_sample=False, max_new_tokens=60, eos_token_id=None)
+    expected = model.generate(ids, **settings)
+    for draft in (*DRAFTS, BestFirst(8, max_depth=0), BestFirst(16, max_depth=3), BestFirst(64)):
+        assert torch.equal(generate(model, ids, draft=draft, **settings), expected), draft
+
+
 def test_attention_implementation_is_restored():
     model = tiny_model("llama", 0)
     for implementation in ("eager", "sdpa"):

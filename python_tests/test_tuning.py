@@ -59,6 +59,8 @@ def test_a_profile_is_kept_whole(tmp_path):
         ('{"times": {}, "factors": null}', "times is {}"),
         ('{"times": {"1": -1}, "factors": null}', "times is"),
         ('{"times": {"1": 1}, "factors": {}}', "bias has shape"),
+        ('{"times": {"1": 1}, "factors": 5}', "bias is no table"),
+        ('{"times": {"1": 1}, "factors": {"bias": [[null]]}}', "bias is no table"),
     ],
 )
 def test_what_is_no_profile_is_refused_and_decoding_goes_on(model, content, message):
@@ -140,6 +142,15 @@ def test_learned_factors_make_the_models_own_answers_likelier(model):
     fitted, about = learn_factors(model, Words(), ["abcabc", "hello world", "zzz"], prior, progress=False)
     assert about["prompts"] == 3 and about["nodes"] > 30 and about["after"] > about["before"]
     assert fitted.shape == prior.shape and bool((fitted > 0).all()) and not torch.equal(fitted, prior)
+
+
+def test_prompts_that_do_not_fit_are_passed_over(model, monkeypatch):
+    monkeypatch.setattr(model.config, "max_position_embeddings", 20)
+    prior = torch.ones(348, dtype=torch.float64)
+    _, about = learn_factors(model, Words(), ["abcabc", "z" * 20, "", "z" * 40], prior, progress=False)
+    assert about["prompts"] == 1
+    with pytest.raises(ValueError, match="0 of 1 fit"):
+        learn_factors(model, Words(), ["z" * 40], prior, progress=False)
 
 
 def test_the_factors_of_the_package_say_what_they_come_from():

@@ -15,7 +15,7 @@ from .budget import SIZES, Budget, StepTimes
 from .drafting import Draft, TreeDrafter, Verified
 from .tree import RETRIEVAL, DraftTree
 
-OPENING = 6
+OPENING = 5
 """Guesses behind the prompt, a chain: text that followed its end before, noise where there is none."""
 FORESIGHT = 0.05
 SLOTS = 1 << 16
@@ -105,8 +105,10 @@ class BestFirst:
         max_depth: int = 20,
         foresight: float = FORESIGHT,
     ):
-        if budget is not None and not 1 <= budget <= MAX_NODES:
-            raise ValueError(f"budget is {budget}; expected None or 1 to {MAX_NODES}")
+        if budget is not None and not (type(budget) is int and 1 <= budget <= MAX_NODES):
+            raise ValueError(f"budget is {budget!r}; expected None or 1 to {MAX_NODES}")
+        if isinstance(sources, str):
+            raise ValueError(f"sources is {sources!r}; expected a tuple of {', '.join(SOURCES)}")
         if unknown := set(sources) - set(SOURCES):
             raise ValueError(f"sources has {', '.join(map(repr, sorted(unknown)))}; expected some of {', '.join(SOURCES)}")
         if not 0 <= max_depth <= MAX_NODES:
@@ -117,11 +119,13 @@ class BestFirst:
             raise ValueError(
                 f"factors has shape {list(factors.shape)} and dtype {factors.dtype}; expected [{FACTORS}], float64"
             )
+        if factors is not None and not bool(((factors >= 1e-9) & (factors <= 1e9)).all()):
+            raise ValueError("factors holds a value outside 1e-9 to 1e9")
         self.max_depth, self.budget, self._sources = max_depth, budget, tuple(sources)
         self._factors = weights.load() if factors is None else factors
         self._foresight, self._times = foresight, times
         self._of: tuple[int, torch.device] | None = None  # whose tokens the table of contexts holds
-        self._opening = TreeDrafter(DraftTree.chain(OPENING, RETRIEVAL))
+        self._opening = TreeDrafter(DraftTree.chain(1 + min(OPENING, max_depth), RETRIEVAL))
 
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
         device = torch.device(device)
@@ -135,8 +139,9 @@ class BestFirst:
         if self._times is None:
             self._times = StepTimes(None, device.type)
         self._choice = Budget(self._times, batch)
-        self._expected: float | None = None  # guesses accepted per row, of the last tree
-        self._last: tuple[int, Tensor] | None = None  # tokens computed and accept lengths of the last step
+        self._draft: Draft | None = None  # what was proposed last,
+        self._accepted: Tensor | None = None  # its accept lengths, once it was verified,
+        self._lengths: Tensor | None = None  # and the texts behind which it was proposed
 
     def _listen(self, history: Tensor, lengths: Tensor) -> Suffix:
         """The suffixes of the text so far."""
@@ -150,7 +155,7 @@ class BestFirst:
 
     def propose(self, history: Tensor, lengths: Tensor) -> Draft:
         if self.budget is None:
-            self._look_back()
+            self._look_back(lengths)
         tokens, parents, self.probability, self.sources = ops.draft_tree(
             history,
             lengths,
@@ -163,27 +168,31 @@ class BestFirst:
             self._foresight,
         )
         nodes = self.budget or self._pay()
-        return Draft.of(tokens[:, :nodes], parents[:, :nodes])
+        self._draft = Draft.of(tokens[:, :nodes], parents[:, :nodes])
+        return self._draft
 
     def _pay(self) -> int:
         """The nodes that give the most tokens per second; waits for the device."""
-        expected = (self.probability.sum(0).cumsum(0) / len(self.probability) - 1).tolist()
+        growing = self.probability[self._growing]
+        expected = (growing.sum(0).cumsum(0) / len(growing) - 1).tolist()
         nodes = self._choice.choose(expected)
         self._expected = expected[nodes - 1]
         return nodes
 
-    def _look_back(self) -> None:
-        """Learn from the step before: how long it took, what it gained."""
+    def _look_back(self, lengths: Tensor) -> None:
+        """Learn from the step before: how long it took, what it gained, and which rows go on."""
         now = time.perf_counter()
-        if self._last is not None:
-            nodes, accepted = self._last
-            self._times.observe(nodes, now - self._began)
-            self._choice.observe(self._expected, float(accepted.double().mean()) - 1)
-        self._began, self._last = now, None
+        if self._accepted is not None:
+            self._times.observe(self._draft.tokens.numel(), now - self._began)
+            self._choice.observe(self._expected, float(self._accepted[self._growing].double().mean()) - 1)
+        # A row that gained nothing has ended, and goes on only beside the others.
+        growing = torch.ones_like(lengths, dtype=torch.bool) if self._lengths is None else lengths > self._lengths
+        self._growing = growing | ~growing.any()
+        self._began, self._lengths, self._accepted = now, lengths, None
 
     def observe(self, verified: Verified) -> None:
-        if self._expected is not None:
-            self._last = verified.draft.tokens.numel(), verified.accept_length
+        if verified.draft is self._draft and self.budget is None:
+            self._accepted = verified.accept_length
         guesses = ops.top_guesses(verified.logits)
         self._denoised.update(verified, guesses)
         if "adjacency" in self._sources:

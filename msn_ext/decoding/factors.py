@@ -35,7 +35,10 @@ def from_tables(given: dict, name: str) -> Tensor:
     """
     parts = []
     for table, shape in SHAPES.items():
-        values = torch.tensor(given.get(table, []), dtype=torch.float64)
+        try:
+            values = torch.tensor(given.get(table, []), dtype=torch.float64)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {table} is no table of numbers: {error}") from error
         if values.shape != shape:
             raise ValueError(f"{name}: {table} has shape {list(values.shape)}; expected {list(shape)}")
         if not bool(((values >= 1e-9) & (values <= 1e9)).all()):

@@ -18,6 +18,9 @@ from .drafting import Draft, Drafter, Verified
 from .support import rope_types
 from .tree import DraftTree
 
+REREADING = {"phi3", "phimoe", "phi4_multimodal"}
+"""Families that read the text anew where 'longrope' switches its factors."""
+
 Targets = Callable[[Tensor, Tensor, LogitsProcessorList], Tensor]
 
 
@@ -89,6 +92,8 @@ class Decoder:
         self._longest = prompt - 1
         self._final = prompt + max_new_tokens
         self._shallow_until = self._longrope_boundary()
+        # transformers forgets the cache of these when the factors switch, and reads the text anew.
+        self._rereads = self._shallow_until and self._config.model_type in REREADING and not bool(offsets.any())
 
     def _longrope_boundary(self) -> int:
         """The slot where 'longrope' switches its factors for the whole batch; 0: not on the way."""
@@ -106,9 +111,9 @@ class Decoder:
             )
         return boundary
 
-    def _straddles(self) -> bool:
-        """Whether a tree might reach across the longrope boundary: then nothing is drafted."""
-        return self._longest < self._shallow_until <= self._longest + self._drafter.max_depth
+    def _straddles(self, depth: int) -> bool:
+        """Whether a draft of this depth might reach across the longrope boundary: then nothing is drafted."""
+        return self._longest < self._shallow_until <= self._longest + depth
 
     def _roots(self) -> Tensor:
         """The last token of every row, int64 [B, 1]."""
@@ -122,8 +127,12 @@ class Decoder:
     @torch.no_grad()
     def prefill(self) -> Gained:
         """The first pass: the prompt, and behind it a chain of guesses, checked like any tree."""
-        draft = self._chain(None if self._straddles() else self._drafter.first(self._history, self._lengths))
-        ids = torch.cat([self._input_ids, draft.tokens[:, 1:]], dim=1)
+        guesses = self._drafter.first(self._history, self._lengths)
+        draft = self._chain(None if self._straddles(guesses.shape[1]) else guesses)
+        return self._read(torch.cat([self._input_ids, draft.tokens[:, 1:]], dim=1), draft)
+
+    def _read(self, ids: Tensor, draft: Draft) -> Gained:
+        """A pass over whole texts, padding included, that end in a draft that is a chain."""
         total = ids.shape[1]
         self._cache.at_start(total)
         columns = torch.arange(total, device=ids.device)
@@ -137,7 +146,12 @@ class Decoder:
     @torch.no_grad()
     def step(self) -> Gained:
         """Every later pass: a tree behind the cached prefix."""
-        draft = self._chain() if self._straddles() else self._drafter.propose(self._history, self._lengths)
+        if self._rereads and self._longest == self._shallow_until:
+            return self._read(self._history[:, : self._longest + 1], self._chain())
+        if self._straddles(self._drafter.max_depth):
+            draft = self._chain()
+        else:
+            draft = self._drafter.propose(self._history, self._lengths)
         draft.tokens[:, :1] = self._roots()
         prefix = self._lengths - 1 + self._offsets
         self._cache.at(prefix, len(draft), self._longest + len(draft))
