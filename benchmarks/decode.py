@@ -18,6 +18,7 @@ which sums are taken. The exit status is 1 if any gap is 1e-3 or more (float32 a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import subprocess
@@ -169,7 +170,7 @@ def summarise(rows: list[dict], drafts: list[str]) -> str:
             lines.append(
                 f"{draft:<14}{category:<16}{len(part):>8}{tokens / passes:>7.2f}{tokens / spent:>9.1f}{plain_rate:>13.1f}"
                 f"{tokens / spent / plain_rate:>9.2f}x{1 - sum(r['model_seconds'] for r in part) / spent:>8.1%}"
-                f"{sum(r['drafting_seconds'] for r in part) / spent:>10.1%}{flips:>7}"
+                f"{sum(r.get('drafting_seconds', float('nan')) for r in part) / spent:>10.1%}{flips:>7}"
             )
     return "\n".join(lines)
 
@@ -189,6 +190,28 @@ def conditions(model, program: str, arguments) -> dict:
         transformers=transformers.__version__,
         msn_ext=msn_ext.build_info(),
     )
+
+
+class Results:
+    """JSON lines: the conditions, then rows; every row is written at once. Without a path nothing is kept."""
+
+    def __init__(self, path: pathlib.Path | None):
+        self._path = path
+        self.lines: list[dict] = []
+        if path and path.exists():
+            self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def rows(self) -> list[dict]:
+        return [line for line in self.lines if "question" in line]
+
+    def save(self, header: dict, row: dict) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = [] if self._path.exists() else [header]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in (*fresh, row))
 
 
 def load_model(options):
@@ -219,23 +242,13 @@ def main(arguments: list[str]) -> int:
     if unknown := set(drafts) - set(DRAFTS):
         parser.error(f"--drafts has {', '.join(sorted(unknown))}; expected {', '.join(DRAFTS)}")
 
-    done: dict = {}
-    if options.output and options.output.exists():
-        lines = [json.loads(line) for line in options.output.read_text(encoding="utf-8").splitlines()]
-        done = {(line["question"], line["draft"]): line for line in lines if "question" in line}
+    results = Results(options.output)
+    done = {(row["question"], row["draft"]): row for row in results.rows}
     model, tokenizer = load_model(options)
     header = conditions(model, "decode.py", arguments)
-
-    def save(row: dict) -> None:
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            fresh = not options.output.exists()
-            with options.output.open("a", encoding="utf-8") as file:
-                if fresh:
-                    file.write(json.dumps(header) + "\n")
-                file.write(json.dumps(row) + "\n")
-
-    rows = measure(model, tokenizer, load_prompts(options.data, options.prompts), drafts, options.new_tokens, done, save)
+    prompts = load_prompts(options.data, options.prompts)
+    save = functools.partial(results.save, header)
+    rows = measure(model, tokenizer, prompts, drafts, options.new_tokens, done, save)
     print(json.dumps(header, indent=1))
     print(summarise(rows, drafts))
     flips = [row for row in rows if row["flip_at"] is not None]

@@ -21,6 +21,7 @@ shape have their own size: paper 69, recycling 81, lookahead up to 56; chains: j
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import random
@@ -29,7 +30,7 @@ from collections import defaultdict
 from collections.abc import Generator
 
 import torch
-from decode import CATEGORIES, SHARED, conditions, load_model
+from decode import CATEGORIES, SHARED, Results, conditions, load_model
 from torch import Tensor
 from tqdm import tqdm
 
@@ -300,32 +301,20 @@ def main(arguments: list[str]) -> int:
     drafts = options.drafts.split(",")
     if unknown := set(drafts) - set(DRAFTS):
         parser.error(f"--drafts has {', '.join(sorted(unknown))}; expected some of {', '.join(DRAFTS)}")
-    stored = options.summary or options.output
-    lines = []
-    if stored and stored.exists():
-        lines = [json.loads(line) for line in stored.read_text(encoding="utf-8").splitlines()]
+    results = Results(options.summary or options.output)
     if options.summary:
-        print(json.dumps(lines[0]))
-        print(summarise(lines[1:]))
+        print(json.dumps(results.lines[0]))
+        print(summarise(results.rows))
         return 0
     if not options.data.is_file():
         parser.error(f"--data {options.data}: no such file")
 
-    done = {(line["question"], line["turn"]): line for line in lines[1:]}
-    if done and list(lines[1]["accept_lengths"]) != drafts:
+    done = {(row["question"], row["turn"]): row for row in results.rows}
+    if done and list(results.rows[0]["accept_lengths"]) != drafts:
         parser.error(f"--output {options.output} holds other drafters; expected the same, or another file")
     model, tokenizer = load_model(options)
     header = conditions(model, "specbench.py", arguments)
-
-    def save(row: dict) -> None:
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            fresh = not options.output.exists()
-            with options.output.open("a", encoding="utf-8") as file:
-                if fresh:
-                    file.write(json.dumps(header) + "\n")
-                file.write(json.dumps(row) + "\n")
-
+    save = functools.partial(results.save, header)
     questions = load_questions(options.data, options.skip, options.prompts)
     rows = measure(model, tokenizer, questions, drafts, options.new_tokens, options.check, done, save)
     print(json.dumps(header))

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
+def _add_draft_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft",
         choices=DRAFTS,
@@ -103,7 +103,21 @@ def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
         "nodes, a Jacobi chain, look-up in the text so far, its longest repetition, Token Recycling, Lookahead decoding, "
         "or none, which is plain decoding (default: auto)",
     )
+
+
+def _add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if it can be used, else cpu)")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
+    _add_device_option(parser)
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from standard input")
+    parser.add_argument("--raw", action="store_true", help="the prompt as it is, without the model's chat template")
 
 
 # ---- msn demo ------------------------------------------------------------------------------------
@@ -119,7 +133,8 @@ def _add_demo(subparsers) -> None:
     parser.add_argument("prompt", nargs="?", help="what to ask (default: one of a few built-in prompts)")
     parser.add_argument("--max-new-tokens", type=_positive_int, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("--no-color", action="store_true", help="mark passes with ‹ › (as does NO_COLOR)")
-    _add_decoding_options(parser)
+    _add_draft_option(parser)
+    _add_device_option(parser)
     parser.set_defaults(run=_demo)
 
 
@@ -239,12 +254,10 @@ def _add_generate(subparsers) -> None:
         help="generate with any causal language model",
         description="Generate with any causal language model of transformers, several tokens per forward pass.",
     )
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from standard input")
+    _add_model_options(parser)
+    _add_prompt_options(parser)
     parser.add_argument("--max-new-tokens", type=_positive_int, default=256, metavar="N", help="(default: 256)")
-    _add_decoding_options(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
-    parser.add_argument("--raw", action="store_true", help="the prompt as it is, without the model's chat template")
+    _add_draft_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
@@ -312,8 +325,8 @@ def _add_explain(subparsers) -> None:
         description="Decode greedily with best-first draft trees and draw one forward pass: the tree of guesses, where "
         "they come from, how probable they were, and the path that the model accepted.",
     )
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from standard input")
+    _add_model_options(parser)
+    _add_prompt_options(parser)
     parser.add_argument(
         "--pass",
         dest="number",
@@ -337,9 +350,6 @@ def _add_explain(subparsers) -> None:
         help="per tree, root included (default: 32)",
     )
     parser.add_argument("--max-new-tokens", type=_positive_int, default=48, metavar="N", help="(default: 48)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if it can be used, else cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
-    parser.add_argument("--raw", action="store_true", help="the prompt as it is, without the model's chat template")
     parser.set_defaults(run=_explain)
 
 
@@ -387,9 +397,7 @@ def _add_tune(subparsers) -> None:
         "each source of guesses is right for this model. The result is kept for models of this shape, on this device, in "
         "this dtype; generate's default draft goes by it.",
     )
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if it can be used, else cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
+    _add_model_options(parser)
     parser.add_argument("--context", type=_positive_int, default=256, metavar="N", help="tokens before a step (default: 256)")
     parser.add_argument(
         "--prompts",

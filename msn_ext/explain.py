@@ -9,7 +9,7 @@ from html import escape
 import torch
 from torch import Tensor
 
-from .decoding import BestFirst, Draft, Verified
+from .decoding import BestFirst, Verified
 from .ops.reference import ADJACENT, DENOISED, NOISE, SUFFIX
 
 SOURCES = (
@@ -79,12 +79,7 @@ class Recorder(BestFirst):
             raise ValueError(f"batch is {batch}; expected 1: one row's steps are kept")
         super().start(batch, vocabulary, device)
         self.steps: list[Step] = []
-        self._proposed: Draft | None = None
         self._prompt = True
-
-    def propose(self, history: Tensor, lengths: Tensor) -> Draft:
-        self._proposed = super().propose(history, lengths)
-        return self._proposed
 
     def observe(self, verified: Verified) -> None:
         super().observe(verified)
@@ -96,7 +91,7 @@ class Recorder(BestFirst):
         draft, length, accepted = verified.draft, int(verified.lengths[0]), int(verified.accept_length[0])
         tokens, parents = draft.tokens[0].tolist(), draft.parents.reshape(-1, len(draft))[0].tolist()
         nodes = 1 + sum(parent >= 0 for parent in parents)  # padding comes last
-        if draft is self._proposed:
+        if draft is self._draft:
             probability, sources = self.probability[0, :nodes].tolist(), self.sources[0, :nodes].tolist()
         else:  # the root alone was checked
             probability, sources = [1.0] * nodes, [0] * nodes

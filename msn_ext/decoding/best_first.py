@@ -73,7 +73,7 @@ class Suffix:
 
     def update(self, history: Tensor, lengths: Tensor) -> None:
         ops.index_suffixes(self.heads, history, self._indexed, lengths)
-        self._indexed = lengths.clone()
+        self._indexed = lengths
 
 
 SOURCES = ("denoised", "adjacency", "suffix")
@@ -115,12 +115,8 @@ class BestFirst:
             raise ValueError(f"max_depth is {max_depth}; expected 0 to {MAX_NODES}")
         if not 0 <= foresight <= 1:
             raise ValueError(f"foresight is {foresight}; expected 0 to 1")
-        if factors is not None and (factors.shape != (FACTORS,) or factors.dtype != torch.float64):
-            raise ValueError(
-                f"factors has shape {list(factors.shape)} and dtype {factors.dtype}; expected [{FACTORS}], float64"
-            )
-        if factors is not None and not bool(((factors >= 1e-9) & (factors <= 1e9)).all()):
-            raise ValueError("factors holds a value outside 1e-9 to 1e9")
+        if factors is not None:
+            weights.check(factors, (FACTORS,), "factors")
         self.max_depth, self.budget, self._sources = max_depth, budget, tuple(sources)
         self._factors = weights.load() if factors is None else factors
         self._foresight, self._times = foresight, times

@@ -39,12 +39,17 @@ def from_tables(given: dict, name: str) -> Tensor:
             values = torch.tensor(given.get(table, []), dtype=torch.float64)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: {table} is no table of numbers: {error}") from error
-        if values.shape != shape:
-            raise ValueError(f"{name}: {table} has shape {list(values.shape)}; expected {list(shape)}")
-        if not bool(((values >= 1e-9) & (values <= 1e9)).all()):
-            raise ValueError(f"{name}: {table} holds a value outside 1e-9 to 1e9")
+        check(values, shape, f"{name}: {table}")
         parts.append(values.flatten())
     return torch.cat(parts)
+
+
+def check(values: Tensor, shape: tuple[int, ...], name: str) -> None:
+    """Raise ValueError where ``values`` cannot be factors of this shape."""
+    if values.shape != shape or values.dtype != torch.float64:
+        raise ValueError(f"{name} has shape {list(values.shape)} and dtype {values.dtype}; expected {list(shape)}, float64")
+    if not bool(((values >= 1e-9) & (values <= 1e9)).all()):
+        raise ValueError(f"{name} holds a value outside 1e-9 to 1e9")
 
 
 def tables(factors: Tensor) -> dict[str, list]:

@@ -38,7 +38,7 @@ def greedy(logits: Tensor, positions: Tensor, processors: LogitsProcessorList) -
         logits = logits.float()
     if processors:
         logits = _process(logits, processors)
-    return (ops.top_guesses(logits)[..., 0] >> 4).long()  # torch's own arg-max is slow on bfloat16
+    return (ops.top_guesses(logits)[..., 0] >> 4).long()
 
 
 def _process(logits: Tensor, processors: LogitsProcessorList) -> Tensor:
