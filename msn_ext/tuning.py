@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessorList
 
 from .decoding import BestFirst, Decoder, attention_for, greedy
-from .decoding.calibration import Recorder, Records, fit
+from .decoding.calibration import Record, Recorder, fit
 from .decoding.factors import load as shipped_factors
 from .generation import generate
 from .profile import Profile, machine, profile_path
@@ -59,35 +59,30 @@ def measure_step_times(
     return {size: statistics.median(taken[1:]) for size, taken in seconds.items()}
 
 
-def learn_factors(model, tokenizer, prompts: list[str], prior: Tensor, progress: bool = True) -> tuple[Tensor, dict]:
+def learn_factors(model, prompts: list[Tensor], prior: Tensor, progress: bool = True) -> tuple[Tensor, dict]:
     """The factors under which the model's own answers to some prompts are likeliest.
 
     Args:
-        prompts: fifty or more, such as will be asked; each gets an answer of up to 128 tokens.
+        prompts: int64 [1, P], fifty or more, such as will be asked; each gets an answer of up to 128 tokens.
         prior: float64 [348], where it begins and stays near for want of evidence.
 
     Returns:
         The factors, and a summary: nodes, mean log-likelihood before and after.
     """
-    records, asked = Records(), 0
+    records: list[Record] = []
+    asked = 0
     room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
     for prompt in tqdm(prompts, unit="prompt", desc="factors", leave=False, disable=not progress):
-        if tokenizer.chat_template:
-            inputs = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            inputs = tokenizer(prompt, return_tensors="pt")
-        length = inputs["input_ids"].shape[1]
+        length = prompt.shape[1]
         if not 0 < length < room:
             continue  # nothing to ask, or no room for an answer
         asked += 1
         drafter, new_tokens = Recorder(records, budget=64, factors=prior), min(128, room - length)
-        generate(model, inputs["input_ids"].to(model.device), draft=drafter, do_sample=False, max_new_tokens=new_tokens)
-    if not any(entries for _, entries, _ in records.nodes):
+        generate(model, prompt.to(model.device), draft=drafter, do_sample=False, max_new_tokens=new_tokens)
+    if not any(entries for _, entries, _ in records):
         raise ValueError(f"prompts gave no answers to learn from; {asked} of {len(prompts)} fit into the model's context")
     fitted, before, after = fit(records, prior)
-    return fitted, {"prompts": asked, "nodes": len(records.nodes), "before": before, "after": after}
+    return fitted, {"prompts": asked, "nodes": len(records), "before": before, "after": after}
 
 
 def read_prompts(path: str) -> list[str]:
@@ -130,7 +125,7 @@ def draw(files: list[list[str]], count: int) -> list[str]:
     return in_turn[:count]
 
 
-def tune(model, tokenizer, prompts: list[str], context: int = 256, progress: bool = True) -> tuple[Profile, Path]:
+def tune(model, prompts: list[Tensor], context: int = 256, progress: bool = True) -> tuple[Profile, Path]:
     """Measure a model, learn its factors from ``prompts`` if there are any, and keep both where "auto" looks.
 
     Factors of an earlier profile are kept where no prompts are given.
@@ -148,7 +143,7 @@ def tune(model, tokenizer, prompts: list[str], context: int = 256, progress: boo
     found = Profile(times, about=about)
     if prompts:
         found.save(path)  # whatever becomes of the prompts
-        found.factors, about["factors"] = learn_factors(model, tokenizer, prompts, shipped_factors(), progress)
+        found.factors, about["factors"] = learn_factors(model, prompts, shipped_factors(), progress)
     elif earlier and earlier.factors is not None:
         found.factors, about["factors"] = earlier.factors, earlier.about.get("factors")
     found.save(path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from msn_ext import cli, demo
+from msn_ext import cli, demo, paths
 
 
 @pytest.fixture
@@ -114,11 +114,11 @@ def test_cache_root(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MSN_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert demo.cache_root() == tmp_path / ".cache" / "msn_ext"
+    assert paths.cache_root() == tmp_path / ".cache" / "msn_ext"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert demo.cache_root() == tmp_path / "xdg" / "msn_ext"
+    assert paths.cache_root() == tmp_path / "xdg" / "msn_ext"
     monkeypatch.setenv("MSN_CACHE", str(tmp_path / "msn"))
-    assert demo.cache_root() == tmp_path / "msn"
+    assert paths.cache_root() == tmp_path / "msn"
 
 
 def test_missing_package(monkeypatch):

@@ -27,13 +27,8 @@ def model(tmp_path, monkeypatch):
     return model
 
 
-class Words:
-    """A tokenizer to whom every letter is a token."""
-
-    chat_template = None
-
-    def __call__(self, text, return_tensors):
-        return {"input_ids": torch.tensor([[3 + ord(letter) % 20 for letter in text]])}
+def tokens(text: str) -> torch.Tensor:
+    return torch.tensor([[3 + ord(letter) % 20 for letter in text]], dtype=torch.int64).view(1, -1)
 
 
 def accept_lengths(model) -> list[int]:
@@ -122,11 +117,11 @@ def test_fitting_finds_the_factors_that_made_the_records():
     truth = factors.load()
     bias, sure, unsure = 0, 36 + 12 + 7, 36 + 12 + 2
     truth[[bias, sure, unsure]] = torch.tensor([0.5, 8.0, 0.25], dtype=torch.float64)
-    records = calibration.Records()
+    records: list = []
     for _ in range(6000):
         scores = torch.tensor([1.0, 0.5 * 8.0, 0.5 * 0.25, 0.5 * 0.25], dtype=torch.float64)
         came = int(torch.multinomial(scores / scores.sum(), 1, generator=generator))
-        records.nodes.append((bias, [(11, sure), (12, unsure), (13, unsure)], [99, 11, 12, 13][came]))
+        records.append((bias, [(11, sure), (12, unsure), (13, unsure)], [99, 11, 12, 13][came]))
     prior = torch.ones_like(truth)
     fitted, before, after = calibration.fit(records, prior)
     assert fitted[bias] * fitted[sure] == pytest.approx(4.0, rel=0.1)
@@ -139,7 +134,7 @@ def test_fitting_finds_the_factors_that_made_the_records():
 
 def test_learned_factors_make_the_models_own_answers_likelier(model):
     prior = torch.ones(348, dtype=torch.float64)
-    fitted, about = learn_factors(model, Words(), ["abcabc", "hello world", "zzz"], prior, progress=False)
+    fitted, about = learn_factors(model, [*map(tokens, ["abcabc", "hello world", "zzz"])], prior, progress=False)
     assert about["prompts"] == 3 and about["nodes"] > 30 and about["after"] > about["before"]
     assert fitted.shape == prior.shape and bool((fitted > 0).all()) and not torch.equal(fitted, prior)
 
@@ -147,10 +142,10 @@ def test_learned_factors_make_the_models_own_answers_likelier(model):
 def test_prompts_that_do_not_fit_are_passed_over(model, monkeypatch):
     monkeypatch.setattr(model.config, "max_position_embeddings", 20)
     prior = torch.ones(348, dtype=torch.float64)
-    _, about = learn_factors(model, Words(), ["abcabc", "z" * 20, "", "z" * 40], prior, progress=False)
+    _, about = learn_factors(model, [*map(tokens, ["abcabc", "z" * 20, "", "z" * 40])], prior, progress=False)
     assert about["prompts"] == 1
     with pytest.raises(ValueError, match="0 of 1 fit"):
-        learn_factors(model, Words(), ["z" * 40], prior, progress=False)
+        learn_factors(model, [*map(tokens, ["z" * 40])], prior, progress=False)
 
 
 def test_the_factors_of_the_package_say_what_they_come_from():

@@ -8,8 +8,6 @@ model's own next token is known.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
@@ -21,23 +19,15 @@ from .drafting import Verified
 PULL = 0.3
 """Nodes' worth of evidence, per factor and unit of its squared logarithm, that holds it at the prior."""
 
-
-@dataclass
-class Records:
-    """What was listed at nodes of accepted paths, and what came.
-
-    Attributes:
-        nodes: of every node the place of its bias, the (token, place of its factor) of every entry, and the
-            model's own next token.
-    """
-
-    nodes: list[tuple[int, list[tuple[int, int]], int]] = field(default_factory=list)
+Record = tuple[int, list[tuple[int, int]], int]
+"""Of a node on an accepted path: the place of its bias, the (token, place of its factor) of every entry that was
+listed, and the model's own next token."""
 
 
 class Recorder(BestFirst):
     """Best-first drafting that also keeps records of what it knew and what came (on the host, slowly)."""
 
-    def __init__(self, records: Records, **options):
+    def __init__(self, records: list[Record], **options):
         super().__init__(**options)
         self._records = records
 
@@ -58,10 +48,10 @@ class Recorder(BestFirst):
                 context = reference.context_of(text, tokens, chain, reference.SUFFIXES[-1])
                 bias, listed = reference.listed_behind(context, len(chain) - 1, denoised, contexts, heads, text)
                 entries = [(token, factor) for token, factor, _ in listed]
-                self._records.nodes.append((bias, entries, int(verified.targets[b, node])))
+                self._records.append((bias, entries, int(verified.targets[b, node])))
 
 
-def fit(records: Records, prior: Tensor, rounds: int = 60) -> tuple[Tensor, float, float]:
+def fit(records: list[Record], prior: Tensor, rounds: int = 60) -> tuple[Tensor, float, float]:
     """The factors under which what came was likeliest, held at ``prior`` where there is little evidence.
 
     Args:
@@ -74,7 +64,7 @@ def fit(records: Records, prior: Tensor, rounds: int = 60) -> tuple[Tensor, floa
     """
     candidates: list[tuple[int, list[int]]] = []  # (node, places of its bias and factors)
     came = []  # per node the candidate that came, -1: none of them
-    for node, (bias, entries, truth) in enumerate(records.nodes):
+    for node, (bias, entries, truth) in enumerate(records):
         listed: dict[int, list[int]] = {}
         for token, factor in entries:
             listed.setdefault(token, [bias]).append(factor)

@@ -1,0 +1,13 @@
+"""Where the package keeps what it makes."""
+
+import os
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """The folder of converted models and profiles: ``$MSN_CACHE``, else ``msn_ext`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if os.environ.get("MSN_CACHE"):
+        return Path(os.environ["MSN_CACHE"]).expanduser()
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "msn_ext"
+    return Path.home() / ".cache" / "msn_ext"
