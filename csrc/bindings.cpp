@@ -425,6 +425,30 @@ void draft_tree(py::handle history_, py::handle lengths_, py::handle denoised_, 
                probability, sources)
 }
 
+void draw_noise(py::handle input_ids_, py::handle labels_, py::handle documents_, py::handle keep_, int64_t seed, double random,
+                int64_t vocabulary, bool apart, py::handle starts_, py::handle noise_) {
+  const Tensor input_ids = borrow("input_ids", input_ids_), labels = borrow("labels", labels_),
+               documents = borrow("documents", documents_), keep = borrow("keep_token_ids", keep_),
+               starts = borrow("starts", starts_), noise = borrow("noise", noise_);
+  expect_dims("input_ids", input_ids, 2);
+  expect_dims("documents", documents, 2);
+  expect_dims("keep_token_ids", keep, 1);
+  expect_dims("noise", noise, 3);
+  const msn::NoiseOptions options{seed, noise.shape[2], noise.shape[1], random, vocabulary, apart};
+  const int64_t count = documents.shape[0];
+  expect_range("length", options.length, 1, msn::kMaxSegment);
+  expect_range("segments", options.segments, 1, msn::kMaxSegments);
+  if (!(random >= 0 && random <= 1)) refuse("random is ", random, "; expected 0 to 1");
+  if (random > 0) expect_range("vocabulary", vocabulary, 1, msn::kMaxVocabulary);
+  expect_index("input_ids", input_ids, DType::kInt64, {input_ids.shape[0], input_ids.shape[1]}, input_ids);
+  expect_index("labels", labels, DType::kInt64, {input_ids.shape[0], input_ids.shape[1]}, input_ids);
+  expect_index("documents", documents, DType::kInt64, {count, 3}, input_ids);
+  expect_index("keep_token_ids", keep, DType::kInt64, {keep.shape[0]}, input_ids);
+  expect_index("starts", starts, DType::kInt64, {count, options.segments}, input_ids);
+  expect_index("noise", noise, DType::kInt64, {count, options.segments, options.length}, input_ids);
+  MSN_DISPATCH(draw_noise, input_ids, input_ids, labels, documents, keep, options, starts, noise)
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = MSN_VERSION;
@@ -449,5 +473,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("index_suffixes", &index_suffixes);
   m.def("remember_guesses", &remember_guesses);
   m.def("draft_tree", &draft_tree);
+  m.def("draw_noise", &draw_noise);
   m.def("build_info", &build_info);
 }

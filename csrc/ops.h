@@ -4,6 +4,7 @@
 #pragma once
 #include <vector>
 
+#include "noise.h"
 #include "tensor.h"
 
 namespace msn {
@@ -36,6 +37,8 @@ void remember_guesses(const Tensor& contexts, const Tensor& history, const Tenso
 void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
                 const Tensor& heads, const Tensor& factors, int64_t max_depth, double foresight,
                 const Tensor& tokens, const Tensor& parents, const Tensor& probability, const Tensor& sources);
+void draw_noise(const Tensor& input_ids, const Tensor& labels, const Tensor& documents, const Tensor& keep,
+                const NoiseOptions& options, const Tensor& starts, const Tensor& noise);
 const char* attention_isa();  // instruction set that tree_attention runs on here
 }  // namespace cpu
 
@@ -63,6 +66,8 @@ void remember_guesses(const Tensor& contexts, const Tensor& history, const Tenso
 void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
                 const Tensor& heads, const Tensor& factors, int64_t max_depth, double foresight,
                 const Tensor& tokens, const Tensor& parents, const Tensor& probability, const Tensor& sources, void* stream);
+void draw_noise(const Tensor& input_ids, const Tensor& labels, const Tensor& documents, const Tensor& keep,
+                const NoiseOptions& options, const Tensor& starts, const Tensor& noise, void* stream);
 }  // namespace cuda
 #endif
 

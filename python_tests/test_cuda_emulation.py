@@ -41,8 +41,9 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("tree_ancestors", "__syncthreads();", ""),
         ("index_suffixes", "atomicMax(table + slot, static_cast<int32_t>(end));", "table[slot] = end;"),
         ("draft_tree", "waiting[middle].value >= mine.value", "waiting[middle].value > mine.value"),
+        ("draw_noise", "before == rank", "before >= rank"),
     ],
-    ids=["bounds", "alignment", "barrier", "race", "order"],
+    ids=["bounds", "alignment", "barrier", "race", "order", "rank"],
 )
 def test_a_mistake_in_a_kernel_is_found(emulated, tmp_path, op, old, new):
     """Negative controls: the same build with one mistake in one kernel fails in that op."""

@@ -42,6 +42,7 @@ OPS = [
     "remember_guesses",
     "index_suffixes",
     "draft_tree",
+    "draw_noise",
 ]
 POISONS = [float("nan"), float("inf"), -float("inf"), 1e30]
 
@@ -814,6 +815,18 @@ def example(op: str, device: str) -> dict:
             "max_depth": 3,
             "foresight": 0.05,
         },
+        "draw_noise": lambda: {
+            "input_ids": text,
+            "labels": text.masked_fill(torch.arange(6, device=device) < 2, -100),
+            "documents": integers([[0, 0, 6], [1, 0, 5]], device),
+            "keep_token_ids": integers([3], device),
+            "starts": integers([[-1, -1], [2, -1]], device),
+            "seed": 7,
+            "length": 2,
+            "random": 0.5,
+            "vocabulary": 20,
+            "apart": True,
+        },
     }[op]()
 
 
@@ -841,7 +854,8 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         tables = {"contexts": observed["contexts"], "heads": arguments["index_suffixes"]["heads"]}
         draft = ops.draft_tree(**{**arguments["draft_tree"], **tables, "denoised": guesses})
         verified = accept_length, path, bonus, continuation
-        return ancestors, depth, out, retrieved, matched, filled, *verified, guesses, *draft
+        noise = ops.draw_noise(**{**arguments["draw_noise"], "labels": arguments["draw_noise"]["labels"] + 0})
+        return ancestors, depth, out, retrieved, matched, filled, *verified, guesses, *draft, *noise
 
     torch.compiler.reset()
     eager, compiled = ({op: example(op, device) for op in OPS} for _ in range(2))
@@ -1056,6 +1070,28 @@ WRONG_FORMS = [
     ("draft_tree", {"foresight": number(1.01)}, "foresight"),
     ("draft_tree", {"foresight": number(float("nan"))}, "foresight"),
     ("draft_tree", {"foresight": number(float("inf"))}, "foresight"),
+    ("draw_noise", {"input_ids": scalar}, "input_ids"),
+    ("draw_noise", {"input_ids": as_int32}, "input_ids"),
+    ("draw_noise", {"labels": fewer_rows}, "labels"),
+    ("draw_noise", {"labels": as_int32}, "labels"),
+    ("draw_noise", {"documents": flat}, "documents"),
+    ("draw_noise", {"documents": as_int32}, "documents"),
+    ("draw_noise", {"documents": lambda x: x[:, :2]}, "documents"),
+    ("draw_noise", {"keep_token_ids": scalar}, "keep_token_ids"),
+    ("draw_noise", {"keep_token_ids": as_int32}, "keep_token_ids"),
+    ("draw_noise", {"starts": flat}, "starts"),
+    ("draw_noise", {"starts": fewer_rows}, "starts"),
+    ("draw_noise", {"starts": as_int32}, "starts"),
+    ("draw_noise", {"starts": lambda x: x[:, :0]}, "segments"),
+    ("draw_noise", {"starts": lambda x: x.repeat(1, 129)}, "segments"),
+    ("draw_noise", {"length": number(0)}, "length"),
+    ("draw_noise", {"length": number(-3)}, "length"),
+    ("draw_noise", {"length": number(65)}, "length"),
+    ("draw_noise", {"random": number(-0.01)}, "random"),
+    ("draw_noise", {"random": number(1.01)}, "random"),
+    ("draw_noise", {"random": number(float("nan"))}, "random"),
+    ("draw_noise", {"vocabulary": number(0)}, "vocabulary"),
+    ("draw_noise", {"vocabulary": number(2**27 + 1)}, "vocabulary"),
 ]
 
 # Values, which only the CPU reads back: op, arguments, the start of the message.
@@ -1092,6 +1128,15 @@ WRONG_VALUES = [
     ("draft_tree", {"lengths": [0, 6]}, r"lengths\[0\] is 0"),
     ("draft_tree", {"lengths": [5, 7]}, r"lengths\[1\] is 7"),
     ("draft_tree", {"lengths": [5, 2**63 - 1]}, r"lengths\[1\]"),
+    ("draw_noise", {"documents": [[2, 0, 6], [1, 0, 5]]}, r"row of documents\[0\] is 2"),
+    ("draw_noise", {"documents": [[0, 0, 6], [-1, 0, 5]]}, r"row of documents\[1\] is -1"),
+    ("draw_noise", {"documents": [[0, 0, 7], [1, 0, 5]]}, r"end of documents\[0\] is 7"),
+    ("draw_noise", {"documents": [[0, -1, 6], [1, 0, 5]]}, r"begin of documents\[0\] is -1"),
+    ("draw_noise", {"documents": [[0, 0, 6], [1, 5, 4]]}, r"begin of documents\[1\] is 5"),
+    ("draw_noise", {"documents": [[0, 0, 6], [1, 0, 2**63 - 1]]}, r"end of documents\[1\]"),
+    ("draw_noise", {"starts": [[-1, -1], [1, -1]]}, r"starts\[1, 0\] is 1"),
+    ("draw_noise", {"starts": [[-1, 6], [2, -1]]}, r"starts\[0, 1\] is 6"),
+    ("draw_noise", {"starts": [[2**63 - 1, -1], [2, -1]]}, r"starts\[0, 0\]"),
 ]
 
 

@@ -29,6 +29,7 @@ class StepTimes:
         self._curve = list(zip((n for n, _ in points), accumulate((seconds for _, seconds in points), max)))
         self._slope, self._kink = (0.03, 0.7) if device_type == "cpu" else (0.001, 1.0)
         self._single: float | None = None
+        self._cold = True  # the first step of all warms up, and says nothing
         self._sums = [0.0] * 5  # of 1, x, y, x x, x y over the steps of several tokens
 
     def __call__(self, tokens: int) -> float:
@@ -53,6 +54,9 @@ class StepTimes:
     def observe(self, tokens: int, seconds: float) -> None:
         """A step of ``tokens`` took ``seconds``."""
         if self._curve:
+            return
+        if self._cold:
+            self._cold = False
             return
         if self._single if tokens == 1 else self._sums[0]:
             expected = self(tokens)

@@ -1,4 +1,4 @@
-"""The ops of a decoding step, each a :mod:`torch.library` op with a CPU and a CUDA kernel.
+"""The ops of a decoding step and of noisy training, each a :mod:`torch.library` op with a CPU and a CUDA kernel.
 
 Shapes: B rows of a batch, N tree nodes (1 to 256), W = ceil(N / 64) words, H query heads, H_kv key
 and value heads, C cache slots, D and D_v head sizes. Trees are int32 (``parents``, ``depth``,
@@ -21,6 +21,7 @@ from .reference import GUESSES, MAX_NODES
 __all__ = [
     "commit_kv",
     "draft_tree",
+    "draw_noise",
     "fill_tree",
     "index_suffixes",
     "lookup_ngram",
@@ -495,4 +496,70 @@ _register(
     "int max_depth, float foresight) -> (Tensor, Tensor, Tensor, Tensor)",
     _draft_tree_impl,
     _draft_tree_outputs,
+)
+
+
+# ---- draw_noise ----------------------------------------------------------------------------------
+
+
+def draw_noise(
+    input_ids: Tensor,
+    labels: Tensor,
+    documents: Tensor,
+    keep_token_ids: Tensor,
+    starts: Tensor,
+    seed: int,
+    length: int,
+    random: float = 0.0,
+    vocabulary: int = 0,
+    apart: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Where noise goes in every sample of a batch, and what it is (arXiv 2406.17404, Eq. 3 and 4).
+
+    A document's response are its tokens with a label other than -100, but for the document's first. A segment
+    starts anywhere in it with equal chance where ``length`` tokens of one response follow, or at the beginning
+    of a shorter response, which it fills. The noise of a place is a token drawn with equal chance from the
+    document's clean tokens before it, or from the vocabulary. What is drawn depends on the seed, the
+    document's tokens and the number of the segment alone, not on the batch that the document comes in.
+
+    Args:
+        input_ids, labels: int64 [B, T].
+        documents: int64 [D, 3]: row, begin and end (one past the last token) of every sample.
+        keep_token_ids: int64 [K], ascending: tokens that are neither replaced nor drawn.
+        starts: int64 [D, S], 1 to 256 segments each: columns where segments shall start; -1: drawn.
+        seed: any 64-bit integer.
+        length: of a segment, 1 to 64.
+        random: 0 to 1, the share of tokens that are drawn from the vocabulary.
+        vocabulary: its size; needed where ``random`` is not 0.
+        apart: segments of a document do not overlap; else their starts differ.
+
+    Returns:
+        The starts int64 [D, S], -1 where there was no room left; the noise int64 [D, S, L], -1 behind the end of a
+        segment that is shorter.
+
+    Raises:
+        ValueError: also where a given start is not in the document's response (on CUDA it counts as no segment).
+    """
+    return _ops.draw_noise(input_ids, labels, documents, keep_token_ids, starts, seed, length, random, vocabulary, apart)
+
+
+def _draw_noise_outputs(input_ids, labels, documents, keep_token_ids, starts, seed, length, random, vocabulary, apart):
+    if starts.dim() != 2:
+        raise ValueError(f"starts has shape {list(starts.shape)}; expected [D, S]")
+    return torch.empty_like(starts, memory_format=torch.contiguous_format), starts.new_empty(*starts.shape, max(length, 0))
+
+
+def _draw_noise_impl(input_ids, labels, documents, keep_token_ids, starts, seed, length, random, vocabulary, apart):
+    out = _draw_noise_outputs(input_ids, labels, documents, keep_token_ids, starts, seed, length, random, vocabulary, apart)
+    out[0].copy_(starts)
+    inputs = (x.contiguous() for x in (input_ids, labels, documents, keep_token_ids))
+    _C.draw_noise(*inputs, seed, random, vocabulary, apart, *out)
+    return out
+
+
+_register(
+    "draw_noise(Tensor input_ids, Tensor labels, Tensor documents, Tensor keep_token_ids, Tensor starts, int seed, "
+    "int length, float random, int vocabulary, bool apart) -> (Tensor, Tensor)",
+    _draw_noise_impl,
+    _draw_noise_outputs,
 )

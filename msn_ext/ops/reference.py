@@ -357,3 +357,51 @@ def draft_tree(history, lengths, denoised, contexts, heads, factors, nodes, max_
             tokens[b, node], parents[b, node], probability[b, node], sources[b, node] = token, parent, p, source
         tokens[b, len(made) :] = text[-1]
     return tuple(x.to(history.device) for x in (tokens, parents, probability, sources))
+
+
+# ---- noisy training: where noise goes in a sample, and what it is -----------------------------------
+
+NO_LABEL = -100
+ATTEMPTS = 64  # to draw a token that may be noise
+
+
+def draw_noise(input_ids, labels, documents, keep_token_ids, starts, seed, length, random=0.0, vocabulary=0, apart=True):
+    starts, keep = starts.clone(), set(keep_token_ids.tolist())
+    noise = torch.full((*starts.shape, length), -1)
+    for d, (row, begin, end) in enumerate(documents.tolist()):
+        tokens, response = input_ids[row].tolist(), (labels[row] != NO_LABEL).tolist()
+        response = [begin < at < end and response[at] for at in range(len(tokens))]
+        size = [0] * (len(tokens) + 1)  # of a segment that starts here
+        for at in reversed(range(len(tokens))):
+            size[at] = min(size[at + 1] + 1, length) if response[at] else 0
+        open_ = [at for at in range(begin, end) if size[at] == length or (response[at] and not response[at - 1])]
+        identity = sum(splitmix64(tokens[at] & _MASK64 ^ splitmix64(at - begin)) for at in range(begin, end))
+        key = splitmix64(seed & _MASK64) ^ identity & _MASK64
+        for s in range(starts.shape[1]):
+            start = int(starts[d, s])
+            if start < 0 and open_:
+                start = open_[counter_bits(key, s, 0, 0) % len(open_)]
+            if start < 0:
+                continue
+            if not (start < len(tokens) and response[start]):
+                raise ValueError(f"starts[{d}, {s}] is {start}; expected -1 or a place in the document's response")
+            starts[d, s] = start
+            for i in range(size[start]):
+                noise[d, s, i] = _draw_token(tokens, begin, start + i, key, s, 1 + i, keep, random, vocabulary)
+            if apart:
+                open_ = [at for at in open_ if at + size[at] <= start or at >= start + size[start]]
+            else:
+                open_ = [at for at in open_ if at != start]
+    return starts, noise.to(starts.device)
+
+
+def _draw_token(tokens, begin, at, key, segment, place, keep, random, vocabulary):
+    if tokens[at] in keep:
+        return tokens[at]
+    from_vocabulary = (counter_bits(key, segment, place, _MASK64) >> 10) < random * 2.0**53
+    for attempt in range(ATTEMPTS):
+        bits = counter_bits(key, segment, place, attempt)
+        token = bits % vocabulary if from_vocabulary else tokens[begin + bits % (at - begin)]
+        if token not in keep:
+            return token
+    return tokens[at]

@@ -160,6 +160,7 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
   return emulation::read_lane(mask, value, static_cast<int>(threadIdx.x % emulation::kWarp) ^ other);
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   const uint64_t* votes = emulation::exchange(mask, vote);
   unsigned all = 0;

@@ -371,6 +371,42 @@ def fuzz_draft_tree(rng: random.Random, nodes: int) -> None:
     check_op("draft_tree", rng, [history, lengths, *tables, *options], want)
 
 
+def fuzz_draw_noise(rng: random.Random, nodes: int) -> None:
+    batch, columns = rng.choice([1, 1, 2]), rng.choice([1, 2, 5, 40, 300, 700])  # a block has 256 threads
+    vocabulary = rng.choice([1, 2, 9, 50000])
+    tokens = torch.randint(0, vocabulary, (batch, columns))
+    if rng.random() < 0.3:
+        tokens = tokens + rng.choice(FAR)
+    changes = torch.rand(batch, columns) < rng.choice([0.01, 0.2, 0.5])
+    labels = torch.where(changes.cumsum(1) % 2 == 0, tokens, -100)
+    count, segments, length = rng.choice([0, 1, 3]), rng.choice([1, 2, 24, 256]), rng.choice([1, 4, 64])
+    ends = torch.randint(0, columns + 1, (count, 2)).sort(1).values
+    documents = torch.cat([torch.randint(0, batch, (count, 1)), ends], 1)
+    starts = torch.full((count, segments), -1)
+    keep = torch.tensor(sorted(rng.sample(range(vocabulary), min(vocabulary, rng.choice([0, 1, 5])))), dtype=torch.int64)
+    options = rng.choice([*FAR, 0, 7]), rng.choice([0.0, 0.4, 1.0]), vocabulary, rng.random() < 0.5
+
+    def specified(documents, starts):
+        seed, share, size, apart = options
+        return reference.draw_noise(tokens, labels, documents, keep, starts, seed, length, share, size, apart)
+
+    if rng.random() < 0.4:  # given starts, some of which are none
+        starts = torch.where(torch.rand(starts.shape) < 0.5, specified(documents, starts)[0], -1)
+    want = specified(documents, starts)
+    if rng.random() < 0.4 and count:  # a document outside the batch has nothing
+        at = rng.randrange(count)
+        documents[at, 0] = rng.choice([*FAR, -1, batch])
+        want[0][at], want[1][at] = -1, -1
+    if rng.random() < 0.3 and count and segments == 1:
+        starts[at := rng.randrange(count)] = rng.choice([2**63 - 1, columns])
+        want[0][at], want[1][at] = -1, -1
+    memory = Memory(rng)
+    inputs = map(memory.place, (tokens, labels, documents, keep))
+    outputs = memory.place(starts, want=want[0]), memory.place(torch.full_like(want[1], 77), want=want[1])
+    _C.draw_noise(*inputs, *options, *outputs)
+    memory.check()
+
+
 OPS = {
     "tree_ancestors": fuzz_tree_ancestors,
     "verify_tree": fuzz_verify_tree,
@@ -382,6 +418,7 @@ OPS = {
     "index_suffixes": fuzz_index_suffixes,
     "remember_guesses": fuzz_remember_guesses,
     "draft_tree": fuzz_draft_tree,
+    "draw_noise": fuzz_draw_noise,
 }
 
 

@@ -44,6 +44,10 @@ void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& deno
   cuda::draft_tree(history, lengths, denoised, contexts, heads, factors, max_depth, foresight, tokens, parents,
                    probability, sources, nullptr);
 }
+void draw_noise(const Tensor& input_ids, const Tensor& labels, const Tensor& documents, const Tensor& keep,
+                const NoiseOptions& options, const Tensor& starts, const Tensor& noise) {
+  cuda::draw_noise(input_ids, labels, documents, keep, options, starts, noise, nullptr);
+}
 const char* attention_isa() { return "emulated CUDA"; }
 
 }  // namespace msn::cpu
