@@ -2,17 +2,31 @@
 
 ``generate`` decodes (arXiv 2406.17404, section 3.3); ``BestFirst`` drafts what is most probable,
 ``DraftTree`` is the shape of a draft, a ``Drafter`` a source of guesses of your own, which gives a ``Draft``
-and is shown what was ``Verified``;
+and is shown what was ``Verified``. ``NoisyCollator`` puts noise into training batches (section 3.1),
+``add_noise`` puts it into a trainer that is there already;
 ``build_info()`` says what this installation was built with; the kernels are in ``msn_ext.ops``.
 """
 
 import importlib
 
-__all__ = ["BestFirst", "Draft", "DraftTree", "Drafter", "MSNGenerateOutput", "Verified", "build_info", "generate"]
+__all__ = [
+    "BestFirst",
+    "Draft",
+    "DraftTree",
+    "Drafter",
+    "MSNGenerateOutput",
+    "NoisyCollator",
+    "Verified",
+    "add_noise",
+    "build_info",
+    "generate",
+    "lowest_loss_starts",
+]
 
 # Imported when first used, so that `msn --help` need not wait for torch and transformers.
 _HOMES = dict.fromkeys(("BestFirst", "Draft", "DraftTree", "Drafter", "Verified"), "decoding")
 _HOMES |= dict.fromkeys(("MSNGenerateOutput", "generate"), "generation")
+_HOMES |= dict.fromkeys(("NoisyCollator", "add_noise", "lowest_loss_starts"), "training")
 
 
 def build_info() -> dict:

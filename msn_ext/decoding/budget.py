@@ -29,6 +29,7 @@ class StepTimes:
         self._curve = list(zip((n for n, _ in points), accumulate((seconds for _, seconds in points), max)))
         self._slope, self._kink = (0.03, 0.7) if device_type == "cpu" else (0.001, 1.0)
         self._single: float | None = None
+        self._singles = 0  # steps behind it
         self._cold = True  # the first step of all warms up, and says nothing
         self._sums = [0.0] * 5  # of 1, x, y, x x, x y over the steps of several tokens
 
@@ -62,7 +63,9 @@ class StepTimes:
             expected = self(tokens)
             seconds = min(max(seconds, expected / OUTLIER), expected * OUTLIER)
         if tokens == 1:
-            self._single = seconds if self._single is None else self._single + (1 - MEMORY) * (seconds - self._single)
+            self._singles += 1
+            before = seconds if self._single is None else self._single
+            self._single = before + max(1 - MEMORY, 1 / self._singles) * (seconds - before)
         else:
             new = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
             self._sums = [MEMORY * old + value for old, value in zip(self._sums, new)]

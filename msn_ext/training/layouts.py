@@ -1,0 +1,149 @@
+"""What a batch with noise looks like: in place (arXiv 2406.17404, section 3.1), or as branches beside the clean text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NO_LABEL = -100
+# Families whose clean part is compared with the text alone in python_tests/test_collator.py.
+TESTED = frozenset(
+    "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 deepseek_v2 deepseek_v3 "
+    "mixtral qwen3_moe gptj codegen".split()
+)
+MASKED = torch.finfo(torch.float32).min
+
+
+def documents_of(batch: dict) -> Tensor:
+    """The samples of a collated batch, int64 [D, 3]: row, begin and end of each, in order.
+
+    A row is one sample, without the padding that ``attention_mask`` [B, T] shows, unless it is packed: then
+    a sample begins wherever ``position_ids`` [B, T] do not go on by one, or as ``cu_seq_lens_q`` says.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    positions, bounds = batch.get("position_ids"), batch.get("cu_seq_lens_q")
+    live = torch.ones_like(ids, dtype=torch.bool)
+    if mask is not None:
+        if mask.shape != ids.shape:
+            raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected that of input_ids, {list(ids.shape)}")
+        live = mask.bool()
+    first = live.clone()
+    first[:, 1:] &= ~live[:, :-1]
+    if positions is not None:
+        if positions.shape != ids.shape:
+            raise ValueError(f"position_ids has shape {list(positions.shape)}; expected that of input_ids, {list(ids.shape)}")
+        first[:, 1:] |= live[:, 1:] & (positions[:, 1:] != positions[:, :-1] + 1)
+    elif bounds is not None:
+        first.view(-1)[bounds[:-1].long()] = True
+        first &= live
+    last = live.clone()
+    last[:, :-1] &= ~live[:, 1:] | first[:, 1:]
+    begins, ends = first.nonzero(), last.nonzero()
+    return torch.cat([begins, ends[:, 1:] + 1], dim=1)
+
+
+def replace(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor) -> dict:
+    """Noise in place of the tokens; the labels stay (Eq. 3 and 4)."""
+    ids = batch["input_ids"].clone()
+    depth = torch.zeros_like(ids)
+    rows, columns, tokens, depths = _placed(documents, starts, noise)
+    ids[rows, columns] = tokens
+    depth[rows, columns] = depths + 1
+    return batch | {"input_ids": ids, "noise_depth": depth}
+
+
+def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor, config) -> dict:
+    """The clean text, and behind it every segment as a branch that only sees the text before its start and itself.
+
+    Of a branch each token stands at the position of the token that it replaces, and its label is the clean token
+    behind that one. A label stands one place behind the token that shall predict it, as models shift them; so
+    one column of padding ends the row.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    (batch_size, width), length = ids.shape, noise.shape[2]
+    rows, columns, tokens, depths = _placed(documents, starts, noise)
+    document, segment, _ = (noise >= 0).nonzero(as_tuple=True)
+    # Segments of a row stand behind the text one after the other.
+    used = starts >= 0
+    number = torch.zeros_like(starts)
+    number[used] = _count_within(documents[:, 0][used.nonzero(as_tuple=True)[0]])
+    at = width + number[document, segment] * length + depths
+    total = int(at.max()) + 2 if len(at) else width + 1
+
+    def widened(x: Tensor, value: int) -> Tensor:
+        return torch.cat([x, x.new_full((batch_size, total - width), value)], dim=1)
+
+    positions = batch.get("position_ids")
+    if positions is None:
+        positions = torch.arange(width, device=ids.device).expand(batch_size, width)
+    new_ids, new_labels, new_positions = widened(ids, 0), widened(labels, NO_LABEL), widened(positions, 0)
+    new_ids[rows, at] = tokens
+    new_positions[rows, at] = positions[rows, columns]
+    ends = documents[document, 2]
+    target = labels[rows, (columns + 1).clamp(max=width - 1)]
+    new_labels[rows, at + 1] = torch.where(columns + 1 < ends, target, NO_LABEL)
+    depth = torch.zeros_like(new_ids)
+    depth[rows, at] = depths + 1
+
+    # What each query sees: columns [low, high) of the text, and of its own branch what is not behind it.
+    low, high = torch.zeros_like(new_ids), torch.zeros_like(new_ids)
+    own = torch.full_like(new_ids, -1)
+    for row, begin, end in documents.tolist():
+        low[row, begin:end], high[row, begin:end] = begin, torch.arange(begin + 1, end + 1, device=ids.device)
+    low[rows, at], high[rows, at] = documents[document, 1], starts[document, segment]
+    own[rows, at] = number[document, segment]
+    column = torch.arange(total, device=ids.device)
+    sees = (column >= low[..., None]) & (column < high[..., None])
+    sees |= (own[:, :, None] == own[:, None, :]) & (own >= 0)[..., None] & (column <= column[:, None])
+    sees |= torch.eye(total, dtype=torch.bool, device=ids.device)  # padding, so that no row is empty
+    masks = _masks(sees[:, None], new_positions, config)
+    dropped = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+    kept = {name: value for name, value in batch.items() if name not in dropped}
+    changed = {"input_ids": new_ids, "labels": new_labels, "position_ids": new_positions}
+    return kept | changed | {"attention_mask": masks, "noise_depth": depth}
+
+
+def check_branches(config) -> None:
+    """Raise ValueError where a model cannot take the branch layout's mask."""
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"layout='branch' needs a mask that attn_implementation={attention!r} does not take; load the model with "
+            "attn_implementation='sdpa'"
+        )
+    if config.model_type not in TESTED:
+        raise ValueError(
+            f"layout='branch' needs a model that follows a dense mask and position_ids, which is not known of "
+            f"{config.model_type}; expected one of {', '.join(sorted(TESTED))}, or layout='replace'"
+        )
+
+
+def _masks(sees: Tensor, positions: Tensor, config) -> Tensor | dict[str, Tensor]:
+    """As the model's attention takes them; windows count positions."""
+
+    def form(mask: Tensor) -> Tensor:
+        if config._attn_implementation == "eager":
+            return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, MASKED)
+        return mask
+
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if kinds == {"full_attention"} or not (kinds or window):
+        return form(sees)
+    near = sees & (positions[:, None, :, None] - positions[:, None, None, :] < window)
+    near |= torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
+    if not kinds:
+        return form(near)
+    return {kind: form(near if kind == "sliding_attention" else sees) for kind in sorted(kinds)}
+
+
+def _placed(documents: Tensor, starts: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row, column, token and depth (0 for the first of a segment) of every noise token."""
+    document, segment, depth = (noise >= 0).nonzero(as_tuple=True)
+    return documents[document, 0], starts[document, segment] + depth, noise[document, segment, depth], depth
+
+
+def _count_within(groups: Tensor) -> Tensor:
+    """For every entry of an ascending tensor, how many equal ones stand before it."""
+    at = torch.arange(len(groups), device=groups.device)
+    return at - torch.searchsorted(groups, groups)
