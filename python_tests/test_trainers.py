@@ -1,0 +1,259 @@
+"""add_noise in the trainers that people use: transformers, TRL, with PEFT, checkpointing, compiled, in bfloat16, in
+two processes. What they must not do: evaluate with noise, forget epochs, change the loss."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import assert_equal
+from families import VOCAB, tiny_model
+from samples import NONE, Pad, samples
+
+import msn_ext
+from msn_ext import NoisyCollator, add_noise
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+ROWS = samples(24, VOCAB)
+
+
+def arguments(folder, **settings) -> transformers.TrainingArguments:
+    fixed = dict(output_dir=str(folder), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", seed=3)
+    usual = dict(per_device_train_batch_size=4, num_train_epochs=1, learning_rate=1e-3, logging_steps=1)
+    return transformers.TrainingArguments(**(fixed | usual | settings))
+
+
+def trainer_for(folder, model=None, rows=ROWS, **settings) -> transformers.Trainer:
+    model = tiny_model("llama", 1, torch.float32) if model is None else model
+    return transformers.Trainer(model, arguments(folder, **settings), Pad(), train_dataset=rows, eval_dataset=rows[:8])
+
+
+def seen_by(model) -> list[dict]:
+    """The batches that the model is asked about, from now on: training or not, and what came."""
+    batches: list[dict] = []
+    model.register_forward_pre_hook(
+        lambda model, _, given: batches.append({"training": model.training} | given), with_kwargs=True
+    )
+    return batches
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("layout", ["replace", "branch"])
+def test_a_trainer_trains_with_noise_and_evaluates_without(tmp_path, layout, workers):
+    trainer = trainer_for(tmp_path, num_train_epochs=2, eval_strategy="epoch", dataloader_num_workers=workers)
+    clean = trainer.evaluate()["eval_loss"]
+    assert add_noise(trainer, layout=layout, seed=1) is trainer
+    assert trainer.evaluate()["eval_loss"] == clean
+    batches = seen_by(trainer.model)
+    trainer.train()
+    learned = [batch for batch in batches if batch["training"]]
+    evaluated = [batch for batch in batches if not batch["training"]]
+    assert len(learned) == 12 and len(evaluated) == 2
+    text = {tuple(row["input_ids"].tolist()) for row in ROWS}
+
+    def is_clean(batch) -> bool:
+        rows = zip(batch["input_ids"], batch["attention_mask"])
+        return batch["attention_mask"].dim() == 2 and all(tuple(row[mask.bool()].tolist()) in text for row, mask in rows)
+
+    assert all(map(is_clean, evaluated)) and not any(map(is_clean, learned))
+    # Another epoch, other noise: no noisy row comes twice.
+    rows = [tuple(row.tolist()) for batch in learned for row in batch["input_ids"]]
+    assert len(set(rows)) == len(rows)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 12 and all({"clean_loss", "noise_loss", "noise_accuracy"} <= set(log) for log in logs)
+    assert not any("clean_loss" in log for log in trainer.state.log_history if "eval_loss" in log)
+    assert isinstance(trainer.data_collator, NoisyCollator)
+    trainer.predict(ROWS[:4])
+    assert is_clean(batches[-1])
+
+
+def test_logged_losses_are_those_of_the_labels(tmp_path):
+    trainer = trainer_for(tmp_path, learning_rate=0.0)
+    add_noise(trainer, layout="branch", segments=3, seed=1)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    parts = {"clean": [0.0, 0], "noise": [0.0, 0]}
+    right, total = 0, [0.0, 0]
+    with torch.no_grad():
+        for batch in trainer.get_train_dataloader():
+            depth = batch.pop("noise_depth")[:, :-1]
+            said, labels = trainer.model(**batch).logits[:, :-1], batch["labels"][:, 1:]
+            loss = torch.nn.functional.cross_entropy(said.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+            for name, chosen in (("clean", depth == 0), ("noise", depth > 0)):
+                chosen = chosen & (labels != NONE)
+                parts[name][0] += float(loss[chosen].sum())
+                parts[name][1] += int(chosen.sum())
+                total[0] += float(loss[chosen].sum())
+                total[1] += int(chosen.sum())
+            right += int((said.argmax(-1) == labels)[(depth > 0) & (labels != NONE)].sum())
+    counts = parts["noise"][1]
+    assert counts > 200
+
+    def mean(name: str) -> float:  # every step has its own number of labels, but nearly the same
+        return sum(log[name] for log in logs) / len(logs)
+
+    assert mean("clean_loss") == pytest.approx(parts["clean"][0] / parts["clean"][1], rel=0.1)
+    assert mean("noise_loss") == pytest.approx(parts["noise"][0] / counts, rel=0.1)
+    assert mean("noise_accuracy") == pytest.approx(right / counts, abs=0.05)
+    assert mean("loss") == pytest.approx(total[0] / total[1], rel=0.1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
+def test_loss_weights_weigh_the_gradients(tmp_path, weights, accumulate):
+    """The trainer's loss with weights is a sum over its labels, each with its own weight."""
+    trainer = trainer_for(tmp_path, rows=ROWS[: 4 * accumulate], gradient_accumulation_steps=accumulate, max_grad_norm=1e9)
+    add_noise(trainer, layout="branch", segments=3, seed=1, loss_weights=weights)
+    gradients: list = []
+
+    class Keep(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *args, model=None, **kwargs):
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+
+    trainer.add_callback(Keep())
+    model = tiny_model("llama", 1, torch.float32)  # as the trainer's before its first step
+    batches = list(trainer.get_train_dataloader())
+    count = sum(int((batch["labels"][:, 1:] != NONE).sum()) for batch in batches)
+    for batch in batches:
+        depth = batch.pop("noise_depth")[:, :-1]
+        labels = batch.pop("labels")[:, 1:]
+        said = model(**batch).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(said.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+        (loss * torch.where(depth > 0, weights[1], weights[0])).sum().div(count).backward()
+    trainer.train()
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(gradients[0], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_noise_can_be_added_once(tmp_path):
+    trainer = add_noise(trainer_for(tmp_path))
+    with pytest.raises(ValueError, match="trainer has noise already"):
+        add_noise(trainer)
+    with pytest.raises(ValueError, match="loss_weights is"):
+        add_noise(trainer_for(tmp_path), loss_weights=(1, -1))
+    with pytest.raises(ValueError, match="length is 0"):
+        add_noise(trainer_for(tmp_path), length=0)
+
+
+@pytest.mark.parametrize("layout", ["replace", "branch"])
+def test_with_lora_checkpointing_and_bfloat16(tmp_path, layout):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        tiny_model("llama", 1, torch.float32),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM"),
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = trainer_for(
+        tmp_path, model, num_train_epochs=4, learning_rate=2e-2, bf16=True,
+        **{"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    )  # fmt: skip
+    add_noise(trainer, layout=layout, segments=2, seed=1)
+    trainer.train()
+    losses = [log["noise_loss"] for log in trainer.state.log_history if "noise_loss" in log]
+    assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+
+
+def test_compiled(tmp_path):
+    def losses(**settings) -> list[float]:
+        trainer = add_noise(trainer_for(tmp_path, max_steps=3, **settings), layout="branch", segments=2, seed=1)
+        trainer.train()
+        return [log["noise_loss"] for log in trainer.state.log_history if "noise_loss" in log]
+
+    torch.compiler.reset()
+    compiled = losses(torch_compile=True, torch_compile_backend="aot_eager")
+    assert compiled == pytest.approx(losses(), rel=1e-4) and len(compiled) == 3
+
+
+# ---- TRL -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["plain", "padding_free", "packing"])
+@pytest.mark.parametrize("layout, weights", [("replace", (1.0, 1.0)), ("branch", (1.0, 1.0)), ("branch", (0.5, 2.0))])
+def test_trl(tmp_path, layout, weights, form):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = [{"input_ids": row["input_ids"].tolist(), "completion_mask": (row["labels"] != NONE).int().tolist()} for row in ROWS]
+    settings = {"plain": {}, "padding_free": dict(padding_free=True, max_length=None), "packing": dict(packing=True, max_length=64)}[form]
+    config = trl.SFTConfig(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", bf16=False,
+        per_device_train_batch_size=4, per_device_eval_batch_size=4, logging_steps=1, num_train_epochs=2, learning_rate=1e-2,
+        gradient_checkpointing=False, **settings,
+    )  # fmt: skip
+    data = datasets.Dataset.from_list(rows)
+    trainer = trl.SFTTrainer(tiny_model("llama", 1, torch.float32), config, train_dataset=data, eval_dataset=data.select(range(8)),
+                             processing_class=tokenizer(tmp_path))  # fmt: skip
+    clean = trainer.evaluate()["eval_loss"]
+    add_noise(trainer, layout=layout, segments=2, seed=1, loss_weights=weights)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(clean, rel=1e-6)
+    passes = seen_by(trainer.model)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(passes) == len(logs), "one pass a step"
+    losses = [log["noise_loss"] for log in logs]
+    assert sum(losses[-2:]) < sum(losses[:2])
+    if weights == (1.0, 1.0):
+        for log in logs:
+            low, high = sorted((log["clean_loss"], log["noise_loss"]))
+            assert low - 1e-3 <= log["loss"] <= high + 1e-3
+
+
+def tokenizer(folder):
+    """One that TRL accepts; the data has tokens already."""
+    from tokenizers import Tokenizer, models
+
+    inner = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="t0", eos_token="t2", unk_token="t0")
+
+
+# ---- two processes -------------------------------------------------------------------------------
+
+PROCESS = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch, transformers
+from families import VOCAB, tiny_model
+from samples import Pad, samples
+import msn_ext
+
+torch.set_num_threads(1)
+fsdp = dict(fsdp="full_shard", fsdp_config=dict(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])) if {fsdp} else dict()
+settings = transformers.TrainingArguments(
+    output_dir={folder!r}, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", seed=3, logging_steps=1,
+    per_device_train_batch_size=4 // {processes}, num_train_epochs=2, learning_rate=1e-3, max_grad_norm=1e9, **fsdp)
+rows = samples(24, VOCAB)
+trainer = transformers.Trainer(tiny_model("llama", 1, torch.float32), settings, Pad(), train_dataset=rows, eval_dataset=rows[:8])
+msn_ext.add_noise(trainer, layout={layout!r}, segments=2, seed=1)
+trainer.train()
+state = trainer.accelerator.get_state_dict(trainer.model)
+if trainer.is_world_process_zero():
+    torch.save({{name: x.cpu() for name, x in state.items()}}, {folder!r} + "/weights.pt")
+"""
+
+
+@pytest.mark.parametrize("layout", ["replace", "branch"])
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_learn_what_one_learns(tmp_path, fsdp, layout):
+    """Each sample has the noise that it has in one process, so the weights end the same."""
+    weights = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        script = folder / "process.py"
+        options = dict(tests=str(Path(__file__).parent), folder=str(folder), processes=processes, layout=layout)
+        script.write_text(PROCESS.format(**options, fsdp=fsdp and processes > 1))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
+        command = launcher if processes > 1 else [sys.executable, str(script)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr[-3000:]
+        weights.append(torch.load(folder / "weights.pt"))
+    start = tiny_model("llama", 1, torch.float32).state_dict()
+    moved = max(float((weights[0][name] - start[name]).abs().max()) for name in weights[0])
+    assert moved > 1e-3
+    for name, x in weights[0].items():
+        torch.testing.assert_close(weights[1][name], x, rtol=0, atol=moved / 50, msg=lambda text: f"{name}: {text}")
