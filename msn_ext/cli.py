@@ -721,7 +721,13 @@ def _number(text: str, kind, holds, expected: str):
     return value
 
 
-COMMANDS = (_add_demo, _add_generate, _add_explain, _add_tune, _add_info)
+def _add_train(subparsers) -> None:
+    from .cli_train import add_train
+
+    add_train(subparsers)
+
+
+COMMANDS = (_add_demo, _add_generate, _add_explain, _add_tune, _add_train, _add_info)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,172 @@
+"""The command ``msn train``."""
+
+import argparse
+import json
+import os
+import sys
+import time
+
+
+def add_train(subparsers) -> None:
+    from .cli import _add_device_option, _positive_float, _positive_int
+
+    parser = subparsers.add_parser(
+        "train",
+        help="fine-tune a model with noise, so that more of its guesses are right",
+        description="Fine-tune a model so that it guesses well what it will say next (Make Some Noise): from conversations to "
+        "an adapter, with losses, accuracy behind noise and accept lengths before and after. Run again after an interruption, "
+        "it goes on where it was.",
+    )
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE_OR_ID",
+        help="JSON lines (.gz too) with messages, or prompt and response; or a dataset of the hub",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="for checkpoints, the adapter and the figures")
+    parser.add_argument("--samples", type=_positive_int, metavar="N", help="conversations, as many of each file (default: all)")
+    parser.add_argument("--self-distill", action="store_true", help="learn the model's own answers to the first questions")
+    parser.add_argument("--max-new-tokens", type=_positive_int, default=256, metavar="N", help="of such an answer (default: 256)")
+    noise = parser.add_argument_group("noise")
+    noise.add_argument("--layout", choices=("branch", "replace", "none"), default="branch", help="(default: branch)")
+    noise.add_argument("--length", type=_positive_int, default=4, metavar="N", help="noise tokens of a segment (default: 4)")
+    noise.add_argument("--segments", type=_positive_int, metavar="N", help="of a sample (default: 24 branches, 1 in place)")
+    noise.add_argument("--content", choices=("ahead", "random", "mixed"), default="ahead", help="(default: ahead)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--lora-rank", type=int, default=16, metavar="R", help="0: all weights (default: 16)")
+    training.add_argument("--learning-rate", type=_positive_float, default=5e-4, metavar="X", help="(default: 5e-4)")
+    training.add_argument("--epochs", type=_positive_float, default=1.0, metavar="N", help="(default: 1)")
+    training.add_argument("--max-steps", type=_positive_int, default=-1, metavar="N", help="stop after so many steps")
+    training.add_argument("--batch-size", type=_positive_int, default=4, metavar="N", help="samples of a step (default: 4)")
+    training.add_argument("--max-length", type=_positive_int, default=512, metavar="N", help="tokens of a sample (default: 512)")
+    training.add_argument("--save-steps", type=_positive_int, default=50, metavar="N", help="between checkpoints (default: 50)")
+    training.add_argument("--held-out", type=_positive_int, default=32, metavar="N", help="samples for the figures (default: 32)")
+    training.add_argument("--bf16", action="store_true", help="compute in bfloat16 (the weights stay float32)")
+    training.add_argument("--seed", type=int, default=0, metavar="N")
+    _add_device_option(parser)
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments) -> int:
+    from pathlib import Path
+
+    from .cli import CommandError, _load
+    from .demo import quiet_transformers
+
+    try:
+        import accelerate  # noqa: F401
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise CommandError(f"training needs {error.name}: pip install 'msn_ext[train]'") from error
+    import torch
+
+    from . import recipe
+    from .training.data import read_conversations
+    from .tuning import draw
+
+    output = Path(os.path.expanduser(arguments.output))
+    _check_settings(arguments, output)
+    try:
+        files = [read_conversations(os.path.expanduser(path)) for path in arguments.data]
+    except OSError as error:
+        raise CommandError(f"--data {error.filename}: {error.strerror}") from error
+    conversations = draw(files, arguments.samples or sum(map(len, files)))
+    learned, held = recipe.split(conversations, arguments.held_out, arguments.seed)
+    if not held:
+        raise CommandError(f"--data has {len(conversations)} conversations; expected 5 or more, some of which are held out")
+
+    progress = sys.stderr.isatty()
+    model, tokenizer, _ = _load(arguments.model, "float32", arguments.device)
+    started = time.time()
+    with quiet_transformers():
+        questions = held
+        if arguments.self_distill:
+            answerer = model.to(torch.bfloat16) if arguments.bf16 else model
+            options = dict(max_new_tokens=arguments.max_new_tokens, progress=progress)
+            rows = recipe.self_distill(answerer, tokenizer, held + learned, output / "answers.jsonl", **options)
+            held, learned = rows[: len(held)], rows[len(held) :]
+            if arguments.bf16:  # what was rounded is read again
+                model, tokenizer, _ = _load(arguments.model, "float32", arguments.device)
+        samples, evaluated = (recipe.samples_of(tokenizer, rows, arguments.max_length) for rows in (learned, held))
+        if not samples or not evaluated:
+            raise CommandError("--data has no answers to learn; expected responses (or --self-distill)")
+        print(f"{len(samples):,} samples, {sum(map(_labels, samples)):,} tokens to learn; {len(evaluated)} held out", flush=True)
+
+        figures_file = output / "figures.json"
+        figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
+        length = arguments.length
+        if "before" not in figures:
+            figures["before"] = recipe.figures(model, tokenizer, evaluated, questions, length, progress)
+            _write(figures_file, figures)
+        print(_table(figures), flush=True)
+        segments = arguments.segments or (24 if arguments.layout == "branch" else 1)
+        begun = time.time()
+        trained, log = recipe.train(
+            model, tokenizer, samples, output, layout=arguments.layout, noise=arguments.layout != "none", length=length,
+            segments=segments, content=arguments.content, lora_rank=arguments.lora_rank, bf16=arguments.bf16,
+            learning_rate=arguments.learning_rate, epochs=arguments.epochs, max_steps=arguments.max_steps,
+            batch_size=arguments.batch_size, save_steps=arguments.save_steps, seed=arguments.seed, progress=progress,
+        )  # fmt: skip
+        figures["training seconds"] = round(time.time() - begun)
+        figures["log"] = log
+        if hasattr(trained, "merge_and_unload"):
+            trained = trained.merge_and_unload()
+        figures["after"] = recipe.figures(trained.eval(), tokenizer, evaluated, questions, length, progress)
+        figures["seconds"] = round(time.time() - started)
+        _write(figures_file, figures)
+    print(_table(figures))
+    print(f"kept in {output}; use it with --model {arguments.output}")
+    return 0
+
+
+def _labels(sample: dict) -> int:
+    return sum(label >= 0 for label in sample["labels"])
+
+
+def _check_settings(arguments: argparse.Namespace, output) -> None:
+    """A run is gone on with only as it was begun."""
+    from .cli import CommandError
+
+    free = {"run", "output", "device", "save_steps"}
+    settings = {name: value for name, value in vars(arguments).items() if name not in free}
+    file = output / "settings.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        for name in sorted(set(before) | set(settings)):
+            if before.get(name) != settings.get(name):
+                option = "--" + name.replace("_", "-")
+                raise CommandError(
+                    f"--output {output} holds a run with {option} {before.get(name)}, now it is {settings.get(name)}; "
+                    "expected the same settings, or another folder"
+                )
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    _write(file, settings)
+
+
+def _write(file, content: dict) -> None:
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(file)
+
+
+def _table(figures: dict) -> str:
+    """Before and after, a line a figure."""
+    columns = [name for name in ("before", "after") if name in figures]
+    lines = [f"{'':<34}" + "".join(f"{name:>10}" for name in columns)]
+    first = figures[columns[0]]
+
+    def line(name: str, values, form) -> None:
+        lines.append(f"{name:<34}" + "".join(f"{form(value):>10}" for value in values))
+
+    line("next-token loss", [figures[c]["loss"] for c in columns], "{:.4f}".format)
+    line("next token right, %", [100 * figures[c]["accuracy"] for c in columns], "{:.1f}".format)
+    for kind, title in (("top1", "right behind {} noise tokens, %"), ("top10", "among ten behind {}, %")):
+        for at in range(len(first[kind])):
+            line(title.format(at + 1), [100 * figures[c][kind][at] for c in columns], "{:.1f}".format)
+    for name in first:
+        if name.startswith("MAT "):
+            line(f"tokens a pass, {name.removeprefix('MAT ')}", [figures[c][name] for c in columns], "{:.2f}".format)
+    return "\n".join(lines)

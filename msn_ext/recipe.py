@@ -1,0 +1,238 @@
+"""Noisy fine-tuning from a file to a faster model: what ``msn train`` does, step by step.
+
+The engine is transformers' Trainer (with accelerate: several processes, FSDP, DeepSpeed), the adapter PEFT's;
+what is added is :func:`msn_ext.add_noise`, answers of the model itself, and figures before and after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .decoding import BestFirst
+from .generation import generate
+from .training import add_noise
+from .training.data import Collate, Messages, encode
+from .training.evaluation import noise_accuracy
+
+LINEAR = "all-linear"
+DECODED = 16  # questions that accept lengths are measured on
+
+
+def split(conversations: list, held_out: int, seed: int = 0) -> tuple[list, list]:
+    """Shuffled, in two: what is learned, and ``held_out`` at most a fifth for the figures."""
+    shuffled = random.Random(seed).sample(conversations, len(conversations))
+    held_out = min(held_out, len(shuffled) // 5)
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def self_distill(
+    model,
+    tokenizer,
+    conversations: Iterable[Messages],
+    path: Path,
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> list[dict]:
+    """The model's own greedy answers to the first questions, so that training keeps what it says.
+
+    The answers lie in ``path``, a line each, and are not asked for again: an interrupted run goes on.
+
+    Returns:
+        Per question ``messages`` (without answer), ``tokens`` (the answer, int), ``response`` (its text) and ``ended``
+        (it is complete), in the order of the questions.
+    """
+    questions = [_question(messages) for messages in conversations]
+    done = {_key(row["messages"]): row for row in _whole_lines(path)}
+    missing = {key: messages for messages in questions if (key := _key(messages)) not in done}
+    prompts = {key: _prompt_ids(tokenizer, messages) for key, messages in missing.items()}
+    # Of one length, as far as can be: a batch takes as long as its longest row.
+    order = sorted(missing, key=lambda key: len(prompts[key]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with open(path, "a", encoding="utf-8") as file, tqdm(
+        total=len(questions), initial=len(questions) - len(order), unit="answer", desc="self-distill", disable=not progress
+    ) as bar:
+        for at in range(0, len(order), batch_size):
+            keys = order[at : at + batch_size]
+            width = max(len(prompts[key]) for key in keys)
+            ids = torch.tensor([[pad] * (width - len(prompts[key])) + prompts[key] for key in keys], device=model.device)
+            mask = torch.tensor([[0] * (width - len(prompts[key])) + [1] * len(prompts[key]) for key in keys], device=model.device)
+            out = generate(
+                model, ids, mask, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True, pad_token_id=pad
+            )
+            for key, row, gained in zip(keys, out.sequences[:, width:].tolist(), out.accept_lengths):
+                tokens = row[: int(gained.sum())]
+                ended = tokens[-1:] == [tokenizer.eos_token_id]
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                done[key] = {"messages": missing[key], "response": text, "tokens": tokens, "ended": ended}
+                file.write(json.dumps(done[key], ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(keys))
+    return [done[_key(messages)] for messages in questions]
+
+
+def _question(messages: Messages) -> Messages:
+    """What comes before the first answer."""
+    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: answers[0]] if answers else messages
+
+
+def _key(messages: Messages) -> str:
+    return hashlib.blake2b(json.dumps(messages, ensure_ascii=False).encode(), digest_size=16).hexdigest()
+
+
+def _whole_lines(path: Path) -> list[dict]:
+    """The rows of a file of which the last one may be cut off; that one is removed."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with open(path, "r+b") as file:
+            file.truncate(end)
+    try:
+        return [json.loads(line) for line in content[:end].decode().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to ask for its answers again") from error
+
+
+def _prompt_ids(tokenizer, messages: Messages) -> list[int]:
+    if tokenizer.chat_template is None:
+        return tokenizer(messages[-1]["content"])["input_ids"]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+
+
+def samples_of(tokenizer, rows: list, max_length: int) -> list[dict]:
+    """Training samples of conversations, or of rows of :func:`self_distill`; without those that have no label left."""
+    samples = []
+    for row in rows:
+        if isinstance(row, dict):
+            prompt = _prompt_ids(tokenizer, row["messages"])
+            sample = {"input_ids": prompt + row["tokens"], "labels": [-100] * len(prompt) + row["tokens"]}
+            sample = {name: values[:max_length] for name, values in sample.items()}
+            samples.append(sample if len(prompt) < max_length and row["tokens"] else None)
+        else:
+            samples.append(encode(tokenizer, row, max_length))
+    return [sample for sample in samples if sample is not None]
+
+
+def mean_accept_length(model, tokenizer, questions: list[Messages], draft, max_new_tokens: int = 64, progress: bool = True):
+    """Tokens per forward pass of greedy decoding (MAT), the prompt's pass included.
+
+    Args:
+        draft: makes a ``draft=`` for every question.
+    """
+    tokens = passes = 0
+    for messages in tqdm(questions, desc="accept length", unit="prompt", leave=False, disable=not progress):
+        ids = torch.tensor([_prompt_ids(tokenizer, _question(messages))], device=model.device)
+        options = dict(do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
+        gained = generate(model, ids, draft=draft(), **options).accept_lengths[0]
+        tokens, passes = tokens + int(gained.sum()), passes + len(gained)
+    return tokens / passes
+
+
+def figures(model, tokenizer, samples: list[dict], questions: list[Messages], length: int, progress: bool = True) -> dict:
+    """What is compared before and after: losses, accuracy behind noise, and the accept lengths of some questions."""
+    found = asdict(noise_accuracy(model, samples, Collate(_pad(tokenizer)), length=length, progress=progress))
+    for name, draft in (("paper", lambda: "paper"), ("auto@64", lambda: BestFirst(64)), ("auto@8", lambda: BestFirst(8))):
+        found[f"MAT {name}"] = mean_accept_length(model, tokenizer, questions[:DECODED], draft, progress=progress)
+    return found
+
+
+def _pad(tokenizer) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+class _Bar(TrainerCallback):
+    """A progress bar with both losses and the accuracy behind noise."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", smoothing=0.05)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "clean_loss" in logs:
+            shown = {"loss": logs["clean_loss"], "behind noise": logs.get("noise_loss", 0.0)}
+            self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}
+                                  | {"right": f"{100 * logs.get('noise_accuracy', 0.0):.0f} %"})  # fmt: skip
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()
+
+
+def train(
+    model,
+    tokenizer,
+    samples: list[dict],
+    output: Path,
+    *,
+    layout: str = "branch",
+    length: int = 4,
+    segments: int = 24,
+    content: str = "ahead",
+    loss_weights: tuple[float, float] = (1.0, 1.0),
+    lora_rank: int = 16,
+    learning_rate: float = 5e-4,
+    epochs: float = 1.0,
+    max_steps: int = -1,
+    batch_size: int = 4,
+    accumulate: int = 1,
+    save_steps: int = 50,
+    seed: int = 0,
+    bf16: bool = False,
+    progress: bool = True,
+    noise: bool = True,
+):
+    """Fine-tune with noise; goes on from the last checkpoint in ``output``, if there is one.
+
+    Args:
+        model: trained in place; with ``lora_rank`` (0: all weights) it gets an adapter.
+        samples: of :func:`samples_of`.
+        output: for checkpoints, and in the end the adapter or model, and the tokenizer.
+        accumulate: batches per optimizer step.
+        noise: without, it is plain fine-tuning, for comparison.
+
+    Returns:
+        The trained model (with ``lora_rank`` a PEFT model) and the trainer's log, a dict per entry.
+    """
+    if not samples:
+        raise ValueError("samples is empty; expected conversations with answers that fit into the length")
+    if lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        adapter = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LINEAR, task_type="CAUSAL_LM")
+        torch.manual_seed(seed)
+        model = get_peft_model(model, adapter)
+    arguments = TrainingArguments(
+        output_dir=str(output), report_to=[], seed=seed, use_cpu=model.device.type == "cpu", bf16=bf16,
+        per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate, num_train_epochs=epochs,
+        max_steps=max_steps, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,
+        logging_steps=5, save_steps=save_steps, save_total_limit=2, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, Collate(_pad(tokenizer)), train_dataset=samples)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if progress:
+        trainer.add_callback(_Bar())
+    if noise:
+        settings = dict(layout=layout, length=length, segments=segments, content=content, seed=seed)
+        add_noise(trainer, loss_weights=loss_weights, **settings)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if output.exists() else None)
+    trainer.save_model(str(output))
+    tokenizer.save_pretrained(str(output))
+    return model, trainer.state.log_history

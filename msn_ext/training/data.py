@@ -1,0 +1,145 @@
+"""Conversations from files, and training samples from conversations."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from .layouts import NO_LABEL
+
+Messages = list[dict[str, str]]
+"""A conversation: ``role`` and ``content`` of every message, as chat templates take them."""
+
+
+def read_conversations(source: str) -> list[Messages]:
+    """The conversations of a JSON-lines file (also ``.gz``), or of the split ``train`` of a dataset on the hub.
+
+    A row has ``messages``, or ``prompt`` and ``response``; without a response the conversation ends with
+    the prompt, to be answered by ``--self-distill``.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is damaged or has other rows; names the file and the line.
+    """
+    found = [_messages(row, place) for row, place in _rows(source)]
+    if not found:
+        raise ValueError(f"{source} holds no conversations")
+    return found
+
+
+def _rows(source: str) -> Iterator[tuple[dict, str]]:
+    path = Path(source)
+    if not path.exists() and "/" in source and path.suffix not in (".jsonl", ".json", ".gz"):
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ValueError(f"{source} is no file, and for a dataset of the hub: pip install datasets") from error
+        yield from ((row, f"{source}: row {at}") for at, row in enumerate(load_dataset(source, split="train"), 1))
+        return
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line), f"{source}: line {number}"
+        except ValueError as error:
+            raise ValueError(f"{source}: line {number} is no JSON: {error}") from error
+
+
+def _messages(row: dict, place: str) -> Messages:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is no object; expected one with messages, or prompt and response")
+    messages = row.get("messages")
+    if messages is None and isinstance(row.get("prompt"), str):
+        messages = [{"role": "user", "content": row["prompt"]}]
+        if row.get("response") is not None:
+            messages.append({"role": "assistant", "content": row["response"]})
+    if not messages:
+        raise ValueError(f"{place} has neither messages nor a prompt, but {', '.join(row) or 'nothing'}")
+    for message in messages:
+        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
+            raise ValueError(f"{place}: expected messages with role and content as text, got {json.dumps(message)[:80]}")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def encode(tokenizer, messages: Messages, max_length: int, ended: bool = True) -> dict[str, list[int]] | None:
+    """A training sample: what the assistant says has labels, up to and including its end-of-text token.
+
+    Args:
+        tokenizer: with a chat template; without one, the contents follow each other, an end-of-text token
+            behind each answer.
+        max_length: tokens that are kept, from the beginning.
+        ended: whether the last answer is complete; else its end is not learned.
+
+    Returns:
+        ``input_ids`` and ``labels``; None where no label is left.
+
+    Raises:
+        ValueError: the chat template writes a prompt in another way once it is answered.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    for at in answers:
+        prompt, whole = _prompt(tokenizer, messages[:at]), _text(tokenizer, messages[: at + 1])
+        if prompt[: len(ids)] != ids or whole[: len(prompt)] != prompt:
+            raise ValueError(
+                "the chat template does not begin an answered conversation as it begins the question, so that labels have "
+                f"no place; the conversation begins {messages[0]['content'][:60]!r}"
+            )
+        answer = whole[len(prompt) :]
+        stop = tokenizer.eos_token_id
+        size = len(answer) - answer[::-1].index(stop) if stop in answer else len(answer)  # a line feed may follow
+        if not ended and at == answers[-1]:
+            size -= stop in answer
+            whole = whole[: len(prompt) + size]
+            answer = answer[:size]
+        labels += [NO_LABEL] * (len(prompt) - len(ids)) + answer[:size] + [NO_LABEL] * (len(answer) - size)
+        ids = whole
+    ids, labels = ids[:max_length], labels[:max_length]
+    if all(label == NO_LABEL for label in labels):
+        return None
+    return {"input_ids": ids, "labels": labels}
+
+
+def _prompt(tokenizer, messages: Messages) -> list[int]:
+    if tokenizer.chat_template is None:
+        return _text(tokenizer, messages)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+
+
+def _text(tokenizer, messages: Messages) -> list[int]:
+    if tokenizer.chat_template is not None:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    ids: list[int] = []
+    for at, message in enumerate(messages):
+        ids += tokenizer(message["content"], add_special_tokens=at == 0)["input_ids"]
+        ids += [tokenizer.eos_token_id] if message["role"] == "assistant" else []
+    return ids
+
+
+class Collate:
+    """Samples of one batch, padded on the right to the longest; labels -100 there."""
+
+    def __init__(self, pad_token_id: int):
+        self._pad = pad_token_id
+
+    def __call__(self, samples: list[dict]) -> dict:
+        import torch
+
+        width = max(len(sample["input_ids"]) for sample in samples)
+        ids = torch.full((len(samples), width), self._pad)
+        labels, mask = torch.full_like(ids, NO_LABEL), torch.zeros_like(ids)
+        for row, sample in enumerate(samples):
+            size = len(sample["input_ids"])
+            ids[row, :size], labels[row, :size] = torch.tensor(sample["input_ids"]), torch.tensor(sample["labels"])
+            mask[row, :size] = 1
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}

@@ -1,0 +1,83 @@
+"""What noisy fine-tuning is to raise, and what it is not to lower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .collator import NoisyCollator
+from .layouts import NO_LABEL
+
+SEGMENTS = 12
+TOP = 10
+
+
+@dataclass
+class NoiseAccuracy:
+    """How well a model does on clean text, and behind noise.
+
+    Attributes:
+        loss: mean cross-entropy of the responses' tokens behind clean text, natural logarithm.
+        accuracy: share of these that were the likeliest.
+        top1, top10: behind 1, 2, … noise tokens, the share of right tokens among the likeliest 1 and 10.
+        tokens: labels behind clean text.
+    """
+
+    loss: float
+    accuracy: float
+    top1: list[float]
+    top10: list[float]
+    tokens: int
+
+    def __str__(self) -> str:
+        def shares(values: list[float]) -> str:
+            return " ".join(f"{100 * value:.1f}" for value in values)
+
+        return (
+            f"next-token loss {self.loss:.4f}, right {100 * self.accuracy:.1f} %; behind 1, 2, … noise tokens "
+            f"right {shares(self.top1)} %, among ten {shares(self.top10)} %"
+        )
+
+
+@torch.no_grad()
+def noise_accuracy(
+    model, samples: list[dict], collate, *, length: int = 4, batch_size: int = 4, progress: bool = True
+) -> NoiseAccuracy:
+    """Next-token loss on clean text and accuracy behind noise, with the same noise every time.
+
+    Args:
+        model: takes the branch layout.
+        samples: ``input_ids`` and ``labels``, held out from training.
+        collate: makes a batch of them.
+        length: noise tokens of a segment; up to 12 segments a sample.
+    """
+    noisy = NoisyCollator(collate, length=length, segments=SEGMENTS, layout="branch", seed=0, config=model.config)
+    noisy.noise_depth = True
+    # Behind 0, 1, … noise tokens: labels, right ones, right among ten; and the loss behind none.
+    counts, loss = torch.zeros(length + 1, 3, dtype=torch.float64), 0.0
+    training = model.training
+    model.eval()
+    try:
+        starts = range(0, len(samples), batch_size)
+        for at in tqdm(starts, desc="evaluation", unit="batch", leave=False, disable=not progress):
+            batch = {name: x.to(model.device) for name, x in noisy(samples[at : at + batch_size]).items()}
+            depth, labels = batch.pop("noise_depth")[:, :-1], batch.pop("labels")[:, 1:]
+            live = labels != NO_LABEL
+            said, right, depth = model(**batch).logits[:, :-1][live].float(), labels[live], depth[live]
+            counts += _counts(said, right, depth, length)
+            loss += float(torch.nn.functional.cross_entropy(said[depth == 0], right[depth == 0], reduction="sum"))
+    finally:
+        model.train(training)
+    shares = (counts[:, 1:] / counts[:, :1]).tolist()
+    clean = int(counts[0, 0])
+    return NoiseAccuracy(loss / clean, shares[0][0], [a for a, _ in shares[1:]], [b for _, b in shares[1:]], clean)
+
+
+def _counts(said: Tensor, right: Tensor, depth: Tensor, length: int) -> Tensor:
+    """Per depth: labels, right ones, right ones among the likeliest ten."""
+    best = said.topk(min(TOP, said.shape[-1]), -1).indices == right[:, None]
+    found = torch.stack([torch.ones_like(right, dtype=torch.float64), best[:, 0], best.any(1)], 1).double()
+    return torch.zeros(length + 1, 3, dtype=torch.float64).index_add(0, depth.cpu(), found.cpu())

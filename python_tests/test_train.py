@@ -1,0 +1,295 @@
+"""`msn train`: samples from conversations, the model's own answers, the figures, and a run that is killed."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from samples import NONE
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from msn_ext import cli, recipe
+from msn_ext.training.data import Collate, encode, read_conversations
+from msn_ext.training.evaluation import noise_accuracy
+
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WORDS = "one two three four five six seven eight nine ten".split()
+DATA = [{"prompt": f"{a} {b}?", "response": f"{b} {a} {b} {a} {b}"} for a in WORDS for b in WORDS[:6]]
+
+
+def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate([*alphabet, "<eos>"])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, bos_token_id=None, eos_token_id=256,
+        pad_token_id=256,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_llama().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, DATA)))
+    return str(path)
+
+
+# ---- conversations and samples -------------------------------------------------------------------
+
+
+def learned(tokenizer, sample: dict) -> list[str]:
+    """The parts that have labels, which are the tokens there."""
+    parts, on = [], False
+    for token, label in zip(sample["input_ids"], sample["labels"]):
+        assert label in (NONE, token)
+        if label != NONE:
+            parts.append([]) if not on else None
+            parts[-1].append(token)
+        on = label != NONE
+    return [tokenizer.decode(part) for part in parts]
+
+
+TURNS = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2"), ("user", "Q3")]
+CHAT = [{"role": role, "content": content} for role, content in TURNS]
+
+
+def test_what_the_assistant_says_is_learned_with_its_end():
+    tokenizer = byte_tokenizer()
+    sample = encode(tokenizer, CHAT, 1000)
+    assert learned(tokenizer, sample) == ["A1<eos>", "A2<eos>"]
+    assert tokenizer.decode(sample["input_ids"]) == "<user>Q1<assistant>A1<eos>\n<user>Q2<assistant>A2<eos>\n"
+    assert learned(tokenizer, encode(tokenizer, CHAT[:2], 1000)) == ["A1<eos>"]
+    unfinished = encode(tokenizer, CHAT[:4], 1000, ended=False)
+    assert learned(tokenizer, unfinished) == ["A1<eos>", "A2"]
+    assert tokenizer.decode(unfinished["input_ids"]).endswith("A2")
+    assert learned(tokenizer, encode(tokenizer, CHAT, 20)) == ["A"]
+    assert encode(tokenizer, CHAT, 19) is None and encode(tokenizer, CHAT[:1], 1000) is None
+
+
+def test_without_a_template_answers_follow_their_questions():
+    tokenizer = byte_tokenizer(None)
+    sample = encode(tokenizer, CHAT, 1000)
+    assert tokenizer.decode(sample["input_ids"]) == "Q1A1<eos>Q2A2<eos>"
+    assert learned(tokenizer, sample) == ["A1<eos>", "A2<eos>"]
+
+
+def test_a_template_that_rewrites_the_question_is_refused():
+    tokenizer = byte_tokenizer("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(ValueError, match="chat template does not begin an answered conversation .* begins 'Q1'"):
+        encode(tokenizer, CHAT, 1000)
+
+
+def test_conversations_are_read(tmp_path):
+    rows = [{"messages": CHAT}, {"prompt": "Q", "response": "A", "more": 1}, {"prompt": "Q"}]
+    text = "\n".join(map(json.dumps, rows)) + "\n\n"
+    (tmp_path / "a.jsonl").write_text(text)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(text)
+    question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert read_conversations(str(tmp_path / name)) == [CHAT, [question, answer], [question]]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "holds no conversations"),
+        ('{"prompt": "a"}\n{', "line 2 is no JSON"),
+        ("[1]", "line 1 is no object"),
+        ('{"text": "a"}', "line 1 has neither messages nor a prompt, but text"),
+        ('{"messages": [{"role": "user"}]}', "line 1: expected messages with role and content"),
+        ('{"messages": ["a"]}', "line 1: expected messages with role and content"),
+        ('{"prompt": "a", "response": 3}', "line 1: expected messages with role and content"),
+    ],
+)
+def test_wrong_files_are_refused_by_line(tmp_path, content, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_conversations(str(path))
+    damaged = tmp_path / "a.jsonl.gz"
+    damaged.write_bytes(b"\x1f\x8b no")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_conversations(str(damaged))
+    with pytest.raises(OSError):
+        read_conversations(str(tmp_path / "none.jsonl"))
+
+
+# ---- the model's own answers ---------------------------------------------------------------------
+
+
+def test_answers_are_the_model_s_own(tmp_path, monkeypatch):
+    model, tokenizer = tiny_llama().double().eval(), byte_tokenizer()
+    conversations = [[{"role": "user", "content": row["prompt"]}] for row in DATA[:11]] + [CHAT]
+    path = tmp_path / "answers.jsonl"
+    rows = recipe.self_distill(model, tokenizer, conversations, path, max_new_tokens=12, batch_size=4, progress=False)
+    assert [row["messages"] for row in rows] == [*conversations[:11], CHAT[:1]]
+    for row in rows:
+        ids = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        plain = model.generate(**ids, do_sample=False, max_new_tokens=12)[0, ids["input_ids"].shape[1] :].tolist()
+        assert row["tokens"] == plain and row["ended"] == (plain[-1] == 256)
+    samples = recipe.samples_of(tokenizer, rows, 1000)
+    for sample, row in zip(samples, rows):
+        assert [label for label in sample["labels"] if label != NONE] == row["tokens"]
+        assert sample["input_ids"][-len(row["tokens"]) :] == row["tokens"]
+
+    # An interrupted run: the last line is cut off; only what is missing is asked for.
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - 30])
+    asked, original = [], recipe.generate
+    monkeypatch.setattr(recipe, "generate", lambda model, ids, *rest, **options: (asked.append(len(ids)), original(model, ids, *rest, **options))[1])
+    again = recipe.self_distill(model, tokenizer, conversations, path, max_new_tokens=12, batch_size=4, progress=False)
+    assert again == rows and asked == [1]
+    path.write_text("{\n")
+    with pytest.raises(ValueError, match="answers.jsonl is damaged"):
+        recipe.self_distill(model, tokenizer, conversations, path, max_new_tokens=12, progress=False)
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_noisy_text():
+    """Behind one noise token: each segment put into its text, and the model asked."""
+    from msn_ext import NoisyCollator
+
+    model, tokenizer = tiny_llama().double().train(), byte_tokenizer()
+    samples = [encode(tokenizer, [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}], 99) for r in DATA[:9]]
+    found = noise_accuracy(model, samples, Collate(256), length=1, progress=False)
+    assert model.training
+    model.eval()
+    loss = count = right = 0
+    hits = {1: [], 10: []}
+    noisy = NoisyCollator(Collate(256), length=1, segments=12, layout="branch", seed=0, config=model.config)
+    noisy.noise_depth = True
+    for sample in samples:
+        ids, labels = torch.tensor(sample["input_ids"]), torch.tensor(sample["labels"])
+        said = model(input_ids=ids[None]).logits[0].float()
+        live = labels[1:] != NONE
+        loss += float(torch.nn.functional.cross_entropy(said[:-1][live], labels[1:][live], reduction="sum"))
+        right += int((said[:-1].argmax(-1) == labels[1:])[live].sum())
+        count += int(live.sum())
+        batch = noisy([sample])
+        for at in (batch["noise_depth"][0] == 1).nonzero()[:, 0].tolist():
+            place = int(batch["position_ids"][0, at])
+            if place + 1 == len(ids) or labels[place + 1] == NONE:
+                continue
+            text = ids.clone()
+            text[place] = batch["input_ids"][0, at]
+            order = model(input_ids=text[None]).logits[0, place].argsort(descending=True).tolist()
+            for top in hits:
+                hits[top].append(int(ids[place + 1]) in order[:top])
+    assert found.tokens == count and found.loss == pytest.approx(loss / count, rel=1e-5)
+    assert found.accuracy == pytest.approx(right / count)
+    assert found.top1 == [pytest.approx(sum(hits[1]) / len(hits[1]))]
+    assert found.top10 == [pytest.approx(sum(hits[10]) / len(hits[10]))]
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+QUICK = ["--held-out", "4", "--batch-size", "4", "--segments", "4", "--lora-rank", "4", "--learning-rate", "1e-2", "--device", "cpu"]
+
+
+def command(folder: str, data: str, output, *more: str) -> list[str]:
+    return ["train", "--model", folder, "--data", data, "--output", str(output), *QUICK, *more]
+
+
+def test_a_model_learns_to_guess(folder, data, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert cli.main(command(folder, data, output, "--epochs", "6")) == 0
+    said = capsys.readouterr().out
+    assert "56 samples" in said and "4 held out" in said and "tokens a pass, auto@64" in said
+    figures = json.loads((output / "figures.json").read_text())
+    before, after = figures["before"], figures["after"]
+    assert after["loss"] < 0.8 * before["loss"]
+    assert sum(after["top10"]) > 1.2 * sum(before["top10"])
+    assert cli.main(["generate", "--model", str(output), "--prompt", "one two?", "--max-new-tokens", "5", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    # The same command again has nothing left to do; another one is refused.
+    assert cli.main(command(folder, data, output, "--epochs", "6")) == 0
+    assert json.loads((output / "figures.json").read_text())["after"] == after
+    assert cli.main(command(folder, data, output, "--epochs", "7")) == 1
+    assert "holds a run with --epochs 6.0, now it is 7.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--layout", "replace"], ["--layout", "none"], ["--lora-rank", "0"], ["--bf16", "--self-distill", "--max-new-tokens", "9"]])
+def test_other_ways_to_train(folder, data, tmp_path, capsys, more):
+    assert cli.main(command(folder, data, tmp_path / "out", "--max-steps", "3", "--samples", "30", *more)) == 0, capsys.readouterr().err
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert figures["after"] != figures["before"]
+    assert ("noise_loss" in str(figures["log"])) == ("none" not in more)
+
+
+def test_wrong_data_is_one_line(folder, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(json.dumps({"prompt": "a", "response": "b"}) for _ in range(3)))
+    unanswered = tmp_path / "unanswered.jsonl"
+    unanswered.write_text("\n".join(json.dumps({"prompt": f"a{i}"}) for i in range(20)))
+    for path, message in (
+        (few, "--data has 3 conversations; expected 5 or more"),
+        (unanswered, "--data has no answers to learn"),
+        (tmp_path / "none.jsonl", "No such file"),
+    ):
+        assert cli.main(command(folder, str(path), tmp_path / f"out-{path.stem}")) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, data, tmp_path):
+    """Kill -9 behind a checkpoint: the same losses from there on as in a run without a break."""
+    options = ["--max-steps", "120", "--save-steps", "15"]
+
+    def start(output):
+        run = [sys.executable, "-m", "msn_ext.cli", *command(folder, data, output, *options)]
+        return subprocess.Popen(run, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def finish(output):
+        process = start(output)
+        assert process.wait(timeout=300) == 0, process.stderr.read().decode()[-2000:]
+        return {log["step"]: log for log in json.loads((output / "figures.json").read_text())["log"] if "loss" in log}
+
+    broken = tmp_path / "broken"
+    process = start(broken)
+    until = time.time() + 200
+    while not (broken / "checkpoint-15" / "trainer_state.json").exists() and process.poll() is None and time.time() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "adapter_model.safetensors").exists(), "it was killed too late"
+    found, expected = finish(broken), finish(tmp_path / "whole")
+    assert list(found) == list(expected) == list(range(5, 125, 5))
+    for step, log in expected.items():
+        for name in ("loss", "clean_loss", "noise_loss", "noise_accuracy"):
+            # In the log that goes from the last checkpoint on, means since it cover fewer steps.
+            if step % 15 != 0 or name == "loss":
+                assert found[step][name] == pytest.approx(log[name], abs=1e-6), (step, name)
