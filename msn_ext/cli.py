@@ -1,4 +1,4 @@
-"""The command ``msn``: demo, generate, explain, tune, info.
+"""The command ``msn``: demo, generate, explain, tune, corpus, info.
 
 A subcommand is a function that adds its parser to :data:`COMMANDS`' common parser and names, with
 ``set_defaults(run=…)``, the function that does the work and returns the exit code. torch and
@@ -258,6 +258,7 @@ def _add_generate(subparsers) -> None:
     _add_prompt_options(parser)
     parser.add_argument("--max-new-tokens", type=_positive_int, default=256, metavar="N", help="(default: 256)")
     _add_draft_option(parser)
+    parser.add_argument("--corpus", metavar="FILE", help="also draft from texts that msn corpus indexed for this model")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
@@ -273,12 +274,15 @@ def _generate(arguments) -> int:
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if sampling and not arguments.do_sample:
         raise UsageError(f"--{next(iter(sampling)).replace('_', '-')} needs --do-sample")
+    if arguments.corpus is not None and arguments.draft != "auto":
+        raise UsageError(f"--corpus needs --draft auto, which looks into it; --draft is {arguments.draft}")
     prompt = _checked_prompt(_standard_input() if arguments.prompt == "-" else arguments.prompt)
 
     import torch
 
     from msn_ext.demo import quiet_transformers
 
+    corpus = None if arguments.corpus is None else _load_corpus(arguments.corpus)
     model, tokenizer, device = _load(arguments.model, arguments.dtype, arguments.device)
     with quiet_transformers():
         input_ids, limit = _encode(model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens)
@@ -286,7 +290,12 @@ def _generate(arguments) -> int:
             torch.manual_seed(seed)
         streamer = None if arguments.json else PassStreamer(tokenizer, sys.stdout)
         options = {"max_new_tokens": limit, "do_sample": arguments.do_sample, **sampling}
-        run = _timed(model, input_ids, arguments.draft, streamer, **options)
+        draft = arguments.draft
+        if corpus is not None:
+            from msn_ext.profile import auto
+
+            draft = auto(model, corpus)
+        run = _timed(model, input_ids, draft, streamer, **options)
     if not arguments.json:
         print()
         return 0
@@ -437,6 +446,72 @@ def _tune(arguments) -> int:
     return 0
 
 
+# ---- msn corpus ----------------------------------------------------------------------------------
+
+
+def _add_corpus(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "corpus",
+        help="index texts of your own, so that generate --corpus drafts from them",
+        description="Index texts that answers may repeat, such as templates, a code base or earlier answers, for models "
+        "with one tokenizer. generate --corpus looks there for what followed the last words.",
+    )
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="a text, or JSON lines (.jsonl, .gz too) with text, or with prompt and response",
+    )
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="whose tokenizer to use (default: the demo model)")
+    parser.add_argument("--output", required=True, metavar="FILE", help="where to keep it")
+    parser.set_defaults(run=_corpus)
+
+
+def _corpus(arguments) -> int:
+    files = [os.path.expanduser(path) for path in arguments.files]
+    output = os.path.expanduser(arguments.output)
+    if os.path.isdir(output) or not os.path.isdir(os.path.dirname(output) or "."):
+        raise UsageError(f"--output {arguments.output}: expected a file in a folder that exists")
+    if any(os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path) for path in files):
+        raise UsageError(f"--output {arguments.output}: one of the texts; it would be overwritten")
+
+    from msn_ext import Corpus
+    from msn_ext.demo import quiet_transformers
+    from msn_ext.documents import documents
+
+    tokenizer, vocabulary = _load_tokenizer(arguments.model)
+
+    def tokens():
+        for path in files:
+            try:
+                for text in documents(path):
+                    yield tokenizer(text, add_special_tokens=False)["input_ids"]
+            except OSError as error:
+                raise CommandError(f"{path}: {error.strerror or error}") from error
+
+    start = time.perf_counter()
+    with quiet_transformers():
+        corpus = Corpus.build(tokens(), vocabulary, progress=sys.stderr.isatty())
+    try:
+        corpus.save(output)
+    except OSError as error:
+        raise CommandError(f"--output {arguments.output}: {error.strerror or error}") from error
+    seconds = time.perf_counter() - start
+    print(f"{len(corpus.tokens):,} tokens, {corpus.nbytes:,} bytes, {seconds:.1f} seconds; kept in {arguments.output}")
+    return 0
+
+
+def _load_corpus(path: str):
+    from msn_ext import Corpus
+
+    try:
+        return Corpus.load(os.path.expanduser(path))
+    except OSError as error:
+        raise CommandError(f"--corpus {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CommandError(f"--corpus {error}") from error
+
+
 # ---- msn info ------------------------------------------------------------------------------------
 
 
@@ -506,7 +581,7 @@ class Run:
         return len(self.tokens) / self.seconds
 
 
-def _timed(model, input_ids, draft: str, streamer, **options) -> Run:
+def _timed(model, input_ids, draft, streamer, **options) -> Run:
     from msn_ext import generate
 
     start = time.perf_counter()
@@ -614,10 +689,52 @@ def _load(name: str | None, dtype: str | None, device: str | None):
         model, tokenizer = load_model()
         return model.to(device, getattr(torch, dtype) if dtype else None), tokenizer, device
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from msn_ext.demo import quiet_transformers
 
+    source, local = _source(name)
+    with quiet_transformers(bars=not local):  # the bars of a download stay
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", trust_remote_code=False)
+        except Exception as error:
+            raise CommandError(f"--model {name}: {_one_line(error)}") from error
+        tokenizer = _tokenizer_of(source, name)
+    return model.eval().to(device), tokenizer, device
+
+
+def _load_tokenizer(name: str | None):
+    """A model's tokenizer and its ``vocab_size``, without the model's weights."""
+    from msn_ext.demo import quiet_transformers
+
+    if name is None:
+        from msn_ext.demo import load_model
+
+        model, tokenizer = load_model()
+        return tokenizer, model.config.vocab_size
+
+    from transformers import AutoConfig
+
+    source, local = _source(name)
+    with quiet_transformers(bars=not local):
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except Exception as error:
+            raise CommandError(f"--model {name}: {_one_line(error)}") from error
+        return _tokenizer_of(source, name), config.get_text_config(decoder=True).vocab_size
+
+
+def _tokenizer_of(source: str, name: str):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise CommandError(f"--model {name}: its tokenizer is missing or cannot be loaded") from error
+
+
+def _source(name: str) -> tuple[str, bool]:
+    """Where a model comes from, and whether that is a folder."""
     folder = os.path.expanduser(name)
     local = os.path.isdir(folder)
     if os.path.isfile(folder):
@@ -626,17 +743,7 @@ def _load(name: str | None, dtype: str | None, device: str | None):
         raise CommandError(f"--model {name}: no such folder")
     if local and not os.path.isfile(os.path.join(folder, "config.json")):
         raise CommandError(f"--model {name}: no config.json in this folder, so it holds no model")
-    source = folder if local else name
-    with quiet_transformers(bars=not local):  # the bars of a download stay
-        try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", trust_remote_code=False)
-        except Exception as error:
-            raise CommandError(f"--model {name}: {_one_line(error)}") from error
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except Exception as error:
-            raise CommandError(f"--model {name}: its tokenizer is missing or cannot be loaded") from error
-    return model.eval().to(device), tokenizer, device
+    return (folder if local else name), local
 
 
 def _default_device() -> str:
@@ -721,7 +828,7 @@ def _number(text: str, kind, holds, expected: str):
     return value
 
 
-COMMANDS = (_add_demo, _add_generate, _add_explain, _add_tune, _add_info)
+COMMANDS = (_add_demo, _add_generate, _add_explain, _add_tune, _add_corpus, _add_info)
 
 if __name__ == "__main__":
     sys.exit(main())
