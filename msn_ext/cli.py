@@ -477,25 +477,18 @@ def _corpus(arguments) -> int:
 
     from msn_ext import Corpus
     from msn_ext.demo import quiet_transformers
-    from msn_ext.documents import documents
+    from msn_ext.documents import batches, documents
 
+    for path in files:
+        if not os.path.isfile(path):
+            raise CommandError(f"{path}: no such file")
     tokenizer, vocabulary = _load_tokenizer(arguments.model)
-
-    def tokens():
-        for path in files:
-            try:
-                for text in documents(path):
-                    yield tokenizer(text, add_special_tokens=False)["input_ids"]
-            except OSError as error:
-                raise CommandError(f"{path}: {error.strerror or error}") from error
-
+    texts = (text for path in files for text in documents(path))
+    tokens = (row for batch in batches(texts) for row in tokenizer(batch, add_special_tokens=False)["input_ids"])
     start = time.perf_counter()
     with quiet_transformers():
-        corpus = Corpus.build(tokens(), vocabulary, progress=sys.stderr.isatty())
-    try:
-        corpus.save(output)
-    except OSError as error:
-        raise CommandError(f"--output {arguments.output}: {error.strerror or error}") from error
+        corpus = Corpus.build(tokens, vocabulary, progress=sys.stderr.isatty())
+    corpus.save(output)
     seconds = time.perf_counter() - start
     print(f"{len(corpus.tokens):,} tokens, {corpus.nbytes:,} bytes, {seconds:.1f} seconds; kept in {arguments.output}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 def lines(path: str) -> Iterator[tuple[int, str]]:
@@ -48,3 +48,16 @@ def documents(path: str) -> Iterator[str]:
         if not found:
             raise ValueError(f"{path}: line {number} has neither text nor prompt or response that are text, but {', '.join(row)}")
         yield from found
+
+
+def batches(texts: Iterable[str], characters: int = 1 << 20) -> Iterator[list[str]]:
+    """The texts in lists of about so many characters, which a tokenizer can take at once, on all cores."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,6 +1,7 @@
 """A corpus: what is indexed, that the file is what memory was, that it is mapped, and that drafts come from it."""
 
 import os
+import pathlib
 import random
 import re
 import struct
@@ -13,7 +14,7 @@ from families import VOCAB, tiny_model
 
 from msn_ext import BestFirst, Corpus, generate
 from msn_ext.decoding import calibration, corpus as corpus_module
-from msn_ext.documents import documents
+from msn_ext.documents import batches, documents
 from msn_ext.ops import reference
 
 SETTINGS = dict(do_sample=False, max_new_tokens=60, eos_token_id=None, return_dict_in_generate=True)
@@ -42,7 +43,7 @@ def test_what_is_built_is_the_specification_of_the_whole(seed, chunk, monkeypatc
     whole = [token for text in texts if text for token in [-1, *text]][1:]
     assert built.tokens.tolist() == whole and built.vocabulary == VOCAB
     slots = built.heads.shape[1]
-    assert slots & (slots - 1) == 0 and len(whole) / 2 <= slots <= max(len(whole), 1)
+    assert slots & (slots - 1) == 0 and len(whole) // 2 <= slots < len(whole)
     heads = torch.zeros(1, 8, slots, dtype=torch.int32)
     reference.index_suffixes(heads, torch.tensor([whole]), torch.tensor([0]), torch.tensor([len(whole)]))
     assert_equal(built.heads, heads[0])
@@ -283,6 +284,22 @@ def test_calibration_records_what_the_corpus_lists():
         assert sum(listed) > 0.9 * len(listed) if known else sum(listed) < 0.6 * len(listed)
 
 
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "drafters.md").read_text(encoding="utf-8")
+    example = next(block.split("```")[0] for block in page.split("```python\n") if "Corpus.build" in block)
+    monkeypatch.chdir(tmp_path)
+    model, words = tiny_model("llama", 3), answer(tiny_model("llama", 3))
+    model.generation_config.eos_token_id = None
+    names = {
+        "tokenizer": lambda text, add_special_tokens: {"input_ids": [int(word) for word in text.split()]},
+        "texts": [" ".join(map(str, words))],
+        "model": model,
+        "inputs": {"input_ids": IDS},
+    }
+    exec(example, names)
+    assert names["ids"][0, : len(words)].tolist() == words and (tmp_path / "faq.corpus").exists()
+
+
 # ---- documents of files --------------------------------------------------------------------------
 
 
@@ -292,3 +309,5 @@ def test_documents_of_files(tmp_path):
     rows.write_text('{"text": "grün", "prompt": "x"}\n\n{"prompt": "why?", "response": "so", "score": 1}\n{"response": "a"}\n', "utf-8")
     assert list(documents(str(text))) == ["one\ntwo\n"]
     assert list(documents(str(rows))) == ["grün", "why?", "so", "a"]
+    assert list(batches(iter(["abc", "", "d", "efghij", "k"]), 4)) == [["abc", "", "d"], ["efghij"], ["k"]]
+    assert list(batches([])) == []
