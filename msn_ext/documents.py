@@ -46,7 +46,8 @@ def documents(path: str) -> Iterator[str]:
         names = ("text",) if "text" in row else ("prompt", "response")
         found = [row[name] for name in names if isinstance(row.get(name), str)]
         if not found:
-            raise ValueError(f"{path}: line {number} has neither text nor prompt or response that are text, but {', '.join(row)}")
+            expected = "neither text nor prompt or response that are text"
+            raise ValueError(f"{path}: line {number} has {expected}, but {', '.join(row)}")
         yield from found
 
 

@@ -7,6 +7,7 @@ import re
 import struct
 import time
 
+import oracle
 import pytest
 import torch
 from cases import assert_equal
@@ -17,6 +18,7 @@ from msn_ext.decoding import calibration, corpus as corpus_module
 from msn_ext.documents import batches, documents
 from msn_ext.ops import reference
 
+HEADER = struct.Struct("<16s4q16x")  # magic, version, vocabulary, tokens, slots
 SETTINGS = dict(do_sample=False, max_new_tokens=60, eos_token_id=None, return_dict_in_generate=True)
 IDS = torch.tensor([[5, 9, 4, 7]])
 
@@ -125,17 +127,24 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def hollow(path, tokens: int, slots: int):
+    """A file of zeros but for its header, which takes no room on the disk; open for more."""
+    build([[1]]).save(path)
+    magic, *_ = HEADER.unpack(path.read_bytes()[:64])
+    file = open(path, "r+b")
+    file.write(HEADER.pack(magic, 1, VOCAB, tokens, slots))
+    try:
+        file.truncate(64 + 4 * (tokens + 8 * slots))
+    except OSError as error:
+        pytest.skip(f"no such large file here: {error}")
+    return file
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
 def test_a_file_is_mapped_not_read(tmp_path):
-    """A file of 1 GB, all gaps on the disk: nothing of it is in memory but the pages that are looked up."""
-    path, tokens, slots = tmp_path / "large.corpus", 1 << 27, 1 << 24
-    small = build([[1, 2, 3, 4]])
-    small.save(path)
-    header = bytearray(path.read_bytes()[:64])
-    header[16:48] = struct.pack("<4q", 1, VOCAB, tokens, slots)
-    with open(path, "wb") as file:
-        file.write(header)
-        file.truncate(64 + 4 * (tokens + 8 * slots))
+    """A file of 1 GB: nothing of it is in memory but the pages that are looked up."""
+    path = tmp_path / "large.corpus"
+    hollow(path, 1 << 27, 1 << 24).close()
     before, start = resident(), time.perf_counter()
     large = Corpus.load(path)
     assert time.perf_counter() - start < 1 and large.nbytes == path.stat().st_size > 1 << 30
@@ -149,9 +158,25 @@ def test_a_file_is_mapped_not_read(tmp_path):
     out = generate(tiny_model("llama", 3), IDS, draft=drafter, **SETTINGS)
     assert resident() - before < 200 << 20
     assert torch.equal(out.sequences, tiny_model("llama", 3).generate(IDS, **SETTINGS).sequences)
+    path.unlink()
 
 
-HEADER = struct.Struct("<16s4q16x")
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
+def test_places_beyond_what_32_bits_can_address(tmp_path):
+    """A longest n-gram at the end of 2^31 - 1 tokens, 8 GB, and its head behind 3.7 thousand million others."""
+    path, tokens, slots = tmp_path / "large.corpus", 2**31 - 1, 1 << 29
+    ngram = list(range(1, 17))
+    with hollow(path, tokens, slots) as file:
+        file.seek(64 + 4 * (tokens - 17))
+        file.write(struct.pack("<17i", *ngram, 20))
+        file.seek(64 + 4 * (tokens + 7 * slots + oracle.hashed(tuple(ngram)) % slots))
+        file.write(struct.pack("<i", tokens - 1))
+    drafter = BestFirst(4, sources=("suffix",), corpus=Corpus.load(path), foresight=0.0)
+    drafter.start(1, VOCAB, torch.device("cpu"))
+    drafter.propose(torch.tensor([[0, *ngram]]), torch.tensor([17]))
+    assert drafter.sources.tolist() == [[0, 4, 0, 0]]
+    assert drafter._draft.tokens[0, 1] == 20
+    path.unlink()
 
 
 def changed_header(content: bytes, **changes: int) -> bytes:
@@ -306,7 +331,8 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
 def test_documents_of_files(tmp_path):
     text, rows = tmp_path / "a.txt", tmp_path / "b.jsonl"
     text.write_text("one\ntwo\n", encoding="utf-8")
-    rows.write_text('{"text": "grün", "prompt": "x"}\n\n{"prompt": "why?", "response": "so", "score": 1}\n{"response": "a"}\n', "utf-8")
+    lines = ['{"text": "grün", "prompt": "x"}', "", '{"prompt": "why?", "response": "so", "score": 1}', '{"response": "a"}']
+    rows.write_text("\n".join(lines), encoding="utf-8")
     assert list(documents(str(text))) == ["one\ntwo\n"]
     assert list(documents(str(rows))) == ["grün", "why?", "so", "a"]
     assert list(batches(iter(["abc", "", "d", "efghij", "k"]), 4)) == [["abc", "", "d"], ["efghij"], ["k"]]

@@ -6,7 +6,8 @@
 // Sums and products are those of the specification, in its order; compiled without fused multiply-add.
 // A length outside [1, C] counts as the nearest one inside. Factors out of range give some tree.
 // Bytes per row: reads about 1 KB a node (3 + 8 slots of the tables, at most 76 tokens of the text, up
-// to 41 factors; with a corpus up to 8 slots and 60 tokens of it), writes 24 N. The nodes' look-ups, one after the other, are most of the time.
+// to 41 factors; with a corpus up to 8 slots and 60 tokens of it more), writes 24 N. The nodes' look-ups,
+// one after the other, are most of the time.
 #include "../best_first.h"
 #include "common.cuh"
 
