@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 import msn_ext
-from msn_ext import ops
+from msn_ext import Corpus, ops
 from msn_ext.ops import reference
 
 
@@ -57,6 +57,7 @@ MODELS = {
 NODES = [1, 8, 16, 64, 69]
 CONTEXTS = [256, 1024, 4096]
 LONG = 100_000  # tokens; what drafting costs must not depend on it
+CORPUS = 4_000_000  # tokens of a corpus that drafting looks into
 RANKS, RETRIEVED, MAX_NGRAM = 10, 5, 3
 
 
@@ -336,14 +337,20 @@ def guesses_cases(model: Model, nodes: list[int], contexts: list[int], device: s
 
 
 class Knowledge:
-    """The tables of best-first drafting behind a text of ``context`` tokens, a Markov chain that repeats itself."""
+    """The tables of best-first drafting behind a text of ``context`` tokens, a Markov chain that repeats itself, and
+    of a corpus of ``corpus`` tokens of the same chain."""
 
-    def __init__(self, model: Model, context: int, device: str):
+    def __init__(self, model: Model, context: int, device: str, corpus: int = 0):
         generator = torch.Generator().manual_seed(context)
-        follows = torch.randint(model.vocabulary, (model.vocabulary, 4), generator=generator)
-        text, draws = [1], torch.randint(4, (context + 64,), generator=generator).tolist()
-        for draw in draws[1:]:
-            text.append(int(follows[text[-1], draw]) % 1500)
+        follows = torch.randint(model.vocabulary, (model.vocabulary, 4), generator=generator).remainder(1500).tolist()
+
+        def walk(length: int) -> list[int]:
+            text = [1]
+            for draw in torch.randint(4, (length,), generator=generator).tolist()[1:]:
+                text.append(follows[text[-1]][draw])
+            return text
+
+        text = walk(context + 64)
         self.history = torch.tensor([text], device=device)
         self.lengths = torch.tensor([context], device=device)
         self.heads = torch.zeros(1, 8, min(1 << (context - 1).bit_length(), 1 << 17), dtype=torch.int32, device=device)
@@ -360,6 +367,10 @@ class Knowledge:
             )
         self.denoised = self.guesses[:, :6].contiguous()
         self.factors = torch.rand(reference.FACTORS, generator=generator, dtype=torch.float64).mul(9).add(0.1).to(device)
+        nothing = torch.zeros(8, 0, dtype=torch.int32, device=device)
+        self.corpus = nothing[0], nothing
+        if corpus:
+            self.corpus = Corpus.build([walk(corpus)], model.vocabulary, progress=False).on(device)
 
 
 def index_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
@@ -390,17 +401,19 @@ def remember_cases(model: Model, nodes: list[int], contexts: list[int], device: 
 
 
 def draft_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
-    """24 N written; what is read depends on what is found: counted are 3 rows of 36 and 8 places of 4 bytes a node."""
-    for context in (contexts[0], LONG):
-        known = Knowledge(model, context, device)
+    """24 N written; what is read depends on what is found: counted are 3 rows of 36 and 8 places of 4 bytes a node,
+    8 places more with a corpus."""
+    for context, size in ((contexts[0], 0), (LONG, 0), (contexts[0], CORPUS)):
+        known = Knowledge(model, context, device, size)
         for n in nodes:
             yield Case(
-                f"N={n} context={context}",
-                24 * n + (3 * 36 + 8 * 4) * n,
+                f"N={n} context={context}" + (f" corpus={size}" if size else ""),
+                24 * n + (3 * 36 + (16 if size else 8) * 4) * n,
                 lambda: ops.draft_tree(
-                    known.history, known.lengths, known.denoised, known.contexts, known.heads, known.factors, n, 20, 0.05
+                    known.history, known.lengths, known.denoised, known.contexts, known.heads, *known.corpus, known.factors,
+                    n, 20, 0.05,
                 ),
-            )
+            )  # fmt: skip
 
 
 CASES = {

@@ -96,11 +96,16 @@ def check_best_first(n: int, device: str) -> None:
     ops.remember_guesses(contexts_there, *on(device, draft))
     if not (torch.equal(heads, heads_there.cpu()) and torch.equal(contexts, contexts_there.cpu())):
         raise SystemExit(f"tables of N={n}: {device} differs from cpu")
-    tables = [guesses[:, :5].contiguous(), contexts, heads, torch.rand(348, dtype=torch.float64) + 0.1]
+    corpus, corpus_heads = torch.randint(-1, 9, (5000,)), torch.zeros(1, 8, 4096, dtype=torch.int32)
+    ops.index_suffixes(corpus_heads, corpus[None], torch.tensor([0]), torch.tensor([5000]))
+    factors = torch.rand(348, dtype=torch.float64) + 0.1
+    tables = [guesses[:, :5].contiguous(), contexts, heads, corpus.int(), corpus_heads[0], factors]
     compare(f"draft_tree N={n}", device, ops.draft_tree, history, lengths, *tables, n, 9, 0.05)
     ops.index_suffixes(heads_there, *on(device, [history, outside, outside]))
     ops.remember_guesses(contexts_there, *on(device, [history, outside, tokens, parents + n, path + FAR, guesses]))
     ops.draft_tree(*on(device, [history, outside, *tables]), n, 9, 0.05)
+    tables[4] = torch.randint(-(2**31), 2**31, corpus_heads[0].shape).int()  # of a damaged file
+    compare(f"draft_tree N={n}, damaged corpus", device, ops.draft_tree, history, lengths, *tables, n, 9, 0.05)
 
 
 def check_commit(n: int, device: str) -> None:

@@ -57,7 +57,7 @@ MSN_HD int context_of(const int64_t* tokens, const int32_t* parents, int node, c
   return count;
 }
 
-// Everything that drafting may read about one row.
+// Everything that drafting may read about one row. The contexts, the corpus and its heads are all rows'.
 struct Sources {
   const int32_t* denoised;  // [depths, kGuesses]
   int64_t depths;
@@ -67,6 +67,10 @@ struct Sources {
   int64_t head_slots;
   const int64_t* history;  // [length]
   int64_t length;
+  const int32_t* corpus;  // [corpus_length]; -1 between documents
+  int64_t corpus_length;
+  const int32_t* corpus_heads;  // [kSuffixes, corpus_slots]
+  int64_t corpus_slots;
   const double* factors;  // [kFactors]
 };
 
@@ -74,17 +78,34 @@ struct Sources {
 struct Known {
   const int32_t* guesses[kOrders];  // null: nothing
   int highest;                      // order that is known, + 1; 0: none
-  int64_t next[kSuffixes];          // token behind the n-gram's last place; -1: none, or a longer one has it
+  int64_t next[kSuffixes];          // token behind the n-gram's last place, in the text, else in the corpus; -1:
+                                    // none, or a longer one has it
   int rank[kSuffixes];              // among the different tokens, from the longest n-gram on
   int longest;                      // n-gram that is known, + 1; 0: none
 };
+
+// Where the n newest tokens of a context, of this hash, stood last in a text, by its heads of this n:
+// the place behind them, inside the text whatever the heads hold; 0: nowhere.
+template <typename Token>
+MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* heads, int64_t slots, uint64_t hash,
+                          const int64_t* context, int n) {
+  if (slots <= 0) return 0;
+  const int64_t end = heads[hash % static_cast<uint64_t>(slots)];
+  bool same = n <= end && end < length;
+  for (int i = 0; same && i < n; ++i) same = text[end - 1 - i] == context[i];
+  return same ? end : 0;
+}
 
 MSN_HD void look_up(const Sources& from, const int64_t* context, int count, Known& known) {
   known.highest = known.longest = 0;
   for (int order = 0; order < kOrders; ++order) known.guesses[order] = nullptr;
   uint64_t hash = 0;
+  bool tokens = true;  // and not what stands between the documents of a corpus
   for (int n = 1, level = 0; level < kSuffixes; ++n) {
-    if (n <= count) hash = extend_hash(hash, context[n - 1]);
+    if (n <= count) {
+      hash = extend_hash(hash, context[n - 1]);
+      tokens &= context[n - 1] >= 0;
+    }
     if (n <= count && n <= kOrders && from.slots > 0) {
       const int64_t slot = (n - 1) * from.slots + static_cast<int64_t>(hash % static_cast<uint64_t>(from.slots));
       const int32_t* row = from.contexts + slot * (1 + kGuesses);
@@ -95,15 +116,19 @@ MSN_HD void look_up(const Sources& from, const int64_t* context, int count, Know
     }
     if (n != suffix_length(level)) continue;
     known.next[level] = -1;
-    if (n <= count && from.head_slots > 0) {
-      const int64_t slot = level * from.head_slots + static_cast<int64_t>(hash % static_cast<uint64_t>(from.head_slots));
-      const int64_t end = from.heads[slot];
-      bool same = n <= end && end < from.length;
-      for (int i = 0; same && i < n; ++i) same = from.history[end - 1 - i] == context[i];
-      if (same) {
+    if (n <= count) {
+      const int32_t* heads = from.heads + level * from.head_slots;
+      int64_t end = last_place(from.history, from.length, heads, from.head_slots, hash, context, n);
+      bool found = end > 0;
+      if (found) {
         known.next[level] = from.history[end];
-        known.longest = level + 1;
+      } else if (tokens) {
+        heads = from.corpus_heads + level * from.corpus_slots;
+        end = last_place(from.corpus, from.corpus_length, heads, from.corpus_slots, hash, context, n);
+        found = end > 0 && from.corpus[end] >= 0;
+        if (found) known.next[level] = from.corpus[end];
       }
+      if (found) known.longest = level + 1;
     }
     ++level;
   }

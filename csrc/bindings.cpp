@@ -396,16 +396,19 @@ void remember_guesses(py::handle contexts_, py::handle history_, py::handle leng
 }
 
 void draft_tree(py::handle history_, py::handle lengths_, py::handle denoised_, py::handle contexts_, py::handle heads_,
-                py::handle factors_, int64_t max_depth, double foresight, py::handle tokens_, py::handle parents_,
-                py::handle probability_, py::handle sources_) {
+                py::handle corpus_, py::handle corpus_heads_, py::handle factors_, int64_t max_depth, double foresight,
+                py::handle tokens_, py::handle parents_, py::handle probability_, py::handle sources_) {
   const Tensor history = borrow("history", history_), lengths = borrow("lengths", lengths_), denoised = borrow("denoised", denoised_),
-               contexts = borrow("contexts", contexts_), heads = borrow("heads", heads_), factors = borrow("factors", factors_),
+               contexts = borrow("contexts", contexts_), heads = borrow("heads", heads_), corpus = borrow("corpus", corpus_),
+               corpus_heads = borrow("corpus_heads", corpus_heads_), factors = borrow("factors", factors_),
                tokens = borrow("tokens", tokens_), parents = borrow("parents", parents_),
                probability = borrow("probability", probability_), sources = borrow("sources", sources_);
   expect_dims("history", history, 2);
   expect_dims("denoised", denoised, 3);
   expect_dims("contexts", contexts, 3);
   expect_dims("heads", heads, 3);
+  expect_dims("corpus", corpus, 1);
+  expect_dims("corpus_heads", corpus_heads, 2);
   expect_dims("tokens", tokens, 2);
   const int64_t batch = history.shape[0], nodes = tokens.shape[1];
   expect_nodes("tokens", nodes);
@@ -416,13 +419,16 @@ void draft_tree(py::handle history_, py::handle lengths_, py::handle denoised_, 
   expect_index("denoised", denoised, DType::kInt32, {batch, denoised.shape[1], msn::kGuesses}, history);
   expect_index("contexts", contexts, DType::kInt32, {msn::kOrders, contexts.shape[1], 1 + msn::kGuesses}, history);
   expect_index("heads", heads, DType::kInt32, {batch, msn::kSuffixes, heads.shape[2]}, history);
+  expect_range("length of corpus", corpus.shape[0], 0, INT32_MAX);
+  expect_index("corpus", corpus, DType::kInt32, {corpus.shape[0]}, history);
+  expect_index("corpus_heads", corpus_heads, DType::kInt32, {msn::kSuffixes, corpus_heads.shape[1]}, history);
   expect_index("factors", factors, DType::kFloat64, {msn::kFactors}, history);
   expect_index("tokens", tokens, DType::kInt64, {batch, nodes}, history);
   expect_index("parents", parents, DType::kInt32, {batch, nodes}, history);
   expect_index("probability", probability, DType::kFloat64, {batch, nodes}, history);
   expect_index("sources", sources, DType::kInt32, {batch, nodes}, history);
-  MSN_DISPATCH(draft_tree, history, history, lengths, denoised, contexts, heads, factors, max_depth, foresight, tokens, parents,
-               probability, sources)
+  MSN_DISPATCH(draft_tree, history, history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors, max_depth,
+               foresight, tokens, parents, probability, sources)
 }
 
 void draw_noise(py::handle input_ids_, py::handle labels_, py::handle documents_, py::handle keep_, int64_t seed, double random,

@@ -35,8 +35,9 @@ void index_suffixes(const Tensor& heads, const Tensor& history, const Tensor& st
 void remember_guesses(const Tensor& contexts, const Tensor& history, const Tensor& lengths, const Tensor& tokens,
                       const Tensor& parents, const Tensor& path, const Tensor& guesses);
 void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
-                const Tensor& heads, const Tensor& factors, int64_t max_depth, double foresight,
-                const Tensor& tokens, const Tensor& parents, const Tensor& probability, const Tensor& sources);
+                const Tensor& heads, const Tensor& corpus, const Tensor& corpus_heads, const Tensor& factors,
+                int64_t max_depth, double foresight, const Tensor& tokens, const Tensor& parents,
+                const Tensor& probability, const Tensor& sources);
 void draw_noise(const Tensor& input_ids, const Tensor& labels, const Tensor& documents, const Tensor& keep,
                 const NoiseOptions& options, const Tensor& starts, const Tensor& noise);
 const char* attention_isa();  // instruction set that tree_attention runs on here
@@ -64,8 +65,9 @@ void index_suffixes(const Tensor& heads, const Tensor& history, const Tensor& st
 void remember_guesses(const Tensor& contexts, const Tensor& history, const Tensor& lengths, const Tensor& tokens,
                       const Tensor& parents, const Tensor& path, const Tensor& guesses, void* stream);
 void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
-                const Tensor& heads, const Tensor& factors, int64_t max_depth, double foresight,
-                const Tensor& tokens, const Tensor& parents, const Tensor& probability, const Tensor& sources, void* stream);
+                const Tensor& heads, const Tensor& corpus, const Tensor& corpus_heads, const Tensor& factors,
+                int64_t max_depth, double foresight, const Tensor& tokens, const Tensor& parents,
+                const Tensor& probability, const Tensor& sources, void* stream);
 void draw_noise(const Tensor& input_ids, const Tensor& labels, const Tensor& documents, const Tensor& keep,
                 const NoiseOptions& options, const Tensor& starts, const Tensor& noise, void* stream);
 }  // namespace cuda

@@ -1,6 +1,6 @@
 """Several tokens per forward pass from Hugging Face causal language models, with unchanged output.
 
-``generate`` decodes (arXiv 2406.17404, section 3.3); ``BestFirst`` drafts what is most probable,
+``generate`` decodes (arXiv 2406.17404, section 3.3); ``BestFirst`` drafts what is most probable, also from a ``Corpus``,
 ``DraftTree`` is the shape of a draft, a ``Drafter`` a source of guesses of your own, which gives a ``Draft``
 and is shown what was ``Verified``. ``NoisyCollator`` puts noise into training batches (section 3.1),
 ``add_noise`` puts it into a trainer that is there already;
@@ -11,6 +11,7 @@ import importlib
 
 __all__ = [
     "BestFirst",
+    "Corpus",
     "Draft",
     "DraftTree",
     "Drafter",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 # Imported when first used, so that `msn --help` need not wait for torch and transformers.
-_HOMES = dict.fromkeys(("BestFirst", "Draft", "DraftTree", "Drafter", "Verified"), "decoding")
+_HOMES = dict.fromkeys(("BestFirst", "Corpus", "Draft", "DraftTree", "Drafter", "Verified"), "decoding")
 _HOMES |= dict.fromkeys(("MSNGenerateOutput", "generate"), "generation")
 _HOMES |= dict.fromkeys(("NoisyCollator", "add_noise", "lowest_loss_starts"), "training")
 

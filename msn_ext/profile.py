@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .decoding import BestFirst, factors
+from .decoding import BestFirst, Corpus, factors
 from .decoding.budget import StepTimes
 from .paths import cache_root
 
@@ -84,7 +84,7 @@ def profile_path(model) -> Path:
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def auto(model) -> BestFirst:
+def auto(model, corpus: Corpus | None = None) -> BestFirst:
     """Best-first drafting for a model: by its profile, and by what this process has seen of its steps."""
     known, key = _known.setdefault(model, {}), (str(model.device), model.dtype)
     if key not in known:
@@ -97,4 +97,4 @@ def auto(model) -> BestFirst:
         times = StepTimes(profile.times if profile else None, model.device.type)
         known[key] = times, profile.factors if profile else None
     times, fitted = known[key]
-    return BestFirst(times=times, factors=fitted)
+    return BestFirst(times=times, factors=fitted, corpus=corpus)

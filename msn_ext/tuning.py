@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import statistics
 import time
-import zlib
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from transformers import LogitsProcessorList
 from .decoding import BestFirst, Decoder, attention_for, greedy
 from .decoding.calibration import Record, Recorder, fit
 from .decoding.factors import load as shipped_factors
+from .documents import lines
 from .generation import generate
 from .profile import Profile, machine, profile_path
 
@@ -92,13 +91,7 @@ def read_prompts(path: str) -> list[str]:
         OSError: it cannot be opened.
         ValueError: it is damaged or holds no prompt; names the file and the line.
     """
-    opened = gzip.open if path.endswith(".gz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
-    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    prompts = [_prompt(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line]
+    prompts = [_prompt(line.strip(), f"{path}: line {number}") for number, line in lines(path) if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts

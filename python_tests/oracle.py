@@ -170,12 +170,16 @@ def top(row: torch.Tensor) -> tuple[list[int], list[range]]:
 
 
 def places(text: list[int], size: int, known: int = 1) -> dict[tuple[int, ...], int]:
-    """Where every n-gram of ``size`` tokens last ended, from the place ``known`` on; the newest come last."""
+    """Where every n-gram of ``size`` tokens last ended, from the place ``known`` on; the newest come last.
+
+    What is negative is no token.
+    """
     found = {}
     for end in range(max(size, known), len(text)):
         ngram = tuple(text[end - size : end])
-        found.pop(ngram, None)
-        found[ngram] = end
+        if min(ngram) >= 0 and text[end] >= 0:
+            found.pop(ngram, None)
+            found[ngram] = end
     return found
 
 
@@ -226,8 +230,11 @@ def memory_table(memory: dict[tuple[int, ...], list[int]], slots: int) -> list[l
 class Draft:
     """One row's best-first tree, chosen from all that might come next, which is listed anew for every node."""
 
-    def __init__(self, text, denoised, memory, suffixes: bool, factors: torch.Tensor, max_depth: int, foresight: float):
-        self.text, self.denoised, self.memory, self.suffixes = text, denoised, memory, suffixes
+    def __init__(
+        self, text, denoised, memory, suffixes: bool, documents, factors: torch.Tensor, max_depth: int, foresight: float
+    ):
+        self.text, self.denoised, self.memory = text, denoised, memory
+        self.texts = [[text]] * suffixes + [documents]  # where to look, the first place first
         sizes = [(4, 9), (3, 2, 12), (3, 4, 12), (8, 3, 4)]
         parts = factors.split([math.prod(size) for size in sizes])
         self.bias, self.of_denoised, self.of_memory, self.of_suffix = (
@@ -239,9 +246,12 @@ class Draft:
         """(index of the n-gram, token) of the different tokens behind the ends of a context, longest first."""
         found = {}
         for level, size in reversed(list(enumerate(NGRAMS))):
-            ends = [e for e in range(size, len(self.text)) if self.text[e - size : e] == context[-size:]]
-            if ends and size <= len(context) and self.suffixes:
-                found.setdefault(self.text[ends[-1]], level)
+            ngram = context[-size:]
+            for texts in self.texts:
+                behind = [text[e] for text in texts for e in range(size, len(text)) if text[e - size : e] == ngram]
+                if behind:
+                    found.setdefault(behind[-1], level)
+                    break
         return [(level, token) for token, level in found.items()]
 
     def _scores(self, context: list[int], depth: int) -> dict[int, tuple[float, int]]:

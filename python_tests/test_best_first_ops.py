@@ -343,6 +343,15 @@ def no_contexts(slots: int, device: str) -> torch.Tensor:
     return torch.zeros(3, slots, 9, dtype=torch.int32, device=device)
 
 
+def corpus_of(documents: list[list[int]], slots: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T] and [8, slots]"""
+    corpus = [token for document in documents for token in [-1, *document]][1:]
+    heads = no_places(1, slots, device)
+    if corpus:
+        ops.index_suffixes(heads, integers([corpus], device), integers([0], device), integers([len(corpus)], device))
+    return tree_tensor(corpus, device), heads[0]
+
+
 @dataclasses.dataclass
 class Known:
     """All that draft_tree reads. The tables are made by the ops; without slots a source is left out."""
@@ -354,6 +363,7 @@ class Known:
     passes: int = 3
     slots: int = 1 << 14
     head_slots: int = 1 << 13
+    documents: int = 0
     factors: str = "random"
     seed: int = 0
 
@@ -373,14 +383,21 @@ class Known:
             "extreme": lambda: rng.choice([1e-9, 1.0, 1e9]),
         }[self.factors]
         self.weights = [draw() for _ in range(FACTORS)]
+        self.corpus = [self._document(rng) for _ in range(self.documents)]
 
     def _text(self, rng: random.Random) -> list[int]:
         size = rng.randint(1, self.longest)
         text = [rng.randrange(self.vocabulary) for _ in range(size)]
         return [rng.choice(text) if rng.random() < 0.05 else text[i % rng.choice([3, 17, size])] for i in range(size)]
 
+    def _document(self, rng: random.Random) -> list[int]:
+        """Some of what the texts say, and something else."""
+        pieces = [rng.choice([self._text(rng), *self.texts]) for _ in range(3)]
+        return [token for piece in pieces for token in piece[rng.randrange(len(piece)) :]]
+
     def arguments(self, device: str) -> dict:
         history, lengths = histories(self.texts, device)
+        corpus, corpus_heads = corpus_of(self.corpus, self.head_slots, device)
         contexts, heads = no_contexts(self.slots, device), no_places(self.batch, self.head_slots, device)
         for observed in self.observed:
             ops.remember_guesses(contexts, **observed.arguments(device))
@@ -391,6 +408,8 @@ class Known:
             "denoised": tree_tensor(self.denoised, device).view(self.batch, self.depths, 8),
             "contexts": contexts,
             "heads": heads,
+            "corpus": corpus,
+            "corpus_heads": corpus_heads,
             "factors": torch.tensor(self.weights, dtype=torch.float64, device=device),
         }
 
@@ -402,9 +421,14 @@ class Known:
 
     def is_told_apart(self, arguments: dict) -> bool:
         """Whether every context and n-gram has a slot of its own."""
-        ngrams = sum(len(oracle.places(text, size)) for text in self.texts for size in oracle.NGRAMS)
+        whole = arguments["corpus"].tolist()
+        ngrams, of_corpus = (
+            sum(len(oracle.places(text, size)) for text in texts for size in oracle.NGRAMS) for texts in (self.texts, [whole])
+        )
         return int((arguments["contexts"][..., 0] != 0).sum()) == len(self.memory()) and (
-            self.head_slots == 0 or int((arguments["heads"] != 0).sum()) == ngrams
+            self.head_slots == 0
+            or int((arguments["heads"] != 0).sum()) == ngrams
+            and int((arguments["corpus_heads"] != 0).sum()) == of_corpus
         )
 
     def check(self, nodes: int, max_depth: int, foresight: float, device: str, by_oracle: bool = True) -> None:
@@ -416,7 +440,9 @@ class Known:
         memory, factors = self.memory(), arguments["factors"].cpu()
         tokens, parents, probability, sources = (x.tolist() for x in got)
         for b, (text, denoised) in enumerate(zip(self.texts, self.denoised)):
-            row = oracle.Draft(text, denoised, memory, self.head_slots > 0, factors, max_depth, foresight).nodes(nodes)
+            documents = self.corpus if self.head_slots else []
+            draft = oracle.Draft(text, denoised, memory, self.head_slots > 0, documents, factors, max_depth, foresight)
+            row = draft.nodes(nodes)
             row += [(text[-1], -1, 0.0, 0)] * (nodes - len(row))
             assert list(zip(tokens[b], parents[b], probability[b], sources[b])) == row
 
@@ -431,6 +457,7 @@ def knowledge(draw) -> Known:
         passes=draw(st.integers(0, 4)),
         slots=draw(st.sampled_from([0, 1, 7]) | st.just(1 << 14)),
         head_slots=draw(st.sampled_from([0, 1, 7]) | st.just(1 << 13)),
+        documents=draw(st.integers(0, 3)),
         factors=draw(st.sampled_from(["random", "ones", "few", "extreme"])),
         seed=draw(st.integers(0, 999)),
     )
@@ -582,11 +609,13 @@ def test_drafts_of_random_knowledge(device, known, nodes, max_depth, foresight):
     known.check(nodes, max_depth, foresight, device)
 
 
+@pytest.mark.parametrize("documents", [0, 3])
 @pytest.mark.parametrize("factors", ["random", "few"])
 @pytest.mark.parametrize("seed", range(8))
-def test_drafts_of_much_knowledge(device, seed, factors):
+def test_drafts_of_much_knowledge(device, seed, factors, documents):
     """Whole texts, so that every list has its say, by the oracle too."""
-    known = Known(1, 2 + seed, longest=80, depths=4, passes=4, head_slots=1 << 16, factors=factors, seed=seed)
+    options = {"head_slots": 1 << 19, "documents": documents, "factors": factors, "seed": seed}
+    known = Known(1, 2 + seed, longest=80, depths=4, passes=4, **options)
     assert known.is_told_apart(known.arguments(device))
     known.check(30, 6, 0.05 * (seed % 2), device)
 
@@ -603,6 +632,66 @@ def test_every_ngram_may_have_a_follower_of_its_own(device, places):
     known.check(places + 2, 1, 0.0, device)
     tokens, _, _, sources = ops.draft_tree(**arguments, nodes=60, max_depth=1, foresight=0.0)
     assert sorted(tokens[sources == 4].tolist()) == [2**40 + size for size in sizes]
+
+
+@pytest.mark.parametrize("of_text", [*range(9)])
+def test_the_corpus_is_asked_for_the_ngrams_that_the_text_does_not_have(device, of_text):
+    """The text has the shorter n-grams of its end, the corpus all of them: each answers for its own."""
+    end, short = list(range(16)), oracle.NGRAMS[:of_text]
+    known = Known(1, 30, depths=0, passes=0, head_slots=1 << 16)
+    known.texts = [[t for size in reversed(short) for t in (99, *end[-size:], 100 + size)] + end]
+    known.corpus = [[98, *end[-size:], 200 + size] for size in reversed(oracle.NGRAMS)]
+    arguments = known.arguments(device)
+    assert known.is_told_apart(arguments)
+    known.check(10, 1, 0.0, device)
+    tokens, _, _, sources = ops.draft_tree(**arguments, nodes=60, max_depth=1, foresight=0.0)
+    expected = [100 + size if size in short else 200 + size for size in oracle.NGRAMS]
+    assert sorted(tokens[sources == 4].tolist()) == sorted(expected)
+    for name in ("corpus", "corpus_heads"):  # negative control: without either there are only the text's
+        tokens, _, _, sources = ops.draft_tree(
+            **{**arguments, name: arguments[name][..., :0]}, nodes=60, max_depth=1, foresight=0.0
+        )
+        assert sorted(tokens[sources == 4].tolist()) == [100 + size for size in short]
+
+
+def test_documents_do_not_continue_each_other(device):
+    """Neither is the next one's beginning behind the end of one, nor is what stands between them a guess or a match."""
+    known = Known(1, depths=0, slots=0, head_slots=64, passes=0)
+    for text, corpus, expected in [
+        ([1, 2, 3], [[9, 1, 2, 3], [4, 5]], set()),
+        ([1, 2, 3], [[1, 2, 3, 8], [9, 1, 2, 3], [4, 5]], {8}),
+        ([5, 1, -1, 2], [[1], [2, 7]], {7}),  # 7 behind the 2, not behind 1 -1 2
+    ]:
+        known.texts, known.corpus = [text], corpus
+        arguments = {**known.arguments(device), "nodes": 60, "max_depth": 1, "foresight": 0.0}
+        got = ops.draft_tree(**arguments)
+        assert_equal(got, specified("draft_tree", **arguments))
+        assert set(got[0][got[3] > 0].tolist()) == expected
+    # Heads that lead to what stands between two documents, or to an n-gram with it inside.
+    arguments["factors"] = torch.arange(1.0, FACTORS + 1, dtype=torch.float64, device=device)
+    before = ops.draft_tree(**arguments)
+    for level, ngram, end in [(0, (2,), 1), (1, (-1, 2), 3), (2, (1, -1, 2), 3)]:
+        arguments["corpus_heads"][level, oracle.hashed(ngram) % 64] = end
+        got = ops.draft_tree(**arguments)
+        assert_equal(got, specified("draft_tree", **arguments))
+        if level:
+            assert_equal(got, before)
+        else:
+            assert not (got[3] > 0).any()
+            arguments["corpus_heads"][0, oracle.hashed((2,)) % 64] = 3
+
+
+@given(known=knowledge(), foresight=st.sampled_from(FORESIGHT))
+def test_without_a_corpus_a_draft_is_what_it_was(device, known, foresight):
+    """No tokens, no heads, or only gaps: bit for bit the same."""
+    options = {"nodes": 30, "max_depth": 5, "foresight": foresight}
+    known = dataclasses.replace(known, documents=0)
+    arguments = known.arguments(device)
+    assert arguments["corpus"].numel() == 0
+    expected = ops.draft_tree(**arguments, **options)
+    tokens, heads = corpus_of([text * 2 for text in known.texts] or [[1]], 64, device)
+    for corpus, corpus_heads in [(tokens[:0], heads), (tokens, heads[:, :0]), (tokens * 0 - 1, heads), (tokens, heads * 0)]:
+        assert_equal(ops.draft_tree(**{**arguments, "corpus": corpus, "corpus_heads": corpus_heads}, **options), expected)
 
 
 @pytest.mark.parametrize("foresight", [0.0, 0.05, 1.0])
@@ -659,6 +748,7 @@ def test_a_draft_in_numbers(device):
         "denoised": tree_tensor(denoised, device),
         "contexts": no_contexts(0, device),
         "heads": no_places(1, 0, device),
+        **dict(zip(("corpus", "corpus_heads"), corpus_of([], 0, device))),
         "factors": factors.to(device),
     }
 
@@ -695,6 +785,7 @@ def worked_example(device: str) -> dict:
         "denoised": tree_tensor([[only(guess(8, 11)), only(guess(6, 5))]], device),
         "contexts": contexts,
         "heads": heads,
+        **dict(zip(("corpus", "corpus_heads"), corpus_of([[7, 2, 1], [5, 1, 2, 4, 4]], 1024, device))),
         "factors": factors.to(device),
         "nodes": 4,
         "max_depth": 1,
@@ -746,6 +837,18 @@ def test_a_draft_would_notice_a_changed_entry(device):
     assert changes("history", (0, 3), 4) and changes("history", (0, 4), 4)
     assert not changes("history", (0, slice(5, None)), 4)
 
+    arguments["factors"] = torch.arange(1.0, FACTORS + 1, dtype=torch.float64, device=device)
+    arguments["history"] = integers([[6, 7, 5, 1, 2]], device)  # whose end is in the corpus only, before a 4
+    before = ops.draft_tree(**arguments)
+    ends = {size: oracle.hashed((5, 1, 2)[3 - size :]) % 1024 for size in (1, 2, 3)}
+    assert all(arguments["corpus_heads"][size - 1, slot] == 7 for size, slot in ends.items())
+    assert changes("corpus", 7, 3) and changes("corpus", 6, 9) and changes("corpus", slice(None), -1)
+    assert changes("corpus", 4, 9) and changes("corpus", 5, 9)  # a shorter n-gram weighs something else
+    assert not changes("corpus", 8, 9) and not changes("corpus", slice(0, 4), 3)
+    for wrong in (0, 1, 3, 5, 6, 9, -1, *EXTREMES):
+        assert changes("corpus_heads", (2, ends[3]), wrong)
+    assert not changes("corpus_heads", 7, 7)
+
 
 @given(known=knowledge(), foresight=st.sampled_from(FORESIGHT), junk=st.integers(0, 999))
 def test_drafts_survive_any_tables(device, known, foresight, junk):
@@ -757,7 +860,8 @@ def test_drafts_survive_any_tables(device, known, foresight, junk):
     def chance(table: torch.Tensor) -> torch.Tensor:
         return torch.rand(table.shape, generator=source).to(device)
 
-    for table in (arguments["denoised"], arguments["contexts"][..., 1:], arguments["heads"]):  # no context is forgotten
+    tables = arguments["denoised"], arguments["contexts"][..., 1:], arguments["heads"]  # no context is forgotten
+    for table in (*tables, arguments["corpus"], arguments["corpus_heads"]):
         noise = torch.randint(-(2**31), 2**31, table.shape, generator=source).int().to(device)
         noise = torch.where(chance(table) < 0.5, noise, noise % 50)
         table.copy_(torch.where(chance(table) < 0.3, table, noise))
@@ -806,9 +910,10 @@ def test_the_draft_of_a_row_ignores_the_others_bit_for_bit(device, known, max_de
     behind = torch.arange(arguments["history"].shape[1], device=device) >= arguments["lengths"][:, None]
     arguments["history"].masked_fill_(behind, -(2**63))
     arguments["denoised"][:, max_depth:] = guess(1, 11)
-    for name in ("history", "denoised", "contexts", "heads"):
+    for name in ("history", "denoised", "contexts", "heads", "corpus_heads"):
         arguments[name] = arguments[name].transpose(0, 1).contiguous().transpose(0, 1)
-    arguments["factors"] = arguments["factors"].repeat_interleave(2)[::2]
+    for name in ("corpus", "factors"):
+        arguments[name] = arguments[name].repeat_interleave(2)[::2]
     assert_equal(ops.draft_tree(**arguments), together)
 
 

@@ -1,5 +1,6 @@
 """The command ``msn``: what it prints, its JSON, and one clear line for every wrong input."""
 
+import gzip
 import io
 import json
 import os
@@ -21,7 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from msn_ext import cli
+from msn_ext import Corpus, cli
+from msn_ext.cli import common, runs
+from msn_ext.cli import demo as demo_command
 from msn_ext import demo as demo_module
 
 CONTEXT = 96
@@ -118,6 +121,19 @@ WRONG = [
     ([*ASK, "--dtype", "int3"], 2, "int3"),
     ([*ASK, "--device", "toaster"], 2, "expected cpu, cuda or cuda:N"),
     ([*ASK, "--device", "meta"], 2, "expected cpu, cuda or cuda:N"),
+    ([*ASK, "--corpus", "x", "--draft", "lookup"], 2, "--corpus needs --draft auto, which looks into it; --draft is lookup"),
+    ([*ASK, "--corpus", "{nowhere}"], 1, "nowhere: No such file or directory"),
+    ([*ASK, "--corpus", "{a_file}"], 1, "a_file is no corpus"),
+    (["corpus", "--output", "x"], 2, "FILE"),
+    (["corpus", "{a_file}"], 2, "--output"),
+    (["corpus", "{a_file}", "--output", "{empty}"], 2, "expected a file in a folder that exists"),
+    (["corpus", "{a_file}", "--output", "{nowhere}/x"], 2, "expected a file in a folder that exists"),
+    (["corpus", "{a_file}", "--output", "{a_file}"], 2, "one of the texts; it would be overwritten"),
+    (["corpus", "{nowhere}", "--output", "{empty}/x", "--model", "{tiny}"], 1, "nowhere: no such file"),
+    (["corpus", "{empty}", "--output", "{empty}/x", "--model", "{tiny}"], 1, "empty: no such file"),
+    (["corpus", "{a_file}", "--output", "{empty}/x", "--model", "{nowhere}"], 1, "no such folder"),
+    (["corpus", "{a_file}", "--output", "{empty}/x", "--model", "{no_tokenizer}"], 1, "tokenizer is missing"),
+    (["corpus", "{a_file}", "--output", "{empty}/x", "--model", "{unknown_type}"], 1, "perceptron"),
     ([*ASK, "--temperature", "0.7"], 2, "--temperature needs --do-sample"),
     ([*ASK, "--seed", "1"], 2, "--seed needs --do-sample"),
     ([*ASK, "--do-sample", "--temperature", "0"], 2, "'0' is not a number above 0"),
@@ -171,7 +187,7 @@ def test_missing_demo_model(monkeypatch, capsys):
 
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("MSN_DEBUG", "1")
-    with pytest.raises(cli.CommandError):
+    with pytest.raises(common.CommandError):
         cli.main([*ASK, "--model", "/nowhere"])
 
 
@@ -187,7 +203,7 @@ def test_interrupt_and_gone_reader(monkeypatch, capfd):
         def stop(_arguments, error=error):
             raise error
 
-        monkeypatch.setattr(cli, "_info", stop)
+        monkeypatch.setattr(cli.info, "run", stop)
         monkeypatch.setattr(os, "dup2", lambda *_: None)
         assert cli.main(["info"]) == code
     assert capfd.readouterr().err == ""
@@ -219,10 +235,10 @@ def test_ctrl_c_and_broken_pipe_in_a_process(tiny, tmp_path):
 def test_the_listed_drafts_are_those_of_generate():
     from msn_ext.generation import DRAFTS
 
-    assert cli.DRAFTS == tuple(DRAFTS)
+    assert common.DRAFTS == tuple(DRAFTS)
 
 
-@pytest.mark.parametrize("draft", cli.DRAFTS)
+@pytest.mark.parametrize("draft", common.DRAFTS)
 def test_json(draft, tiny, capsys):
     result = generate_json(capsys, "--model", tiny, "--prompt", "hello", "--max-new-tokens", "40", "--draft", draft)
     assert set(result) == KEYS
@@ -251,8 +267,8 @@ def test_text_and_json_agree(tiny, capsys, monkeypatch):
 def test_raw_skips_the_chat_template(tiny):
     model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=CONTEXT), device="cpu")
     tokenizer = byte_tokenizer()
-    chat, _ = cli._encode(model, tokenizer, "hi", True, 1)
-    raw, _ = cli._encode(model, tokenizer, "hi", False, 1)
+    chat, _ = common.encode(model, tokenizer, "hi", True, 1)
+    raw, _ = common.encode(model, tokenizer, "hi", False, 1)
     assert tokenizer.decode(chat[0]) == "<user>hi<answer>"
     assert tokenizer.decode(raw[0]) == "hi"
 
@@ -317,6 +333,61 @@ def test_prompts_that_cannot_be_read(content, part, tiny, tmp_path, capsys):
     assert error.count("\n") == 1 and part in error and "prompts.jsonl" in error
 
 
+def test_a_corpus_is_built_and_drafted_from(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MSN_CACHE", str(tmp_path))
+    options = ["--model", tiny, "--max-new-tokens", "60", "--raw", "--prompt", "hello"]
+    plain = generate_json(capsys, *options)
+    # The weights are random, so an answer is hardly UTF-8: tokens that stand for no text are left out of its file.
+    text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl.gz"
+    text.write_text("hello" + plain["text"], encoding="utf-8")
+    with gzip.open(rows, "wt", encoding="utf-8") as file:
+        file.write('{"text": "abc"}\n{"prompt": "hello", "response": "hello"}\n')
+    for files, documents in ([text], 1), ([rows, text], 4):
+        output = tmp_path / "x.corpus"
+        assert cli.main(["corpus", *map(str, files), "--model", tiny, "--output", str(output)]) == 0
+        words = capsys.readouterr().out.split()
+        corpus = Corpus.load(output)
+        assert words[0] == str(len(corpus.tokens)) and words[2] == f"{output.stat().st_size:,}" and words[-1] == str(output)
+        assert corpus.vocabulary == 257 and int((corpus.tokens < 0).sum()) == documents - 1
+    result = generate_json(capsys, *options, "--corpus", str(output))
+    assert set(result) == KEYS and result["text"] == plain["text"] and result["draft"] == "auto"
+
+    Corpus.build([[1]], 258, progress=False).save(output)
+    assert cli.main(["generate", *options, "--corpus", str(output)]) == 1
+    assert "corpus is of a vocabulary of 258 tokens, the model has 257" in capsys.readouterr().err
+
+
+def test_a_corpus_drafts_by_the_profile(tiny, tmp_path, capsys, monkeypatch):
+    from msn_ext import profile
+
+    seen, auto = [], profile.auto
+    monkeypatch.setattr(profile, "auto", lambda *arguments: (seen.append(auto(*arguments)), seen[-1])[1])
+    Corpus.build([[1, 2]], 257, progress=False).save(tmp_path / "x.corpus")
+    generate_json(capsys, "--model", tiny, "--prompt", "hello", "--max-new-tokens", "4", "--corpus", str(tmp_path / "x.corpus"))
+    (drafter,) = seen
+    assert drafter.budget is None and drafter.corpus.tokens.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        ("", "documents hold no token"),
+        ("{", "line 1 is no JSON"),
+        ('\n{"text": "a"}\n[1]\n', "line 3 is no object, but [1]"),
+        ('{"question": "why?"}', "line 1 has neither text nor prompt or response that are text, but question"),
+        ('{"text": 5, "prompt": "a"}', "line 1 has neither text"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_documents_that_cannot_be_read(content, part, tiny, tmp_path, capsys):
+    file, output = tmp_path / "rows.jsonl", tmp_path / "x.corpus"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert cli.main(["corpus", str(file), "--model", tiny, "--output", str(output)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and part in error and ("rows.jsonl" in error or not content)
+    assert not output.exists()
+
+
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
@@ -328,7 +399,7 @@ def test_info(capsys):
 
 def streamed(passes: list[list[int]], tokenizer=None, **options) -> str:
     stream = io.StringIO()
-    streamer = cli.PassStreamer(tokenizer or byte_tokenizer(), stream, **options)
+    streamer = runs.PassStreamer(tokenizer or byte_tokenizer(), stream, **options)
     streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt is not shown
     for tokens in passes:
         streamer.put(torch.tensor(tokens))
@@ -344,7 +415,7 @@ def test_streamer_marks_passes_of_several_tokens():
     passes = [tokens_of(text) for text in ("a", "bc", "d", " ef\n", "\n\n", "gh")]
     assert streamed(passes) == "abcd ef\n\n\ngh"
     assert streamed(passes, mark=True) == "a‹bc›d ‹ef›\n\n\n‹gh›"
-    a, b, c = cli.PassStreamer.colors
+    a, b, c = runs.PassStreamer.colors
     end = "\033[0m"
     assert streamed(passes, color=True) == f"a{a}bc{end}d{b} ef\n{end}{c}\n\n{end}{a}gh{end}"
 
@@ -380,21 +451,21 @@ def test_streamer_keeps_spaces_that_a_tokenizer_drops_in_front():
 
 
 def test_histogram():
-    assert cli.histogram([1] * 8 + [2] * 4 + [4], width=8).splitlines() == [
+    assert demo_command.histogram([1] * 8 + [2] * 4 + [4], width=8).splitlines() == [
         "   1  ████████ 8",
         "   2  ████ 4",
         "   3  0",
         "   4  █ 1",
     ]
-    assert cli.histogram([1] * 1000 + [2], width=8).splitlines()[1] == "   2  ▏ 1"
+    assert demo_command.histogram([1] * 1000 + [2], width=8).splitlines()[1] == "   2  ▏ 1"
 
 
 def test_comparison():
     tokens = tokens_of("abcdef")
-    plain = cli.Run(tokens, [1] * 6, 1.0)
-    text = cli.comparison(cli.Run(tokens, [1, 3, 2], 0.5), plain, "paper", "cpu", byte_tokenizer())
+    plain = runs.Run(tokens, [1] * 6, 1.0)
+    text = demo_command.comparison(runs.Run(tokens, [1, 3, 2], 0.5), plain, "paper", "cpu", byte_tokenizer())
     assert "yes, all 6 tokens" in text and "2.00×" in text and "Slower" not in text
-    slow = cli.comparison(cli.Run(tokens, [1, 3, 2], 2.0), plain, "paper", "cpu", byte_tokenizer())
+    slow = demo_command.comparison(runs.Run(tokens, [1, 3, 2], 2.0), plain, "paper", "cpu", byte_tokenizer())
     assert "0.50×" in slow and "a pass gains 2.00 tokens, but takes as long as 4.0 plain steps" in slow
-    other = cli.comparison(cli.Run(tokens_of("abXdef"), [6], 0.5), plain, "paper", "cpu", byte_tokenizer())
+    other = demo_command.comparison(runs.Run(tokens_of("abXdef"), [6], 0.5), plain, "paper", "cpu", byte_tokenizer())
     assert "no, from token 3 of 6 on: 'X' here, 'c' in plain decoding" in other

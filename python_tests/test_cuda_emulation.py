@@ -40,10 +40,12 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("commit_kv", "while (all % cache.unit) cache.unit /= 2;", "while (stretch % cache.unit) cache.unit /= 2;"),
         ("tree_ancestors", "__syncthreads();", ""),
         ("index_suffixes", "atomicMax(table + slot, static_cast<int32_t>(end));", "table[slot] = end;"),
+        ("index_suffixes", "if (!tokens) break;", ""),
         ("draft_tree", "waiting[middle].value >= mine.value", "waiting[middle].value > mine.value"),
+        ("draft_tree", "tables.corpus, tables.corpus_length", "tables.corpus, tables.corpus_length + 1"),
         ("draw_noise", "before == rank", "before >= rank"),
     ],
-    ids=["bounds", "alignment", "barrier", "race", "order", "rank"],
+    ids=["bounds", "alignment", "barrier", "race", "gaps", "order", "behind the corpus", "rank"],
 )
 def test_a_mistake_in_a_kernel_is_found(emulated, tmp_path, op, old, new):
     """Negative controls: the same build with one mistake in one kernel fails in that op."""

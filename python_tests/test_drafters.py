@@ -9,7 +9,7 @@ import torch
 from families import VOCAB, tiny_model
 
 from msn_ext import Draft, Verified, generate, ops
-from msn_ext.decoding import BestFirst, Lookahead, SamDecoding, TokenRecycling
+from msn_ext.decoding import BestFirst, Corpus, Lookahead, SamDecoding, TokenRecycling
 from msn_ext.decoding.best_first import SOURCES
 from msn_ext.decoding.budget import SIZES, Budget, StepTimes
 from msn_ext.decoding.sam import SuffixAutomaton
@@ -83,9 +83,12 @@ def passes(draft, prompt=(5, 9, 4, 7), model=None) -> int:
     return len(generate(model or tiny_model("llama", 3), torch.tensor([prompt]), draft=draft, **SETTINGS).accept_lengths[0])
 
 
-def test_best_first_proposes_what_its_tables_hold_and_fills_them_from_every_pass():
+@pytest.mark.parametrize("known", [None, Corpus.build([[1, 2, 3, 0, 1], [3, 2, 1, 0] * 9], VOCAB, progress=False)])
+def test_best_first_proposes_what_its_tables_hold_and_fills_them_from_every_pass(known):
     """Its tables, kept here by the reference ops from what it is shown, give its next tree."""
-    drafter = BestFirst(budget=24)
+    drafter = BestFirst(budget=24, corpus=known)
+    nothing = torch.zeros(8, 0, dtype=torch.int32)
+    corpus = (known.tokens, known.heads) if known else (nothing[0], nothing)
     drafter.start(2, VOCAB, CPU)
     generator = torch.Generator().manual_seed(0)
     history, lengths = torch.randint(0, 4, (2, 64), generator=generator), torch.tensor([9, 12])
@@ -96,7 +99,8 @@ def test_best_first_proposes_what_its_tables_hold_and_fills_them_from_every_pass
     for _ in range(5):
         heads = torch.zeros(2, 8, 64, dtype=torch.int32)
         reference.index_suffixes(heads, history, torch.zeros_like(lengths), lengths)
-        expected = reference.draft_tree(history, lengths, denoised, contexts, heads, drafter._factors, 24, 20, 0.05)
+        tables = denoised, contexts, heads, *corpus, drafter._factors
+        expected = reference.draft_tree(history, lengths, *tables, 24, 20, 0.05)
         draft = drafter.propose(history, lengths)
         assert torch.equal(draft.tokens, expected[0]) and torch.equal(draft.parents, expected[1])
         assert torch.equal(drafter.probability, expected[2]) and torch.equal(drafter.sources, expected[3])
@@ -324,7 +328,7 @@ def test_settings_are_checked(make, message):
 
 def test_the_example_of_the_docs_runs_and_helps():
     page = (pathlib.Path(__file__).parent.parent / "docs" / "drafters.md").read_text(encoding="utf-8")
-    example = page.split("```python\n")[1].split("```")[0]
+    example = next(block.split("```")[0] for block in page.split("```python\n") if "class Known" in block)
     names: dict = {}
     exec(example, names)
     model, ids = tiny_model("llama", 3), torch.tensor([[5, 9, 4, 7]])

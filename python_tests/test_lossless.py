@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 import msn_ext
 from msn_ext import Draft, DraftTree, generate
-from msn_ext.decoding import BestFirst, Decoder, TreeDrafter, attention_for, greedy
+from msn_ext.decoding import BestFirst, Corpus, Decoder, TreeDrafter, attention_for, greedy
 from msn_ext.decoding.attention import KernelAttention, MaskAttention
 from msn_ext.decoding.best_first import SOURCES
 from msn_ext.decoding.support import TESTED
@@ -78,9 +78,12 @@ class RandomDrafter:
 def random_best_first(rng: random.Random) -> BestFirst:
     """Best-first drafting of any size from any sources, weighed anyhow."""
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    sources = tuple(source for source in SOURCES if rng.random() < 0.7)
+    texts = [torch.randint(rng.choice([3, VOCAB]), (rng.choice([1, 9, 300]),), generator=generator) for _ in range(3)]
     return BestFirst(
         budget=rng.choice([None, 1, 2, 5, 33, 64, 200]),
-        sources=tuple(source for source in SOURCES if rng.random() < 0.7),
+        sources=sources,
+        corpus=Corpus.build(texts, VOCAB, progress=False) if "suffix" in sources and rng.random() < 0.5 else None,
         factors=None if rng.random() < 0.5 else 10 ** (4 * torch.rand(348, generator=generator).double() - 2),
         max_depth=rng.choice([0, 1, 5, 20, 64]),
         foresight=rng.choice([0.0, 0.05, 1.0]),

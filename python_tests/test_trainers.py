@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import assert_equal
+
 from families import VOCAB, tiny_model
 from samples import NONE, Pad, samples
 
-import msn_ext
 from msn_ext import NoisyCollator, add_noise
 
 transformers = pytest.importorskip("transformers")
@@ -218,7 +217,6 @@ sys.path.insert(0, {tests!r})
 import torch, transformers
 from families import VOCAB, tiny_model
 from samples import Pad, samples
-import msn_ext
 
 torch.set_num_threads(1)
 fsdp = dict(fsdp="full_shard", fsdp_config=dict(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])) if {fsdp} else dict()

@@ -53,8 +53,9 @@ void expand(const Sources& from, const Known& known, int parent, int depth, doub
 }  // namespace
 
 void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
-                const Tensor& heads, const Tensor& factors, int64_t max_depth, double foresight,
-                const Tensor& tokens, const Tensor& parents, const Tensor& probability, const Tensor& sources) {
+                const Tensor& heads, const Tensor& corpus, const Tensor& corpus_heads, const Tensor& factors,
+                int64_t max_depth, double foresight, const Tensor& tokens, const Tensor& parents,
+                const Tensor& probability, const Tensor& sources) {
   const int64_t batch = history.shape[0], capacity = history.shape[1], depths = denoised.shape[1];
   const int nodes = static_cast<int>(tokens.shape[1]);
   const double* factor = factors.as<double>();
@@ -70,7 +71,9 @@ void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& deno
     const Sources from{denoised.as<int32_t>() + b * depths * kGuesses, depths,
                        contexts.as<int32_t>(), contexts.shape[1],
                        heads.as<int32_t>() + b * kSuffixes * heads.shape[2], heads.shape[2],
-                       history.as<int64_t>() + b * capacity, length, factor};
+                       history.as<int64_t>() + b * capacity, length,
+                       corpus.as<int32_t>(), corpus.shape[0],
+                       corpus_heads.as<int32_t>(), corpus_heads.shape[1], factor};
     int64_t* token = tokens.as<int64_t>() + b * nodes;
     int32_t* parent = parents.as<int32_t>() + b * nodes;
     double* chance = probability.as<double>() + b * nodes;

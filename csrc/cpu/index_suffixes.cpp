@@ -13,8 +13,9 @@ void index_suffixes(const Tensor& heads, const Tensor& history, const Tensor& st
     const int64_t* row = history.as<int64_t>() + b * capacity;
     int32_t* table = heads.as<int32_t>() + b * kSuffixes * slots;
     for (int64_t end = begin > 1 ? begin : 1; end < length; ++end) {
+      if (row[end] < 0) continue;
       uint64_t hash = 0;
-      for (int n = 1, level = 0; n <= end && level < kSuffixes; ++n) {
+      for (int n = 1, level = 0; n <= end && level < kSuffixes && row[end - n] >= 0; ++n) {
         hash = extend_hash(hash, row[end - n]);
         if (n != suffix_length(level)) continue;
         table[level * slots + static_cast<int64_t>(hash % static_cast<uint64_t>(slots))] = static_cast<int32_t>(end);

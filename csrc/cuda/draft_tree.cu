@@ -6,7 +6,8 @@
 // Sums and products are those of the specification, in its order; compiled without fused multiply-add.
 // A length outside [1, C] counts as the nearest one inside. Factors out of range give some tree.
 // Bytes per row: reads about 1 KB a node (3 + 8 slots of the tables, at most 76 tokens of the text, up
-// to 41 factors), writes 24 N. The nodes' look-ups, one after the other, are most of the time.
+// to 41 factors; with a corpus up to 8 slots and 60 tokens of it more), writes 24 N. The nodes' look-ups,
+// one after the other, are most of the time.
 #include "../best_first.h"
 #include "common.cuh"
 
@@ -23,9 +24,9 @@ struct Candidate {
 
 struct Tables {
   const int64_t *history, *lengths;
-  const int32_t *denoised, *contexts, *heads;
+  const int32_t *denoised, *contexts, *heads, *corpus, *corpus_heads;
   const double* factors;
-  int64_t capacity, depths, slots, head_slots;
+  int64_t capacity, depths, slots, head_slots, corpus_length, corpus_slots;
 };
 
 struct Tree {
@@ -47,7 +48,9 @@ __global__ void __launch_bounds__(kMaxNodes, 1)
   const Sources from{tables.denoised + row * tables.depths * kGuesses, tables.depths,
                      tables.contexts, tables.slots,
                      tables.heads + row * kSuffixes * tables.head_slots, tables.head_slots,
-                     tables.history + row * tables.capacity, length, tables.factors};
+                     tables.history + row * tables.capacity, length,
+                     tables.corpus, tables.corpus_length,
+                     tables.corpus_heads, tables.corpus_slots, tables.factors};
   if (thread == 0) waiting[0] = {1.0, 1.0, from.history[length - 1], -1, 0};  // the root
   __syncthreads();
 
@@ -164,17 +167,19 @@ __global__ void __launch_bounds__(kMaxNodes, 1)
 }  // namespace
 
 void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
-                const Tensor& heads, const Tensor& factors, int64_t max_depth, double foresight, const Tensor& tokens,
-                const Tensor& parents, const Tensor& probability, const Tensor& sources, void* stream) {
+                const Tensor& heads, const Tensor& corpus, const Tensor& corpus_heads, const Tensor& factors,
+                int64_t max_depth, double foresight, const Tensor& tokens, const Tensor& parents,
+                const Tensor& probability, const Tensor& sources, void* stream) {
   const int64_t batch = history.shape[0], capacity = history.shape[1];
   const int nodes = static_cast<int>(tokens.shape[1]);
   if (batch == 0) return;
   if (capacity == 0) throw std::invalid_argument("history has room for 0 tokens; expected at least 1");
   const DeviceGuard guard("draft_tree", history);
   const Tables tables{history.as<int64_t>(),  lengths.as<int64_t>(), denoised.as<int32_t>(),
-                      contexts.as<int32_t>(), heads.as<int32_t>(),   factors.as<double>(),
-                      capacity,               denoised.shape[1],     contexts.shape[1],
-                      heads.shape[2]};
+                      contexts.as<int32_t>(), heads.as<int32_t>(),   corpus.as<int32_t>(),
+                      corpus_heads.as<int32_t>(), factors.as<double>(), capacity,
+                      denoised.shape[1],      contexts.shape[1],     heads.shape[2],
+                      corpus.shape[0],        corpus_heads.shape[1]};
   const Tree tree{tokens.as<int64_t>(), parents.as<int32_t>(), probability.as<double>(), sources.as<int32_t>()};
   launch("draft_tree", draft_tree_kernel, grid_x("draft_tree", batch), whole_warps(nodes > kListed ? nodes : kListed),
          0, stream, tables, nodes, static_cast<int>(max_depth), foresight, tree);

@@ -24,10 +24,15 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t end = begin + threadIdx.x; end < length; end += kThreads) {
     uint64_t hash = 0;
     int n = 1;
+    bool tokens = text[end] >= 0;
 #pragma unroll
     for (int level = 0; level < kSuffixes; ++level) {
       if (suffix_length(level) > end) break;
-      for (; n <= suffix_length(level); ++n) hash = extend_hash(hash, text[end - n]);
+      for (; n <= suffix_length(level); ++n) {
+        hash = extend_hash(hash, text[end - n]);
+        tokens &= text[end - n] >= 0;
+      }
+      if (!tokens) break;
       const int64_t slot = level * slots + static_cast<int64_t>(hash % static_cast<uint64_t>(slots));
       atomicMax(table + slot, static_cast<int32_t>(end));
     }

@@ -1,6 +1,7 @@
 """The decoding step, from draft to commit; see docs/how-it-works.md."""
 
 from .best_first import BestFirst
+from .corpus import Corpus
 from .drafting import Draft, Drafter, TreeDrafter, Verified
 from .lookahead import Lookahead
 from .recycling import TokenRecycling
@@ -13,6 +14,7 @@ from .verification import Sampler, greedy
 __all__ = [
     "RETRIEVAL",
     "BestFirst",
+    "Corpus",
     "Decoder",
     "Draft",
     "DraftTree",

@@ -12,6 +12,7 @@ from msn_ext.ops.reference import FACTORS, GUESSES, MAX_NODES, ORDERS, SUFFIXES
 
 from . import factors as weights
 from .budget import SIZES, Budget, StepTimes
+from .corpus import Corpus
 from .drafting import Draft, TreeDrafter, Verified
 from .tree import RETRIEVAL, DraftTree
 
@@ -91,6 +92,7 @@ class BestFirst:
         times: of a step, for the budget; they go on learning. None: nothing is known yet.
         max_depth: of the tree.
         foresight: 0 to 1, what a prediction for the next step is worth, see :func:`msn_ext.ops.draft_tree`.
+        corpus: where the source "suffix" looks for n-grams that the text does not have, of the model's vocabulary.
 
     An object that is passed to several calls of ``generate`` keeps what it remembers, and what it
     learned of step times, from call to call.
@@ -104,6 +106,7 @@ class BestFirst:
         times: StepTimes | None = None,
         max_depth: int = 20,
         foresight: float = FORESIGHT,
+        corpus: Corpus | None = None,
     ):
         if budget is not None and not (type(budget) is int and 1 <= budget <= MAX_NODES):
             raise ValueError(f"budget is {budget!r}; expected None or 1 to {MAX_NODES}")
@@ -117,7 +120,11 @@ class BestFirst:
             raise ValueError(f"foresight is {foresight}; expected 0 to 1")
         if factors is not None:
             weights.check(factors, (FACTORS,), "factors")
-        self.max_depth, self.budget, self._sources = max_depth, budget, tuple(sources)
+        if not (corpus is None or isinstance(corpus, Corpus)):
+            raise ValueError(f"corpus is {corpus!r}; expected None or a Corpus, as Corpus.load(path) gives it")
+        if corpus is not None and "suffix" not in sources:
+            raise ValueError(f"sources is {tuple(sources)!r}; expected 'suffix' among them, which looks into the corpus")
+        self.max_depth, self.budget, self._sources, self.corpus = max_depth, budget, tuple(sources), corpus
         self._factors = weights.load() if factors is None else factors
         self._foresight, self._times = foresight, times
         self._of: tuple[int, torch.device] | None = None  # whose tokens the table of contexts holds
@@ -125,6 +132,12 @@ class BestFirst:
 
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
         device = torch.device(device)
+        if self.corpus is not None and self.corpus.vocabulary != vocabulary:
+            raise ValueError(
+                f"corpus is of a vocabulary of {self.corpus.vocabulary} tokens, the model has {vocabulary}; "
+                "expected one that was built with the model's own tokenizer"
+            )
+        self._vocabulary, self._corpus_tables = vocabulary, self._corpus_on(device)
         self._opening.start(batch, vocabulary, device)
         self._factors = self._factors.to(device)
         self._denoised = Denoised(batch, self.max_depth if "denoised" in self._sources else 0, device)
@@ -138,6 +151,12 @@ class BestFirst:
         self._draft: Draft | None = None  # what was proposed last,
         self._accepted: Tensor | None = None  # its accept lengths, once it was verified,
         self._lengths: Tensor | None = None  # and the texts behind which it was proposed
+
+    def _corpus_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.corpus is not None:
+            return self.corpus.on(device)
+        nothing = torch.zeros(len(SUFFIXES), 0, dtype=torch.int32, device=device)
+        return nothing[0], nothing
 
     def _listen(self, history: Tensor, lengths: Tensor) -> Suffix:
         """The suffixes of the text so far."""
@@ -158,11 +177,14 @@ class BestFirst:
             self._denoised.guesses,
             self._adjacency.contexts,
             self._listen(history, lengths).heads,
+            *self._corpus_tables,
             self._factors,
             self.budget or SIZES[-1],
             self.max_depth,
             self._foresight,
         )
+        if self.corpus is not None:  # a damaged file may hold any number
+            tokens.clamp_(max=self._vocabulary - 1)
         nodes = self.budget or self._pay()
         self._draft = Draft.of(tokens[:, :nodes], parents[:, :nodes])
         return self._draft

@@ -38,7 +38,7 @@ class Recorder(BestFirst):
 
     def _record(self, verified: Verified) -> None:
         draft = verified.draft
-        contexts = self._adjacency.contexts.cpu()
+        contexts, (corpus, corpus_heads) = self._adjacency.contexts.cpu(), self._corpus_on(torch.device("cpu"))
         for b, (tokens, path) in enumerate(zip(draft.tokens.tolist(), verified.path.tolist())):
             text = verified.history[b, : int(verified.lengths[b])].tolist()
             denoised, heads = self._denoised.guesses[b].tolist(), self._suffix.heads[b].cpu()
@@ -46,7 +46,9 @@ class Recorder(BestFirst):
             for node in path[: int(verified.accept_length[b])]:
                 chain.append(node)
                 context = reference.context_of(text, tokens, chain, reference.SUFFIXES[-1])
-                bias, listed = reference.listed_behind(context, len(chain) - 1, denoised, contexts, heads, text)
+                bias, listed = reference.listed_behind(
+                    context, len(chain) - 1, denoised, contexts, heads, corpus.numpy(), corpus_heads, text
+                )
                 entries = [(token, factor) for token, factor, _ in listed]
                 self._records.append((bias, entries, int(verified.targets[b, node])))
 

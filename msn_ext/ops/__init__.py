@@ -369,7 +369,8 @@ def index_suffixes(heads: Tensor, history: Tensor, start: Tensor, lengths: Tenso
 
     For every row b, place ``max(1, start[b]) <= e < lengths[b]`` and n-gram length, the slot of the
     n-gram that ends before e becomes e. So a slot holds the most recent place, and a token costs the
-    same however long the text is.
+    same however long the text is. A negative number, such as -1 between two documents, is no token:
+    it is in no n-gram, and no n-gram ends before it.
 
     Args:
         heads: int32 [B, 8, S], zeros at first; n-grams share slots where their hashes do.
@@ -435,6 +436,8 @@ def draft_tree(
     denoised: Tensor,
     contexts: Tensor,
     heads: Tensor,
+    corpus: Tensor,
+    corpus_heads: Tensor,
     factors: Tensor,
     nodes: int,
     max_depth: int,
@@ -444,10 +447,10 @@ def draft_tree(
 
     What may follow a node is what its sources list: the denoised guesses of its depth (arXiv
     2406.17404, section 3.3), those remembered after its last 1, 2 and 3 tokens (Token Recycling, arXiv
-    2408.08696, has the first), and the tokens that followed the last places of its longest n-grams. A
-    token's score is a bias times the factor of every source that lists it; its probability given the
-    node is its score over 1 (nothing of all this) plus all scores, at most 0.99, and that of a path
-    is the product.
+    2408.08696, has the first), and the tokens that followed the last places of its longest n-grams: in
+    the text, or where an n-gram has no place there, in the corpus. A token's score is a bias times the
+    factor of every source that lists it; its probability given the node is its score over 1 (nothing of
+    all this) plus all scores, at most 0.99, and that of a path is the product.
 
     Nodes are added one by one: of all children of those in the tree always the most valuable. A node's
     value is its probability; the likeliest child of a node (noise, a token of the text, if there is no
@@ -461,6 +464,10 @@ def draft_tree(
         denoised: int32 [B, D, 8], guesses for the D next tokens; -1: none.
         contexts: int32 [3, S, 9], of :func:`remember_guesses`; S = 0: none.
         heads: int32 [B, 8, S'], of :func:`index_suffixes`; S' = 0: none.
+        corpus: int32 [T], T < 2^31, other texts, for all rows; T = 0: none. A negative number stands
+            between them: it matches nothing and is no guess.
+        corpus_heads: int32 [8, S''], as ``heads``, of the corpus; S'' = 0: none. What points outside
+            the corpus counts as nothing, on every device.
         factors: float64 [348], each 1e-9 to 1e9; :mod:`.reference` has their places.
         nodes: N, root included, 1 to 256.
         max_depth: of any node, 0 to 256.
@@ -471,10 +478,14 @@ def draft_tree(
         guess; ``probability`` float64 [B, N], that the node will be accepted: their sum is the expected
         accept length; ``sources`` int32 [B, N], the sum of 1 (denoised), 2 (remembered), 4 (suffix), 8 (noise).
     """
-    return _ops.draft_tree(history, lengths, denoised, contexts, heads, factors, nodes, max_depth, foresight)
+    return _ops.draft_tree(
+        history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors, nodes, max_depth, foresight
+    )
 
 
-def _draft_tree_outputs(history, lengths, denoised, contexts, heads, factors, nodes, max_depth, foresight):
+def _draft_tree_outputs(
+    history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors, nodes, max_depth, foresight
+):
     if history.dim() != 2:
         raise ValueError(f"history has shape {list(history.shape)}; expected [B, C]")
     shape = history.shape[0], nodes
@@ -482,18 +493,20 @@ def _draft_tree_outputs(history, lengths, denoised, contexts, heads, factors, no
     return tokens, parents, history.new_empty(shape, dtype=torch.float64), torch.empty_like(parents)
 
 
-def _draft_tree_impl(history, lengths, denoised, contexts, heads, factors, nodes, max_depth, foresight):
+def _draft_tree_impl(
+    history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors, nodes, max_depth, foresight
+):
     if not 1 <= nodes <= MAX_NODES:
         raise ValueError(f"nodes is {nodes}; expected 1 to {MAX_NODES}")
-    out = _draft_tree_outputs(history, lengths, denoised, contexts, heads, factors, nodes, max_depth, foresight)
-    tables = (x.contiguous() for x in (history, lengths, denoised, contexts, heads, factors))
-    _C.draft_tree(*tables, max_depth, foresight, *out)
+    tables = history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors
+    out = _draft_tree_outputs(*tables, nodes, max_depth, foresight)
+    _C.draft_tree(*(x.contiguous() for x in tables), max_depth, foresight, *out)
     return out
 
 
 _register(
-    "draft_tree(Tensor history, Tensor lengths, Tensor denoised, Tensor contexts, Tensor heads, Tensor factors, int nodes, "
-    "int max_depth, float foresight) -> (Tensor, Tensor, Tensor, Tensor)",
+    "draft_tree(Tensor history, Tensor lengths, Tensor denoised, Tensor contexts, Tensor heads, Tensor corpus, "
+    "Tensor corpus_heads, Tensor factors, int nodes, int max_depth, float foresight) -> (Tensor, Tensor, Tensor, Tensor)",
     _draft_tree_impl,
     _draft_tree_outputs,
 )

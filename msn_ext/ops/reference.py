@@ -251,9 +251,10 @@ def index_suffixes(heads, history, start, lengths):
     for b, (begin, size) in enumerate(zip(start.tolist(), lengths.tolist())):
         row = history[b].tolist()
         for end in range(max(begin, 1), size):
-            hashes = _hashes(row[max(0, end - SUFFIXES[-1]) : end][::-1])
+            before = row[max(0, end - SUFFIXES[-1]) : end][::-1]
+            hashes = _hashes(before)
             for level, n in enumerate(SUFFIXES):
-                if n <= end:
+                if n <= end and min(row[end], *before[:n]) >= 0:
                     heads[b, level, hashes[n - 1] % slots] = end
 
 
@@ -273,9 +274,18 @@ def remember_guesses(contexts, history, lengths, tokens, parents, path, guesses)
                 contexts[order, h % slots, 1:] = guesses[b, node]
 
 
-def listed_behind(context, depth, denoised, contexts, heads, history):
+def last_place(text, heads, ngram, h):
+    """Where an n-gram (newest token first) of hash h stood last in ``text``, a list or an array, by its heads of this
+    n: the place behind it; 0: it is not where they point, or nothing follows."""
+    end = int(heads[h % len(heads)]) if len(heads) else 0
+    n = len(ngram)
+    return end if n <= end < len(text) and list(text[end - n : end])[::-1] == ngram else 0
+
+
+def listed_behind(context, depth, denoised, contexts, heads, corpus, corpus_heads, history):
     """What the sources list behind a context (newest first): the place of its bias, and (token, place of its
-    factor, source) as often as a source lists a token. Arguments but the first two as lists or of one row."""
+    factor, source) as often as a source lists a token. Denoised guesses and history as lists, the corpus as an array,
+    heads of one row."""
     hashes = _hashes(context)
     known = []
     for order, h in enumerate(hashes[:ORDERS]):
@@ -287,12 +297,18 @@ def listed_behind(context, depth, denoised, contexts, heads, history):
 
     behind = []  # (index of the n-gram, rank, token), the longest first
     for level in reversed(range(len(SUFFIXES))):
-        n, slots = SUFFIXES[level], heads.shape[1]
-        end = int(heads[level, hashes[n - 1] % slots]) if slots and n <= len(hashes) else 0
-        if n <= end < len(history) and history[end - n : end][::-1] == context[:n]:
-            before = {token for _, _, token in behind}
-            if history[end] not in before:
-                behind.append((level, len(before), history[end]))
+        n = SUFFIXES[level]
+        if n > len(hashes):
+            continue
+        ngram, h, before = context[:n], hashes[n - 1], {token for _, _, token in behind}
+        if end := last_place(history, heads[level], ngram, h):
+            token = history[end]
+        elif (end := last_place(corpus, corpus_heads[level], ngram, h)) and min(corpus[end], *ngram) >= 0:
+            token = int(corpus[end])  # and not what stands between documents
+        else:
+            continue
+        if token not in before:
+            behind.append((level, len(before), token))
     longest = behind[0][0] + 1 if behind else 0
 
     listed = []
@@ -307,9 +323,9 @@ def listed_behind(context, depth, denoised, contexts, heads, history):
     return _BIAS + highest * (len(SUFFIXES) + 1) + longest, [entry for entry in listed if entry[0] >= 0]
 
 
-def _candidates(context, depth, denoised, contexts, heads, history, factors):
+def _candidates(context, *known, factors):
     """[token, score, sources] of every token that a source lists behind a context."""
-    bias, listed = listed_behind(context, depth, denoised, contexts, heads, history)
+    bias, listed = listed_behind(context, *known)
     candidates = {}
     for token, factor, source in listed:
         candidate = candidates.setdefault(token, [token, factors[bias], 0])
@@ -318,8 +334,8 @@ def _candidates(context, depth, denoised, contexts, heads, history, factors):
     return list(candidates.values())
 
 
-def draft_tree(history, lengths, denoised, contexts, heads, factors, nodes, max_depth, foresight):
-    batch = history.shape[0]
+def draft_tree(history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors, nodes, max_depth, foresight):
+    batch, corpus = history.shape[0], corpus.cpu().numpy()
     tokens = torch.zeros(batch, nodes, dtype=torch.int64)
     parents = torch.full((batch, nodes), -1, dtype=torch.int32)
     probability = torch.zeros(batch, nodes, dtype=torch.float64)
@@ -342,7 +358,8 @@ def draft_tree(history, lengths, denoised, contexts, heads, factors, nodes, max_
             if depth >= max_depth:
                 continue
             context = context_of(text, [token for token, *_ in made], chains[node], SUFFIXES[-1])
-            found = _candidates(context, depth, rows, contexts, heads[b], text, factors.tolist())
+            known = depth, rows, contexts, heads[b], corpus, corpus_heads, text
+            found = _candidates(context, *known, factors=factors.tolist())
             total = 1.0
             for _, score, _ in found:
                 total += score

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from msn_ext.documents import lines
 
 from .layouts import NO_LABEL
 
@@ -39,13 +39,7 @@ def _rows(source: str) -> Iterator[tuple[dict, str]]:
             raise ValueError(f"{source} is no file, and for a dataset of the hub: pip install datasets") from error
         yield from ((row, f"{source}: row {at}") for at, row in enumerate(load_dataset(source, split="train"), 1))
         return
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")
-    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in lines(source):
         if not line.strip():
             continue
         try:

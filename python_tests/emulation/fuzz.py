@@ -303,9 +303,20 @@ def random_heads(rng: random.Random, history: torch.Tensor, lengths: torch.Tenso
     heads = torch.zeros(len(history), len(reference.SUFFIXES), rng.choice([0, 1, 7, 300]), dtype=torch.int32)
     if heads.shape[2]:
         reference.index_suffixes(heads, history, torch.zeros_like(lengths), lengths)
-    wrong = torch.rand(heads.shape) < rng.choice([0.0, 0.0, 0.1])
-    anything = torch.tensor([-(2**31), -1, 0, 1, 2, 7, 2**31 - 1], dtype=torch.int32)
-    return torch.where(wrong, anything[torch.randint(0, 7, heads.shape)], heads)
+    wrong = torch.rand(heads.shape) < rng.choice([0.0, 0.0, 0.1, 0.9])
+    anything = torch.tensor([-(2**31), -1, 0, 1, 2, 7, 2**31 - 1, *lengths.tolist()], dtype=torch.int32)
+    return torch.where(wrong, anything[torch.randint(0, len(anything), heads.shape)], heads)
+
+
+def random_corpus(rng: random.Random, history: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of tokens as in the texts, with gaps between documents, and its heads; any slots may hold anything."""
+    size = rng.choice([0, 1, 2, 30, 500])
+    corpus = history.flatten()[torch.randint(0, history.numel(), (size,))] if history.numel() else random_tokens(rng, size)
+    if rng.random() < 0.5:
+        corpus = torch.arange(size).remainder(rng.choice([1, 2, 3, 7]))
+    gaps = torch.rand(size) < rng.choice([0.0, 0.1, 0.5])
+    corpus = corpus.masked_fill(gaps, rng.choice([-1, -(2**31)]))
+    return corpus.int(), random_heads(rng, corpus[None], torch.tensor([size]))[0]
 
 
 def random_contexts(rng: random.Random, history: torch.Tensor) -> torch.Tensor:
@@ -323,6 +334,7 @@ def random_contexts(rng: random.Random, history: torch.Tensor) -> torch.Tensor:
 def fuzz_index_suffixes(rng: random.Random, nodes: int) -> None:
     batch, capacity = rng.randrange(4), rng.choice([0, 1, 2, 16, 17, 40, 1500])  # a block has 1024 threads
     history = random_history(rng, batch, capacity)
+    history = history.masked_fill(torch.rand(history.shape) < rng.choice([0.0, 0.1]), rng.choice([-1, -(2**63)]))
     lengths, start = (spoil(rng, torch.randint(0, capacity + 1, (batch,)), capacity) for _ in range(2))
     inside = lengths.clamp(0, capacity), start.clamp(0, capacity)
     # What earlier calls may have left: places before the first new one.
@@ -361,12 +373,13 @@ def fuzz_draft_tree(rng: random.Random, nodes: int) -> None:
     inside = lengths.clamp(1, capacity)
     denoised = random_guesses(rng, batch, rng.choice([0, 1, 4, 20, 300]))
     contexts, heads = random_contexts(rng, history), random_heads(rng, history, inside)
+    corpus = random_corpus(rng, history)
     # Powers of two give many equal values; with the smallest factors, or down a deep path, values reach 0.
     factors = torch.randn(reference.FACTORS, dtype=torch.float64) * rng.choice([0, 1, 3, 10])
     factors = 2.0 ** factors.round() if rng.random() < 0.3 else factors.exp()
     factors = (factors * rng.choice([1e-9, 0.1, 1.0, 1e9])).clamp(1e-9, 1e9)
     options = rng.choice([0, 1, 3, 16, 256, 256]), rng.choice([0.0, 0.05, 0.5, 1.0])
-    tables = denoised, contexts, heads, factors
+    tables = denoised, contexts, heads, *corpus, factors
     want = reference.draft_tree(history, inside, *tables, nodes, *options)
     check_op("draft_tree", rng, [history, lengths, *tables, *options], want)
 

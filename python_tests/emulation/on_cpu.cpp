@@ -39,10 +39,11 @@ void remember_guesses(const Tensor& contexts, const Tensor& history, const Tenso
   cuda::remember_guesses(contexts, history, lengths, tokens, parents, path, guesses, nullptr);
 }
 void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
-                const Tensor& heads, const Tensor& factors, int64_t max_depth, double foresight, const Tensor& tokens,
-                const Tensor& parents, const Tensor& probability, const Tensor& sources) {
-  cuda::draft_tree(history, lengths, denoised, contexts, heads, factors, max_depth, foresight, tokens, parents,
-                   probability, sources, nullptr);
+                const Tensor& heads, const Tensor& corpus, const Tensor& corpus_heads, const Tensor& factors,
+                int64_t max_depth, double foresight, const Tensor& tokens, const Tensor& parents,
+                const Tensor& probability, const Tensor& sources) {
+  cuda::draft_tree(history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors, max_depth, foresight,
+                   tokens, parents, probability, sources, nullptr);
 }
 void draw_noise(const Tensor& input_ids, const Tensor& labels, const Tensor& documents, const Tensor& keep,
                 const NoiseOptions& options, const Tensor& starts, const Tensor& noise) {

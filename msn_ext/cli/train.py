@@ -1,4 +1,4 @@
-"""The command ``msn train``."""
+"""``msn train``: noisy fine-tuning, from a file to a faster model."""
 
 import argparse
 import json
@@ -6,10 +6,10 @@ import os
 import sys
 import time
 
+from .common import CommandError, add_device_option, load, positive_float, positive_int
 
-def add_train(subparsers) -> None:
-    from .cli import _add_device_option, _positive_float, _positive_int
 
+def add(subparsers) -> None:
     parser = subparsers.add_parser(
         "train",
         help="fine-tune a model with noise, so that more of its guesses are right",
@@ -26,34 +26,33 @@ def add_train(subparsers) -> None:
         help="JSON lines (.gz too) with messages, or prompt and response; or a dataset of the hub",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="for checkpoints, the adapter and the figures")
-    parser.add_argument("--samples", type=_positive_int, metavar="N", help="conversations, as many of each file (default: all)")
+    parser.add_argument("--samples", type=positive_int, metavar="N", help="conversations, as many of each file (default: all)")
     parser.add_argument("--self-distill", action="store_true", help="learn the model's own answers to the first questions")
-    parser.add_argument("--max-new-tokens", type=_positive_int, default=256, metavar="N", help="of such an answer (default: 256)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="of such an answer (default: 256)")
     noise = parser.add_argument_group("noise")
     noise.add_argument("--layout", choices=("branch", "replace", "none"), default="branch", help="(default: branch)")
-    noise.add_argument("--length", type=_positive_int, default=4, metavar="N", help="noise tokens of a segment (default: 4)")
-    noise.add_argument("--segments", type=_positive_int, metavar="N", help="of a sample (default: 24 branches, 1 in place)")
+    noise.add_argument("--length", type=positive_int, default=4, metavar="N", help="noise tokens of a segment (default: 4)")
+    noise.add_argument("--segments", type=positive_int, metavar="N", help="of a sample (default: 24 branches, 1 in place)")
     noise.add_argument("--content", choices=("ahead", "random", "mixed"), default="ahead", help="(default: ahead)")
     training = parser.add_argument_group("training")
     training.add_argument("--lora-rank", type=int, default=16, metavar="R", help="0: all weights (default: 16)")
-    training.add_argument("--learning-rate", type=_positive_float, default=5e-4, metavar="X", help="(default: 5e-4)")
-    training.add_argument("--epochs", type=_positive_float, default=1.0, metavar="N", help="(default: 1)")
-    training.add_argument("--max-steps", type=_positive_int, default=-1, metavar="N", help="stop after so many steps")
-    training.add_argument("--batch-size", type=_positive_int, default=4, metavar="N", help="samples of a step (default: 4)")
-    training.add_argument("--max-length", type=_positive_int, default=512, metavar="N", help="tokens of a sample (default: 512)")
-    training.add_argument("--save-steps", type=_positive_int, default=50, metavar="N", help="between checkpoints (default: 50)")
-    training.add_argument("--held-out", type=_positive_int, default=32, metavar="N", help="samples for the figures (default: 32)")
+    training.add_argument("--learning-rate", type=positive_float, default=5e-4, metavar="X", help="(default: 5e-4)")
+    training.add_argument("--epochs", type=positive_float, default=1.0, metavar="N", help="(default: 1)")
+    training.add_argument("--max-steps", type=positive_int, default=-1, metavar="N", help="stop after so many steps")
+    training.add_argument("--batch-size", type=positive_int, default=4, metavar="N", help="samples of a step (default: 4)")
+    training.add_argument("--max-length", type=positive_int, default=512, metavar="N", help="tokens of a sample (default: 512)")
+    training.add_argument("--save-steps", type=positive_int, default=50, metavar="N", help="between checkpoints (default: 50)")
+    training.add_argument("--held-out", type=positive_int, default=32, metavar="N", help="samples for the figures (default: 32)")
     training.add_argument("--bf16", action="store_true", help="compute in bfloat16 (the weights stay float32)")
     training.add_argument("--seed", type=int, default=0, metavar="N")
-    _add_device_option(parser)
-    parser.set_defaults(run=_train)
+    add_device_option(parser)
+    parser.set_defaults(run=run)
 
 
-def _train(arguments) -> int:
+def run(arguments) -> int:
     from pathlib import Path
 
-    from .cli import CommandError, _load
-    from .demo import quiet_transformers
+    from msn_ext.demo import quiet_transformers
 
     try:
         import accelerate  # noqa: F401
@@ -62,9 +61,9 @@ def _train(arguments) -> int:
         raise CommandError(f"training needs {error.name}: pip install 'msn_ext[train]'") from error
     import torch
 
-    from . import recipe
-    from .training.data import read_conversations
-    from .tuning import draw
+    from msn_ext import recipe
+    from msn_ext.training.data import read_conversations
+    from msn_ext.tuning import draw
 
     output = Path(os.path.expanduser(arguments.output))
     _check_settings(arguments, output)
@@ -78,7 +77,7 @@ def _train(arguments) -> int:
         raise CommandError(f"--data has {len(conversations)} conversations; expected 5 or more, some of which are held out")
 
     progress = sys.stderr.isatty()
-    model, tokenizer, _ = _load(arguments.model, "float32", arguments.device)
+    model, tokenizer, _ = load(arguments.model, "float32", arguments.device)
     started = time.time()
     with quiet_transformers():
         questions = held
@@ -88,7 +87,7 @@ def _train(arguments) -> int:
             rows = recipe.self_distill(answerer, tokenizer, held + learned, output / "answers.jsonl", **options)
             held, learned = rows[: len(held)], rows[len(held) :]
             if arguments.bf16:  # what was rounded is read again
-                model, tokenizer, _ = _load(arguments.model, "float32", arguments.device)
+                model, tokenizer, _ = load(arguments.model, "float32", arguments.device)
         samples, evaluated = (recipe.samples_of(tokenizer, rows, arguments.max_length) for rows in (learned, held))
         if not samples or not evaluated:
             raise CommandError("--data has no answers to learn; expected responses (or --self-distill)")
@@ -127,8 +126,6 @@ def _labels(sample: dict) -> int:
 
 def _check_settings(arguments: argparse.Namespace, output) -> None:
     """A run is gone on with only as it was begun."""
-    from .cli import CommandError
-
     free = {"run", "output", "device", "save_steps"}
     settings = {name: value for name, value in vars(arguments).items() if name not in free}
     file = output / "settings.json"

@@ -1,0 +1,125 @@
+"""``msn demo``: an answer, its passes in colours, and plain decoding beside it."""
+
+import os
+import random
+import sys
+from collections import Counter
+
+from .common import add_device_option, add_draft_option, checked_prompt, encode, load, positive_int, status
+from .runs import PassStreamer, Run, timed, timed_plain
+
+PROMPTS = (
+    "Explain in simple words why the sky is blue.",
+    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
+    "Write a Python function that returns the first n prime numbers, then explain it step by step.",
+    "Give me a recipe for pancakes: first the ingredients as a list, then the steps as a numbered list.",
+)
+
+
+def add(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="stream an answer of a small model, then compare with plain decoding",
+        description="Stream an answer of SmolLM2-135M-Instruct, the tokens of one forward pass in one colour, then "
+        "decode the same prompt plainly and compare.",
+    )
+    parser.add_argument("prompt", nargs="?", help="what to ask (default: one of a few built-in prompts)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("--no-color", action="store_true", help="mark passes with ‹ › (as does NO_COLOR)")
+    add_draft_option(parser)
+    add_device_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    if arguments.prompt is None:
+        prompt = random.choice(PROMPTS)
+    else:
+        prompt = checked_prompt(arguments.prompt)
+    color = not arguments.no_color and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
+
+    from msn_ext.demo import quiet_transformers
+
+    model, tokenizer, device = load(None, None, arguments.device)
+    with quiet_transformers():
+        input_ids, limit = encode(model, tokenizer, prompt, True, arguments.max_new_tokens)
+        # each of the two allocates and compiles something in its first passes
+        timed_plain(model, input_ids, 2)
+        timed(model, input_ids, arguments.draft, None, max_new_tokens=2)
+
+        dtype = str(model.dtype).removeprefix("torch.")
+        print(f"SmolLM2-135M-Instruct, {dtype}, {device}. Prompt: {prompt}\n")
+        streamer = PassStreamer(tokenizer, sys.stdout, color=color, mark=not color)
+        drafted = timed(model, input_ids, arguments.draft, streamer, max_new_tokens=limit)
+        print("\n")
+        with status("plain decoding, for comparison …"):
+            plain = timed_plain(model, input_ids, limit)
+        print(comparison(drafted, plain, arguments.draft, device, tokenizer, color))
+    return 0
+
+
+def comparison(drafted: "Run", plain: "Run", draft: str, device: str, tokenizer, color: bool = False) -> str:
+    """The demo's closing table.
+
+    Args:
+        drafted, plain: the two runs of one prompt.
+        draft: the first one's draft.
+        device: where both ran.
+        tokenizer: shows the first different token, if there is one.
+        color: say which colours the text above has.
+
+    Returns:
+        Several lines, without a line feed at the end.
+    """
+    names = [f"msn ({draft})", "plain"]
+    lines = [f"{'':14}{'tokens/s':>10}{'forward passes':>16}{'tokens per pass (MAT)':>24}"]
+    for name, run in zip(names, (drafted, plain)):
+        lines.append(f"{name:14}{run.tokens_per_second:10.1f}{run.passes:16}{run.mat:24.2f}")
+    lines += ["", f"Same text?  {_same_text(drafted.tokens, plain.tokens, tokenizer)}"]
+
+    speedup = drafted.tokens_per_second / plain.tokens_per_second
+    lines.append(f"Speed-up:   {speedup:.2f}×")
+    if speedup < 1 and draft != "none":
+        cost = (drafted.seconds / drafted.passes) / (plain.seconds / plain.passes)
+        gain = f"a pass gains {drafted.mat:.2f} tokens, but takes as long as {cost:.1f} plain steps"
+        lines.append(f"            Slower here: {gain}.")
+        if device == "cpu":
+            nodes = "each of its 69 nodes" if draft == "paper" else "each guess"
+            lines.append(f"            A CPU pays for {nodes}; a GPU, busy with reading the weights, should hardly notice.")
+
+    shown = "one colour a pass, plain for one token" if color else "‹ › around a pass that gained several"
+    lines += ["", f"Tokens gained by a pass (in the text above: {shown}):", histogram(drafted.accept_lengths)]
+    return "\n".join(lines)
+
+
+def _same_text(drafted: list[int], plain: list[int], tokenizer) -> str:
+    if drafted == plain:
+        return f"yes, all {len(plain)} tokens"
+    at = next((i for i, pair in enumerate(zip(drafted, plain)) if pair[0] != pair[1]), min(len(drafted), len(plain)))
+    ours, theirs = (tokenizer.decode(tokens[at : at + 1]) for tokens in (drafted, plain))
+    return (
+        f"no, from token {at + 1} of {len(plain)} on: {ours!r} here, {theirs!r} in plain decoding\n"
+        "            (where two tokens are almost equally likely, rounding in 16 or 32 bit may decide)"
+    )
+
+
+def histogram(accept_lengths: list[int], width: int = 40) -> str:
+    """How many passes gained how many tokens, one bar a line.
+
+    Args:
+        accept_lengths: tokens gained, one entry a pass; not empty.
+        width: characters of the longest bar.
+
+    Returns:
+        Lines of ``tokens  bar  passes``, from 1 to the largest gain, joined by line feeds.
+    """
+    passes = Counter(accept_lengths)
+    most = max(passes.values())
+    eighths = " ▏▎▍▌▋▊▉"
+    lines = []
+    for gain in range(1, max(passes) + 1):
+        count = passes[gain]
+        length = max(1, round(8 * width * count / most)) if count else 0
+        bar = "█" * (length // 8) + eighths[length % 8].strip()
+        lines.append(f"{gain:4}  {bar}{' ' if bar else ''}{count}")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""``msn explain``: one step's draft tree, as text and as a picture."""
+
+import os
+import sys
+
+from .common import (
+    CommandError,
+    UsageError,
+    add_model_options,
+    add_prompt_options,
+    checked_prompt,
+    encode,
+    load,
+    number,
+    positive_int,
+    standard_input,
+)
+
+
+def add(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "explain",
+        help="draw one step's draft tree and what the model accepted of it",
+        description="Decode greedily with best-first draft trees and draw one forward pass: the tree of guesses, where "
+        "they come from, how probable they were, and the path that the model accepted.",
+    )
+    add_model_options(parser)
+    add_prompt_options(parser)
+    parser.add_argument(
+        "--pass",
+        dest="number",
+        type=positive_int,
+        metavar="K",
+        help="the K-th forward pass behind the prompt's (default: the one that gained most)",
+    )
+    parser.add_argument("--svg", metavar="FILE", help="also write the picture to this file")
+    parser.add_argument(
+        "--min-probability",
+        type=lambda text: number(text, float, lambda value: 0 <= value <= 1, "a number of 0 to 1"),
+        default=0.0,
+        metavar="P",
+        help="leave out less probable nodes, unless they were accepted (default: 0, show all)",
+    )
+    parser.add_argument(
+        "--nodes",
+        type=lambda text: number(text, int, lambda value: 1 <= value <= 256, "a whole number of 1 to 256"),
+        default=32,
+        metavar="N",
+        help="per tree, root included (default: 32)",
+    )
+    parser.add_argument("--max-new-tokens", type=positive_int, default=48, metavar="N", help="(default: 48)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    prompt = checked_prompt(standard_input() if arguments.prompt == "-" else arguments.prompt)
+    svg = None if arguments.svg is None else os.path.expanduser(arguments.svg)
+    if svg is not None and (os.path.isdir(svg) or not os.path.isdir(os.path.dirname(svg) or ".")):
+        raise UsageError(f"--svg {arguments.svg}: expected a file in a folder that exists")
+
+    from msn_ext.demo import quiet_transformers
+    from msn_ext.explain import as_svg, as_text, record
+
+    model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
+    with quiet_transformers():
+        input_ids, limit = encode(model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens)
+        steps = record(model, input_ids, arguments.nodes, limit)
+    if not steps:
+        raise CommandError("the prompt's own pass gained the whole answer: there is no tree; try more --max-new-tokens")
+    if arguments.number is None:
+        step = max(steps, key=lambda step: step.kept)
+    elif arguments.number <= len(steps):
+        step = steps[arguments.number - 1]
+    else:
+        raise CommandError(f"--pass {arguments.number}: behind the prompt's pass there were only {len(steps)}")
+    if svg is not None:
+        picture = as_svg(step, tokenizer, arguments.min_probability)
+        try:
+            with open(svg, "w", encoding="utf-8") as file:
+                file.write(picture)
+        except OSError as error:
+            raise CommandError(f"--svg {arguments.svg}: {error.strerror or error}") from error
+    color = not os.environ.get("NO_COLOR") and sys.stdout.isatty()
+    print(as_text(step, tokenizer, arguments.min_probability, color))
+    return 0

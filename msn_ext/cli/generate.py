@@ -1,0 +1,99 @@
+"""``msn generate``: the answer to a prompt, as text or JSON."""
+
+import json
+import os
+import sys
+
+from .common import (
+    CommandError,
+    UsageError,
+    add_draft_option,
+    add_model_options,
+    add_prompt_options,
+    checked_prompt,
+    encode,
+    load,
+    positive_float,
+    positive_int,
+    probability,
+    standard_input,
+)
+from .runs import PassStreamer, timed
+
+
+def add(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="generate with any causal language model",
+        description="Generate with any causal language model of transformers, several tokens per forward pass.",
+    )
+    add_model_options(parser)
+    add_prompt_options(parser)
+    parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="(default: 256)")
+    add_draft_option(parser)
+    parser.add_argument("--corpus", metavar="FILE", help="also draft from texts that msn corpus indexed for this model")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
+    sampling.add_argument("--temperature", type=positive_float, metavar="T")
+    sampling.add_argument("--top-k", type=positive_int, metavar="K")
+    sampling.add_argument("--top-p", type=probability, metavar="P")
+    sampling.add_argument("--seed", type=int, metavar="S", help="a seed gives the same text whatever the draft")
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if sampling and not arguments.do_sample:
+        raise UsageError(f"--{next(iter(sampling)).replace('_', '-')} needs --do-sample")
+    if arguments.corpus is not None and arguments.draft != "auto":
+        raise UsageError(f"--corpus needs --draft auto, which looks into it; --draft is {arguments.draft}")
+    prompt = checked_prompt(standard_input() if arguments.prompt == "-" else arguments.prompt)
+
+    import torch
+
+    from msn_ext.demo import quiet_transformers
+
+    corpus = None if arguments.corpus is None else load_corpus(arguments.corpus)
+    model, tokenizer, device = load(arguments.model, arguments.dtype, arguments.device)
+    with quiet_transformers():
+        input_ids, limit = encode(model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens)
+        if (seed := sampling.pop("seed", None)) is not None:
+            torch.manual_seed(seed)
+        streamer = None if arguments.json else PassStreamer(tokenizer, sys.stdout)
+        options = {"max_new_tokens": limit, "do_sample": arguments.do_sample, **sampling}
+        draft = arguments.draft
+        if corpus is not None:
+            from msn_ext.profile import auto
+
+            draft = auto(model, corpus)
+        run = timed(model, input_ids, draft, streamer, **options)
+    if not arguments.json:
+        print()
+        return 0
+    result = {
+        "text": tokenizer.decode(run.tokens, skip_special_tokens=True),
+        "new_tokens": len(run.tokens),
+        "forward_passes": run.passes,
+        "mat": run.mat,
+        "tokens_per_second": run.tokens_per_second,
+        "accept_lengths": run.accept_lengths,
+        "draft": arguments.draft,
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    print(json.dumps(result))
+    return 0
+
+
+
+def load_corpus(path: str):
+    from msn_ext import Corpus
+
+    try:
+        return Corpus.load(os.path.expanduser(path))
+    except OSError as error:
+        raise CommandError(f"--corpus {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CommandError(f"--corpus {error}") from error

@@ -1,0 +1,120 @@
+"""One answer: how it is timed, and how it is shown while it comes."""
+
+import time
+
+
+class Run:
+    """One generated answer: ``tokens``, ``accept_lengths`` (one entry a forward pass) and ``seconds``."""
+
+    def __init__(self, tokens: list[int], accept_lengths: list[int], seconds: float):
+        self.tokens, self.accept_lengths, self.seconds = tokens, accept_lengths, seconds
+
+    @property
+    def passes(self) -> int:
+        return len(self.accept_lengths)
+
+    @property
+    def mat(self) -> float:
+        """Mean accept length: tokens per forward pass."""
+        return len(self.tokens) / self.passes
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.tokens) / self.seconds
+
+
+def timed(model, input_ids, draft, streamer, **options) -> Run:
+    from msn_ext import generate
+
+    start = time.perf_counter()
+    out = generate(model, input_ids, draft=draft, streamer=streamer, return_dict_in_generate=True, **options)
+    tokens = out.sequences[0, input_ids.shape[1] :].tolist()  # waits for the device
+    return Run(tokens, out.accept_lengths[0].tolist(), time.perf_counter() - start)
+
+
+def timed_plain(model, input_ids, max_new_tokens: int) -> Run:
+    import torch
+
+    start = time.perf_counter()
+    out = model.generate(
+        input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=max_new_tokens, do_sample=False
+    )
+    tokens = out[0, input_ids.shape[1] :].tolist()
+    return Run(tokens, [1] * len(tokens), time.perf_counter() - start)
+
+
+class PassStreamer:
+    """A streamer for ``generate`` that writes text as it comes and shows which pass gained it.
+
+    Args:
+        tokenizer: turns tokens into text.
+        stream: where the text goes.
+        color: the tokens of a pass that gained several in one colour, the next such pass in another.
+        mark: put ‹ › around them.
+    """
+
+    colors = ("\033[32m", "\033[36m", "\033[35m")
+
+    def __init__(self, tokenizer, stream, *, color: bool = False, mark: bool = False):
+        self._decoder = _TextDecoder(tokenizer)
+        self._stream = stream
+        self._color, self._mark = color, mark
+        self._prompt = True
+        self._groups = 0
+
+    def put(self, value) -> None:
+        """Write the tokens of one forward pass; the first call brings the prompt, which is skipped."""
+        if self._prompt:
+            self._prompt = False
+            return
+        tokens = value.flatten().tolist()
+        text = "".join(map(self._decoder.push, tokens))
+        if len(tokens) > 1 and text:
+            if self._color:
+                text = f"{self.colors[self._groups % len(self.colors)]}{text}\033[0m"
+            elif self._mark and (words := text.strip()):
+                before, after = text.split(words)
+                text = f"{before}‹{words}›{after}"
+            self._groups += 1
+        self._write(text)
+
+    def end(self) -> None:
+        """Write what was held back in the hope of the rest of a character."""
+        self._write(self._decoder.rest())
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+class _TextDecoder:
+    """Tokens to text, one by one: a token that ends inside a character waits for the next.
+
+    Only the tokens since the last whole character and one piece before them are decoded again, so
+    that a tokenizer that drops the first space of a text does so only once.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._before: list[int] = []
+        self._open: list[int] = []
+
+    def push(self, token: int) -> str:
+        self._open.append(token)
+        text = self._text()
+        if text.endswith("\ufffd"):
+            return ""
+        self._before, self._open = self._open, []
+        return text
+
+    def rest(self) -> str:
+        text = self._text()
+        self._before, self._open = self._open, []
+        return text
+
+    def _text(self) -> str:
+        before = self._decode(self._before)
+        return self._decode(self._before + self._open)[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

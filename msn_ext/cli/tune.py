@@ -1,0 +1,54 @@
+"""``msn tune``: a model measured on this machine."""
+
+import os
+import sys
+
+from .common import CommandError, add_model_options, load, positive_int, tokens_of
+
+
+def add(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "tune",
+        help="measure a model on this machine, so that drafts are sized to it",
+        description="Measure how long a step takes by the nodes of its draft tree, and with --prompts also learn how far "
+        "each source of guesses is right for this model. The result is kept for models of this shape, on this device, in "
+        "this dtype; generate's default draft goes by it.",
+    )
+    add_model_options(parser)
+    parser.add_argument("--context", type=positive_int, default=256, metavar="N", help="tokens before a step (default: 256)")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        metavar="FILE",
+        help="such as will be asked: JSON lines with a prompt each (.gz too), or a plain prompt a line",
+    )
+    parser.add_argument("--samples", type=positive_int, default=100, metavar="N", help="prompts to draw (default: 100)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    from msn_ext.tuning import draw, read_prompts, tune
+
+    try:
+        prompts = draw([read_prompts(os.path.expanduser(path)) for path in arguments.prompts or ()], arguments.samples)
+    except OSError as error:
+        raise CommandError(f"--prompts {error.filename}: {error.strerror}") from error
+
+    from msn_ext.demo import quiet_transformers
+
+    model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
+    with quiet_transformers():
+        encoded = [tokens_of(tokenizer, prompt, True) for prompt in prompts]
+        profile, path = tune(model, encoded, arguments.context, progress=sys.stderr.isatty())
+    plain = profile.times[1]
+    print(f"{'nodes':>5} {'ms a step':>10} {'over plain':>11}")
+    for nodes, seconds in profile.times.items():
+        print(f"{nodes:>5} {1000 * seconds:>10.2f} {seconds / plain:>10.2f}x")
+    if prompts:
+        learned = profile.about["factors"]
+        print(
+            f"factors from {learned['prompts']} prompts, {learned['nodes']} nodes: "
+            f"log-likelihood {learned['before']:.3f} before, {learned['after']:.3f} after"
+        )
+    print(f"kept in {path}")
+    return 0
