@@ -416,6 +416,24 @@ def draft_cases(model: Model, nodes: list[int], contexts: list[int], device: str
             )  # fmt: skip
 
 
+def noise_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
+    """A batch of 32 samples of 1024 tokens, half of them responses: 16 a token read (ids, labels)."""
+    samples, tokens = 32, 1024
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.vocabulary, (samples, tokens), generator=generator).to(device)
+    labels = ids.masked_fill(torch.arange(tokens, device=device) < tokens // 2, -100)
+    rows = torch.arange(samples, device=device)
+    documents = torch.stack([rows, rows * 0, rows * 0 + tokens], 1)
+    keep = torch.tensor([2], device=device)
+    for segments in (1, 24):
+        starts = torch.full((samples, segments), -1, device=device)
+        yield Case(
+            f"tokens={samples * tokens} segments={segments}",
+            16 * samples * tokens + 40 * samples * segments,
+            lambda: ops.draw_noise(ids, labels, documents, keep, starts, 0, 4, apart=segments == 1),
+        )
+
+
 CASES = {
     "tree_ancestors": ancestors_cases,
     "tree_attention": attention_cases,
@@ -427,6 +445,7 @@ CASES = {
     "index_suffixes": index_cases,
     "remember_guesses": remember_cases,
     "draft_tree": draft_cases,
+    "draw_noise": noise_cases,
 }
 
 

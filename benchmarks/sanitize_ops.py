@@ -108,6 +108,19 @@ def check_best_first(n: int, device: str) -> None:
     compare(f"draft_tree N={n}, damaged corpus", device, ops.draft_tree, history, lengths, *tables, n, 9, 0.05)
 
 
+def check_noise(n: int, device: str) -> None:
+    """``n`` tokens a document, two of them in a row; no document, row or start outside is written for."""
+    columns = 2 * n + 7
+    tokens = torch.randint(0, 50, (BATCH, columns))
+    labels = torch.where(torch.rand(BATCH, columns) < 0.7, tokens, -100)
+    documents = torch.tensor([[row, begin, begin + n] for row in range(BATCH) for begin in (0, n + 7)])
+    keep, starts = torch.tensor([3, 9]), torch.full((2 * BATCH, 5), -1)
+    for apart in (True, False):
+        compare(f"draw_noise N={n}", device, ops.draw_noise, tokens, labels, documents, keep, starts, 7, 4, 0.3, 50, apart)
+    documents[0, 0], documents[1, 1:], starts[2, 1] = FAR, torch.tensor([-FAR, FAR]), FAR
+    ops.draw_noise(*on(device, [tokens, labels, documents, keep, starts]), 7, 4, 0.3, 50)
+
+
 def check_commit(n: int, device: str) -> None:
     slots = 20 + n
     caches = [torch.randn(BATCH, 2, slots, 64).half() for _ in range(66)]
@@ -157,7 +170,7 @@ def main() -> None:
     device = parser.parse_args().device
     torch.manual_seed(0)
     for n in NODES:
-        for check in (check_tree, check_drafting, check_best_first, check_commit, check_attention):
+        for check in (check_tree, check_drafting, check_best_first, check_noise, check_commit, check_attention):
             check(n, device)
     if device == "cuda":
         torch.cuda.synchronize()

@@ -10,6 +10,7 @@ from families import FAMILIES, VOCAB, tiny_model
 from samples import NONE, Pad, flatten, sample, samples
 
 from msn_ext import NoisyCollator, lowest_loss_starts
+from msn_ext.training.attach import guess
 from msn_ext.training.layouts import TESTED, documents_of
 
 CONFIG = tiny_model("llama", 0).config
@@ -17,7 +18,7 @@ CONFIG = tiny_model("llama", 0).config
 
 def annotated(*arguments, **settings) -> NoisyCollator:
     collator = NoisyCollator(*arguments, **{"seed": 5} | settings)
-    collator.noise_depth = True
+    collator.annotate = True
     return collator
 
 
@@ -59,8 +60,10 @@ def test_packed_samples_are_told_apart():
 def test_replaced_tokens_are_noise_and_nothing_else_changes(inner):
     rows = samples(8)
     clean, noisy = inner(rows), annotated(inner, segments=2)(rows)
-    depth = noisy.pop("noise_depth")
+    depth, before = noisy.pop("noise_depth"), noisy.pop("noise_before")
     assert set(noisy) == set(clean)
+    columns = torch.arange(depth.shape[1]).expand_as(depth)
+    assert_equal(before, torch.where(depth > 0, columns - 1, -1))
     for name in set(clean) - {"input_ids"}:
         assert_equal(noisy[name], clean[name])
     assert_equal(noisy["input_ids"][depth == 0], clean["input_ids"][depth == 0])
@@ -222,7 +225,7 @@ def test_the_clean_part_is_as_without_branches(family, attention, form):
     model.set_attn_implementation(attention)
     rows = samples(3, VOCAB)
     batch = annotated(FORMS[form], layout="branch", segments=5, config=model.config)(rows)
-    depth = batch.pop("noise_depth")
+    depth, _ = batch.pop("noise_depth"), batch.pop("noise_before")
     inner = FORMS[form](rows)
     width = inner["input_ids"].shape[1]
     assert_equal(batch["input_ids"][:, :width], inner["input_ids"])
@@ -247,12 +250,13 @@ def test_a_branch_is_the_paper_s_sample_up_to_its_end(family):
     clean = Pad()(rows)
     width = clean["input_ids"].shape[1]
     batch = annotated(Pad(), layout="branch", segments=6, config=model.config)(rows)
-    depth = batch.pop("noise_depth")
+    depth, before = batch.pop("noise_depth"), batch.pop("noise_before")
     logits = model(**batch).logits
     segments = (depth == 1).nonzero().tolist()
     assert len(segments) == 12
     for row, at in segments:
         start, size = int(batch["position_ids"][row, at]), 4
+        assert before[row, at : at + size].tolist() == [start - 1, at, at + 1, at + 2]
         placed = clean["input_ids"][row].clone()
         placed[start : start + size] = batch["input_ids"][row, at : at + size]
         real = int(clean["attention_mask"][row].sum())
@@ -275,6 +279,34 @@ def test_a_wrong_mask_would_be_seen():
     wrong = model(**batch | {"attention_mask": torch.ones(total, total).tril().bool().expand(2, 1, -1, -1)}).logits
     width = len(rows[0]["input_ids"])
     assert not torch.allclose(right[0, width:-1], wrong[0, width:-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["replace", "branch"])
+def test_own_guesses_begin_wrong_and_go_on_as_the_model_does(layout):
+    """The first is the likeliest behind the clean text that is not right, the others the likeliest behind the drawn noise."""
+    model = tiny_model("llama", 4)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.05)
+    rows = samples(4, VOCAB)
+    for row in rows:  # what the model says is sometimes right
+        said = model(input_ids=row["input_ids"][None]).logits[0].argmax(-1)
+        row["input_ids"][15] = said[14]
+        row["labels"][15] = said[14]
+    batch = annotated(Pad(), layout=layout, segments=2 if layout == "replace" else 9, content="self", config=model.config)(rows)
+    depth, before = batch.pop("noise_depth"), batch.pop("noise_before")
+    logits = model(**{name: x for name, x in batch.items() if name != "labels"}).logits
+    found = guess(model, batch, depth, before)
+    assert_equal(found[depth == 0], batch["input_ids"][depth == 0])
+    seconds = 0
+    for row, at in depth.nonzero().tolist():
+        if depth[row, at] > 1:
+            assert found[row, at] == logits[row, at - 1].argmax()
+            continue
+        place = int(batch["position_ids"][row, at]) if layout == "branch" else at
+        order = logits[row, place - 1].argsort(descending=True)[:2].tolist()
+        right = int(rows[row]["input_ids"][place])
+        assert found[row, at] == (order[1] if order[0] == right else order[0]) != right
+        seconds += order[0] == right
+    assert seconds, "the likeliest was right nowhere: nothing was tested"
 
 
 def test_branches_without_any_response():
@@ -318,7 +350,7 @@ def test_the_lowest_loss_is_found():
         (dict(length=4.0), "length is 4.0"),
         (dict(segments=257), "segments is 257; expected 1 to 256"),
         (dict(layout="beside"), "layout is 'beside'; expected 'replace' or 'branch'"),
-        (dict(content="self"), "content is 'self'; expected one of 'ahead', 'random', 'mixed'"),
+        (dict(content="own"), "content is 'own'; expected one of 'ahead', 'random', 'mixed', 'self'"),
         (dict(location="ppl"), "location is 'ppl'; expected 'random' or what lowest_loss_starts"),
         (dict(layout="branch"), "config is None; layout='branch' needs"),
         (dict(content="random"), "config is None; content='random' needs"),
@@ -336,6 +368,8 @@ def test_wrong_batches_are_refused():
         NoisyCollator(lambda rows: {"input_ids": torch.zeros(1, 4)})([])
     with pytest.raises(ValueError, match="inner gave a list"):
         NoisyCollator(lambda rows: [1])([])
+    with pytest.raises(ValueError, match="content='self' needs the model"):
+        NoisyCollator(Pad(), content="self")(samples(1))
     ids = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"labels has shape \[1, 3\]; expected that of input_ids"):
         NoisyCollator(lambda rows: {"input_ids": ids, "labels": ids[:, 1:]})([])

@@ -191,7 +191,7 @@ def test_figures_are_those_of_the_noisy_text():
     loss = count = right = 0
     hits = {1: [], 10: []}
     noisy = NoisyCollator(Collate(256), length=1, segments=12, layout="branch", seed=0, config=model.config)
-    noisy.noise_depth = True
+    noisy.annotate = True
     for sample in samples:
         ids, labels = torch.tensor(sample["input_ids"]), torch.tensor(sample["labels"])
         said = model(input_ids=ids[None]).logits[0].float()

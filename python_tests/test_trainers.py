@@ -79,7 +79,7 @@ def test_logged_losses_are_those_of_the_labels(tmp_path):
     right, total = 0, [0.0, 0]
     with torch.no_grad():
         for batch in trainer.get_train_dataloader():
-            depth = batch.pop("noise_depth")[:, :-1]
+            depth, _ = batch.pop("noise_depth")[:, :-1], batch.pop("noise_before")
             said, labels = trainer.model(**batch).logits[:, :-1], batch["labels"][:, 1:]
             loss = torch.nn.functional.cross_entropy(said.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
             for name, chosen in (("clean", depth == 0), ("noise", depth > 0)):
@@ -118,7 +118,7 @@ def test_loss_weights_weigh_the_gradients(tmp_path, weights, accumulate):
     batches = list(trainer.get_train_dataloader())
     count = sum(int((batch["labels"][:, 1:] != NONE).sum()) for batch in batches)
     for batch in batches:
-        depth = batch.pop("noise_depth")[:, :-1]
+        depth, _ = batch.pop("noise_depth")[:, :-1], batch.pop("noise_before")
         labels = batch.pop("labels")[:, 1:]
         said = model(**batch).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(said.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
@@ -126,6 +126,17 @@ def test_loss_weights_weigh_the_gradients(tmp_path, weights, accumulate):
     trainer.train()
     expected = [p.grad for p in model.parameters() if p.grad is not None]
     torch.testing.assert_close(gradients[0], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_model_s_own_guesses_as_noise(tmp_path):
+    trainer = add_noise(trainer_for(tmp_path), layout="branch", segments=2, content="self", seed=1)
+    passes = seen_by(trainer.model)
+    trainer.train()
+    assert len(passes) == 12, "two passes a step"
+    for drawn, learned in zip(passes[::2], passes[1::2]):
+        assert "labels" not in drawn and "labels" in learned
+        assert (drawn["input_ids"] != learned["input_ids"]).any()
+    assert trainer.state.log_history[0]["noise_loss"] > 0
 
 
 def test_noise_can_be_added_once(tmp_path):

@@ -9,9 +9,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .collator import NoisyCollator
-from .layouts import NO_LABEL
+from .layouts import ANNOTATIONS, NO_LABEL
 
-NOISE_DEPTH = "noise_depth"
 ROWS = 512  # of logits in float32 at a time
 
 
@@ -53,12 +52,12 @@ def add_noise(trainer, *, loss_weights: tuple[float, float] = (1.0, 1.0), **sett
         raise ValueError(f"loss_weights is {loss_weights!r}; expected two numbers, 0 or more")
     inner = trainer.data_collator
     noisy = NoisyCollator(inner, config=trainer.model.config, **settings)
-    noisy.noise_depth = True
+    noisy.annotate = True
     trainer.data_collator = noisy
     trainer.add_callback(_Epochs(noisy))
     for name in ("get_eval_dataloader", "get_test_dataloader"):
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
-    trainer.noise = Meter(loss_weights)
+    trainer.noise = Meter(loss_weights, own_guesses=noisy.content == "self")
     trainer.compute_loss = trainer.noise.around(trainer.compute_loss)
     trainer.log = _logging(trainer, trainer.log)
     return trainer
@@ -91,8 +90,8 @@ def _logging(trainer, log):
 class Meter:
     """Losses behind clean and behind noise tokens, and how often the model is right behind noise."""
 
-    def __init__(self, loss_weights: tuple[float, float] = (1.0, 1.0)):
-        self._weights = loss_weights
+    def __init__(self, loss_weights: tuple[float, float] = (1.0, 1.0), own_guesses: bool = False):
+        self._weights, self._own_guesses = loss_weights, own_guesses
         self._sums: Tensor | None = None  # loss, labels behind clean; loss, labels, right ones behind noise
 
     def around(self, compute_loss):
@@ -100,9 +99,11 @@ class Meter:
 
         @functools.wraps(compute_loss)
         def computed(model, inputs, *args, **kwargs):
-            depth = inputs.pop(NOISE_DEPTH, None)
+            depth, before = (inputs.pop(name, None) for name in ANNOTATIONS)
             if depth is None:  # evaluation
                 return compute_loss(model, inputs, *args, **kwargs)
+            if self._own_guesses:
+                inputs["input_ids"] = guess(model, inputs, depth, before)
             labels, said = inputs["labels"], []
             # What the model said is taken here: a trainer may not return it, or not without another pass.
             hook = model.register_forward_hook(lambda model, given, outputs: said.append(outputs))
@@ -144,6 +145,24 @@ class Meter:
         self._sums = None
         read = {"clean_loss": clean / cleans} if cleans else {}
         return read | ({"noise_loss": noise / noises, "noise_accuracy": right / noises} if noises else {})
+
+
+@torch.no_grad()
+def guess(model, inputs: dict, depth: Tensor, before: Tensor) -> Tensor:
+    """The batch's tokens with what the model guesses in place of the noise: one more pass, one Jacobi iteration.
+
+    A segment's first guess is the likeliest that is wrong: were it right, it would have been accepted (the drafts that are
+    checked behind it in decoding are behind a wrong one, too).
+    """
+    ids = inputs["input_ids"].clone()
+    logits = model(**{name: x for name, x in inputs.items() if name != "labels"}).logits
+    rows, columns = depth.nonzero(as_tuple=True)
+    behind = before[rows, columns]
+    likeliest = logits[rows, behind].topk(2, -1).indices
+    right = inputs["labels"][rows, behind + 1]
+    first = (depth[rows, columns] == 1) & (likeliest[:, 0] == right)
+    ids[rows, columns] = torch.where(first, likeliest[:, 1], likeliest[:, 0])
+    return ids
 
 
 def _by_label(outputs, targets: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from msn_ext import ops
 
-from .layouts import branch, check_branches, documents_of, replace
+from .layouts import ANNOTATIONS, branch, check_branches, documents_of, replace
 
 LAYOUTS = ("replace", "branch")
-CONTENTS = {"ahead": 0.0, "random": 1.0, "mixed": 0.5}
+CONTENTS = {"ahead": 0.0, "random": 1.0, "mixed": 0.5, "self": 0.0}
 """Share of noise tokens drawn from the vocabulary; the others are drawn from the text before them."""
 GOLDEN = 0x9E3779B97F4A7C15  # odd, so that seeds stay apart
 
@@ -48,7 +48,7 @@ class NoisyCollator:
             clean text and some 24 segments are learned in one pass. The batch then has ``position_ids`` and a
             mask [B, 1, T', T'], one byte each (a dict of them for models with sliding windows).
         content: ``"ahead"``: tokens of the text before (Eq. 4); ``"random"``: of the vocabulary;
-            ``"mixed"``: half of each.
+            ``"mixed"``: half of each; ``"self"``: what the model guesses there, by :func:`msn_ext.add_noise` only.
         location: ``"random"``, or what :func:`lowest_loss_starts` found, for the first segment (appendix A).
         keep_token_ids: tokens that are neither replaced nor drawn, such as those that stand for an image.
         seed: None: ``torch.initial_seed()``, which ``set_seed`` of transformers sets.
@@ -56,8 +56,8 @@ class NoisyCollator:
             vocabulary.
 
     Attributes:
-        noise_depth: whether batches also get ``noise_depth`` int64 [B, T']: 0 at clean tokens, i at the i-th noise
-            token of a segment. Off, since models do not take it.
+        annotate: whether batches also say where their noise is (:data:`.layouts.ANNOTATIONS`). Off, since models do
+            not take it.
 
     Raises:
         ValueError: an argument is none of the above, or a batch lacks labels.
@@ -100,7 +100,7 @@ class NoisyCollator:
         # In shared memory: workers that live on from epoch to epoch see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._paused = False
-        self.noise_depth = False
+        self.annotate = False
 
     def set_epoch(self, epoch: int) -> None:
         """The noise changes with it; before a pass over the data begins."""
@@ -119,6 +119,8 @@ class NoisyCollator:
         batch = self.inner(samples)
         if self._paused:
             return batch
+        if self.content == "self" and not self.annotate:
+            raise ValueError("content='self' needs the model, which a collator has not; expected add_noise(trainer, …)")
         if not isinstance(batch, Mapping):
             raise ValueError(f"inner gave a {type(batch).__name__}; expected a dict with input_ids and labels")
         if missing := {"input_ids", "labels"} - set(batch):
@@ -148,9 +150,7 @@ class NoisyCollator:
             batch = replace(batch, documents, starts, noise)
         else:
             batch = branch(batch, documents, starts, noise, self._config)
-        if not self.noise_depth:
-            del batch["noise_depth"]
-        return batch
+        return batch if self.annotate else {name: x for name, x in batch.items() if name not in ANNOTATIONS}
 
     def _known(self, ids: Tensor, row: int, begin: int, end: int) -> int:
         start = self.location.get(identity(ids[row, begin:end]), -1)

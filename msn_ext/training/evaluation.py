@@ -55,7 +55,7 @@ def noise_accuracy(
         length: noise tokens of a segment; up to 12 segments a sample.
     """
     noisy = NoisyCollator(collate, length=length, segments=SEGMENTS, layout="branch", seed=0, config=model.config)
-    noisy.noise_depth = True
+    noisy.annotate = True
     # Behind 0, 1, … noise tokens: labels, right ones, right among ten; and the loss behind none.
     counts, loss = torch.zeros(length + 1, 3, dtype=torch.float64), 0.0
     training = model.training
@@ -65,6 +65,7 @@ def noise_accuracy(
         for at in tqdm(starts, desc="evaluation", unit="batch", leave=False, disable=not progress):
             batch = {name: x.to(model.device) for name, x in noisy(samples[at : at + batch_size]).items()}
             depth, labels = batch.pop("noise_depth")[:, :-1], batch.pop("labels")[:, 1:]
+            del batch["noise_before"]
             live = labels != NO_LABEL
             said, right, depth = model(**batch).logits[:, :-1][live].float(), labels[live], depth[live]
             counts += _counts(said, right, depth, length)

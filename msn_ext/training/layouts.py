@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 NO_LABEL = -100
+ANNOTATIONS = ("noise_depth", "noise_before")
+"""Of a batch, int64 [B, T']: i at the i-th noise token of a segment and 0 at clean ones; the column of the token that the
+noise token comes behind, -1 at clean ones."""
 # Families whose clean part is compared with the text alone in python_tests/test_collator.py.
 TESTED = frozenset(
     "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 deepseek_v2 deepseek_v3 "
@@ -45,11 +48,11 @@ def documents_of(batch: dict) -> Tensor:
 def replace(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor) -> dict:
     """Noise in place of the tokens; the labels stay (Eq. 3 and 4)."""
     ids = batch["input_ids"].clone()
-    depth = torch.zeros_like(ids)
+    depth, before = torch.zeros_like(ids), torch.full_like(ids, -1)
     rows, columns, tokens, depths = _placed(documents, starts, noise)
     ids[rows, columns] = tokens
-    depth[rows, columns] = depths + 1
-    return batch | {"input_ids": ids, "noise_depth": depth}
+    depth[rows, columns], before[rows, columns] = depths + 1, columns - 1
+    return batch | {"input_ids": ids, "noise_depth": depth, "noise_before": before}
 
 
 def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor, config) -> dict:
@@ -82,8 +85,8 @@ def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor, config
     ends = documents[document, 2]
     target = labels[rows, (columns + 1).clamp(max=width - 1)]
     new_labels[rows, at + 1] = torch.where(columns + 1 < ends, target, NO_LABEL)
-    depth = torch.zeros_like(new_ids)
-    depth[rows, at] = depths + 1
+    depth, before = torch.zeros_like(new_ids), torch.full_like(new_ids, -1)
+    depth[rows, at], before[rows, at] = depths + 1, torch.where(depths == 0, columns, at) - 1
 
     # What each query sees: columns [low, high) of the text, and of its own branch what is not behind it.
     low, high = torch.zeros_like(new_ids), torch.zeros_like(new_ids)
@@ -100,7 +103,7 @@ def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor, config
     dropped = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
     kept = {name: value for name, value in batch.items() if name not in dropped}
     changed = {"input_ids": new_ids, "labels": new_labels, "position_ids": new_positions}
-    return kept | changed | {"attention_mask": masks, "noise_depth": depth}
+    return kept | changed | {"attention_mask": masks, "noise_depth": depth, "noise_before": before}
 
 
 def check_branches(config) -> None:
