@@ -15,6 +15,8 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import decode  # noqa: E402
 
+sys.path.remove(str(BENCHMARKS))  # kernels.py there is not the package that transformers looks for
+
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from families import VOCAB, tiny_model
 from samples import NONE, Pad, samples
 
@@ -228,6 +227,7 @@ sys.path.insert(0, {tests!r})
 import torch, transformers
 from families import VOCAB, tiny_model
 from samples import Pad, samples
+import msn_ext
 
 torch.set_num_threads(1)
 fsdp = dict(fsdp="full_shard", fsdp_config=dict(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])) if {fsdp} else dict()

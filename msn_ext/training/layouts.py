@@ -88,17 +88,18 @@ def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor, config
     depth, before = torch.zeros_like(new_ids), torch.full_like(new_ids, -1)
     depth[rows, at], before[rows, at] = depths + 1, torch.where(depths == 0, columns, at) - 1
 
-    # What each query sees: columns [low, high) of the text, and of its own branch what is not behind it.
-    low, high = torch.zeros_like(new_ids), torch.zeros_like(new_ids)
-    own = torch.full_like(new_ids, -1)
+    # Who sees what: the text as usual; a branch the text before its start, and itself so far.
+    sees = torch.zeros(batch_size, total, total, dtype=torch.bool, device=ids.device)
+    causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril()
     for row, begin, end in documents.tolist():
-        low[row, begin:end], high[row, begin:end] = begin, torch.arange(begin + 1, end + 1, device=ids.device)
-    low[rows, at], high[rows, at] = documents[document, 1], starts[document, segment]
-    own[rows, at] = number[document, segment]
+        sees[row, begin:end, begin:end] = causal[: end - begin, : end - begin]
     column = torch.arange(total, device=ids.device)
-    sees = (column >= low[..., None]) & (column < high[..., None])
-    sees |= (own[:, :, None] == own[:, None, :]) & (own >= 0)[..., None] & (column <= column[:, None])
-    sees |= torch.eye(total, dtype=torch.bool, device=ids.device)  # padding, so that no row is empty
+    text = (column >= documents[document, 1, None]) & (column < starts[document, segment, None])
+    sees[rows, at] = text
+    for back in range(length):
+        own = depths >= back
+        sees[rows[own], at[own], at[own] - back] = True
+    sees[:, column, column] = True  # padding, so that no row is empty
     masks = _masks(sees[:, None], new_positions, config)
     dropped = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
     kept = {name: value for name, value in batch.items() if name not in dropped}
