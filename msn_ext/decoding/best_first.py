@@ -11,7 +11,7 @@ from msn_ext import ops
 from msn_ext.ops.reference import FACTORS, GUESSES, MAX_NODES, ORDERS, SUFFIXES
 
 from . import factors as weights
-from .budget import SIZES, Budget, StepTimes
+from .budget import Budget, StepTimes
 from .corpus import Corpus
 from .drafting import Draft, TreeDrafter, Verified
 from .tree import RETRIEVAL, DraftTree
@@ -179,7 +179,7 @@ class BestFirst:
             self._listen(history, lengths).heads,
             *self._corpus_tables,
             self._factors,
-            self.budget or SIZES[-1],
+            self.budget or self._choice.reach,
             self.max_depth,
             self._foresight,
         )
@@ -191,8 +191,8 @@ class BestFirst:
 
     def _pay(self) -> int:
         """The nodes that give the most tokens per second; waits for the device."""
-        growing = self.probability[self._growing]
-        expected = (growing.sum(0).cumsum(0) / len(growing) - 1).tolist()
+        growing = self.probability if len(self.probability) == 1 else self.probability[self._growing]
+        expected = (growing.mean(0).cumsum(0) - 1).tolist()
         nodes = self._choice.choose(expected)
         self._expected = expected[nodes - 1]
         return nodes
@@ -202,10 +202,11 @@ class BestFirst:
         now = time.perf_counter()
         if self._accepted is not None:
             self._times.observe(self._draft.tokens.numel(), now - self._began)
-            self._choice.observe(self._expected, float(self._accepted[self._growing].double().mean()) - 1)
-        # A row that gained nothing has ended, and goes on only beside the others.
-        growing = torch.ones_like(lengths, dtype=torch.bool) if self._lengths is None else lengths > self._lengths
-        self._growing = growing | ~growing.any()
+            accepted = self._accepted if len(lengths) == 1 else self._accepted[self._growing]
+            self._choice.observe(self._expected, sum(accepted.tolist()) / len(accepted) - 1)
+        if len(lengths) > 1:  # a row that gained nothing has ended, and goes on only beside the others
+            growing = torch.ones_like(lengths, dtype=torch.bool) if self._lengths is None else lengths > self._lengths
+            self._growing = growing | ~growing.any()
         self._began, self._lengths, self._accepted = now, lengths, None
 
     def observe(self, verified: Verified) -> None:

@@ -8,8 +8,6 @@ from itertools import accumulate
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Trees that are considered."""
 MEMORY = 0.95  # what the past still counts after one more step
-CREDIT, SHARE = 1.0, 0.015  # plain steps, and of every token, that trees may lose
-CERTAIN = 2.0  # times plain decoding's rate
 OUTLIER = 2.0  # a step that took so many times what was expected counts as one that took just that
 
 
@@ -87,8 +85,6 @@ class Budget:
 
     The expected gain of a tree is the sum of its nodes' probabilities. Whether they hold for this model
     and text is learned from what was accepted: the guesses' share is scaled by accepted over expected.
-    An account is kept of what trees have gained over plain decoding; where it is overdrawn, only trees that promise
-    twice plain decoding's rate are tried, so that a text in which nothing can be guessed costs little.
 
     Args:
         times: of a step.
@@ -99,32 +95,20 @@ class Budget:
         self._times, self._rows = times, rows
         self._expected = self._accepted = 10.0  # guesses, with slow forgetting
         self._size = 1  # that was chosen last
-        self._ahead = 0.0  # plain steps gained by drafting,
-        self._tokens = 0.0  # while so many tokens came
+
+    @property
+    def reach(self) -> int:
+        """Nodes to look at next: more are not worth the time to draft them, from one step to the next."""
+        return min(max(16, 4 * self._size), SIZES[-1])
 
     def choose(self, expected: list[float]) -> int:
         """The size with the most tokens per second; ``expected[n]``: guesses accepted of n + 1 nodes, per row."""
         trust = self._accepted / self._expected
-        plain = self._times(self._rows)
-
-        def rate(size: int) -> float:  # over plain decoding's
-            promised = trust * share_that_holds(size) * expected[size - 1]
-            return (1 + promised) * plain / self._times(self._rows * size)
-
-        self._size = max((size for size in SIZES if size <= len(expected)), key=rate)
-        if self._ahead < -CREDIT - SHARE * self._tokens and rate(self._size) < CERTAIN:
-            self._size = 1
+        sizes = [size for size in SIZES if size <= len(expected)]
+        self._size = max(sizes, key=lambda size: (1 + trust * expected[size - 1]) / self._times(self._rows * size))
         return self._size
 
     def observe(self, expected: float, accepted: float) -> None:
-        """Of the tree chosen last, with ``expected`` accepted guesses per row, ``accepted`` were."""
-        self._expected += share_that_holds(self._size) * expected - 0.02 * self._expected
+        """Of a tree with ``expected`` accepted guesses per row, ``accepted`` were."""
+        self._expected += expected - 0.02 * self._expected
         self._accepted += accepted - 0.02 * self._accepted
-        self._ahead += 1 + accepted - self._times(self._rows * self._size) / self._times(self._rows)
-        self._tokens += 1 + accepted
-
-
-def share_that_holds(size: int) -> float:
-    """Of what a tree promises: the factors were fitted where trees have 64 nodes, and what small ones leave behind in the
-    tables is older. From 24 prompts of instruction data; trust learns the rest."""
-    return 0.8 if size <= 8 else 0.88 if size <= 16 else 0.95 if size <= 32 else 1.0
