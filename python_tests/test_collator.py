@@ -204,9 +204,12 @@ def gradients(model, loss: torch.Tensor) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+ROUNDING = ("gemma2", "gemma3_text", "deepseek_v2", "deepseek_v3")  # compute a part in float32
+
+
 def close(got, expected, config) -> None:
     """To the last digits; where a part of the model computes in float32, to its last ones."""
-    rounds = config._attn_implementation == "eager" or config.model_type in ("gemma3_text", "deepseek_v2", "deepseek_v3")
+    rounds = config._attn_implementation == "eager" or config.model_type in ROUNDING
     tolerance = 2e-5 if rounds else 1e-10
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 

@@ -241,6 +241,9 @@ trainer.train()
 state = trainer.accelerator.get_state_dict(trainer.model)
 if trainer.is_world_process_zero():
     torch.save({{name: x.cpu() for name, x in state.items()}}, {folder!r} + "/weights.pt")
+if torch.distributed.is_initialized():  # a process that leaves while another one still talks to it may abort that one
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
