@@ -203,15 +203,16 @@ class Results:
 
     @property
     def rows(self) -> list[dict]:
-        return [line for line in self.lines if "question" in line]
+        return self.lines[1:]
 
     def save(self, header: dict, row: dict) -> None:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = [] if self._path.exists() else [header]
+        fresh = [row] if self._path.exists() else [header, row]
+        self.lines += fresh
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in (*fresh, row))
+            file.writelines(json.dumps(line) + "\n" for line in fresh)
 
 
 def load_model(options):

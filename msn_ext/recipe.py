@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .decoding import BestFirst
 from .generation import generate
-from .training import add_noise
+from .training import Starts, add_noise
 from .training.data import Collate, Messages, encode
 from .training.evaluation import noise_accuracy
 
@@ -146,13 +146,13 @@ def mean_accept_length(model, tokenizer, questions: list[Messages], draft, max_n
 
 def figures(model, tokenizer, samples: list[dict], questions: list[Messages], length: int, progress: bool = True) -> dict:
     """What is compared before and after: losses, accuracy behind noise, and the accept lengths of some questions."""
-    found = asdict(noise_accuracy(model, samples, Collate(_pad(tokenizer)), length=length, progress=progress))
+    found = asdict(noise_accuracy(model, samples, Collate(pad_of(tokenizer)), length=length, progress=progress))
     for name, draft in (("paper", lambda: "paper"), ("auto@64", lambda: BestFirst(64)), ("auto@8", lambda: BestFirst(8))):
         found[f"MAT {name}"] = mean_accept_length(model, tokenizer, questions[:DECODED], draft, progress=progress)
     return found
 
 
-def _pad(tokenizer) -> int:
+def pad_of(tokenizer) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
@@ -185,6 +185,7 @@ def train(
     length: int = 4,
     segments: int = 24,
     content: str = "ahead",
+    location: str | Starts = "random",
     loss_weights: tuple[float, float] = (1.0, 1.0),
     lora_rank: int = 16,
     learning_rate: float = 5e-4,
@@ -204,6 +205,7 @@ def train(
         model: trained in place; with ``lora_rank`` (0: all weights) it gets an adapter.
         samples: of :func:`samples_of`.
         output: for checkpoints, and in the end the adapter or model, and the tokenizer.
+        layout, length, segments, content, location, loss_weights: of :func:`msn_ext.add_noise`.
         accumulate: batches per optimizer step.
         noise: without, it is plain fine-tuning, for comparison.
 
@@ -224,13 +226,13 @@ def train(
         max_steps=max_steps, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,
         logging_steps=5, save_steps=save_steps, save_total_limit=2, disable_tqdm=True,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, Collate(_pad(tokenizer)), train_dataset=samples)
+    trainer = Trainer(model, arguments, Collate(pad_of(tokenizer)), train_dataset=samples)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if progress:
         trainer.add_callback(_Bar())
     if noise:
-        settings = dict(layout=layout, length=length, segments=segments, content=content, seed=seed)
+        settings = dict(layout=layout, length=length, segments=segments, content=content, location=location, seed=seed)
         add_noise(trainer, loss_weights=loss_weights, **settings)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if output.exists() else None)
     trainer.save_model(str(output))

@@ -382,6 +382,12 @@ def test_wrong_batches_are_refused():
         NoisyCollator(lambda rows: {"input_ids": ids, "labels": ids, "position_ids": torch.ones(3, 1, 4)})([])
 
 
+def test_tensors_that_branches_would_lengthen_are_refused():
+    collator = NoisyCollator(lambda rows: Pad()(rows) | {"token_type_ids": Pad()(rows)["labels"]}, layout="branch", config=CONFIG)
+    with pytest.raises(ValueError, match="does not know what token_type_ids .* would be at the branches"):
+        collator(samples(2))
+
+
 def test_models_that_cannot_take_branches_are_refused():
     config = copy.deepcopy(CONFIG)
     config._attn_implementation = "flash_attention_2"

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -248,6 +250,31 @@ def test_other_ways_to_train(folder, data, tmp_path, capsys, more):
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert figures["after"] != figures["before"]
     assert ("noise_loss" in str(figures["log"])) == ("none" not in more)
+
+
+def test_the_ways_to_train_are_compared(folder, data, tmp_path):
+    """benchmarks/training.py: a line an experiment, done ones are not run again, the plots are pictures."""
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "training.py"
+    output, names = tmp_path / "out", "base,branch-4,replace-4-ppl,sft-compute"
+    options = ["--model", folder, "--data", data, "--samples", "30", "--held-out", "4", "--max-new-tokens", "12", "--output", output]
+
+    def run(*more) -> str:
+        command = [sys.executable, script, *options, *more]
+        run = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert run.returncode == 0, run.stderr[-2000:]
+        return run.stdout
+
+    first = run("--only", "base,branch-4")
+    said = run("--only", names)
+    assert "== base" in first and "== base" not in said and "== sft-compute" in said
+    header, *rows = map(json.loads, (output / "results.jsonl").read_text().splitlines())
+    assert header["command"].startswith("python benchmarks/training.py") and [row["experiment"] for row in rows] == names.split(",")
+    by_name = {row["experiment"]: row for row in rows}
+    assert by_name["sft-compute"]["epochs"] > 1.5 and by_name["branch-4"]["epochs"] == 1
+    assert all(len(row["top1"]) == 8 and row["MAT"]["paper"] >= 1 for row in rows)
+    assert len({row["loss"] for row in rows}) == 4
+    for name in ("accuracy", "chains", "losses"):
+        ElementTree.parse(output / f"{name}.svg")
 
 
 def test_wrong_data_is_one_line(folder, tmp_path, capsys):

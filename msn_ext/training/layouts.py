@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 NO_LABEL = -100
+PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # of kernels without a mask
 ANNOTATIONS = ("noise_depth", "noise_before")
 """Of a batch, int64 [B, T']: i at the i-th noise token of a segment and 0 at clean ones; the column of the token that the
 noise token comes behind, -1 at clean ones."""
@@ -63,6 +64,12 @@ def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor, config
     one column of padding ends the row.
     """
     ids, labels = batch["input_ids"], batch["labels"]
+    known = PACKING | {"input_ids", "labels", "attention_mask", "position_ids"}
+    if others := [name for name, x in batch.items() if name not in known and getattr(x, "shape", None) == ids.shape]:
+        raise ValueError(
+            f"layout='branch' does not know what {', '.join(others)} {list(ids.shape)} would be at the branches; leave it out "
+            "of the batch"
+        )
     (batch_size, width), length = ids.shape, noise.shape[2]
     rows, columns, tokens, depths = _placed(documents, starts, noise)
     document, segment, _ = (noise >= 0).nonzero(as_tuple=True)
@@ -101,8 +108,7 @@ def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor, config
         sees[rows[own], at[own], at[own] - back] = True
     sees[:, column, column] = True  # padding, so that no row is empty
     masks = _masks(sees[:, None], new_positions, config)
-    dropped = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-    kept = {name: value for name, value in batch.items() if name not in dropped}
+    kept = {name: value for name, value in batch.items() if name not in PACKING}
     changed = {"input_ids": new_ids, "labels": new_labels, "position_ids": new_positions}
     return kept | changed | {"attention_mask": masks, "noise_depth": depth, "noise_before": before}
 

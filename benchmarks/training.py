@@ -1,0 +1,190 @@
+"""Ways to train for decoding, compared: what the paper's tables 1, 3 and 4 and its figure 4 ask, at a small scale.
+
+    python benchmarks/training.py --data prompts.jsonl … --samples 900 --output DIR     # hours on a CPU, minutes on a GPU
+    python benchmarks/training.py --summary DIR                                         # its table and plots, nothing run
+
+Everything is trained from the same weights on the same self-distilled answers, in the same order: plain fine-tuning
+(sft), noise in place (replace) and branches (branch), for L = 1, 4, 8 noise tokens a segment; noise in place where
+the loss is lowest (replace-4-ppl); and sft and replace for as many tokens as the branches compute (…-compute). A branch run
+has 96 noise tokens a sample, whatever L. Measured on held-out answers: next-token loss, accuracy behind 1 to 8 noise
+tokens, and tokens per pass (MAT) of the paper's tree, of best-first trees, and of Jacobi chains of 1 to 8 tokens.
+
+DIR keeps the answers, a folder of checkpoints an experiment, and a line of results.jsonl for each that is done; the same
+command goes on where it was interrupted.
+"""
+
+import argparse
+import copy
+import functools
+import json
+import os
+import pathlib
+import sys
+import time
+
+import torch
+
+folder = sys.path.pop(0)  # transformers looks for a package "kernels", which kernels.py beside this file is not
+from msn_ext import recipe  # noqa: E402
+from msn_ext.decoding import BestFirst, DraftTree  # noqa: E402
+from msn_ext.training import NoisyCollator, lowest_loss_starts  # noqa: E402
+from msn_ext.training.data import Collate, read_conversations  # noqa: E402
+from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
+from msn_ext.tuning import draw  # noqa: E402
+
+sys.path.insert(0, folder)
+from decode import Results, conditions, load_model  # noqa: E402
+
+NOISE = 96  # tokens of a branch run's sample
+DEEPEST = 8
+CHAINS = (1, 2, 4, 8)
+
+
+def experiments() -> dict[str, dict]:
+    """Settings of :func:`msn_ext.recipe.train` by name; ``compute``: as many tokens as the branches of L = 4."""
+    found: dict[str, dict] = {"base": {}, "sft": dict(noise=False)}
+    for length in (4, 1, 8):
+        found[f"branch-{length}"] = dict(layout="branch", length=length, segments=NOISE // length)
+        found[f"replace-{length}"] = dict(layout="replace", length=length, segments=1)
+    found["replace-4-ppl"] = dict(layout="replace", length=4, segments=1, location="ppl")
+    found["sft-compute"] = dict(noise=False, compute=True)
+    found["replace-4-compute"] = dict(layout="replace", length=4, segments=1, compute=True)
+    return found
+
+
+def compute_ratio(samples: list[dict], collate, config) -> float:
+    """Tokens that a branch run computes for one of a run in place."""
+    noisy = NoisyCollator(collate, layout="branch", segments=NOISE // 4, seed=0, config=config)
+    few = [samples[at : at + 4] for at in range(0, min(len(samples), 64), 4)]
+    return sum(noisy(batch)["input_ids"].numel() for batch in few) / sum(collate(batch)["input_ids"].numel() for batch in few)
+
+
+def measure(model, tokenizer, held: list[dict], questions: list) -> dict:
+    row = vars(noise_accuracy(model, held, Collate(recipe.pad_of(tokenizer)), length=DEEPEST))
+    drafts = {"paper": lambda: "paper", "auto@64": lambda: BestFirst(64), "auto@8": lambda: BestFirst(8)}
+    drafts |= {f"chain {n}": functools.partial(DraftTree.chain, 1 + n) for n in CHAINS}
+    asked = questions[: recipe.DECODED]
+    return row | {"MAT": {name: recipe.mean_accept_length(model, tokenizer, asked, draft) for name, draft in drafts.items()}}
+
+
+def run(name: str, settings: dict, model, tokenizer, samples, held, questions, options, work: pathlib.Path) -> dict:
+    model, settings = copy.deepcopy(model), dict(settings)
+    collate = Collate(recipe.pad_of(tokenizer))
+    row = {"experiment": name, "settings": dict(settings), "samples": len(samples)}
+    start = time.time()
+    if settings:
+        ratio = compute_ratio(samples, collate, model.config) if settings.pop("compute", False) else 1.0
+        if settings.get("location") == "ppl":
+            settings["location"] = lowest_loss_starts(model, samples, collate, length=settings["length"])
+        epochs = options.epochs * ratio
+        trained, log = recipe.train(
+            model, tokenizer, samples, work, epochs=epochs, bf16=options.bf16, batch_size=options.batch_size, **settings
+        )
+        model = trained.merge_and_unload()
+        row |= {"epochs": epochs, "log": [entry for entry in log if "loss" in entry]}
+    row["training seconds"] = round(time.time() - start)
+    return row | measure(model.eval(), tokenizer, held, questions)
+
+
+def summarise(rows: list[dict]) -> str:
+    lines = [f"{'':<20}{'loss':>8}" + "".join(f"{'top-1 @' + str(d):>11}" for d in (1, 2, 4, 8)) + "".join(f"{n:>10}" for n in rows[0]["MAT"])]
+    for row in rows:
+        accuracy = "".join(f"{100 * row['top1'][d - 1]:>10.1f}%" for d in (1, 2, 4, 8))
+        lines.append(f"{row['experiment']:<20}{row['loss']:>8.4f}{accuracy}" + "".join(f"{x:>10.2f}" for x in row["MAT"].values()))
+    return "\n".join(lines)
+
+
+def plot(title: str, unit: str, curves: dict[str, list[tuple[float, float]]]) -> str:
+    """An SVG of lines with their names at their ends."""
+    width, height, left, right, top, bottom = 720, 420, 60, 170, 40, 50
+    points = [point for curve in curves.values() for point in curve]
+    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
+    y1 = 1.05 * max(y for _, y in points)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = left + (width - left - right) * (x - x0) / max(x1 - x0, 1e-9)
+        return across, height - bottom - (height - top - bottom) * y / y1
+
+    colors = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f", "#bcbd22", "#e377c2", "#000")
+    parts = [f'<text x="{left}" y="22" font-size="15">{title}</text>']
+    for step in range(5):
+        value = y1 * step / 4
+        _, y = place(x0, value)
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{value:.3g}</text>')
+    for x in sorted({x for x, _ in points}):
+        parts.append(f'<text x="{place(x, 0)[0]:.0f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">{unit}</text>')
+    ends: list[float] = []
+    for (name, curve), color in zip(sorted(curves.items(), key=lambda item: -item[1][-1][1]), colors):
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
+        x, y = place(*curve[-1])
+        y = max(y, ends[-1] + 14) if ends else y  # names do not lie on each other
+        ends.append(y)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<text x="{x + 6:.0f}" y="{y + 4:.0f}" fill="{color}">{name}</text>')
+    body = "\n".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
+
+
+def draw_plots(rows: list[dict], output: pathlib.Path) -> None:
+    accuracy = {row["experiment"]: [(d + 1, 100 * value) for d, value in enumerate(row["top1"])] for row in rows}
+    chains = {row["experiment"]: [(n, row["MAT"][f"chain {n}"]) for n in CHAINS] for row in rows}
+    losses = {row["experiment"]: [(e["step"], e["noise_loss"]) for e in row["log"] if "noise_loss" in e] for row in rows if "log" in row}
+    (output / "accuracy.svg").write_text(plot("Right next token behind noise, %", "noise tokens before it", accuracy))
+    (output / "chains.svg").write_text(plot("Tokens per pass of a Jacobi chain", "guesses in the chain", chains))
+    if any(losses.values()):
+        curves = {name: curve for name, curve in losses.items() if curve}
+        (output / "losses.svg").write_text(plot("Loss behind noise while training", "step", curves))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="path or id; the demo model where none is named")
+    parser.add_argument("--data", nargs="+", default=[], help="as of msn train; the answers are the model's own")
+    parser.add_argument("--output", type=pathlib.Path, help="folder for answers, checkpoints and results")
+    parser.add_argument("--samples", type=int, default=900)
+    parser.add_argument("--held-out", type=int, default=48)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-length", type=int, default=400)
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--only", help="comma-separated experiments (default: all)")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--summary", type=pathlib.Path, help="print the table of such a folder, draw its plots and stop")
+    options = parser.parse_args(arguments)
+    output = options.summary or options.output
+    if output is None or not (options.summary or options.data):
+        parser.error("expected --data and --output, or --summary")
+    results = Results(output / "results.jsonl")
+    if options.summary:
+        print(summarise(results.rows))
+        draw_plots(results.rows, output)
+        return 0
+    chosen = experiments()
+    if options.only:
+        if unknown := set(options.only.split(",")) - set(chosen):
+            parser.error(f"--only has {', '.join(sorted(unknown))}; expected some of {', '.join(chosen)}")
+        chosen = {name: chosen[name] for name in options.only.split(",")}
+
+    options.dtype = "float32"
+    model, tokenizer = load_model(options)
+    files = [read_conversations(os.path.expanduser(path)) for path in options.data]
+    learned, held = recipe.split(draw(files, options.samples), options.held_out)
+    answerer = copy.deepcopy(model).to(torch.bfloat16) if options.bf16 else model
+    rows = recipe.self_distill(answerer, tokenizer, held + learned, output / "answers.jsonl", max_new_tokens=options.max_new_tokens)
+    samples, evaluated = (recipe.samples_of(tokenizer, part, options.max_length) for part in (rows[len(held) :], rows[: len(held)]))
+    header = conditions(model, "training.py", arguments)
+    done = {row["experiment"] for row in results.rows}
+    for name, settings in chosen.items():
+        if name not in done:
+            print(f"== {name}", flush=True)
+            results.save(header, run(name, settings, model, tokenizer, samples, evaluated, held, options, output / name))
+    print(summarise(results.rows))
+    draw_plots(results.rows, output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
