@@ -316,6 +316,9 @@ def main(arguments: list[str]) -> int:
     if done and list(results.rows[0]["accept_lengths"]) != drafts:
         parser.error(f"--output {options.output} holds other drafters; expected the same, or another file")
     model, tokenizer = load_model(options)
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "sliding_window", None) or set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+        parser.error(f"--model {options.model}: it has sliding windows; replay needs full attention in every layer")
     header = conditions(model, "specbench.py", arguments)
     save = functools.partial(results.save, header)
     questions = load_questions(options.data, options.skip, options.prompts)

@@ -244,7 +244,7 @@ def test_a_model_learns_to_guess(folder, data, tmp_path, capsys):
     assert "holds a run with --epochs 6.0, now it is 7.0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [["--layout", "replace"], ["--layout", "none"], ["--lora-rank", "0"], ["--bf16", "--self-distill", "--max-new-tokens", "9"]])
+@pytest.mark.parametrize("more", [["--layout", "replace"], ["--content", "self"], ["--layout", "none"], ["--lora-rank", "0"], ["--bf16", "--self-distill", "--max-new-tokens", "9"]])
 def test_other_ways_to_train(folder, data, tmp_path, capsys, more):
     assert cli.main(command(folder, data, tmp_path / "out", "--max-steps", "6", "--samples", "30", *more)) == 0, capsys.readouterr().err
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())

@@ -33,7 +33,7 @@ def add(subparsers) -> None:
     noise.add_argument("--layout", choices=("branch", "replace", "none"), default="branch", help="(default: branch)")
     noise.add_argument("--length", type=positive_int, default=4, metavar="N", help="noise tokens of a segment (default: 4)")
     noise.add_argument("--segments", type=positive_int, metavar="N", help="of a sample (default: 24 branches, 1 in place)")
-    noise.add_argument("--content", choices=("ahead", "random", "mixed"), default="ahead", help="(default: ahead)")
+    noise.add_argument("--content", choices=("ahead", "random", "mixed", "self"), default="ahead", help="(default: ahead)")
     training = parser.add_argument_group("training")
     training.add_argument("--lora-rank", type=int, default=16, metavar="R", help="0: all weights (default: 16)")
     training.add_argument("--learning-rate", type=positive_float, default=5e-4, metavar="X", help="(default: 5e-4)")
