@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .decoding import BestFirst
 from .generation import generate
@@ -234,7 +233,18 @@ def train(
     if noise:
         settings = dict(layout=layout, length=length, segments=segments, content=content, location=location, seed=seed)
         add_noise(trainer, loss_weights=loss_weights, **settings)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if output.exists() else None)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
     trainer.save_model(str(output))
     tokenizer.save_pretrained(str(output))
     return model, trainer.state.log_history
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """The last one that is whole: the Trainer writes its state last, and may have been killed before."""
+    for folder in sorted(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            return str(folder)
+        except (OSError, ValueError):
+            continue
+    return None

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -277,6 +278,12 @@ def test_the_ways_to_train_are_compared(folder, data, tmp_path):
         ElementTree.parse(output / f"{name}.svg")
 
 
+def test_several_processes_are_refused(folder, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(command(folder, data, tmp_path / "out")) == 1
+    assert "msn train is one process" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_wrong_data_is_one_line(folder, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(json.dumps({"prompt": "a", "response": "b"}) for _ in range(3)))
@@ -313,6 +320,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, data, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (broken / "adapter_model.safetensors").exists(), "it was killed too late"
+    cut_off = broken / "checkpoint-9999"  # killed while it was being written
+    shutil.copytree(broken / "checkpoint-15", cut_off)
+    state = (cut_off / "trainer_state.json").read_text()
+    (cut_off / "trainer_state.json").write_text(state[: len(state) // 2])
     found, expected = finish(broken), finish(tmp_path / "whole")
     assert list(found) == list(expected) == list(range(5, 125, 5))
     for step, log in expected.items():

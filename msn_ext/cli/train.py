@@ -54,6 +54,8 @@ def run(arguments) -> int:
 
     from msn_ext.demo import quiet_transformers
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CommandError("msn train is one process; in several, use msn_ext.add_noise in a trainer of your own")
     try:
         import accelerate  # noqa: F401
         import peft  # noqa: F401
