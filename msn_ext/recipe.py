@@ -103,7 +103,7 @@ def _whole_lines(path: Path) -> list[dict]:
         with open(path, "r+b") as file:
             file.truncate(end)
     try:
-        return [json.loads(line) for line in content[:end].decode().splitlines()]
+        return [json.loads(line) for line in content[:end].split(b"\n")[:-1]]  # str.splitlines knows other ends of lines
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to ask for its answers again") from error
 

@@ -174,6 +174,9 @@ def test_answers_are_the_model_s_own(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "generate", lambda model, ids, *rest, **options: (asked.append(len(ids)), original(model, ids, *rest, **options))[1])
     again = recipe.self_distill(model, tokenizer, conversations, path, max_new_tokens=12, batch_size=4, progress=False)
     assert again == rows and asked == [1]
+    row = rows[0] | {"response": "a\u2028b\x85c\x0b"}  # ends of lines to str.splitlines, not to JSON lines
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert recipe.self_distill(model, tokenizer, conversations[:1], path, progress=False) == [row]
     path.write_text("{\n")
     with pytest.raises(ValueError, match="answers.jsonl is damaged"):
         recipe.self_distill(model, tokenizer, conversations, path, max_new_tokens=12, progress=False)
