@@ -16,7 +16,6 @@ command goes on where it was interrupted.
 import argparse
 import copy
 import functools
-import json
 import os
 import pathlib
 import sys
@@ -26,10 +25,9 @@ import torch
 
 folder = sys.path.pop(0)  # transformers looks for a package "kernels", which kernels.py beside this file is not
 from msn_ext import recipe  # noqa: E402
-from msn_ext.decoding import BestFirst, DraftTree  # noqa: E402
+from msn_ext.decoding import DraftTree  # noqa: E402
 from msn_ext.training import NoisyCollator, lowest_loss_starts  # noqa: E402
 from msn_ext.training.data import Collate, read_conversations  # noqa: E402
-from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
 from msn_ext.tuning import draw  # noqa: E402
 
 sys.path.insert(0, folder)
@@ -38,16 +36,17 @@ from decode import Results, conditions, load_model  # noqa: E402
 NOISE = 96  # tokens of a branch run's sample
 DEEPEST = 8
 CHAINS = (1, 2, 4, 8)
+DRAFTS = recipe.DRAFTS | {f"chain {n}": functools.partial(DraftTree.chain, 1 + n) for n in CHAINS}
 
 
 def experiments() -> dict[str, dict]:
     """Settings of :func:`msn_ext.recipe.train` by name; ``compute``: as many tokens as the branches of L = 4."""
-    found: dict[str, dict] = {"base": {}, "sft": dict(noise=False)}
+    found: dict[str, dict] = {"base": {}, "sft": dict(layout=None)}
     for length in (4, 1, 8):
         found[f"branch-{length}"] = dict(layout="branch", length=length, segments=NOISE // length)
         found[f"replace-{length}"] = dict(layout="replace", length=length, segments=1)
     found["replace-4-ppl"] = dict(layout="replace", length=4, segments=1, location="ppl")
-    found["sft-compute"] = dict(noise=False, compute=True)
+    found["sft-compute"] = dict(layout=None, compute=True)
     found["replace-4-compute"] = dict(layout="replace", length=4, segments=1, compute=True)
     return found
 
@@ -57,14 +56,6 @@ def compute_ratio(samples: list[dict], collate, config) -> float:
     noisy = NoisyCollator(collate, layout="branch", segments=NOISE // 4, seed=0, config=config)
     few = [samples[at : at + 4] for at in range(0, min(len(samples), 64), 4)]
     return sum(noisy(batch)["input_ids"].numel() for batch in few) / sum(collate(batch)["input_ids"].numel() for batch in few)
-
-
-def measure(model, tokenizer, held: list[dict], questions: list) -> dict:
-    row = vars(noise_accuracy(model, held, Collate(recipe.pad_of(tokenizer)), length=DEEPEST))
-    drafts = {"paper": lambda: "paper", "auto@64": lambda: BestFirst(64), "auto@8": lambda: BestFirst(8)}
-    drafts |= {f"chain {n}": functools.partial(DraftTree.chain, 1 + n) for n in CHAINS}
-    asked = questions[: recipe.DECODED]
-    return row | {"MAT": {name: recipe.mean_accept_length(model, tokenizer, asked, draft) for name, draft in drafts.items()}}
 
 
 def run(name: str, settings: dict, model, tokenizer, samples, held, questions, options, work: pathlib.Path) -> dict:
@@ -83,7 +74,7 @@ def run(name: str, settings: dict, model, tokenizer, samples, held, questions, o
         model = trained.merge_and_unload()
         row |= {"epochs": epochs, "log": [entry for entry in log if "loss" in entry]}
     row["training seconds"] = round(time.time() - start)
-    return row | measure(model.eval(), tokenizer, held, questions)
+    return row | recipe.figures(model.eval(), tokenizer, held, questions, DEEPEST, DRAFTS)
 
 
 def summarise(rows: list[dict]) -> str:

@@ -23,6 +23,29 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
+def row(line: str, place: str) -> dict:
+    """A line of JSON lines.
+
+    Raises:
+        ValueError: it is no JSON object; names the place.
+    """
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{place} is no object, but {line.strip()[:40]}")
+    return found
+
+
+def rows(path: str) -> Iterator[tuple[str, dict]]:
+    """The rows of a file of JSON lines, and what to call each in a message; empty lines are left out."""
+    for number, line in lines(path):
+        if line.strip():
+            place = f"{path}: line {number}"
+            yield place, row(line, place)
+
+
 def documents(path: str) -> Iterator[str]:
     """The documents of a file: the whole of it, or with JSON lines (.jsonl, .jsonl.gz) in every line ``text``, else
     ``prompt`` and ``response``, each of which is one.
@@ -34,20 +57,11 @@ def documents(path: str) -> Iterator[str]:
     if not path.removesuffix(".gz").endswith(".jsonl"):
         yield "".join(line for _, line in lines(path))
         return
-    for number, line in lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number} is no object, but {line.strip()[:40]}")
-        names = ("text",) if "text" in row else ("prompt", "response")
-        found = [row[name] for name in names if isinstance(row.get(name), str)]
+    for place, fields in rows(path):
+        names = ("text",) if "text" in fields else ("prompt", "response")
+        found = [fields[name] for name in names if isinstance(fields.get(name), str)]
         if not found:
-            expected = "neither text nor prompt or response that are text"
-            raise ValueError(f"{path}: line {number} has {expected}, but {', '.join(row)}")
+            raise ValueError(f"{place} has neither text nor prompt or response that are text, but {', '.join(fields)}")
         yield from found
 
 

@@ -1,7 +1,7 @@
 """Noisy fine-tuning from a file to a faster model: what ``msn train`` does, step by step.
 
-The engine is transformers' Trainer (with accelerate: several processes, FSDP, DeepSpeed), the adapter PEFT's;
-what is added is :func:`msn_ext.add_noise`, answers of the model itself, and figures before and after.
+The engine is transformers' Trainer, the adapter PEFT's; what is added is :func:`msn_ext.add_noise`, answers of the
+model itself, and figures before and after.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .decoding import BestFirst
 from .generation import generate
 from .training import Starts, add_noise
-from .training.data import Collate, Messages, encode
+from .training.data import Collate, Messages, encode, prompt_ids
 from .training.evaluation import noise_accuracy
+from .training.layouts import NO_LABEL
 
-LINEAR = "all-linear"
 DECODED = 16  # questions that accept lengths are measured on
+DRAFTS = {"paper": lambda: "paper", "auto@64": lambda: BestFirst(64), "auto@8": lambda: BestFirst(8)}
 
 
 def split(conversations: list, held_out: int, seed: int = 0) -> tuple[list, list]:
@@ -56,11 +57,11 @@ def self_distill(
     questions = [_question(messages) for messages in conversations]
     done = {_key(row["messages"]): row for row in _whole_lines(path)}
     missing = {key: messages for messages in questions if (key := _key(messages)) not in done}
-    prompts = {key: _prompt_ids(tokenizer, messages) for key, messages in missing.items()}
+    prompts = {key: prompt_ids(tokenizer, messages) for key, messages in missing.items()}
     # Of one length, as far as can be: a batch takes as long as its longest row.
     order = sorted(missing, key=lambda key: len(prompts[key]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_of(tokenizer)
     with open(path, "a", encoding="utf-8") as file, tqdm(
         total=len(questions), initial=len(questions) - len(order), unit="answer", desc="self-distill", disable=not progress
     ) as bar:
@@ -108,19 +109,13 @@ def _whole_lines(path: Path) -> list[dict]:
         raise ValueError(f"{path} is damaged ({error}); remove it to ask for its answers again") from error
 
 
-def _prompt_ids(tokenizer, messages: Messages) -> list[int]:
-    if tokenizer.chat_template is None:
-        return tokenizer(messages[-1]["content"])["input_ids"]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-
-
 def samples_of(tokenizer, rows: list, max_length: int) -> list[dict]:
     """Training samples of conversations, or of rows of :func:`self_distill`; without those that have no label left."""
     samples = []
     for row in rows:
         if isinstance(row, dict):
-            prompt = _prompt_ids(tokenizer, row["messages"])
-            sample = {"input_ids": prompt + row["tokens"], "labels": [-100] * len(prompt) + row["tokens"]}
+            prompt = prompt_ids(tokenizer, row["messages"])
+            sample = {"input_ids": prompt + row["tokens"], "labels": [NO_LABEL] * len(prompt) + row["tokens"]}
             sample = {name: values[:max_length] for name, values in sample.items()}
             samples.append(sample if len(prompt) < max_length and row["tokens"] else None)
         else:
@@ -136,19 +131,22 @@ def mean_accept_length(model, tokenizer, questions: list[Messages], draft, max_n
     """
     tokens = passes = 0
     for messages in tqdm(questions, desc="accept length", unit="prompt", leave=False, disable=not progress):
-        ids = torch.tensor([_prompt_ids(tokenizer, _question(messages))], device=model.device)
+        ids = torch.tensor([prompt_ids(tokenizer, _question(messages))], device=model.device)
         options = dict(do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
         gained = generate(model, ids, draft=draft(), **options).accept_lengths[0]
         tokens, passes = tokens + int(gained.sum()), passes + len(gained)
     return tokens / passes
 
 
-def figures(model, tokenizer, samples: list[dict], questions: list[Messages], length: int, progress: bool = True) -> dict:
-    """What is compared before and after: losses, accuracy behind noise, and the accept lengths of some questions."""
+def figures(
+    model, tokenizer, samples: list[dict], questions: list[Messages], length: int, drafts: dict = DRAFTS, progress: bool = True
+) -> dict:
+    """What is compared: of :class:`.training.evaluation.NoiseAccuracy` behind up to ``length`` noise tokens, and by
+    draft the accept lengths of some questions."""
     found = asdict(noise_accuracy(model, samples, Collate(pad_of(tokenizer)), length=length, progress=progress))
-    for name, draft in (("paper", lambda: "paper"), ("auto@64", lambda: BestFirst(64)), ("auto@8", lambda: BestFirst(8))):
-        found[f"MAT {name}"] = mean_accept_length(model, tokenizer, questions[:DECODED], draft, progress=progress)
-    return found
+    asked = questions[:DECODED]
+    mat = {name: mean_accept_length(model, tokenizer, asked, draft, progress=progress) for name, draft in drafts.items()}
+    return found | {"MAT": mat}
 
 
 def pad_of(tokenizer) -> int:
@@ -180,23 +178,20 @@ def train(
     samples: list[dict],
     output: Path,
     *,
-    layout: str = "branch",
+    layout: str | None = "branch",
     length: int = 4,
     segments: int = 24,
     content: str = "ahead",
     location: str | Starts = "random",
-    loss_weights: tuple[float, float] = (1.0, 1.0),
     lora_rank: int = 16,
     learning_rate: float = 5e-4,
     epochs: float = 1.0,
     max_steps: int = -1,
     batch_size: int = 4,
-    accumulate: int = 1,
     save_steps: int = 50,
     seed: int = 0,
     bf16: bool = False,
     progress: bool = True,
-    noise: bool = True,
 ):
     """Fine-tune with noise; goes on from the last checkpoint in ``output``, if there is one.
 
@@ -204,9 +199,8 @@ def train(
         model: trained in place; with ``lora_rank`` (0: all weights) it gets an adapter.
         samples: of :func:`samples_of`.
         output: for checkpoints, and in the end the adapter or model, and the tokenizer.
-        layout, length, segments, content, location, loss_weights: of :func:`msn_ext.add_noise`.
-        accumulate: batches per optimizer step.
-        noise: without, it is plain fine-tuning, for comparison.
+        layout, length, segments, content, location: of :func:`msn_ext.add_noise`; layout None: no noise, plain
+            fine-tuning, for comparison.
 
     Returns:
         The trained model (with ``lora_rank`` a PEFT model) and the trainer's log, a dict per entry.
@@ -216,12 +210,12 @@ def train(
     if lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        adapter = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LINEAR, task_type="CAUSAL_LM")
+        adapter = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         torch.manual_seed(seed)
         model = get_peft_model(model, adapter)
     arguments = TrainingArguments(
         output_dir=str(output), report_to=[], seed=seed, use_cpu=model.device.type == "cpu", bf16=bf16,
-        per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate, num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size, num_train_epochs=epochs,
         max_steps=max_steps, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,
         logging_steps=5, save_steps=save_steps, save_total_limit=2, disable_tqdm=True,
     )  # fmt: skip
@@ -230,9 +224,9 @@ def train(
         trainer.remove_callback(callback)
     if progress:
         trainer.add_callback(_Bar())
-    if noise:
+    if layout is not None:
         settings = dict(layout=layout, length=length, segments=segments, content=content, location=location, seed=seed)
-        add_noise(trainer, loss_weights=loss_weights, **settings)
+        add_noise(trainer, **settings)
     trainer.train(resume_from_checkpoint=_last_checkpoint(output))
     trainer.save_model(str(output))
     tokenizer.save_pretrained(str(output))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -16,7 +15,7 @@ from transformers import LogitsProcessorList
 from .decoding import BestFirst, Decoder, attention_for, greedy
 from .decoding.calibration import Record, Recorder, fit
 from .decoding.factors import load as shipped_factors
-from .documents import lines
+from .documents import lines, row
 from .generation import generate
 from .profile import Profile, machine, profile_path
 
@@ -100,19 +99,16 @@ def read_prompts(path: str) -> list[str]:
 def _prompt(line: str, place: str) -> str:
     if not line.startswith("{"):
         return line
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place} is no JSON: {error}") from error
-    turns = row.get("turns")
-    prompt = row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
+    fields = row(line, place)
+    turns = fields.get("turns")
+    prompt = fields.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
     if not isinstance(prompt, str):
-        raise ValueError(f"{place} has neither a prompt nor turns that are text, but {', '.join(row)}")
+        raise ValueError(f"{place} has neither a prompt nor turns that are text, but {', '.join(fields)}")
     return prompt
 
 
-def draw(files: list[list[str]], count: int) -> list[str]:
-    """``count`` prompts, as many from every file as can be, the same ones every time."""
+def draw(files: list[list], count: int) -> list:
+    """``count`` of their entries, as many from every file as can be, the same ones every time."""
     shuffled = [random.Random(0).sample(prompts, len(prompts)) for prompts in files]
     in_turn = [prompts[i] for i in range(max(map(len, shuffled), default=0)) for prompts in shuffled if i < len(prompts)]
     return in_turn[:count]

@@ -1,9 +1,11 @@
-"""Training samples and collators for the tests of noisy training."""
+"""Training samples, collators and a tokenizer for the tests of training and of the command line."""
 
 import random
 
 import torch
 from cases import seeded
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 NONE = -100
 
@@ -57,3 +59,15 @@ def flatten(rows: list[dict]) -> dict:
         "labels": torch.cat([torch.cat([row["labels"][:1] * 0 + NONE, row["labels"][1:]]) for row in rows])[None],
         "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
     }
+
+
+def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A token per byte, 256 is the end: every character beyond ASCII is several tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate([*alphabet, "<eos>"])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    tokenizer.chat_template = chat_template
+    return tokenizer

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from samples import byte_tokenizer
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -23,30 +23,20 @@ from transformers import (
 )
 
 from msn_ext import Corpus, cli
+from msn_ext import demo as demo_module
 from msn_ext.cli import common, runs
 from msn_ext.cli import demo as demo_command
-from msn_ext import demo as demo_module
 
 CONTEXT = 96
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
 KEYS = {
     "text", "new_tokens", "forward_passes", "mat", "tokens_per_second", "accept_lengths", "draft", "device", "dtype"
 }  # fmt: skip
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte: every character beyond ASCII is several tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate([*alphabet, "<eos>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
-    return tokenizer
-
-
 def save(folder, model):
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer(TEMPLATE).save_pretrained(folder)
     return str(folder)
 
 
@@ -266,7 +256,7 @@ def test_text_and_json_agree(tiny, capsys, monkeypatch):
 
 def test_raw_skips_the_chat_template(tiny):
     model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=CONTEXT), device="cpu")
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(TEMPLATE)
     chat, _ = common.encode(model, tokenizer, "hi", True, 1)
     raw, _ = common.encode(model, tokenizer, "hi", False, 1)
     assert tokenizer.decode(chat[0]) == "<user>hi<answer>"
@@ -399,7 +389,7 @@ def test_info(capsys):
 
 def streamed(passes: list[list[int]], tokenizer=None, **options) -> str:
     stream = io.StringIO()
-    streamer = runs.PassStreamer(tokenizer or byte_tokenizer(), stream, **options)
+    streamer = runs.PassStreamer(tokenizer or byte_tokenizer(TEMPLATE), stream, **options)
     streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt is not shown
     for tokens in passes:
         streamer.put(torch.tensor(tokens))
@@ -408,7 +398,7 @@ def streamed(passes: list[list[int]], tokenizer=None, **options) -> str:
 
 
 def tokens_of(text: str) -> list[int]:
-    return byte_tokenizer()(text).input_ids
+    return byte_tokenizer(TEMPLATE)(text).input_ids
 
 
 def test_streamer_marks_passes_of_several_tokens():
@@ -463,9 +453,9 @@ def test_histogram():
 def test_comparison():
     tokens = tokens_of("abcdef")
     plain = runs.Run(tokens, [1] * 6, 1.0)
-    text = demo_command.comparison(runs.Run(tokens, [1, 3, 2], 0.5), plain, "paper", "cpu", byte_tokenizer())
+    text = demo_command.comparison(runs.Run(tokens, [1, 3, 2], 0.5), plain, "paper", "cpu", byte_tokenizer(TEMPLATE))
     assert "yes, all 6 tokens" in text and "2.00×" in text and "Slower" not in text
-    slow = demo_command.comparison(runs.Run(tokens, [1, 3, 2], 2.0), plain, "paper", "cpu", byte_tokenizer())
+    slow = demo_command.comparison(runs.Run(tokens, [1, 3, 2], 2.0), plain, "paper", "cpu", byte_tokenizer(TEMPLATE))
     assert "0.50×" in slow and "a pass gains 2.00 tokens, but takes as long as 4.0 plain steps" in slow
-    other = demo_command.comparison(runs.Run(tokens_of("abXdef"), [6], 0.5), plain, "paper", "cpu", byte_tokenizer())
+    other = demo_command.comparison(runs.Run(tokens_of("abXdef"), [6], 0.5), plain, "paper", "cpu", byte_tokenizer(TEMPLATE))
     assert "no, from token 3 of 6 on: 'X' here, 'c' in plain decoding" in other

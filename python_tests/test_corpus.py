@@ -114,7 +114,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert_equal(mapped.tokens, first.tokens)
     assert_equal(Corpus.load(path).tokens, second.tokens)
     broken = Corpus(VOCAB, second.tokens, torch.zeros(8, 1, device="meta"))
-    with pytest.raises((NotImplementedError, TypeError, RuntimeError)):
+    with pytest.raises(TypeError, match="meta"):
         broken.save(path)
     assert_equal(Corpus.load(path).tokens, second.tokens)
     assert [p.name for p in tmp_path.iterdir()] == ["x.corpus"]

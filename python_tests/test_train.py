@@ -13,9 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from samples import NONE
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from samples import NONE, byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from msn_ext import cli, recipe
 from msn_ext.training.data import Collate, encode, read_conversations
@@ -32,17 +31,6 @@ WORDS = "one two three four five six seven eight nine ten".split()
 DATA = [{"prompt": f"{a} {b}?", "response": f"{b} {a} {b} {a} {b}"} for a in WORDS for b in WORDS[:6]]
 
 
-def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate([*alphabet, "<eos>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    tokenizer.chat_template = template
-    return tokenizer
-
-
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -57,7 +45,7 @@ def tiny_llama() -> LlamaForCausalLM:
 def folder(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("tiny")
     tiny_llama().save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
+    byte_tokenizer(TEMPLATE).save_pretrained(path)
     return str(path)
 
 
@@ -88,20 +76,17 @@ CHAT = [{"role": role, "content": content} for role, content in TURNS]
 
 
 def test_what_the_assistant_says_is_learned_with_its_end():
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(TEMPLATE)
     sample = encode(tokenizer, CHAT, 1000)
     assert learned(tokenizer, sample) == ["A1<eos>", "A2<eos>"]
     assert tokenizer.decode(sample["input_ids"]) == "<user>Q1<assistant>A1<eos>\n<user>Q2<assistant>A2<eos>\n"
     assert learned(tokenizer, encode(tokenizer, CHAT[:2], 1000)) == ["A1<eos>"]
-    unfinished = encode(tokenizer, CHAT[:4], 1000, ended=False)
-    assert learned(tokenizer, unfinished) == ["A1<eos>", "A2"]
-    assert tokenizer.decode(unfinished["input_ids"]).endswith("A2")
     assert learned(tokenizer, encode(tokenizer, CHAT, 20)) == ["A"]
     assert encode(tokenizer, CHAT, 19) is None and encode(tokenizer, CHAT[:1], 1000) is None
 
 
 def test_without_a_template_answers_follow_their_questions():
-    tokenizer = byte_tokenizer(None)
+    tokenizer = byte_tokenizer()
     sample = encode(tokenizer, CHAT, 1000)
     assert tokenizer.decode(sample["input_ids"]) == "Q1A1<eos>Q2A2<eos>"
     assert learned(tokenizer, sample) == ["A1<eos>", "A2<eos>"]
@@ -153,7 +138,7 @@ def test_wrong_files_are_refused_by_line(tmp_path, content, message):
 
 
 def test_answers_are_the_model_s_own(tmp_path, monkeypatch):
-    model, tokenizer = tiny_llama().double().eval(), byte_tokenizer()
+    model, tokenizer = tiny_llama().double().eval(), byte_tokenizer(TEMPLATE)
     conversations = [[{"role": "user", "content": row["prompt"]}] for row in DATA[:11]] + [CHAT]
     path = tmp_path / "answers.jsonl"
     rows = recipe.self_distill(model, tokenizer, conversations, path, max_new_tokens=12, batch_size=4, progress=False)
@@ -185,11 +170,12 @@ def test_answers_are_the_model_s_own(tmp_path, monkeypatch):
 # ---- figures -------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_figures_are_those_of_the_noisy_text():
     """Behind one noise token: each segment put into its text, and the model asked."""
     from msn_ext import NoisyCollator
 
-    model, tokenizer = tiny_llama().double().train(), byte_tokenizer()
+    model, tokenizer = tiny_llama().double().train(), byte_tokenizer(TEMPLATE)
     samples = [encode(tokenizer, [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}], 99) for r in DATA[:9]]
     found = noise_accuracy(model, samples, Collate(256), length=1, progress=False)
     assert model.training

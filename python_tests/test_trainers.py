@@ -195,7 +195,7 @@ def test_trl(tmp_path, layout, weights, form):
     )  # fmt: skip
     data = datasets.Dataset.from_list(rows)
     trainer = trl.SFTTrainer(tiny_model("llama", 1, torch.float32), config, train_dataset=data, eval_dataset=data.select(range(8)),
-                             processing_class=tokenizer(tmp_path))  # fmt: skip
+                             processing_class=tokenizer())  # fmt: skip
     clean = trainer.evaluate()["eval_loss"]
     add_noise(trainer, layout=layout, segments=2, seed=1, loss_weights=weights)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(clean, rel=1e-6)
@@ -211,7 +211,7 @@ def test_trl(tmp_path, layout, weights, form):
             assert low - 1e-3 <= log["loss"] <= high + 1e-3
 
 
-def tokenizer(folder):
+def tokenizer():
     """One that TRL accepts; the data has tokens already."""
     from tokenizers import Tokenizer, models
 

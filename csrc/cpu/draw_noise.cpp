@@ -1,8 +1,7 @@
-#include "../noise.h"
-
 #include <algorithm>
 #include <vector>
 
+#include "../noise.h"
 #include "../ops.h"
 #include "check.h"
 

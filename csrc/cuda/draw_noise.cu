@@ -3,7 +3,6 @@
 // thread a place draws the tokens. A document or given start outside its row counts as empty.
 // Bytes per document: reads 16 a token per segment (L1 after the first), writes 8 (1 + L) S.
 #include "../noise.h"
-
 #include "common.cuh"
 
 namespace msn::cuda {

@@ -54,7 +54,6 @@ def main(argv: list[str] | None = None) -> int:
         return getattr(error, "exit_code", 1)
 
 
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="msn", description="Several tokens per forward pass from a causal language model, with unchanged output."

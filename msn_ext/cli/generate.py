@@ -68,24 +68,23 @@ def run(arguments) -> int:
             from msn_ext.profile import auto
 
             draft = auto(model, corpus)
-        run = timed(model, input_ids, draft, streamer, **options)
+        answer = timed(model, input_ids, draft, streamer, **options)
     if not arguments.json:
         print()
         return 0
     result = {
-        "text": tokenizer.decode(run.tokens, skip_special_tokens=True),
-        "new_tokens": len(run.tokens),
-        "forward_passes": run.passes,
-        "mat": run.mat,
-        "tokens_per_second": run.tokens_per_second,
-        "accept_lengths": run.accept_lengths,
+        "text": tokenizer.decode(answer.tokens, skip_special_tokens=True),
+        "new_tokens": len(answer.tokens),
+        "forward_passes": answer.passes,
+        "mat": answer.mat,
+        "tokens_per_second": answer.tokens_per_second,
+        "accept_lengths": answer.accept_lengths,
         "draft": arguments.draft,
         "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     print(json.dumps(result))
     return 0
-
 
 
 def load_corpus(path: str):

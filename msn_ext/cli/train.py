@@ -99,13 +99,13 @@ def run(arguments) -> int:
         figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
         length = arguments.length
         if "before" not in figures:
-            figures["before"] = recipe.figures(model, tokenizer, evaluated, questions, length, progress)
+            figures["before"] = recipe.figures(model, tokenizer, evaluated, questions, length, progress=progress)
             _write(figures_file, figures)
         print(_table(figures), flush=True)
         segments = arguments.segments or (24 if arguments.layout == "branch" else 1)
         begun = time.time()
         trained, log = recipe.train(
-            model, tokenizer, samples, output, layout=arguments.layout, noise=arguments.layout != "none", length=length,
+            model, tokenizer, samples, output, layout=None if arguments.layout == "none" else arguments.layout, length=length,
             segments=segments, content=arguments.content, lora_rank=arguments.lora_rank, bf16=arguments.bf16,
             learning_rate=arguments.learning_rate, epochs=arguments.epochs, max_steps=arguments.max_steps,
             batch_size=arguments.batch_size, save_steps=arguments.save_steps, seed=arguments.seed, progress=progress,
@@ -114,7 +114,7 @@ def run(arguments) -> int:
         figures["log"] = log
         if hasattr(trained, "merge_and_unload"):
             trained = trained.merge_and_unload()
-        figures["after"] = recipe.figures(trained.eval(), tokenizer, evaluated, questions, length, progress)
+        figures["after"] = recipe.figures(trained.eval(), tokenizer, evaluated, questions, length, progress=progress)
         figures["seconds"] = round(time.time() - started)
         _write(figures_file, figures)
     print(_table(figures))
@@ -165,7 +165,6 @@ def _table(figures: dict) -> str:
     for kind, title in (("top1", "right behind {} noise tokens, %"), ("top10", "among ten behind {}, %")):
         for at in range(len(first[kind])):
             line(title.format(at + 1), [100 * figures[c][kind][at] for c in columns], "{:.1f}".format)
-    for name in first:
-        if name.startswith("MAT "):
-            line(f"tokens a pass, {name.removeprefix('MAT ')}", [figures[c][name] for c in columns], "{:.2f}".format)
+    for name in first["MAT"]:
+        line(f"tokens a pass, {name}", [figures[c]["MAT"][name] for c in columns], "{:.2f}".format)
     return "\n".join(lines)

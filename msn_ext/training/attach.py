@@ -57,7 +57,7 @@ def add_noise(trainer, *, loss_weights: tuple[float, float] = (1.0, 1.0), **sett
     trainer.add_callback(_Epochs(noisy))
     for name in ("get_eval_dataloader", "get_test_dataloader"):
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
-    trainer.noise = Meter(loss_weights, own_guesses=noisy.content == "self")
+    trainer.noise = NoisyLoss(loss_weights, own_guesses=noisy.content == "self")
     trainer.compute_loss = trainer.noise.around(trainer.compute_loss)
     trainer.log = _logging(trainer, trainer.log)
     return trainer
@@ -87,8 +87,8 @@ def _logging(trainer, log):
     return logging
 
 
-class Meter:
-    """Losses behind clean and behind noise tokens, and how often the model is right behind noise."""
+class NoisyLoss:
+    """What comes before and behind a trainer's loss: the model's own guesses as noise, weights, and what is logged."""
 
     def __init__(self, loss_weights: tuple[float, float] = (1.0, 1.0), own_guesses: bool = False):
         self._weights, self._own_guesses = loss_weights, own_guesses

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from msn_ext.documents import lines
+from msn_ext.documents import rows
 
 from .layouts import NO_LABEL
 
@@ -24,33 +24,25 @@ def read_conversations(source: str) -> list[Messages]:
         OSError: the file cannot be opened.
         ValueError: it is damaged or has other rows; names the file and the line.
     """
-    found = [_messages(row, place) for row, place in _rows(source)]
+    found = [_messages(row, place) for place, row in _rows(source)]
     if not found:
         raise ValueError(f"{source} holds no conversations")
     return found
 
 
-def _rows(source: str) -> Iterator[tuple[dict, str]]:
+def _rows(source: str) -> Iterator[tuple[str, dict]]:
     path = Path(source)
     if not path.exists() and "/" in source and path.suffix not in (".jsonl", ".json", ".gz"):
         try:
             from datasets import load_dataset
         except ImportError as error:
             raise ValueError(f"{source} is no file, and for a dataset of the hub: pip install datasets") from error
-        yield from ((row, f"{source}: row {at}") for at, row in enumerate(load_dataset(source, split="train"), 1))
+        yield from ((f"{source}: row {at}", row) for at, row in enumerate(load_dataset(source, split="train"), 1))
         return
-    for number, line in lines(source):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line), f"{source}: line {number}"
-        except ValueError as error:
-            raise ValueError(f"{source}: line {number} is no JSON: {error}") from error
+    yield from rows(source)
 
 
 def _messages(row: dict, place: str) -> Messages:
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} is no object; expected one with messages, or prompt and response")
     messages = row.get("messages")
     if messages is None and isinstance(row.get("prompt"), str):
         messages = [{"role": "user", "content": row["prompt"]}]
@@ -64,14 +56,13 @@ def _messages(row: dict, place: str) -> Messages:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def encode(tokenizer, messages: Messages, max_length: int, ended: bool = True) -> dict[str, list[int]] | None:
+def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int]] | None:
     """A training sample: what the assistant says has labels, up to and including its end-of-text token.
 
     Args:
         tokenizer: with a chat template; without one, the contents follow each other, an end-of-text token
             behind each answer.
         max_length: tokens that are kept, from the beginning.
-        ended: whether the last answer is complete; else its end is not learned.
 
     Returns:
         ``input_ids`` and ``labels``; None where no label is left.
@@ -83,7 +74,7 @@ def encode(tokenizer, messages: Messages, max_length: int, ended: bool = True) -
     labels: list[int] = []
     answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     for at in answers:
-        prompt, whole = _prompt(tokenizer, messages[:at]), _text(tokenizer, messages[: at + 1])
+        prompt, whole = prompt_ids(tokenizer, messages[:at]), _text(tokenizer, messages[: at + 1])
         if prompt[: len(ids)] != ids or whole[: len(prompt)] != prompt:
             raise ValueError(
                 "the chat template does not begin an answered conversation as it begins the question, so that labels have "
@@ -92,10 +83,6 @@ def encode(tokenizer, messages: Messages, max_length: int, ended: bool = True) -
         answer = whole[len(prompt) :]
         stop = tokenizer.eos_token_id
         size = len(answer) - answer[::-1].index(stop) if stop in answer else len(answer)  # a line feed may follow
-        if not ended and at == answers[-1]:
-            size -= stop in answer
-            whole = whole[: len(prompt) + size]
-            answer = answer[:size]
         labels += [NO_LABEL] * (len(prompt) - len(ids)) + answer[:size] + [NO_LABEL] * (len(answer) - size)
         ids = whole
     ids, labels = ids[:max_length], labels[:max_length]
@@ -104,7 +91,8 @@ def encode(tokenizer, messages: Messages, max_length: int, ended: bool = True) -
     return {"input_ids": ids, "labels": labels}
 
 
-def _prompt(tokenizer, messages: Messages) -> list[int]:
+def prompt_ids(tokenizer, messages: Messages) -> list[int]:
+    """What the model is asked: a conversation up to where the assistant's next answer begins."""
     if tokenizer.chat_template is None:
         return _text(tokenizer, messages)
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]

@@ -32,15 +32,6 @@ class NoiseAccuracy:
     top10: list[float]
     tokens: int
 
-    def __str__(self) -> str:
-        def shares(values: list[float]) -> str:
-            return " ".join(f"{100 * value:.1f}" for value in values)
-
-        return (
-            f"next-token loss {self.loss:.4f}, right {100 * self.accuracy:.1f} %; behind 1, 2, … noise tokens "
-            f"right {shares(self.top1)} %, among ten {shares(self.top10)} %"
-        )
-
 
 @torch.no_grad()
 def noise_accuracy(
