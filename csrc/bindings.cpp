@@ -231,7 +231,8 @@ void tree_ancestors(py::handle parents_, py::handle ancestors_, py::handle depth
 }
 
 void tree_attention(py::handle q_, py::handle k_, py::handle v_, py::handle lengths_, py::handle offsets_,
-                    py::handle ancestors_, py::handle sinks_, double scale, int64_t window, double softcap, py::handle out_) {
+                    py::handle ancestors_, py::handle sinks_, double scale, int64_t window, double softcap, py::handle out_,
+                    py::handle partial_, py::handle arrived_) {
   const Tensor q = borrow("q", q_), k = borrow("k_cache", k_), v = borrow("v_cache", v_), lengths = borrow("lengths", lengths_),
                ancestors = borrow("ancestors", ancestors_), out = borrow("out", out_),
                offsets = borrow_optional("offsets", offsets_), sinks = borrow_optional("sinks", sinks_);
@@ -269,9 +270,30 @@ void tree_attention(py::handle q_, py::handle k_, py::handle v_, py::handle leng
   expect_dtype("out", out, q.dtype);
   expect_shape("out", out, {batch, nodes, heads, v_dim});
   expect_contiguous("out", out);
-  const msn::AttentionOptions options{scale, window, softcap};
+  msn::AttentionOptions options{scale, window, softcap, {}};
+  const Tensor partial = borrow_optional("partial", partial_), arrived = borrow_optional("arrived", arrived_);
+  if (partial.data && arrived.data) {
+    expect_index("partial", partial, DType::kFloat32, {partial.shape[0]}, q);
+    expect_index("arrived", arrived, DType::kInt32, {arrived.shape[0]}, q);
+    options.space = {partial.as<float>(), arrived.as<int>(), partial.shape[0], arrived.shape[0]};
+  }
   if (batch == 0) return;
   MSN_DISPATCH(tree_attention, q, q, k, v, lengths, offsets, ancestors, sinks, options, out)
+}
+
+// Floats and counters that tree_attention wants for these tensors on a GPU, to split the keys over blocks.
+std::pair<int64_t, int64_t> attention_space(py::handle q_, py::handle k_, py::handle v_) {
+#ifdef MSN_WITH_CUDA
+  const Tensor q = borrow("q", q_), k = borrow("k_cache", k_), v = borrow("v_cache", v_);
+  for (const Tensor* t : {&q, &k, &v}) expect_dims("q, k_cache and v_cache", *t, 4);
+  if (q.device == Device::kCUDA && q.item_size == 2 && k.shape[1] > 0) {
+    const msn::AttentionSpace wanted = msn::cuda::attention_space(q, k, v);
+    return {wanted.floats, wanted.counters};
+  }
+#else
+  (void)q_, (void)k_, (void)v_;
+#endif
+  return {0, 0};
 }
 
 void verify_tree(py::handle tokens_, py::handle targets_, py::handle parents_, py::handle accept_length_, py::handle path_,
@@ -471,6 +493,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of msn_ext; call them through msn_ext.ops.";
   m.def("tree_ancestors", &tree_ancestors);
   m.def("tree_attention", &tree_attention);
+  m.def("attention_space", &attention_space);
   m.def("verify_tree", &verify_tree);
   m.def("commit_kv", &commit_kv);
   m.def("lookup_ngram", &lookup_ngram);

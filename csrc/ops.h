@@ -9,10 +9,18 @@
 
 namespace msn {
 
+// What blocks of one launch leave for each other, so that keys can be split over them.
+struct AttentionSpace {
+  float* partial = nullptr;
+  int* arrived = nullptr;  // 0 before and after
+  int64_t floats = 0, counters = 0;
+};
+
 struct AttentionOptions {
   double scale = 1.0;
   int64_t window = 0;     // 0: none
   double softcap = 0.0;   // 0: none
+  AttentionSpace space;   // CUDA only
 };
 
 namespace cpu {
@@ -50,6 +58,7 @@ void tree_ancestors(const Tensor& parents, const Tensor& ancestors, const Tensor
 void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
                     const Tensor& offsets, const Tensor& ancestors, const Tensor& sinks,
                     const AttentionOptions& options, const Tensor& out, void* stream);
+AttentionSpace attention_space(const Tensor& q, const Tensor& k, const Tensor& v);  // the sizes that are wanted
 void verify_tree(const Tensor& tokens, const Tensor& targets, const Tensor& parents,
                  const Tensor& accept_length, const Tensor& path, const Tensor& bonus,
                  const Tensor& continuation, void* stream);

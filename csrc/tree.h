@@ -125,4 +125,43 @@ MSN_HD int64_t window_start(int64_t position, int64_t window) {
   return window > 0 && position >= window ? position - window + 1 : 0;
 }
 
+// Bits [from, from + 64) of `words`, without the `dropped` lowest that are set; bits below 0 are 0.
+MSN_HD uint64_t bits_from(const uint64_t* words, int n_words, int from, int64_t dropped) {
+  uint64_t found = 0;
+  for (int w = 0; w < n_words; ++w) {
+    uint64_t word = words[w];
+    for (; dropped > 0 && word; --dropped) word &= word - 1;
+    const int shift = w * kWordBits - from;
+    if (shift >= 0 && shift < kWordBits) found |= word << shift;
+    if (shift < 0 && shift > -kWordBits) found |= word >> -shift;
+  }
+  return found;
+}
+
+// Of the 64 keys from `key` on (counted from the row's first: the prefix, then the nodes), those that a
+// node with these ancestor bits may see, as bits: the prefix from `start` on, and of its ancestors and itself,
+// which are one deeper each, those from position `start` on. `end`: keys that exist.
+MSN_HD uint64_t visible_keys(const uint64_t* words, int n_words, int64_t key, int64_t prefix, int64_t end, int64_t start) {
+  const auto below = [key](int64_t limit) {  // the keys before `limit`
+    const int64_t count = limit - key;
+    return count <= 0 ? 0 : count >= kWordBits ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+  };
+  uint64_t seen = below(prefix) & ~below(start);
+  if (key + kWordBits > prefix)
+    seen |= bits_from(words, n_words, static_cast<int>(key - prefix), start - prefix) & below(end);
+  return seen;
+}
+
+// The tiles of a row's keys that each block of a split computes: the same number, the last one fewer.
+struct Split {
+  int tiles;   // of a block
+  int blocks;  // that have any; at least one, so that a row without keys is written too
+  MSN_HD Split(int all, int most_blocks, int least_tiles) {
+    tiles = (all + most_blocks - 1) / most_blocks;
+    if (tiles < least_tiles) tiles = least_tiles;
+    blocks = (all + tiles - 1) / tiles;
+    if (blocks < 1) blocks = 1;
+  }
+};
+
 }  // namespace msn

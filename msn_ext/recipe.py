@@ -183,6 +183,7 @@ def train(
     segments: int = 24,
     content: str = "ahead",
     location: str | Starts = "random",
+    loss_weights: tuple[float, float] = (1.0, 1.0),
     lora_rank: int = 16,
     learning_rate: float = 5e-4,
     epochs: float = 1.0,
@@ -199,7 +200,7 @@ def train(
         model: trained in place; with ``lora_rank`` (0: all weights) it gets an adapter.
         samples: of :func:`samples_of`.
         output: for checkpoints, and in the end the adapter or model, and the tokenizer.
-        layout, length, segments, content, location: of :func:`msn_ext.add_noise`; layout None: no noise, plain
+        layout, length, segments, content, location, loss_weights: of :func:`msn_ext.add_noise`; layout None: no noise, plain
             fine-tuning, for comparison.
 
     Returns:
@@ -226,7 +227,7 @@ def train(
         trainer.add_callback(_Bar())
     if layout is not None:
         settings = dict(layout=layout, length=length, segments=segments, content=content, location=location, seed=seed)
-        add_noise(trainer, **settings)
+        add_noise(trainer, loss_weights=loss_weights, **settings)
     trainer.train(resume_from_checkpoint=_last_checkpoint(output))
     trainer.save_model(str(output))
     tokenizer.save_pretrained(str(output))

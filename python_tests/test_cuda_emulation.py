@@ -34,7 +34,7 @@ def test_the_kernels_do_what_the_reference_says(emulated):
 
 
 @pytest.mark.parametrize(
-    "op, old, new",
+    "kernel, old, new",
     [
         ("commit_kv", "&& node < room", ""),
         ("commit_kv", "while (all % cache.unit) cache.unit /= 2;", "while (stretch % cache.unit) cache.unit /= 2;"),
@@ -44,12 +44,21 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("draft_tree", "waiting[middle].value >= mine.value", "waiting[middle].value > mine.value"),
         ("draft_tree", "tables.corpus, tables.corpus_length", "tables.corpus, tables.corpus_length + 1"),
         ("draw_noise", "before == rank", "before >= rank"),
+        ("tree_attention_mma", "await_copies<0>();", "await_copies<1>();"),
+        ("tree_attention_mma", "__syncthreads();  // the tile is there", "// the tile is there"),
+        ("tree_attention_mma", "tile < dense_from", "false"),
+        ("tree_attention_mma", "if (!finite<T>(value)) value = 0;", ""),
+        ("tree_attention_mma", "merged(all + r * kSums, plan.blocks,", "merged(all + r * kSums, plan.blocks - 1,"),
+        ("tree_attention_mma", "if (threadIdx.x == 0) arrived[task] = 0;", ""),
     ],
-    ids=["bounds", "alignment", "barrier", "race", "gaps", "order", "behind the corpus", "rank"],
-)
-def test_a_mistake_in_a_kernel_is_found(emulated, tmp_path, op, old, new):
+    ids=[
+        "bounds", "alignment", "barrier", "race", "gaps", "order", "behind the corpus", "rank", "copies", "stages", "window",
+        "NaN", "splits", "counter",
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_kernel_is_found(emulated, tmp_path, kernel, old, new):
     """Negative controls: the same build with one mistake in one kernel fails in that op."""
     mutant = shutil.copytree(emulated, tmp_path / "mutant")
-    build.mutate(mutant, f"{op}.cu", old, new)
-    run = fuzz(mutant, "--ops", op)
-    assert run.returncode != 0 and f"fuzz_{op}" in run.stderr, run.stdout + run.stderr
+    build.mutate(mutant, f"{kernel}.cu", old, new)
+    run = fuzz(mutant, "--ops", kernel.removesuffix("_mma"))
+    assert run.returncode != 0 and ("emulation: " in run.stderr or "fuzz_" in run.stderr), run.stdout + run.stderr

@@ -61,7 +61,7 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int thread
 
 inline int whole_warps(int threads) { return (threads + kWarp - 1) / kWarp * kWarp; }
 
-__device__ inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
+__host__ __device__ inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
 

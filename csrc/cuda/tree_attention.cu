@@ -1,4 +1,5 @@
-// Attention of the draft tree's nodes over the prefix and their own ancestors.
+// Attention of the draft tree's nodes over the prefix and their own ancestors, and the choice of its kernel: tensor
+// cores (tree_attention_mma.cu) for 16-bit rows of whole 16 bytes, CUDA cores, below, for all others.
 //
 // One block per (row of the batch, key-value head, tile of 16 query rows); a query row is a node
 // and one of the query heads that share the key-value head, so keys and values are read once for
@@ -11,12 +12,8 @@
 //
 // Bytes: every tile of query rows reads the whole prefix, N * group / 16 times in all, from L2
 // where it fits. The prefix is not split over blocks, so long prefixes with few nodes leave the
-// device idle; arithmetic is on CUDA cores, 2 (D + D_v) flops a query row and key.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "../tree.h"
-#include "common.cuh"
+// device idle.
+#include "tree_attention.cuh"
 
 namespace msn::cuda {
 
@@ -25,27 +22,6 @@ namespace {
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kWarpRows = 4, kBlockRows = kWarps * kWarpRows;  // query rows
 constexpr int kKeys = kWarp;                                   // of a tile: one a lane
-
-template <typename T>
-struct Problem {
-  const T *q, *k, *v, *sinks;  // sinks may be null
-  T* out;
-  const int64_t *lengths, *offsets;  // offsets may be null
-  const uint64_t* ancestors;
-  int64_t q_row, q_head, q_node, k_row, k_head, k_slot, v_row, v_head, v_slot;  // strides
-  int64_t ancestors_row;                                                       // 0: one tree for all rows
-  int64_t slots, window;  // slots fit an int
-  int kv_heads, group, nodes, dim, v_dim, tiles;
-  float scale, softcap;
-  bool wide_k, wide_v;  // rows can be read 16 bytes at a time
-};
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ void from_float(float x, float* to) { *to = x; }
-__device__ void from_float(float x, __half* to) { *to = __float2half(x); }
-__device__ void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
 
 __device__ float warp_max(float x) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, distance));
@@ -112,7 +88,7 @@ __device__ void add_values(float (&sums)[kWarpRows][kColumns], const float (&wei
 // hold are what shared memory allows; they bound the registers.
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads, kColumns > 4 ? 2 : 4)
-    tree_attention_kernel(const __grid_constant__ Problem<T> p) {
+    tree_attention_kernel(const __grid_constant__ AttentionProblem<T> p) {
   extern __shared__ float4 shared[];
   const int pitch = key_pitch(p.dim), q_pitch = query_pitch(p.dim);
   float* keys = reinterpret_cast<float*>(shared);
@@ -125,11 +101,9 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 ? 2 : 4)
   const int n_words = words_for(p.nodes);
   const uint64_t* ancestors = p.ancestors + row * p.ancestors_row;
 
-  // Keys are counted from the first one of the row: `prefix` of the text, then the nodes up to `end`.
-  const int64_t length = clamp(p.lengths[row], 0, p.slots);
-  const int64_t first = p.offsets ? clamp(p.offsets[row], 0, length) : 0;
-  const int prefix = static_cast<int>(length - first);
-  const int end = prefix + static_cast<int>(clamp(p.slots - length, 0, p.nodes));
+  const RowKeys row_keys = p.keys_of(row);
+  const int64_t first = row_keys.first;
+  const int prefix = row_keys.prefix, end = row_keys.end;
 
   // Query row r of this warp: its node, whether it takes part, the first position it may see.
   const int first_row = tile * kBlockRows + warp * kWarpRows;
@@ -223,14 +197,9 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 ? 2 : 4)
   }
 }
 
-bool wide_rows(const Tensor& t) {
-  uint64_t all = reinterpret_cast<uint64_t>(t.data) | t.shape[3] * t.item_size;
-  for (int i = 0; i < 3; ++i) all |= t.strides[i] * t.item_size;
-  return all % 16 == 0;
-}
-
 template <typename T, int kColumns>
-void launch_columns(const Problem<T>& p, int64_t batch, void* stream) {
+void launch_columns(AttentionProblem<T> p, int64_t batch, void* stream) {
+  p.tiles = (p.nodes * p.group + kBlockRows - 1) / kBlockRows;
   const size_t floats = kKeys * (key_pitch(p.dim) + kColumns * kWarp) + kBlockRows * query_pitch(p.dim);
   const size_t bytes = floats * sizeof(float);
   if (bytes > 48 * 1024)  // more than a kernel gets unasked
@@ -246,13 +215,17 @@ void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& length
          void* stream) {
   const int kv_heads = static_cast<int>(k.shape[1]), group = static_cast<int>(q.shape[1]) / kv_heads;
   const int nodes = static_cast<int>(q.shape[2]), v_dim = static_cast<int>(v.shape[3]);
-  const Problem<T> p{q.as<T>(), k.as<T>(), v.as<T>(), sinks.as<T>(), out.as<T>(), lengths.as<int64_t>(),
-                     offsets.as<int64_t>(), ancestors.as<uint64_t>(), q.strides[0], q.strides[1], q.strides[2],
-                     k.strides[0], k.strides[1], k.strides[2], v.strides[0], v.strides[1], v.strides[2],
-                     ancestors.ndim == 3 ? int64_t{1} * nodes * words_for(nodes) : 0, k.shape[2], options.window,
-                     kv_heads, group, nodes, static_cast<int>(q.shape[3]), v_dim,
-                     (nodes * group + kBlockRows - 1) / kBlockRows, static_cast<float>(options.scale),
-                     static_cast<float>(options.softcap), wide_rows(k), wide_rows(v)};
+  const AttentionProblem<T> p{q.as<T>(), k.as<T>(), v.as<T>(), sinks.as<T>(), out.as<T>(), lengths.as<int64_t>(),
+                              offsets.as<int64_t>(), ancestors.as<uint64_t>(), q.strides[0], q.strides[1], q.strides[2],
+                              k.strides[0], k.strides[1], k.strides[2], v.strides[0], v.strides[1], v.strides[2],
+                              ancestors.ndim == 3 ? int64_t{1} * nodes * words_for(nodes) : 0, k.shape[2],
+                              options.window, kv_heads, group, nodes, static_cast<int>(q.shape[3]), v_dim, 0,
+                              static_cast<float>(options.scale), static_cast<float>(options.softcap),
+                              whole_rows(k, 16), whole_rows(v, 16)};
+  if constexpr (sizeof(T) == 2) {
+    if (p.wide_k && p.wide_v && whole_rows(q, 4) && k.shape[2] < int64_t{1} << 30)
+      return tree_attention_mma(p, q.shape[0], q.device_index, options.space, stream);
+  }
   if (v_dim <= 2 * kWarp)
     launch_columns<T, 2>(p, q.shape[0], stream);
   else if (v_dim <= 4 * kWarp)

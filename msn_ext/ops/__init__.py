@@ -144,10 +144,25 @@ def _tree_attention_impl(q, k_cache, v_cache, lengths, ancestors, offsets, scale
     out = _tree_attention_output(q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    _C.tree_attention(
-        _dense_rows(q), _dense_rows(k_cache), _dense_rows(v_cache), lengths, offsets, ancestors, sinks, scale, window, softcap, out
-    )  # fmt: skip
+    q, k_cache, v_cache = _dense_rows(q), _dense_rows(k_cache), _dense_rows(v_cache)
+    space = _attention_space(q, k_cache, v_cache) if q.is_cuda else (None, None)
+    _C.tree_attention(q, k_cache, v_cache, lengths, offsets, ancestors, sinks, scale, window, softcap, out, *space)
     return out
+
+
+_spaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+
+def _attention_space(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the blocks of a launch leave their sums for each other, one place per device and stream: float32 [n], and
+    int32 [m] counters, 0 between launches. It grows."""
+    floats, counters = _C.attention_space(q, k_cache, v_cache)
+    key = q.device.index, torch.cuda.current_stream(q.device).cuda_stream
+    partial, arrived = _spaces.get(key, (None, None))
+    if partial is None or len(partial) < floats or len(arrived) < counters:
+        partial, arrived = q.new_empty(floats, dtype=torch.float32), q.new_zeros(counters, dtype=torch.int32)
+        _spaces[key] = partial, arrived
+    return partial, arrived
 
 
 _register(

@@ -57,6 +57,7 @@ def run_compiler(*arguments) -> None:
 def build(folder: Path) -> None:
     """Puts a package msn_ext into `folder`: the installed one's Python, over emulated kernels."""
     shutil.copytree(CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu"))
+    shutil.copy(HERE / "mma.cuh", folder / "csrc" / "cuda" / "mma.cuh")
     for path in folder.glob("csrc/cuda/*.cu*"):
         shared = r"\1* \2 = reinterpret_cast<\1*>(emulation::dynamic_shared);"
         path.write_text(re.sub(r"extern __shared__ (\w+) (\w+)\[\];", shared, path.read_text()))

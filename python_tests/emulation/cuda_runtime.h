@@ -5,8 +5,8 @@
 // shuffle that not all threads reach, a partial mask) aborts with a message, and so does a write
 // to shared memory that the launch did not ask for. Shared memory holds NaN before each block.
 //
-// Not modelled: two blocks at once and their memory (they run one after the other, so races between
-// blocks do not show); memory ordering inside a warp; caches and pointers of the device (host memory
+// Not modelled: two blocks at once and their memory (they run one after the other, in random order, so
+// races between blocks do not show); memory ordering inside a warp; caches and pointers of the device (host memory
 // stands for it); alignment faults (build.py has the compiler check alignment instead); the rounding
 // of the device's exp and tanh; the limit on kernel parameters (4 KB before CUDA 12.1); registers and
 // launch bounds; streams and graph capture.
@@ -25,6 +25,7 @@
 #include <numeric>
 #include <random>
 #include <tuple>
+#include <vector>
 
 #define __host__
 #define __device__
@@ -49,6 +50,8 @@ struct alignas(16) float4 { float x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+using std::max;
+using std::min;
 
 namespace emulation {
 
@@ -63,6 +66,8 @@ struct Fiber {
   jmp_buf at;  // swapcontext would be a system call each time
   State state;
   int operations;  // warp operations so far
+  std::vector<std::pair<void*, const void*>> copies;  // asynchronous ones that nobody has waited for (mma.cuh)
+  std::vector<size_t> groups;                         // where each group of them ends
 };
 inline Fiber fibers[kMaxThreads];
 inline jmp_buf scheduler;
@@ -70,6 +75,8 @@ inline int running;
 inline std::function<void()> kernel;
 inline std::mt19937 order{1};
 inline uint64_t exchanged[2][kMaxThreads];  // alternating: a lane may be one operation ahead
+inline bool voted;        // of __syncthreads_or
+inline int processors = 1;  // multiprocessors of the device
 inline size_t shared_limit = kUnasked;
 alignas(16) inline char dynamic_shared[kMostShared];
 
@@ -137,6 +144,8 @@ inline void run_block(size_t shared_bytes) {
     }
   } while (all_are(kAtBlock, 0, threads));
   if (!all_are(kDone, 0, threads)) fail("threads wait at a barrier or warp operation that others never reach");
+  for (int i = 0; i < threads; ++i)
+    if (!fibers[i].copies.empty()) fail("an asynchronous copy that nobody waited for");
   if (std::any_of(dynamic_shared + shared_bytes, std::end(dynamic_shared), [](char x) { return x != '\xff'; }))
     fail("a write to shared memory that the launch did not ask for");
 }
@@ -152,6 +161,16 @@ T read_lane(unsigned mask, T value, int lane) {
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::wait(emulation::kAtBlock); }
+inline int __syncthreads_or(int vote) {
+  emulation::voted |= vote != 0;
+  emulation::wait(emulation::kAtBlock);
+  const int any = emulation::voted;
+  emulation::wait(emulation::kAtBlock);  // all have read it
+  emulation::voted = false;
+  emulation::wait(emulation::kAtBlock);  // and nobody votes before all have forgotten it
+  return any;
+}
+inline void __threadfence() {}
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane) {
   return emulation::read_lane(mask, value, lane % emulation::kWarp);
@@ -168,6 +187,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return all;
 }
 
+inline int atomicAdd(int* at, int value) { return (*at += value) - value; }
 inline int atomicMax(int* at, int value) {
   const int before = *at;
   *at = std::max(before, value);
@@ -188,7 +208,8 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = emulation::processors, cudaSuccess; }
 // Holds for the next launch; a GPU keeps it with the kernel.
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
@@ -215,7 +236,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   gridDim = grid;
   blockDim = block;
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) emulation::run_block(config->dynamicSmemBytes);
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+      std::vector<unsigned> blocks(grid.x);
+      std::iota(blocks.begin(), blocks.end(), 0);
+      std::shuffle(blocks.begin(), blocks.end(), emulation::order);
+      for (const unsigned x : blocks) {
+        blockIdx.x = x;
+        emulation::run_block(config->dynamicSmemBytes);
+      }
+    }
   return cudaSuccess;
 }

@@ -51,21 +51,24 @@ class Memory:
         self.rng = rng
         self.blocks = []
 
-    def place(self, values: torch.Tensor, free: int = 0, want: torch.Tensor | None = None) -> torch.Tensor:
+    def place(self, values: torch.Tensor, free: int = 0, want: torch.Tensor | None = None, unit: int = 1) -> torch.Tensor:
         """A tensor that holds ``values`` and shall end as ``want`` (None: as it began).
 
-        Its first ``free`` dimensions lie in any order in memory; where there are any, all of them may have gaps.
+        Its first ``free`` dimensions lie in any order in memory; where there are any, all of them may have gaps, those of
+        the last one of whole ``unit`` values.
         """
         dims, rng = values.dim(), self.rng
         order = rng.sample(range(free), free) + list(range(free, dims))
         gaps = [rng.choice([0, 0, 1, 3]) for _ in range(dims)] if free and rng.random() < 0.6 else [0] * dims
+        gaps[-1] *= unit
         sizes = [values.shape[d] + gaps[d] for d in order]
         size = math.prod(sizes) * values.element_size()
         block = block_of(size)
         tensor = block[len(block) - size :].view(values.dtype).view(sizes)
         tensor = tensor.permute([order.index(d) for d in range(dims)])
         for d in range(dims):
-            tensor = tensor.narrow(d, rng.randrange(gaps[d] + 1), values.shape[d])
+            step = unit if d == dims - 1 else 1
+            tensor = tensor.narrow(d, rng.randrange(gaps[d] // step + 1) * step, values.shape[d])
         tensor.copy_(values)
         end = block.clone()
         twin = end.view(values.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -216,10 +219,16 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
     large = nodes > 100
     batch, kv_heads = (1, 1) if large else (rng.randrange(1, 4), rng.choice([1, 2]))
     group = rng.choice([1, 2] if large else [1, 2, 3, 7])
-    dim = rng.choice([1, 3, 8, 64] if large else [1, 3, 8, 64, 80, 128, 256])
-    v_dim = dim if rng.random() < 0.5 else rng.choice([1, 5, 64, 72, 128, 200, 256])
-    dtype = rng.choice(list(TOLERANCE))
-    lengths = torch.tensor([rng.choice([0, 1, 5, 31, 32, 33, 64, 90]) for _ in range(batch)])
+    if whole := rng.random() < 0.6:  # what tensor cores can take, unless it lies badly
+        dtype, unit = rng.choice([torch.float16, torch.bfloat16]), rng.choice([8, 8, 8, 1])
+        dim = rng.choice([8, 64] if large else [8, 64, 72, 96, 104, 128, 192, 256])
+        v_dim = dim if rng.random() < 0.7 else rng.choice([8, 64, 72, 128, 200, 256])
+    else:
+        dtype, unit = rng.choice(list(TOLERANCE)), 1
+        dim = rng.choice([1, 3, 8, 64] if large else [1, 3, 8, 64, 80, 128, 256])
+        v_dim = dim if rng.random() < 0.5 else rng.choice([1, 5, 64, 72, 128, 200, 256])
+    contexts = [0, 1, 5, 31, 32, 33, 64, 90, *([128, 200, 333] if whole else [])]
+    lengths = torch.tensor([rng.choice(contexts) for _ in range(batch)])
     slots = int(lengths.max()) + nodes + rng.choice([0, 0, 3])
     offsets = torch.tensor([rng.randrange(x + 1) for x in lengths.tolist()]) if rng.random() < 0.4 else None
     if rng.random() < 0.3:
@@ -227,7 +236,7 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
         offsets = offsets if offsets is None else spoil(rng, offsets, slots)
     options = {
         "scale": rng.choice([dim**-0.5, 0.3]),
-        "window": rng.choice([0, 0, 1, 2, 7, 40, 2**63 - 1]),
+        "window": rng.choice([0, 0, 1, 2, 7, 40, 120, 2**63 - 1]),
         "softcap": rng.choice([0.0, 0.0, 3.0]),
     }
     heads = kv_heads * group
@@ -254,14 +263,15 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
         partly = (seen[b] & ~mask[b, mask[b].any(1)].all(0)).nonzero().flatten().tolist()
         if partly and rng.random() < 0.5:
             slot = rng.choice(partly)
-            k[b, :, slot] = v[b, :, slot] = math.nan
+            for cache in rng.choice([(k, v), (k,), (v,)]):
+                cache[b, :, slot] = math.nan
             want[b, mask[b, :, slot]] = math.nan
 
     memory = Memory(rng)
-    q, k, v = (memory.place(x, free=3) for x in (q, k, v))
+    q, k, v = (memory.place(x, free=3, unit=unit) for x in (q, k, v))
     rest = [x if x is None else memory.place(x) for x in (lengths, offsets, ancestors, sinks)]
     out = memory.place(torch.zeros(want.shape, dtype=dtype))
-    _C.tree_attention(q, k, v, *rest, *options.values(), out)
+    _C.tree_attention(q, k, v, *rest, *options.values(), out, None, None)
     case = f"{dtype}, {shapes}, lengths {lengths}, offsets {offsets}, {options}"
     close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype], "equal_nan": True}
     torch.testing.assert_close(out.double(), want, **close, msg=lambda text: f"{text}\n{case}")

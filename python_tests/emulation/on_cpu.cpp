@@ -3,6 +3,8 @@
 // (bindings.cpp, the Python ops) is the real one. Not modelled: device tensors and streams;
 // cuda_runtime.h lists what the emulated device itself leaves out.
 #define MSN_WITH_CUDA
+#include <cuda_runtime.h>
+
 #include "ops.h"
 
 namespace msn::cpu {
@@ -12,7 +14,19 @@ void tree_ancestors(const Tensor& parents, const Tensor& ancestors, const Tensor
 }
 void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, const Tensor& offsets,
                     const Tensor& ancestors, const Tensor& sinks, const AttentionOptions& options, const Tensor& out) {
-  cuda::tree_attention(q, k, v, lengths, offsets, ancestors, sinks, options, out, nullptr);
+  // On a device of some size, with space that holds NaN; at times with too little of it.
+  static std::mt19937 random(1);
+  emulation::processors = 1 + random() % 40;
+  AttentionOptions with = options;
+  if (q.item_size == 2) with.space = cuda::attention_space(q, k, v);
+  std::vector<float> partial(with.space.floats, NAN);
+  std::vector<int> arrived(with.space.counters, 0);
+  with.space.partial = partial.data();
+  with.space.arrived = arrived.data();
+  if (random() % 8 == 0) with.space.floats /= 2;
+  cuda::tree_attention(q, k, v, lengths, offsets, ancestors, sinks, with, out, nullptr);
+  if (std::any_of(arrived.begin(), arrived.end(), [](int count) { return count != 0; }))
+    emulation::fail("tree_attention leaves a counter behind");
 }
 void verify_tree(const Tensor& tokens, const Tensor& targets, const Tensor& parents, const Tensor& accept_length,
                  const Tensor& path, const Tensor& bonus, const Tensor& continuation) {
