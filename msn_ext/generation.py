@@ -39,6 +39,7 @@ from .decoding import (
     TreeDrafter,
     attention_for,
     greedy,
+    steps,
 )
 
 DRAFTS = {
@@ -276,34 +277,37 @@ def _decode(
         targets = Sampler(int(torch.randint(2**63 - 1, ())))
     else:
         targets = greedy
-    decoder = Decoder(model, attention, input_ids, offsets, drafter, targets, logits_processor, max_new_tokens, eos)
     passes: list[Tensor] = []  # what each pass gained, int64 [B]
     totals = torch.zeros(input_ids.shape[0], dtype=torch.int64)
-    try:
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        gained = decoder.prefill()
-        while True:
-            counts, remaining, invalid = gained.status.cpu()  # all that the host reads, drafters that look at the clock apart
-            if invalid.any():
-                row = int(invalid.argmax())
-                raise ValueError(f"the model's probabilities for row {row} hold NaN or infinity; no token can be drawn")
-            if criteria:
-                _ask_criteria(criteria, decoder, counts, remaining)
-            passes.append(counts)
-            totals += counts
+    prompt = input_ids, offsets, max_new_tokens, eos
+    with steps(model, attention, draft, drafter, targets, logits_processor, *prompt) as run:
+        decoder = run.decoder
+        try:
             if streamer is not None:
-                streamer.put(gained.tokens[0, : int(counts[0])].cpu())
-            if not remaining.any():
-                break
-            decoder.advance(int(totals.max()))
-            gained = decoder.step()
-    finally:
-        if streamer is not None:
-            streamer.end()
-
-    pad = generation_config._pad_token_tensor
-    sequences = decoder.sequences(int(totals.max()), 0 if pad is None else int(pad))
+                streamer.put(input_ids.cpu())
+            gained = decoder.prefill()
+            while True:
+                following = run.step() if run.ahead and not criteria else None
+                gained = gained.read()
+                counts, remaining, invalid = gained.status  # all that the host reads, drafters that look at the clock apart
+                if invalid.any():
+                    row = int(invalid.argmax())
+                    raise ValueError(f"the model's probabilities for row {row} hold NaN or infinity; no token can be drawn")
+                if criteria:
+                    _ask_criteria(criteria, decoder, counts, remaining)
+                passes.append(counts)
+                totals += counts
+                if streamer is not None:
+                    streamer.put(gained.tokens[0, : int(counts[0])].cpu())
+                if not remaining.any():
+                    break
+                decoder.advance(int(totals.max()))
+                gained = following or run.step()
+        finally:
+            if streamer is not None:
+                streamer.end()
+        pad = generation_config._pad_token_tensor
+        sequences = decoder.sequences(int(totals.max()), 0 if pad is None else int(pad))
     if not generation_config.return_dict_in_generate:
         return sequences
     accept_lengths = tuple(row[row > 0] for row in torch.stack(passes, dim=1))

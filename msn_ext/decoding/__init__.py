@@ -3,6 +3,7 @@
 from .best_first import BestFirst
 from .corpus import Corpus
 from .drafting import Draft, Drafter, TreeDrafter, Verified
+from .graph import steps
 from .lookahead import Lookahead
 from .recycling import TokenRecycling
 from .sam import SamDecoding
@@ -28,4 +29,5 @@ __all__ = [
     "Verified",
     "attention_for",
     "greedy",
+    "steps",
 ]

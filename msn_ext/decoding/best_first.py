@@ -11,7 +11,7 @@ from msn_ext import ops
 from msn_ext.ops.reference import FACTORS, GUESSES, MAX_NODES, ORDERS, SUFFIXES
 
 from . import factors as weights
-from .budget import Budget, StepTimes
+from .budget import RECORDED, Budget, StepTimes, reach_of
 from .corpus import Corpus
 from .drafting import Draft, TreeDrafter, Verified
 from .tree import RETRIEVAL, DraftTree
@@ -34,9 +34,14 @@ class Denoised:
         self._depths = depths
         self.guesses = torch.full((batch, depths, GUESSES), -1, dtype=torch.int32, device=device)
 
+    def forget(self) -> None:
+        self.guesses.fill_(-1)
+
     def update(self, verified: Verified, guesses: Tensor) -> None:
         nodes = verified.continuation[:, : self._depths, None]
-        self.guesses = guesses.gather(1, nodes.clamp(min=0).expand(-1, -1, GUESSES)).masked_fill(nodes < 0, -1)
+        found = guesses.gather(1, nodes.clamp(min=0).expand(-1, -1, GUESSES)).masked_fill(nodes < 0, -1)
+        self.guesses[:, found.shape[1] :] = -1
+        self.guesses[:, : found.shape[1]] = found
 
 
 class Adjacency:
@@ -50,6 +55,9 @@ class Adjacency:
 
     def __init__(self, device: torch.device, slots: int = SLOTS):
         self.contexts = torch.zeros(ORDERS, slots, 1 + GUESSES, dtype=torch.int32, device=device)
+
+    def forget(self) -> None:
+        self.contexts.zero_()
 
     def update(self, verified: Verified, guesses: Tensor) -> None:
         draft = verified.draft
@@ -68,13 +76,18 @@ class Suffix:
     """
 
     def __init__(self, batch: int, room: int, device: torch.device):
+        self.room = room
         slots = min(1 << max(room - 1, 0).bit_length(), 1 << 17) if room else 0
         self.heads = torch.zeros(batch, len(SUFFIXES), slots, dtype=torch.int32, device=device)
         self._indexed = torch.zeros(batch, dtype=torch.int64, device=device)
 
+    def forget(self) -> None:
+        self.heads.zero_()
+        self._indexed.zero_()
+
     def update(self, history: Tensor, lengths: Tensor) -> None:
         ops.index_suffixes(self.heads, history, self._indexed, lengths)
-        self._indexed = lengths
+        self._indexed.copy_(lengths)
 
 
 SOURCES = ("denoised", "adjacency", "suffix")
@@ -128,6 +141,11 @@ class BestFirst:
         self._factors = weights.load() if factors is None else factors
         self._foresight, self._times = foresight, times
         self._of: tuple[int, torch.device] | None = None  # whose tokens the table of contexts holds
+        self._rows: tuple[int, torch.device] | None = None  # and for how many rows the other tables are
+        self._suffix: Suffix | None = None
+        self._planned: int | None = None
+        self.allocations = 0
+        self.probability: Tensor | None = None
         self._opening = TreeDrafter(DraftTree.chain(1 + min(OPENING, max_depth), RETRIEVAL))
 
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
@@ -140,17 +158,31 @@ class BestFirst:
         self._vocabulary, self._corpus_tables = vocabulary, self._corpus_on(device)
         self._opening.start(batch, vocabulary, device)
         self._factors = self._factors.to(device)
-        self._denoised = Denoised(batch, self.max_depth if "denoised" in self._sources else 0, device)
+        if self._rows == (batch, device):
+            self._denoised.forget()
+            if self._suffix is not None:
+                self._suffix.forget()
+        else:
+            self._rows = batch, device
+            self.allocations += 1
+            self._denoised = Denoised(batch, self.max_depth if "denoised" in self._sources else 0, device)
+            self._suffix = None
         if self._of != (vocabulary, device):  # another vocabulary's tokens may be none here
             self._of = vocabulary, device
+            self.allocations += 1
             self._adjacency = Adjacency(device, slots=SLOTS if "adjacency" in self._sources else 0)
-        self._suffix: Suffix | None = None
         if self._times is None:
             self._times = StepTimes(None, device.type)
         self._choice = Budget(self._times, batch)
+        self._planned = None
+        self._late: list[float] | None = None  # guesses accepted, by nodes, as the last report promised
         self._draft: Draft | None = None  # what was proposed last,
         self._accepted: Tensor | None = None  # its accept lengths, once it was verified,
         self._lengths: Tensor | None = None  # and the texts behind which it was proposed
+
+    def forget(self) -> None:
+        """The tokens that were remembered from call to call."""
+        self._adjacency.forget()
 
     def _corpus_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.corpus is not None:
@@ -160,8 +192,10 @@ class BestFirst:
 
     def _listen(self, history: Tensor, lengths: Tensor) -> Suffix:
         """The suffixes of the text so far."""
-        if self._suffix is None:
-            self._suffix = Suffix(len(lengths), history.shape[1] if "suffix" in self._sources else 0, history.device)
+        room = history.shape[1] if "suffix" in self._sources else 0
+        if self._suffix is None or self._suffix.room != room:
+            self.allocations += 1
+            self._suffix = Suffix(len(lengths), room, history.device)
         self._suffix.update(history, lengths)
         return self._suffix
 
@@ -169,7 +203,8 @@ class BestFirst:
         return self._opening.first(history, lengths)
 
     def propose(self, history: Tensor, lengths: Tensor) -> Draft:
-        if self.budget is None:
+        free = self.budget is None and self._planned is None
+        if free:
             self._look_back(lengths)
         tokens, parents, self.probability, self.sources = ops.draft_tree(
             history,
@@ -179,15 +214,37 @@ class BestFirst:
             self._listen(history, lengths).heads,
             *self._corpus_tables,
             self._factors,
-            self.budget or self._choice.reach,
+            self.budget or (self._choice.reach if free else reach_of(self._planned)),
             self.max_depth,
             self._foresight,
         )
         if self.corpus is not None:  # a damaged file may hold any number
             tokens.clamp_(max=self._vocabulary - 1)
-        nodes = self.budget or self._pay()
+        nodes = self.budget or self._planned or self._pay()
         self._draft = Draft.of(tokens[:, :nodes], parents[:, :nodes])
         return self._draft
+
+    @property
+    def report(self) -> Tensor | None:
+        """Of recorded steps (:mod:`.graph`): the probabilities that the size of the next tree is chosen by."""
+        return None if self.budget else self.probability
+
+    def plan(self) -> int:
+        """The nodes of the next tree, by what was said of the last step but one."""
+        if self._late is None:
+            self._planned = self.budget or RECORDED[2]
+        elif not self.budget:
+            self._planned = self._choice.choose(self._late, RECORDED)
+        return self._planned
+
+    def told(self, report: Tensor | None, nodes: int, gained: list[int], seconds: float) -> None:
+        growing = [b for b, tokens in enumerate(gained) if tokens]
+        if report is None or not growing:
+            return
+        expected = (report[growing].mean(0).cumsum(0) - 1).tolist()
+        self._times.observe(len(gained) * nodes, seconds)
+        self._choice.observe(expected[nodes - 1], sum(gained[b] for b in growing) / len(growing) - 1)
+        self._late = expected
 
     def _pay(self) -> int:
         """The nodes that give the most tokens per second; waits for the device."""
@@ -207,10 +264,10 @@ class BestFirst:
         if len(lengths) > 1:  # a row that gained nothing has ended, and goes on only beside the others
             growing = torch.ones_like(lengths, dtype=torch.bool) if self._lengths is None else lengths > self._lengths
             self._growing = growing | ~growing.any()
-        self._began, self._lengths, self._accepted = now, lengths, None
+        self._began, self._lengths, self._accepted = now, lengths.clone(), None
 
     def observe(self, verified: Verified) -> None:
-        if verified.draft is self._draft and self.budget is None:
+        if verified.draft is self._draft and self.budget is None and self._planned is None:
             self._accepted = verified.accept_length
         guesses = ops.top_guesses(verified.logits)
         self._denoised.update(verified, guesses)

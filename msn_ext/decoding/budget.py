@@ -7,8 +7,14 @@ from itertools import accumulate
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Trees that are considered."""
+RECORDED = (1, 8, 16, 32, 64, 128)
+"""The same where each size costs a recording (:mod:`.graph`)."""
 MEMORY = 0.95  # what the past still counts after one more step
 OUTLIER = 2.0  # a step that took so many times what was expected counts as one that took just that
+
+
+def reach_of(size: int) -> int:
+    return min(max(16, 4 * size), SIZES[-1])
 
 
 class StepTimes:
@@ -99,12 +105,12 @@ class Budget:
     @property
     def reach(self) -> int:
         """Nodes to look at next: more are not worth the time to draft them, from one step to the next."""
-        return min(max(16, 4 * self._size), SIZES[-1])
+        return reach_of(self._size)
 
-    def choose(self, expected: list[float]) -> int:
+    def choose(self, expected: list[float], sizes: tuple[int, ...] = SIZES) -> int:
         """The size with the most tokens per second; ``expected[n]``: guesses accepted of n + 1 nodes, per row."""
         trust = self._accepted / self._expected
-        sizes = [size for size in SIZES if size <= len(expected)]
+        sizes = [size for size in sizes if size <= len(expected)]
         self._size = max(sizes, key=lambda size: (1 + trust * expected[size - 1]) / self._times(self._rows * size))
         return self._size
 

@@ -65,10 +65,11 @@ class TreeCache(Cache):
 
     Args:
         config: the model's text config, for the number of layers.
+        fixed: slots that are there from the beginning, and are attended to whole; None: as many as are needed.
     """
 
-    def __init__(self, config):
-        self.capacity = 0
+    def __init__(self, config, fixed: int | None = None):
+        self.capacity, self._fixed = fixed or 0, fixed
         self.start = self.end = 0
         self.write_index: tuple = ()
         super().__init__(layers=[TreeLayer(self) for _ in DynamicCache(config=config).layers])
@@ -78,6 +79,13 @@ class TreeCache(Cache):
             self.capacity = max(slots, self.capacity * 3 // 2)
             for layer in self.layers:
                 layer.grow()
+
+    def clear(self) -> None:
+        """Forget everything; NaN would come through a dense mask."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys.zero_()
+                layer.values.zero_()
 
     def at_start(self, count: int) -> None:
         """The next forward pass writes ``count`` tokens into the first slots of every row."""
@@ -90,6 +98,7 @@ class TreeCache(Cache):
 
         ``end`` bounds lengths + nodes: the host knows it without asking the device.
         """
+        end = self._fixed or end
         self._reserve(end)
         self.start, self.end = end - nodes, end
         rows = torch.arange(lengths.shape[0], device=lengths.device)[:, None]

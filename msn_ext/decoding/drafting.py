@@ -74,7 +74,7 @@ class Drafter(Protocol):
     """A source of guesses. It can be wrong, never harmful: it only decides where the model looks.
 
     ``history[b, :lengths[b]]`` is the text of row b so far, prompt included, without padding; what
-    lies behind is rubbish. docs/drafters.md has an example.
+    lies behind is rubbish. Both grow in place: what is to be kept must be copied. docs/drafters.md has an example.
 
     Attributes:
         max_depth: bound on the depth of any node it proposes.
@@ -113,11 +113,19 @@ class TreeDrafter:
         rank = RETRIEVAL if RETRIEVAL in tree.ranks else 0
         self._chain = DraftTree.chain(tree.max_depth + 1, rank)
 
+        self._of: tuple[int, int, torch.device] | None = None
+        self.report, self.allocations = None, 0
+
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
+        if self._of == (batch, vocabulary, device):
+            self._candidates.fill_(-1)
+            return
+        self._of = batch, vocabulary, device
+        self.allocations += 1
         self._batch, self._device = batch, device
         self._top_k = min(self._tree.top_k, vocabulary)
         self._seed = torch.tensor([self._seed_value], device=device)
-        self._candidates = self._none(0, 0)
+        self._candidates, self._nothing = self._none(self.max_depth, self._top_k), self._none(0)
 
     def _none(self, *shape: int) -> Tensor:
         return torch.full((self._batch, *shape), -1, dtype=torch.int64, device=self._device)
@@ -132,7 +140,7 @@ class TreeDrafter:
         if tree.retrieval_length:
             retrieved, _ = ops.lookup_ngram(history, lengths, MAX_NGRAM, tree.retrieval_length)
         else:
-            retrieved = self._none(0)
+            retrieved = self._nothing
         shape = tree.tensors(self._device)
         tokens = ops.fill_tree(self._candidates, retrieved, history, lengths, shape.depth, shape.rank, self._seed)
         return Draft.shaped(tokens, shape)
@@ -144,4 +152,11 @@ class TreeDrafter:
         nodes = verified.continuation[:, : self.max_depth]
         rows = torch.arange(self._batch, device=self._device)[:, None]
         top = verified.logits[rows, nodes.clamp(min=0)].topk(self._top_k, dim=-1).indices
-        self._candidates = torch.where((nodes >= 0)[..., None], top, -1)
+        self._candidates[:, nodes.shape[1] :] = -1
+        self._candidates[:, : nodes.shape[1]] = torch.where((nodes >= 0)[..., None], top, -1)
+
+    def plan(self) -> int:
+        return len(self._tree)
+
+    def told(self, report: None, nodes: int, gained: list[int], seconds: float) -> None:
+        """The shape is fixed, whatever comes of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,9 +39,13 @@ class Gained:
     tokens: Tensor
     status: Tensor
 
+    def read(self) -> Gained:
+        """The same, its status on the host."""
+        return Gained(self.tokens, self.status.cpu())
+
 
 class Decoder:
-    """The state of a batch that is being decoded; all of it on the model's device.
+    """The state of a batch that is being decoded; all of it on the model's device, changed in place.
 
     ``history[b, :lengths[b]]`` are the tokens so far, without padding. The last one is the root of
     the next tree: its key and value are not cached yet. Positions are logical: left padding has
@@ -56,6 +61,8 @@ class Decoder:
         processors: of the logits; none may look at the prefix.
         max_new_tokens: tokens to gain per row, exactly unless an end-of-text token comes first.
         eos_token_ids: int64 [E]; what ends a row.
+        room: slots of the cache, all of them from the beginning, so that every step has the same shapes;
+            None: as many as are needed, by and by.
     """
 
     def __init__(
@@ -69,25 +76,42 @@ class Decoder:
         processors: LogitsProcessorList,
         max_new_tokens: int,
         eos_token_ids: Tensor,
+        room: int | None = None,
     ):
         batch, prompt = input_ids.shape
-        device = input_ids.device
-        self.model, self._attention, self._drafter = model, attention, drafter
-        self._targets, self._processors, self._eos = targets, processors, eos_token_ids
-        self._input_ids, self._offsets = input_ids, offsets
+        self._model = weakref.ref(model)  # recordings of its steps stay as long as the model does, and no longer
+        self.drafter, self._attention = drafter, attention
+        self._targets, self._processors = targets, processors
         self._config = model.config.get_text_config(decoder=True)
-        self._cache = TreeCache(self._config)
-        drafter.start(batch, self._config.vocab_size, device)
+        self._cache = TreeCache(self._config, fixed=room)
         self._forwards_all_logits = not model._supports_logits_to_keep()
+        self._history = input_ids.new_zeros(batch, room or prompt + max_new_tokens + MAX_NODES)
+        self._offsets, self._eos = offsets.clone(), eos_token_ids.clone()
+        self._lengths, self._prompt_lengths, self._remaining, self._last_position = offsets.new_empty(4, batch).unbind()
+        self.begin(input_ids, offsets, max_new_tokens, eos_token_ids)
 
-        self._history = torch.zeros(batch, prompt + max_new_tokens + MAX_NODES, dtype=torch.int64, device=device)
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._model()
+
+    def begin(self, input_ids: Tensor, offsets: Tensor, max_new_tokens: int, eos_token_ids: Tensor) -> None:
+        """Other prompts, as many of them and end-of-text tokens as before, that fit into the room."""
+        batch, prompt = input_ids.shape
+        device = input_ids.device
+        self._input_ids = input_ids
+        self._offsets.copy_(offsets)
+        self._eos.copy_(eos_token_ids)
+        self._cache.clear()
+        self.drafter.start(batch, self._config.vocab_size, device)
         columns = torch.arange(prompt, device=device)
+        self._history.zero_()
         self._history[:, :prompt] = input_ids.gather(1, (columns + offsets[:, None]).clamp(max=prompt - 1))
-        self._prompt_lengths = self._lengths = prompt - offsets
-        self._remaining = torch.full_like(self._lengths, max_new_tokens)
+        self._lengths.copy_(prompt - offsets)
+        self._prompt_lengths.copy_(self._lengths)
+        self._remaining.fill_(max_new_tokens)
         # The last position that plain decoding would compute. Nodes beyond it are computed there
         # (tables of learned positions end somewhere); what they say is never used.
-        self._last_position = (self._lengths + max_new_tokens - 2).clamp(min=0)
+        self._last_position.copy_((self._lengths + max_new_tokens - 2).clamp(min=0))
         # Slots of the longest row before its root, a bound that needs no word from the device.
         self._longest = prompt - 1
         self._final = prompt + max_new_tokens
@@ -127,7 +151,7 @@ class Decoder:
     @torch.no_grad()
     def prefill(self) -> Gained:
         """The first pass: the prompt, and behind it a chain of guesses, checked like any tree."""
-        guesses = self._drafter.first(self._history, self._lengths)
+        guesses = self.drafter.first(self._history, self._lengths)
         draft = self._chain(None if self._straddles(guesses.shape[1]) else guesses)
         return self._read(torch.cat([self._input_ids, draft.tokens[:, 1:]], dim=1), draft)
 
@@ -148,10 +172,10 @@ class Decoder:
         """Every later pass: a tree behind the cached prefix."""
         if self._rereads and self._longest == self._shallow_until:
             return self._read(self._history[:, : self._longest + 1], self._chain())
-        if self._straddles(self._drafter.max_depth):
+        if self._straddles(self.drafter.max_depth):
             draft = self._chain()
         else:
-            draft = self._drafter.propose(self._history, self._lengths)
+            draft = self.drafter.propose(self._history, self._lengths)
         draft.tokens[:, :1] = self._roots()
         prefix = self._lengths - 1 + self._offsets
         self._cache.at(prefix, len(draft), self._longest + len(draft))
@@ -181,23 +205,31 @@ class Decoder:
         targets = self._targets(logits, positions, self._processors)
         accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._cache.commit(self._lengths - 1 + self._offsets, path, accepted)
-        self._drafter.observe(
+        self.drafter.observe(
             Verified(draft, logits, targets, path, accepted, continuation, self._history, self._lengths)
         )
 
         gained = targets.gather(1, path.clamp(min=0))  # the target of each accepted node, root first
         columns = torch.arange(len(draft), device=gained.device)
         counts = accepted.minimum(self._remaining)
+        remaining = self._remaining
         if self._eos.numel():
-            ends = torch.isin(gained, self._eos) & (columns < counts[:, None])
+            ends = (gained[..., None] == self._eos).any(-1) & (columns < counts[:, None])
             counts = torch.where(ends.any(1), ends.int().argmax(1) + 1, counts)
-            self._remaining = torch.where(ends.any(1), counts, self._remaining)
+            remaining = torch.where(ends.any(1), counts, remaining)
         # Behind the gained tokens lies rubbish, which the next step overwrites.
         self._history.scatter_(1, self._lengths[:, None] + columns, gained)
-        self._lengths = self._lengths + counts
-        self._remaining = self._remaining - counts
+        self._lengths += counts
+        self._remaining.copy_(remaining - counts)
         invalid = ((gained >= logits.shape[-1]) & (columns < counts[:, None])).any(1)
         return Gained(gained, torch.stack([counts, self._remaining, invalid.long()]))
+
+    @property
+    def changes_course(self) -> str | None:
+        """Why steps differ in more than the values of tensors; None: they do not."""
+        if self._shallow_until:
+            return "rope_type='longrope' changes its factors on the way"
+        return None
 
     def advance(self, longest_gain: int) -> None:
         """Tell the decoder how many tokens the longest row has gained in all (the host's bound)."""

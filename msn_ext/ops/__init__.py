@@ -11,6 +11,8 @@ slot outside the cache is left alone.
 The specification of each op is its plain PyTorch version in :mod:`msn_ext.ops.reference`.
 """
 
+import threading
+
 import torch  # before _C, which shares its OpenMP threads
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from msn_ext import _C
 from .reference import GUESSES, MAX_NODES
 
 __all__ = [
+    "AttentionSpace",
     "commit_kv",
     "draft_tree",
     "draw_noise",
@@ -150,19 +153,38 @@ def _tree_attention_impl(q, k_cache, v_cache, lengths, ancestors, offsets, scale
     return out
 
 
-_spaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+class AttentionSpace:
+    """Where the blocks of a :func:`tree_attention` launch on a GPU leave their sums for each other.
+
+    There is one per device and stream. Within ``with AttentionSpace():`` the calls of a thread use this one instead, for
+    recorded launches (CUDA graphs), whose memory nobody else may use and which must stay.
+    """
+
+    def __init__(self):
+        self._all: list[tuple[Tensor, Tensor]] = []
+
+    def of(self, q: Tensor, floats: int, counters: int) -> tuple[Tensor, Tensor]:
+        """float32 [floats or more], and int32 [counters or more] that are 0 between launches."""
+        if not self._all or len(self._all[-1][0]) < floats or len(self._all[-1][1]) < counters:
+            self._all.append((q.new_empty(floats, dtype=torch.float32), q.new_zeros(counters, dtype=torch.int32)))
+        return self._all[-1]
+
+    def __enter__(self):
+        _own.space, self._before = self, getattr(_own, "space", None)
+
+    def __exit__(self, *error):
+        _own.space = self._before
+
+
+_own = threading.local()
+_spaces: dict[tuple[int, int], AttentionSpace] = {}
 
 
 def _attention_space(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the blocks of a launch leave their sums for each other, one place per device and stream: float32 [n], and
-    int32 [m] counters, 0 between launches. It grows."""
-    floats, counters = _C.attention_space(q, k_cache, v_cache)
-    key = q.device.index, torch.cuda.current_stream(q.device).cuda_stream
-    partial, arrived = _spaces.get(key, (None, None))
-    if partial is None or len(partial) < floats or len(arrived) < counters:
-        partial, arrived = q.new_empty(floats, dtype=torch.float32), q.new_zeros(counters, dtype=torch.int32)
-        _spaces[key] = partial, arrived
-    return partial, arrived
+    space = getattr(_own, "space", None)
+    if space is None:
+        space = _spaces.setdefault((q.device.index, torch.cuda.current_stream(q.device).cuda_stream), AttentionSpace())
+    return space.of(q, *_C.attention_space(q, k_cache, v_cache))
 
 
 _register(

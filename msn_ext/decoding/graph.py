@@ -1,0 +1,270 @@
+"""A decoder's steps recorded and replayed: on a GPU, one launch instead of some hundred (CUDA graphs).
+
+A recording repeats the same kernels on the same memory, so it is of one size of tree, and everything that a step
+changes it changes in place (:class:`.step.Decoder` with ``room``). The host reads what a step gained while the next
+one runs. Recordings stay with their model from call to call, a few of them, and go when it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from msn_ext import ops
+from msn_ext.ops.reference import MAX_NODES
+
+from .drafting import Drafter
+from .step import Decoder, Gained, Targets
+from .verification import greedy
+
+logger = logging.getLogger("msn_ext")
+
+KEPT = 4
+"""Decoders with their recordings that are kept for a model."""
+RECORDINGS = 8
+"""Of a decoder, one per size of tree."""
+ROOM = 512
+"""Slots of a cache come in multiples of this, so that one decoder serves prompts of many lengths."""
+
+
+@runtime_checkable
+class Plannable(Protocol):
+    """What a :class:`.drafting.Drafter` needs beside for its steps to be recorded: ``propose`` and ``observe`` do not ask
+    the device anything, keep their state in place, and ``propose`` gives as many nodes as ``plan`` said.
+
+    A class says so itself: one that inherits these from another is not recorded, since it may do in ``observe`` what it
+    likes.
+
+    Attributes:
+        report: what ``told`` wants to know of a proposal, on the device; None: nothing.
+        allocations: how often its state was laid out anew, at other places of memory.
+    """
+
+    report: Tensor | None
+    allocations: int
+
+    def plan(self) -> int:
+        """The nodes of the next tree."""
+
+    def told(self, report: Tensor | None, nodes: int, gained: list[int], seconds: float) -> None:
+        """What came of a step: its report, its nodes, the tokens per row, and its time. It comes one step late."""
+
+
+class CudaRecording:
+    """The kernels of one step."""
+
+    def __init__(self, step: Callable[[], Gained], pool):
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.gained = step()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class Recorder:
+    """Where steps are recorded: a CUDA device. A test has one of its own for the CPU."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream(device)
+        self._host: OrderedDict[tuple, list[Tensor]] = OrderedDict()
+
+    def warm_up(self, step: Callable[[], Gained]) -> Gained:
+        """A step outside any recording, on another stream than the default one, as recording asks for."""
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            gained = step()
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
+        return gained
+
+    def record(self, step: Callable[[], Gained]) -> CudaRecording:
+        return CudaRecording(step, self._pool)
+
+    def to_host(self, tensors: list[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
+        """Copies that are under way, and what waits for them. The last copies but one are overwritten."""
+        shapes = tuple((x.shape, x.dtype) for x in tensors)
+        slots = self._host.setdefault(shapes, [])
+        if len(slots) < 2:
+            slots.append([torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors])
+        else:
+            slots.append(slots.pop(0))
+        for to, x in zip(slots[-1], tensors):
+            to.copy_(x, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return slots[-1], event.synchronize
+
+
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": Recorder}
+"""By type of device."""
+
+
+class Late:
+    """What a step gained, on its way to the host; read as :class:`.step.Gained`, once."""
+
+    def __init__(self, read: Callable[[], Gained]):
+        self.read = read
+
+
+class Replay:
+    """The steps of a decoder with a fixed room, recorded where that is possible.
+
+    Args:
+        decoder: its drafter is :class:`Plannable`.
+        recorder: of the decoder's device.
+    """
+
+    ahead = True  # a step may be launched before the last one was read
+
+    def __init__(self, decoder: Decoder, recorder: Recorder):
+        self.decoder, self._recorder = decoder, recorder
+        self._recordings: OrderedDict[int, tuple] = OrderedDict()  # by nodes: recording, its drafter's report
+        self._warm: set[int] = set()
+        self._space = ops.AttentionSpace()
+        self._allocations = decoder.drafter.allocations
+        self._refused = False
+        self._read_at: float | None = None
+
+    def begin(self, *prompt) -> None:
+        """As :meth:`.step.Decoder.begin`."""
+        self.decoder.begin(*prompt)
+        self._read_at = None
+        if self._allocations != self.decoder.drafter.allocations:
+            self._recordings.clear()
+            self._warm.clear()
+
+    def step(self) -> Late:
+        """Launches one step; nothing waits for it yet."""
+        drafter = self.decoder.drafter
+        nodes = drafter.plan()
+        with self._space:
+            if self._recordings.get(nodes) or self._record(nodes):
+                self._recordings.move_to_end(nodes)
+                recording, report = self._recordings[nodes]
+                recording.replay()
+                gained = recording.gained
+            else:
+                gained = self._recorder.warm_up(self.decoder.step)
+                report = drafter.report
+        there, wait = self._recorder.to_host([gained.tokens, gained.status, *([] if report is None else [report])])
+
+        def read() -> Gained:
+            wait()
+            now, before = time.perf_counter(), self._read_at
+            self._read_at = now
+            tokens, status, *reports = (x.clone() for x in there)
+            if before is not None:
+                drafter.told(reports[0] if reports else None, nodes, status[0].tolist(), now - before)
+            return Gained(tokens, status)
+
+        return Late(read)
+
+    def _record(self, nodes: int) -> bool:
+        """Whether a step with so many nodes could be recorded; it has to run once before."""
+        if self._refused or nodes not in self._warm:
+            self._warm.add(nodes)
+            return False
+        try:
+            recording = self._recorder.record(self.decoder.step)
+        except RuntimeError as error:
+            self._refused = True
+            logger.warning("msn_ext decodes without CUDA graphs: a step of this model cannot be recorded: %s", error)
+            return False
+        self._recordings[nodes] = recording, self.decoder.drafter.report
+        self._allocations = self.decoder.drafter.allocations
+        if len(self._recordings) > RECORDINGS:
+            self._recordings.popitem(last=False)
+        return True
+
+
+class Eager:
+    """The steps of a decoder one by one."""
+
+    ahead = False
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.step = decoder.step
+
+
+_kept: weakref.WeakKeyDictionary[PreTrainedModel, OrderedDict[tuple, list[Replay]]] = weakref.WeakKeyDictionary()
+_guard = threading.Lock()
+
+
+def why_eager(device: torch.device, drafter: Drafter, targets: Targets, processors: LogitsProcessorList) -> str | None:
+    """Why steps are not recorded; None: they may be."""
+    if device.type not in RECORDERS:
+        return f"the model is on {device.type}"
+    if os.environ.get("MSN_GRAPHS", "on") == "off":
+        return "MSN_GRAPHS is off"
+    if not (isinstance(drafter, Plannable) and "plan" in vars(type(drafter))):
+        return f"{type(drafter).__name__} may ask the device while it drafts"
+    if targets is not greedy:
+        return "tokens are sampled"
+    if processors:
+        return f"{type(processors[0]).__name__} is applied"
+    return None
+
+
+@contextlib.contextmanager
+def steps(
+    model: PreTrainedModel,
+    attention,
+    draft: object,
+    drafter: Drafter,
+    targets: Targets,
+    processors: LogitsProcessorList,
+    input_ids: Tensor,
+    offsets: Tensor,
+    max_new_tokens: int,
+    eos_token_ids: Tensor,
+) -> Iterator[Replay | Eager]:
+    """A decoder at the beginning of its prompts (arguments as :class:`.step.Decoder` has them), recorded where possible.
+
+    Args:
+        draft: what the user asked to draft with, a name or an object; recordings are kept by it.
+    """
+    prompt = input_ids, offsets, max_new_tokens, eos_token_ids
+    reason = why_eager(input_ids.device, drafter, targets, processors)
+
+    def make(room: int | None = None) -> Decoder:
+        return Decoder(model, attention, input_ids, offsets, drafter, targets, processors, *prompt[2:], room=room)
+
+    if reason is None:
+        room = -(-(input_ids.shape[1] + max_new_tokens + MAX_NODES) // ROOM) * ROOM
+        key = (*input_ids.shape[:1], room, eos_token_ids.shape, draft if isinstance(draft, str) else id(draft), type(attention))
+        key += (hash(tuple((x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))),)
+        with _guard:
+            kept = _kept.setdefault(model, OrderedDict())
+            replay = kept[key].pop() if kept.get(key) else None
+        if replay is None:
+            replay = Replay(make(room), RECORDERS[input_ids.device.type](input_ids.device))
+        else:
+            if isinstance(draft, str) and hasattr(replay.decoder.drafter, "forget"):
+                replay.decoder.drafter.forget()
+            replay.begin(*prompt)
+        reason = replay.decoder.changes_course
+    if reason is not None:
+        logger.info("msn_ext decodes without CUDA graphs: %s", reason)
+        yield Eager(make())
+        return
+    yield replay
+    with _guard:  # not after an error: its state is anybody's guess
+        kept.setdefault(key, []).append(replay)
+        kept.move_to_end(key)
+        while sum(map(len, kept.values())) > KEPT:
+            oldest = next(iter(kept))
+            kept[oldest].pop() if kept[oldest] else kept.pop(oldest)

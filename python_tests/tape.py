@@ -1,0 +1,87 @@
+"""CUDA graphs for the CPU: a step recorded as the list of its operations, and replayed without its Python.
+
+What a graph repeats on a GPU, the same kernels on the same memory, a tape repeats here. So whatever a step does in Python
+only, asks the device for, or keeps at another place of memory shows as an error or as a wrong result.
+"""
+
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+class Recording(TorchDispatchMode):
+    """The operations of one step; as with a graph, recording changes nothing."""
+
+    def __init__(self, step):
+        super().__init__()
+        self._operations, self._before, self._made = [], {}, set()
+        self.replays = 0
+        try:
+            # As transformers asks, which leaves its own questions to the device out then.
+            with mock.patch("transformers.utils.import_utils.is_cuda_stream_capturing", return_value=True), self:
+                self.gained = step()
+        finally:
+            for storage, content in self._before.values():
+                storage.copy_(content)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        masks = any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args[1:]))
+        plain = func is torch.ops.aten.index.Tensor and not masks  # indexed by numbers
+        if torch.Tag.data_dependent_output in func.tags or (torch.Tag.dynamic_output_shape in func.tags and not plain):
+            raise RuntimeError(f"{func} asks the device, which a recording cannot")
+        written = []
+        for at, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written += tensors(args[at] if at < len(args) else kwargs.get(argument.name))
+        for x in written:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in self._made and storage.data_ptr() not in self._before:
+                self._before[storage.data_ptr()] = storage, storage.clone()
+        out = func(*args, **kwargs)
+        given = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+        fresh = [x for x in tensors(out) if x.untyped_storage().data_ptr() not in given]
+        self._made.update(x.untyped_storage().data_ptr() for x in fresh)
+        if written or fresh:  # all else are views
+            self._operations.append((func, args, kwargs, out, fresh))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, out, fresh in self._operations:
+            new = func(*args, **kwargs)
+            for old, value in zip(tensors(out), tensors(new)):
+                if any(old is x for x in fresh):
+                    old.copy_(value)
+
+
+class Recorder:
+    """As :class:`msn_ext.decoding.graph.Recorder`; counts what was recorded and run."""
+
+    made: list = []
+
+    def __init__(self, device):
+        self.recordings, self.warm_ups = [], 0
+        Recorder.made.append(self)
+
+    def warm_up(self, step):
+        self.warm_ups += 1
+        return step()
+
+    def record(self, step):
+        self.recordings.append(Recording(step))
+        return self.recordings[-1]
+
+    def to_host(self, values):
+        return [x.clone() for x in values], lambda: None
+
+    @property
+    def replays(self):
+        return sum(recording.replays for recording in self.recordings)
