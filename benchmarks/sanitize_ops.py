@@ -78,16 +78,17 @@ def check_drafting(n: int, device: str) -> None:
 
 
 def check_best_first(n: int, device: str) -> None:
+    tokens, targets, parents = torch.randint(0, 9, (BATCH, n)), torch.randint(0, 9, (BATCH, n)), rand_trees(n)
     logits = torch.randn(BATCH, n, 300)
     logits[:, :, 7] = logits[:, :, 3]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         compare(f"top_guesses N={n} {str(dtype)[6:]}", device, ops.top_guesses, logits.to(dtype))
+        compare(f"verify_logits N={n} {str(dtype)[6:]}", device, ops.verify_logits, logits.to(dtype), tokens, parents)
     history, lengths = torch.randint(0, 9, (BATCH, 3000)), torch.tensor([3000, 1, 777])
     outside = torch.tensor([FAR, -FAR, 0])
     heads, contexts = torch.zeros(BATCH, 8, 512, dtype=torch.int32), torch.zeros(3, 512, 9, dtype=torch.int32)
     heads_there, contexts_there = on(device, heads), on(device, contexts)
     start = torch.tensor([0, 0, 700])
-    tokens, targets, parents = torch.randint(0, 9, (BATCH, n)), torch.randint(0, 9, (BATCH, n)), rand_trees(n)
     path, guesses = ops.verify_tree(tokens, targets, parents)[1], ops.top_guesses(torch.randn(BATCH, n, 9))
     draft = [history, lengths, tokens, parents, path, guesses]
     ops.index_suffixes(heads, history, start, lengths)

@@ -190,6 +190,14 @@ void expect_range(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high) refuse(name, " is ", value, "; expected ", low, " to ", high);
 }
 
+// Rows of logits [rows, V].
+void expect_logits(const Tensor& logits) {
+  expect_dims("logits", logits, 2);
+  expect_float("logits", logits);
+  expect_range("vocabulary of logits", logits.shape[1], 1, msn::kMaxVocabulary);
+  if (logits.shape[1] > 1 && logits.strides[1] != 1) refuse("logits has rows that are not contiguous");
+}
+
 #ifdef MSN_WITH_CUDA
 // torch's current stream on the tensor's device.
 void* stream_of(const Tensor& t) {
@@ -314,6 +322,35 @@ void verify_tree(py::handle tokens_, py::handle targets_, py::handle parents_, p
   MSN_DISPATCH(verify_tree, tokens, tokens, targets, parents, accept_length, path, bonus, continuation)
 }
 
+void verify_logits(py::handle logits_, py::handle tokens_, py::handle parents_, py::handle guesses_, py::handle targets_,
+                   py::handle accept_length_, py::handle path_, py::handle bonus_, py::handle continuation_, py::handle arrived_) {
+  const Tensor logits = borrow("logits", logits_), tokens = borrow("tokens", tokens_), parents = borrow("parents", parents_),
+               guesses = borrow("guesses", guesses_), targets = borrow("targets", targets_),
+               accept_length = borrow("accept_length", accept_length_), path = borrow("path", path_),
+               bonus = borrow("bonus", bonus_), continuation = borrow("continuation", continuation_),
+               arrived = borrow("arrived", arrived_);
+  expect_dims("tokens", tokens, 2);
+  const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
+  expect_nodes("tokens", nodes);
+  expect_index("tokens", tokens, DType::kInt64, {batch, nodes}, tokens);
+  expect_tree("parents", parents, DType::kInt32, batch, nodes, tokens);
+  expect_logits(logits);
+  expect_shape("logits", logits, {batch * nodes, logits.shape[1]});
+  expect_device("logits", logits, tokens);
+  expect_index("guesses", guesses, DType::kInt32, {batch * nodes, msn::kGuesses}, tokens);
+  expect_index("targets", targets, DType::kInt64, {batch, nodes}, tokens);
+  expect_index("accept_length", accept_length, DType::kInt64, {batch}, tokens);
+  expect_index("path", path, DType::kInt64, {batch, nodes}, tokens);
+  expect_index("bonus", bonus, DType::kInt64, {batch}, tokens);
+  expect_index("continuation", continuation, DType::kInt64, {batch, nodes}, tokens);
+  expect_dims("arrived", arrived, 1);
+  expect_index("arrived", arrived, DType::kInt32, {arrived.shape[0]}, tokens);
+  if (arrived.shape[0] < batch) refuse("arrived has ", arrived.shape[0], " counters; expected one per row, ", batch);
+  if (batch == 0) return;
+  MSN_DISPATCH(verify_logits, tokens, logits, tokens, parents, guesses, targets, accept_length, path, bonus, continuation,
+               arrived)
+}
+
 void commit_kv(const std::vector<py::object>& caches_, py::handle lengths_, py::handle path_, py::handle accept_length_) {
   const Tensor lengths = borrow("lengths", lengths_), path = borrow("path", path_), accept_length = borrow("accept_length", accept_length_);
   expect_dims("path", path, 2);
@@ -372,10 +409,7 @@ void fill_tree(py::handle candidates_, py::handle retrieved_, py::handle history
 
 void top_guesses(py::handle logits_, py::handle guesses_) {
   const Tensor logits = borrow("logits", logits_), guesses = borrow("guesses", guesses_);
-  expect_dims("logits", logits, 2);
-  expect_float("logits", logits);
-  expect_range("vocabulary of logits", logits.shape[1], 1, msn::kMaxVocabulary);
-  if (logits.shape[1] > 1 && logits.strides[1] != 1) refuse("logits has rows that are not contiguous");
+  expect_logits(logits);
   expect_index("guesses", guesses, DType::kInt32, {logits.shape[0], msn::kGuesses}, logits);
   if (logits.shape[0] == 0) return;
   MSN_DISPATCH(top_guesses, logits, logits, guesses)
@@ -495,6 +529,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("tree_attention", &tree_attention);
   m.def("attention_space", &attention_space);
   m.def("verify_tree", &verify_tree);
+  m.def("verify_logits", &verify_logits);
   m.def("commit_kv", &commit_kv);
   m.def("lookup_ngram", &lookup_ngram);
   m.def("fill_tree", &fill_tree);

@@ -31,6 +31,9 @@ void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 void verify_tree(const Tensor& tokens, const Tensor& targets, const Tensor& parents,
                  const Tensor& accept_length, const Tensor& path, const Tensor& bonus,
                  const Tensor& continuation);
+void verify_logits(const Tensor& logits, const Tensor& tokens, const Tensor& parents, const Tensor& guesses,
+                   const Tensor& targets, const Tensor& accept_length, const Tensor& path, const Tensor& bonus,
+                   const Tensor& continuation, const Tensor& arrived);
 void commit_kv(const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& path,
                const Tensor& accept_length);
 void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngram,
@@ -62,6 +65,9 @@ AttentionSpace attention_space(const Tensor& q, const Tensor& k, const Tensor& v
 void verify_tree(const Tensor& tokens, const Tensor& targets, const Tensor& parents,
                  const Tensor& accept_length, const Tensor& path, const Tensor& bonus,
                  const Tensor& continuation, void* stream);
+void verify_logits(const Tensor& logits, const Tensor& tokens, const Tensor& parents, const Tensor& guesses,
+                   const Tensor& targets, const Tensor& accept_length, const Tensor& path, const Tensor& bonus,
+                   const Tensor& continuation, const Tensor& arrived, void* stream);
 void commit_kv(const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& path,
                const Tensor& accept_length, void* stream);
 void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngram,

@@ -35,6 +35,7 @@ OPS = [
     "tree_ancestors",
     "tree_attention",
     "verify_tree",
+    "verify_logits",
     "commit_kv",
     "lookup_ngram",
     "fill_tree",
@@ -465,6 +466,29 @@ def test_verify_follows_torch_in_nan_logits_and_ties(device, tree, seed):
     check_verify(tokens, targets.tolist(), tree, device)
 
 
+# ---- verify_logits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("nodes", [1, 2, 63, 64, 65, 256])
+def test_logits_are_verified_as_by_their_parts(device, nodes, dtype):
+    """Rows that are read whole and value by value, strided ones among them, with NaN and equals."""
+    generator = torch.Generator().manual_seed(nodes)
+    for vocabulary in (1, 5, 1000, 1024):
+        wide = torch.randn(2, nodes, vocabulary + 24, generator=generator).to(dtype)
+        wide[:, :: 3, : 2 + vocabulary // 2] = wide[:, :: 3, :1]
+        wide[0, nodes // 2, vocabulary // 3] = float("nan")
+        tokens = torch.randint(0, min(vocabulary, 3), (2, nodes), generator=generator)
+        parents = tree_tensor([build_tree("random", nodes, seed) for seed in range(2)], "cpu")
+        for logits in (wide[:, :, :vocabulary], wide[:, :, :vocabulary].contiguous(), wide[:, :, 3 : 3 + vocabulary]):
+            want = reference.verify_logits(logits, tokens, parents)
+            got = ops.verify_logits(logits.to(device), tokens.to(device), parents.to(device))
+            assert_equal([x.cpu() for x in got], want)
+            assert_equal(got[0], ops.top_guesses(logits.to(device)))
+    empty = ops.verify_logits(logits[:0].to(device), tokens[:0].to(device), parents[:0].to(device))
+    assert [len(x) for x in empty] == [0] * 6
+
+
 # ---- commit_kv -----------------------------------------------------------------------------------
 
 CACHE_DTYPES = [*CPU_DTYPES, torch.int8, torch.uint8, torch.int64, torch.bool]
@@ -767,6 +791,9 @@ def example(op: str, device: str) -> dict:
             "sinks": torch.ones(4, device=device),
         },
         "verify_tree": lambda: {"tokens": tokens, "targets": tokens + 1, "parents": parents},
+        "verify_logits": lambda: {
+            "logits": torch.randn(2, 4, 20, generator=source).to(device), "tokens": tokens, "parents": parents,
+        },
         "commit_kv": lambda: {
             "caches": [k, v],
             "lengths": lengths,
@@ -850,6 +877,7 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         accept_length, path, bonus, continuation = ops.verify_tree(**drafted)
         ops.commit_kv(**{**arguments["commit_kv"], "path": path, "accept_length": accept_length})
         guesses = ops.top_guesses(arguments["top_guesses"]["logits"] * 2)
+        checked = ops.verify_logits(**{**arguments["verify_logits"], "tokens": filled})
         observed = {**arguments["remember_guesses"], "tokens": filled, "path": path, "guesses": guesses}
         ops.remember_guesses(**observed)
         ops.index_suffixes(**arguments["index_suffixes"])
@@ -857,7 +885,7 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         draft = ops.draft_tree(**{**arguments["draft_tree"], **tables, "denoised": guesses})
         verified = accept_length, path, bonus, continuation
         noise = ops.draw_noise(**{**arguments["draw_noise"], "labels": arguments["draw_noise"]["labels"] + 0})
-        return ancestors, depth, out, retrieved, matched, filled, *verified, guesses, *draft, *noise
+        return ancestors, depth, out, retrieved, matched, filled, *verified, guesses, *checked, *draft, *noise
 
     torch.compiler.reset()
     eager, compiled = ({op: example(op, device) for op in OPS} for _ in range(2))
@@ -966,6 +994,13 @@ WRONG_FORMS = [
     ("verify_tree", {"parents": fewer_rows}, "parents"),
     ("verify_tree", {"parents": lambda x: x.long()}, "parents"),
     ("verify_tree", {"parents": lambda x: x[:, :-1]}, "parents"),
+    ("verify_logits", {"logits": lambda x: x[0]}, "logits"),
+    ("verify_logits", {"logits": fewer_rows}, "logits"),
+    ("verify_logits", {"logits": as_int64}, "logits"),
+    ("verify_logits", {"logits": lambda x: x[:, :, :0]}, "logits"),
+    ("verify_logits", {"tokens": as_int32}, "tokens"),
+    ("verify_logits", {"parents": fewer_rows}, "parents"),
+    ("verify_logits", {"parents": lambda x: x.long()}, "parents"),
     ("commit_kv", {"caches": lambda x: [x[0], x[1][0]]}, r"caches\[1\]"),
     ("commit_kv", {"caches": lambda x: [x[0], x[1][:1]]}, r"caches\[1\]"),
     ("commit_kv", {"lengths": fewer_rows}, "lengths"),

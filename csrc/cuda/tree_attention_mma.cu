@@ -278,20 +278,19 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   }
   __syncthreads();
 
-  // The `count` sums of a row, `stride` floats apart: a lane every 32nd column, and the row's largest and total.
-  const auto merged = [lane](const float* of_row, int count, int64_t stride, float(&sum)[kDim / kWarp], float& most,
-                             float& weight) {
+  // The `count` sums of a row, kRows rows apart: a lane every 32nd column, and the row's largest and total.
+  const auto merged = [lane](const auto& read, int r, int count, float(&sum)[kDim / kWarp], float& most, float& weight) {
+    const auto at = [&](int i, int column) { return read((int64_t{i} * S::kRows + r) * kSums + column); };
     most = -INFINITY;
-    for (int i = 0; i < count; ++i) most = fmaxf(most, of_row[i * stride + kDim]);
+    for (int i = 0; i < count; ++i) most = fmaxf(most, at(i, kDim));
     weight = 0.0f;
 #pragma unroll
     for (float& x : sum) x = 0.0f;
     for (int i = 0; i < count; ++i) {
-      const float* one = of_row + i * stride;
-      const float share = exp2f(one[kDim] - base_of(most));
-      weight = fmaf(one[kDim + 1], share, weight);
+      const float share = exp2f(at(i, kDim) - base_of(most));
+      weight = fmaf(at(i, kDim + 1), share, weight);
 #pragma unroll
-      for (int c = 0; c < kDim / kWarp; ++c) sum[c] = fmaf(one[c * kWarp + lane], share, sum[c]);
+      for (int c = 0; c < kDim / kWarp; ++c) sum[c] = fmaf(at(i, c * kWarp + lane), share, sum[c]);
     }
   };
   const auto write = [&](int r, const float(&sum)[kDim / kWarp], float most, float weight) {
@@ -315,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   const int64_t task = (int64_t{row} * p.kv_heads + kv_head) * p.tiles + tile_rows;
   float* mine = partial + (task * most_splits + split) * S::kRows * kSums;
   for (int r = warp; r < S::kRows; r += kWarps) {
-    merged(left + r * kSums, S::kKeyWarps, int64_t{S::kRows} * kSums, sum, most, weight);
+    merged([left](int64_t i) { return left[i]; }, r, S::kKeyWarps, sum, most, weight);
     if (plan.blocks == 1) {
       write(r, sum, most, weight);
       continue;
@@ -338,7 +337,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   if (threadIdx.x == 0) arrived[task] = 0;
   const float* all = partial + task * most_splits * S::kRows * kSums;
   for (int r = warp; r < S::kRows; r += kWarps) {
-    merged(all + r * kSums, plan.blocks, int64_t{S::kRows} * kSums, sum, most, weight);
+    // Past L1, where an older value of another block may lie.
+    merged([all](int64_t i) { return __ldcg(all + i); }, r, plan.blocks, sum, most, weight);
     write(r, sum, most, weight);
   }
 }

@@ -269,7 +269,7 @@ class BestFirst:
     def observe(self, verified: Verified) -> None:
         if verified.draft is self._draft and self.budget is None and self._planned is None:
             self._accepted = verified.accept_length
-        guesses = ops.top_guesses(verified.logits)
+        guesses = ops.top_guesses(verified.logits) if verified.guesses is None else verified.guesses
         self._denoised.update(verified, guesses)
         if "adjacency" in self._sources:
             self._adjacency.update(verified, guesses)

@@ -57,6 +57,7 @@ class Verified:
         targets: int64 [B, N], the token the model itself puts after each node.
         path, accept_length, continuation: as :func:`msn_ext.ops.verify_tree` gives them.
         history, lengths: the text before the pass, as :class:`Drafter` has it.
+        guesses: int32 [B, N, 8], as :func:`msn_ext.ops.top_guesses` gives them of ``logits``; None: ask for them.
     """
 
     draft: Draft
@@ -67,6 +68,7 @@ class Verified:
     continuation: Tensor
     history: Tensor
     lengths: Tensor
+    guesses: Tensor | None = None
 
 
 @runtime_checkable

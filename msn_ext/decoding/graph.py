@@ -133,7 +133,7 @@ class Replay:
         self.decoder, self._recorder = decoder, recorder
         self._recordings: OrderedDict[int, tuple] = OrderedDict()  # by nodes: recording, its drafter's report
         self._warm: set[int] = set()
-        self._space = ops.AttentionSpace()
+        self._workspace = ops.Workspace()
         self._allocations = decoder.drafter.allocations
         self._refused = False
         self._read_at: float | None = None
@@ -150,7 +150,7 @@ class Replay:
         """Launches one step; nothing waits for it yet."""
         drafter = self.decoder.drafter
         nodes = drafter.plan()
-        with self._space:
+        with self._workspace:
             if self._recordings.get(nodes) or self._record(nodes):
                 self._recordings.move_to_end(nodes)
                 recording, report = self._recordings[nodes]

@@ -18,6 +18,7 @@ from .cache import TreeCache
 from .drafting import Draft, Drafter, Verified
 from .support import rope_types
 from .tree import DraftTree
+from .verification import as_compared, greedy
 
 REREADING = {"phi3", "phimoe", "phi4_multimodal"}
 """Families that read the text anew where 'longrope' switches its factors."""
@@ -202,11 +203,16 @@ class Decoder:
 
     def _finish(self, draft: Draft, positions: Tensor, logits: Tensor) -> Gained:
         """Verify, commit, and show the drafter what came of it; no host sync."""
-        targets = self._targets(logits, positions, self._processors)
-        accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
+        guesses = None
+        if self._targets is greedy and not self._processors:
+            checked = ops.verify_logits(as_compared(logits), draft.tokens, draft.parents)
+            guesses, targets, accepted, path, _, continuation = checked
+        else:
+            targets = self._targets(logits, positions, self._processors)
+            accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._cache.commit(self._lengths - 1 + self._offsets, path, accepted)
         self.drafter.observe(
-            Verified(draft, logits, targets, path, accepted, continuation, self._history, self._lengths)
+            Verified(draft, logits, targets, path, accepted, continuation, self._history, self._lengths, guesses)
         )
 
         gained = targets.gather(1, path.clamp(min=0))  # the target of each accepted node, root first

@@ -32,12 +32,14 @@ def counter_uniform(seed: int, rows: Tensor, positions: Tensor) -> Tensor:
     return ((x >> 12) & ((1 << 52) - 1)).double() / float(1 << 52)
 
 
+def as_compared(logits: Tensor) -> Tensor:
+    """In the float32 in which transformers compares them; what is narrower compares the same."""
+    return logits.float() if logits.dtype == torch.float64 else logits
+
+
 def greedy(logits: Tensor, positions: Tensor, processors: LogitsProcessorList) -> Tensor:
-    """The arg-max [B, N] of logits [B, N, V], in the float32 in which transformers compares them."""
-    if logits.dtype == torch.float64:
-        logits = logits.float()
-    if processors:
-        logits = _process(logits, processors)
+    """The arg-max [B, N] of logits [B, N, V]."""
+    logits = _process(logits, processors) if processors else as_compared(logits)
     return (ops.top_guesses(logits)[..., 0] >> 4).long()
 
 

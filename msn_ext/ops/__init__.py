@@ -21,7 +21,7 @@ from msn_ext import _C
 from .reference import GUESSES, MAX_NODES
 
 __all__ = [
-    "AttentionSpace",
+    "Workspace",
     "commit_kv",
     "draft_tree",
     "draw_noise",
@@ -32,6 +32,7 @@ __all__ = [
     "top_guesses",
     "tree_ancestors",
     "tree_attention",
+    "verify_logits",
     "verify_tree",
 ]
 
@@ -46,6 +47,41 @@ def _register(schema: str, impl, fake):
     _library.impl(name, impl, "CPU")
     _library.impl(name, impl, "CUDA")
     torch.library.register_fake(f"msn_ext::{name}", fake, lib=_library)
+
+
+class Workspace:
+    """Where the blocks of a launch on a GPU leave sums and counts for each other.
+
+    There is one per device and stream. Within ``with workspace:`` a thread's calls use this one instead, for recorded
+    launches (CUDA graphs), whose memory nobody else may use and which must stay.
+    """
+
+    def __init__(self):
+        self._all: list[tuple[Tensor, Tensor]] = []
+
+    def get(self, like: Tensor, floats: int, counters: int) -> tuple[Tensor, Tensor]:
+        """float32 [floats or more], and int32 [counters or more] that are 0 between launches."""
+        if not self._all or len(self._all[-1][0]) < floats or len(self._all[-1][1]) < counters:
+            self._all.append((like.new_empty(floats, dtype=torch.float32), like.new_zeros(counters, dtype=torch.int32)))
+        return self._all[-1]
+
+    def __enter__(self) -> None:
+        _own.workspace, self._before = self, getattr(_own, "workspace", None)
+
+    def __exit__(self, *error) -> None:
+        _own.workspace = self._before
+
+
+_own = threading.local()
+_workspaces: dict[tuple[int, int], Workspace] = {}
+
+
+def _workspace(like: Tensor, floats: int, counters: int) -> tuple[Tensor, Tensor]:
+    space = getattr(_own, "workspace", None)
+    if space is None:
+        key = like.device.index, torch.cuda.current_stream(like.device).cuda_stream
+        space = _workspaces.setdefault(key, Workspace())
+    return space.get(like, floats, counters)
 
 
 # ---- tree_ancestors ------------------------------------------------------------------------------
@@ -148,43 +184,9 @@ def _tree_attention_impl(q, k_cache, v_cache, lengths, ancestors, offsets, scale
     if scale is None:
         scale = q.shape[-1] ** -0.5
     q, k_cache, v_cache = _dense_rows(q), _dense_rows(k_cache), _dense_rows(v_cache)
-    space = _attention_space(q, k_cache, v_cache) if q.is_cuda else (None, None)
+    space = _workspace(q, *_C.attention_space(q, k_cache, v_cache)) if q.is_cuda else (None, None)
     _C.tree_attention(q, k_cache, v_cache, lengths, offsets, ancestors, sinks, scale, window, softcap, out, *space)
     return out
-
-
-class AttentionSpace:
-    """Where the blocks of a :func:`tree_attention` launch on a GPU leave their sums for each other.
-
-    There is one per device and stream. Within ``with AttentionSpace():`` the calls of a thread use this one instead, for
-    recorded launches (CUDA graphs), whose memory nobody else may use and which must stay.
-    """
-
-    def __init__(self):
-        self._all: list[tuple[Tensor, Tensor]] = []
-
-    def of(self, q: Tensor, floats: int, counters: int) -> tuple[Tensor, Tensor]:
-        """float32 [floats or more], and int32 [counters or more] that are 0 between launches."""
-        if not self._all or len(self._all[-1][0]) < floats or len(self._all[-1][1]) < counters:
-            self._all.append((q.new_empty(floats, dtype=torch.float32), q.new_zeros(counters, dtype=torch.int32)))
-        return self._all[-1]
-
-    def __enter__(self):
-        _own.space, self._before = self, getattr(_own, "space", None)
-
-    def __exit__(self, *error):
-        _own.space = self._before
-
-
-_own = threading.local()
-_spaces: dict[tuple[int, int], AttentionSpace] = {}
-
-
-def _attention_space(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
-    space = getattr(_own, "space", None)
-    if space is None:
-        space = _spaces.setdefault((q.device.index, torch.cuda.current_stream(q.device).cuda_stream), AttentionSpace())
-    return space.of(q, *_C.attention_space(q, k_cache, v_cache))
 
 
 _register(
@@ -236,6 +238,49 @@ _register(
     "verify_tree(Tensor tokens, Tensor targets, Tensor parents) -> (Tensor, Tensor, Tensor, Tensor)",
     _verify_tree_impl,
     _verify_tree_outputs,
+)
+
+
+# ---- verify_logits -------------------------------------------------------------------------------
+
+
+def verify_logits(
+    logits: Tensor, tokens: Tensor, parents: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Greedy verification from the logits on: :func:`top_guesses`, whose first are the targets, and
+    :func:`verify_tree`, in one launch on a GPU.
+
+    Args:
+        logits: [B, N, V] behind every node, float16, bfloat16, float32 or (CPU only) float64; V <= 2^27.
+        tokens: int64 [B, N], the draft.
+        parents: int32 [N] or [B, N].
+
+    Returns:
+        ``guesses`` int32 [B, N, 8], ``targets`` int64 [B, N], and what :func:`verify_tree` gives.
+    """
+    return _ops.verify_logits(logits, tokens, parents)
+
+
+def _verify_logits_outputs(logits: Tensor, tokens: Tensor, parents: Tensor):
+    if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
+        raise ValueError(f"logits has shape {list(logits.shape)}; expected [*{list(tokens.shape)}, V], as tokens")
+    accepted, path, bonus, continuation = _verify_tree_outputs(tokens, tokens, parents)
+    return _top_guesses_output(logits), tokens.new_empty(tokens.shape), accepted, path, bonus, continuation
+
+
+def _verify_logits_impl(logits: Tensor, tokens: Tensor, parents: Tensor):
+    out = _verify_logits_outputs(logits, tokens, parents)
+    rows, batch = _dense_rows(logits.reshape(-1, logits.shape[-1])), len(tokens)
+    arrived = _workspace(tokens, 0, batch)[1] if tokens.is_cuda else tokens.new_zeros(batch, dtype=torch.int32)
+    guesses = out[0].view(-1, GUESSES)
+    _C.verify_logits(rows, tokens.contiguous(), parents.contiguous(), guesses, *out[1:], arrived)
+    return out
+
+
+_register(
+    "verify_logits(Tensor logits, Tensor tokens, Tensor parents) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _verify_logits_impl,
+    _verify_logits_outputs,
 )
 
 

@@ -221,6 +221,12 @@ def top_guesses(logits):
     return guesses.view(*logits.shape[:-1], GUESSES).to(logits.device)
 
 
+def verify_logits(logits, tokens, parents):
+    guesses = top_guesses(logits)
+    targets = (guesses[..., 0] >> 4).long()
+    return guesses, targets, *verify_tree(tokens, targets, parents)
+
+
 def _hashes(context: list[int]) -> list[int]:
     """Of the last 1, 2, 3, … tokens of a context, which is given newest first."""
     hashes, h = [], 0

@@ -147,6 +147,19 @@ def fuzz_verify_tree(rng: random.Random, nodes: int) -> None:
     check_op("verify_tree", rng, [tokens, targets, bad], reference.verify_tree(tokens, targets, good))
 
 
+def fuzz_verify_logits(rng: random.Random, nodes: int) -> None:
+    batch, vocabulary = rng.randrange(3 if nodes < 100 else 2), rng.choice([1, 2, 3, 8, 50, 1000, 9000])
+    bad, good = malformed(rng, random_parents(rng, batch, nodes))
+    tokens = torch.randint(0, min(vocabulary, 3), (batch, nodes))
+    logits = random_logits(rng, batch * nodes, vocabulary)
+    guesses, *want = reference.verify_logits(logits.view(batch, nodes, vocabulary), tokens, good)
+    memory = Memory(rng)
+    inputs = [memory.place(logits, free=1, unit=rng.choice([1, 8])), memory.place(tokens), memory.place(bad)]
+    outputs = [memory.place(torch.full_like(x, 77), want=x) for x in (guesses.view(-1, reference.GUESSES), *want)]
+    _C.verify_logits(*inputs, *outputs, memory.place(torch.zeros(batch + rng.randrange(3), dtype=torch.int32)))
+    memory.check()
+
+
 def random_history(rng: random.Random, batch: int, capacity: int) -> torch.Tensor:
     if rng.random() < 0.3:
         return torch.arange(capacity).remainder(rng.choice([1, 2, 3, 7])).repeat(batch, 1)
@@ -280,18 +293,23 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
     memory.check()
 
 
-def fuzz_top_guesses(rng: random.Random, nodes: int) -> None:
-    rows, vocabulary = rng.randrange(4), rng.choice([1, 2, 7, 8, 9, 1000, 1023, 1025, 8192, 9001])
+def random_logits(rng: random.Random, rows: int, vocabulary: int) -> torch.Tensor:
+    """Equals, NaN, infinities and numbers close to 0 among them."""
     logits = torch.randn(rows, vocabulary) * rng.choice([0.0, 0.1, 1.0, 5.0])
     if rng.random() < 0.5:
         logits = logits.round()  # equals, -0.0 among them
     for _ in range(rng.choice([0, 1, 3, 2 * vocabulary]) if rows else 0):
         special = rng.choice([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, -1e-42])
         logits[rng.randrange(rows), rng.randrange(vocabulary)] = special
-    logits = logits.to(rng.choice(list(TOLERANCE)))
+    return logits.to(rng.choice(list(TOLERANCE)))
+
+
+def fuzz_top_guesses(rng: random.Random, nodes: int) -> None:
+    rows, vocabulary = rng.randrange(4), rng.choice([1, 2, 7, 8, 9, 1000, 1023, 1025, 8192, 9001, 40000])
+    logits = random_logits(rng, rows, vocabulary)
     want = reference.top_guesses(logits)
     memory = Memory(rng)
-    placed, out = memory.place(logits, free=1), memory.place(torch.full_like(want, 77), want=want)
+    placed, out = memory.place(logits, free=1, unit=rng.choice([1, 8])), memory.place(torch.full_like(want, 77), want=want)
     _C.top_guesses(placed, out)
     memory.check()
 
@@ -436,6 +454,7 @@ OPS = {
     "lookup_ngram": fuzz_lookup_ngram,
     "fill_tree": fuzz_fill_tree,
     "commit_kv": fuzz_commit_kv,
+    "verify_logits": fuzz_verify_logits,
     "tree_attention": fuzz_tree_attention,
     "top_guesses": fuzz_top_guesses,
     "index_suffixes": fuzz_index_suffixes,

@@ -32,6 +32,11 @@ void verify_tree(const Tensor& tokens, const Tensor& targets, const Tensor& pare
                  const Tensor& path, const Tensor& bonus, const Tensor& continuation) {
   cuda::verify_tree(tokens, targets, parents, accept_length, path, bonus, continuation, nullptr);
 }
+void verify_logits(const Tensor& logits, const Tensor& tokens, const Tensor& parents, const Tensor& guesses,
+                   const Tensor& targets, const Tensor& accept_length, const Tensor& path, const Tensor& bonus,
+                   const Tensor& continuation, const Tensor& arrived) {
+  cuda::verify_logits(logits, tokens, parents, guesses, targets, accept_length, path, bonus, continuation, arrived, nullptr);
+}
 void commit_kv(const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& path,
                const Tensor& accept_length) {
   cuda::commit_kv(caches, lengths, path, accept_length, nullptr);
