@@ -91,9 +91,30 @@ MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* head
                           const int64_t* context, int n) {
   if (slots <= 0) return 0;
   const int64_t end = heads[hash % static_cast<uint64_t>(slots)];
-  bool same = n <= end && end < length;
-  for (int i = 0; same && i < n; ++i) same = text[end - 1 - i] == context[i];
+  if (end < n || end >= length) return 0;
+  bool same = true;
+  for (int i = 0; i < n; ++i) same &= text[end - 1 - i] == context[i];  // all of them: loads that do not wait for each other
   return same ? end : 0;
+}
+
+// The guesses that are remembered behind the n newest tokens of a context, of this hash; null: none.
+MSN_HD const int32_t* remembered(const Sources& from, uint64_t hash, int n) {
+  if (from.slots <= 0) return nullptr;
+  const int64_t slot = (n - 1) * from.slots + static_cast<int64_t>(hash % static_cast<uint64_t>(from.slots));
+  const int32_t* row = from.contexts + slot * (1 + kGuesses);
+  return row[0] == hash_check(hash) ? row + 1 : nullptr;
+}
+
+// The token behind the last place of a context's n-gram of this level and hash, in the text, else in the corpus,
+// which n-grams of `tokens` alone are looked up in; -1: none.
+MSN_HD int64_t following(const Sources& from, const int64_t* context, uint64_t hash, bool tokens, int level) {
+  const int n = suffix_length(level);
+  int64_t end = last_place(from.history, from.length, from.heads + level * from.head_slots, from.head_slots, hash, context, n);
+  if (end > 0) return from.history[end];
+  if (!tokens) return -1;
+  const int32_t* heads = from.corpus_heads + level * from.corpus_slots;
+  end = last_place(from.corpus, from.corpus_length, heads, from.corpus_slots, hash, context, n);
+  return end > 0 ? from.corpus[end] : -1;
 }
 
 MSN_HD void look_up(const Sources& from, const int64_t* context, int count, Known& known) {
@@ -105,31 +126,11 @@ MSN_HD void look_up(const Sources& from, const int64_t* context, int count, Know
     if (n <= count) {
       hash = extend_hash(hash, context[n - 1]);
       tokens &= context[n - 1] >= 0;
-    }
-    if (n <= count && n <= kOrders && from.slots > 0) {
-      const int64_t slot = (n - 1) * from.slots + static_cast<int64_t>(hash % static_cast<uint64_t>(from.slots));
-      const int32_t* row = from.contexts + slot * (1 + kGuesses);
-      if (row[0] == hash_check(hash)) {
-        known.guesses[n - 1] = row + 1;
-        known.highest = n;
-      }
+      if (n <= kOrders && (known.guesses[n - 1] = remembered(from, hash, n))) known.highest = n;
     }
     if (n != suffix_length(level)) continue;
-    known.next[level] = -1;
-    if (n <= count) {
-      const int32_t* heads = from.heads + level * from.head_slots;
-      int64_t end = last_place(from.history, from.length, heads, from.head_slots, hash, context, n);
-      bool found = end > 0;
-      if (found) {
-        known.next[level] = from.history[end];
-      } else if (tokens) {
-        heads = from.corpus_heads + level * from.corpus_slots;
-        end = last_place(from.corpus, from.corpus_length, heads, from.corpus_slots, hash, context, n);
-        found = end > 0 && from.corpus[end] >= 0;
-        if (found) known.next[level] = from.corpus[end];
-      }
-      if (found) known.longest = level + 1;
-    }
+    known.next[level] = n <= count ? following(from, context, hash, tokens, level) : -1;
+    if (known.next[level] >= 0) known.longest = level + 1;
     ++level;
   }
   int different = 0;

@@ -50,6 +50,15 @@ MSN_HD int popcount(uint64_t word) {
 #endif
 }
 
+// Place of the lowest bit that is set; -1: none.
+MSN_HD int lowest_bit(uint64_t word) {
+#ifdef __CUDA_ARCH__
+  return __ffsll(static_cast<long long>(word)) - 1;
+#else
+  return word ? __builtin_ctzll(word) : -1;
+#endif
+}
+
 // Depth of a live node (root 0), from the bits of its ancestors and itself; -1 for a dead one.
 MSN_HD int depth_from_bits(const uint64_t* words, int n_words) {
   int bits = 0;

@@ -25,6 +25,7 @@ from .training.data import Collate, Messages, encode, prompt_ids
 from .training.evaluation import noise_accuracy
 from .training.layouts import NO_LABEL
 
+NOISE_WEIGHT, SETTLING = 0.3, 2 / 3
 DECODED = 16  # questions that accept lengths are measured on
 DRAFTS = {"paper": lambda: "paper", "auto@64": lambda: BestFirst(64), "auto@8": lambda: BestFirst(8)}
 
@@ -183,7 +184,7 @@ def train(
     segments: int = 24,
     content: str = "ahead",
     location: str | Starts = "random",
-    loss_weights: tuple[float, float] = (1.0, 1.0),
+    noise_weight: float | None = None,
     lora_rank: int = 16,
     learning_rate: float = 5e-4,
     epochs: float = 1.0,
@@ -200,8 +201,10 @@ def train(
         model: trained in place; with ``lora_rank`` (0: all weights) it gets an adapter.
         samples: of :func:`samples_of`.
         output: for checkpoints, and in the end the adapter or model, and the tokenizer.
-        layout, length, segments, content, location, loss_weights: of :func:`msn_ext.add_noise`; layout None: no noise, plain
+        layout, length, segments, content, location: of :func:`msn_ext.add_noise`; layout None: no noise, plain
             fine-tuning, for comparison.
+        noise_weight: of a label behind noise, where a clean one counts 1; a tenth of it in the last third of the steps,
+            so that what the model says on clean text settles. None: for branches 0.3; in place 1 throughout, as the paper.
 
     Returns:
         The trained model (with ``lora_rank`` a PEFT model) and the trainer's log, a dict per entry.
@@ -227,11 +230,20 @@ def train(
         trainer.add_callback(_Bar())
     if layout is not None:
         settings = dict(layout=layout, length=length, segments=segments, content=content, location=location, seed=seed)
-        add_noise(trainer, loss_weights=loss_weights, **settings)
+        add_noise(trainer, loss_weights=_weights(layout, noise_weight), **settings)
     trainer.train(resume_from_checkpoint=_last_checkpoint(output))
     trainer.save_model(str(output))
     tokenizer.save_pretrained(str(output))
     return model, trainer.state.log_history
+
+
+def _weights(layout: str, noise_weight: float | None):
+    """As :func:`msn_ext.add_noise` takes them."""
+    if noise_weight is None:
+        if layout == "replace":
+            return 1.0, 1.0
+        noise_weight = NOISE_WEIGHT
+    return lambda done: (1.0, noise_weight if done < SETTLING else noise_weight / 10)
 
 
 def _last_checkpoint(output: Path) -> str | None:

@@ -34,6 +34,13 @@ def add(subparsers) -> None:
     noise.add_argument("--length", type=positive_int, default=4, metavar="N", help="noise tokens of a segment (default: 4)")
     noise.add_argument("--segments", type=positive_int, metavar="N", help="of a sample (default: 24 branches, 1 in place)")
     noise.add_argument("--content", choices=("ahead", "random", "mixed", "self"), default="ahead", help="(default: ahead)")
+    noise.add_argument(
+        "--noise-weight",
+        type=positive_float,
+        metavar="X",
+        help="of a label behind noise, where a clean one counts 1; a tenth of it in the last third of the steps (default: 0.3 "
+        "for branches; in place 1 throughout, as in the paper)",
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--lora-rank", type=int, default=16, metavar="R", help="0: all weights (default: 16)")
     training.add_argument("--learning-rate", type=positive_float, default=5e-4, metavar="X", help="(default: 5e-4)")
@@ -106,7 +113,7 @@ def run(arguments) -> int:
         begun = time.time()
         trained, log = recipe.train(
             model, tokenizer, samples, output, layout=None if arguments.layout == "none" else arguments.layout, length=length,
-            segments=segments, content=arguments.content, lora_rank=arguments.lora_rank, bf16=arguments.bf16,
+            segments=segments, content=arguments.content, noise_weight=arguments.noise_weight, lora_rank=arguments.lora_rank, bf16=arguments.bf16,
             learning_rate=arguments.learning_rate, epochs=arguments.epochs, max_steps=arguments.max_steps,
             batch_size=arguments.batch_size, save_steps=arguments.save_steps, seed=arguments.seed, progress=progress,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 from .collator import NoisyCollator
 from .layouts import ANNOTATIONS, NO_LABEL
 
+Weights = tuple[float, float]
 ROWS = 512  # of logits in float32 at a time
 
 
@@ -24,7 +26,7 @@ class _Epochs(TrainerCallback):
         self._collator.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
-def add_noise(trainer, *, loss_weights: tuple[float, float] = (1.0, 1.0), **settings):
+def add_noise(trainer, *, loss_weights: Weights | Callable[[float], Weights] = (1.0, 1.0), **settings):
     """Put noise into the training batches of a ``transformers.Trainer`` or TRL ``SFTTrainer``::
 
         trainer = SFTTrainer(model, args, train_dataset=data)
@@ -37,7 +39,8 @@ def add_noise(trainer, *, loss_weights: tuple[float, float] = (1.0, 1.0), **sett
 
     Args:
         trainer: not yet trained; packing and padding-free batches are fine.
-        loss_weights: of the labels behind clean tokens and behind noise; the trainer goes on dividing by their number.
+        loss_weights: of the labels behind clean tokens and behind noise, or a function that gives them for the share of
+            the steps that are done, 0 to 1; the trainer goes on dividing by the number of labels.
         settings: of :class:`NoisyCollator`, all but ``inner`` and ``config``.
 
     Returns:
@@ -48,8 +51,8 @@ def add_noise(trainer, *, loss_weights: tuple[float, float] = (1.0, 1.0), **sett
     """
     if isinstance(trainer.data_collator, NoisyCollator):
         raise ValueError("trainer has noise already: its data_collator is a NoisyCollator")
-    if len(loss_weights) != 2 or not all(0 <= weight < float("inf") for weight in loss_weights):
-        raise ValueError(f"loss_weights is {loss_weights!r}; expected two numbers, 0 or more")
+    if not callable(loss_weights):
+        _check(loss_weights)
     inner = trainer.data_collator
     noisy = NoisyCollator(inner, config=trainer.model.config, **settings)
     noisy.annotate = True
@@ -57,10 +60,23 @@ def add_noise(trainer, *, loss_weights: tuple[float, float] = (1.0, 1.0), **sett
     trainer.add_callback(_Epochs(noisy))
     for name in ("get_eval_dataloader", "get_test_dataloader"):
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
-    trainer.noise = NoisyLoss(loss_weights, own_guesses=noisy.content == "self")
+    trainer.noise = NoisyLoss(_now(trainer, loss_weights), own_guesses=noisy.content == "self")
     trainer.compute_loss = trainer.noise.around(trainer.compute_loss)
     trainer.log = _logging(trainer, trainer.log)
     return trainer
+
+
+def _check(weights: Weights) -> Weights:
+    if len(weights) != 2 or not all(0 <= weight < float("inf") for weight in weights):
+        raise ValueError(f"loss_weights is {weights!r}; expected two numbers, 0 or more")
+    return weights
+
+
+def _now(trainer, loss_weights) -> Callable[[], Weights]:
+    """The weights of the step that is being made."""
+    if not callable(loss_weights):
+        return lambda: loss_weights
+    return lambda: _check(loss_weights(trainer.state.global_step / max(trainer.state.max_steps, 1)))
 
 
 def _with_collator(trainer, collator, make_loader):
@@ -90,8 +106,8 @@ def _logging(trainer, log):
 class NoisyLoss:
     """What comes before and behind a trainer's loss: the model's own guesses as noise, weights, and what is logged."""
 
-    def __init__(self, loss_weights: tuple[float, float] = (1.0, 1.0), own_guesses: bool = False):
-        self._weights, self._own_guesses = loss_weights, own_guesses
+    def __init__(self, weights: Callable[[], Weights] = lambda: (1.0, 1.0), own_guesses: bool = False):
+        self._weights, self._own_guesses = weights, own_guesses
         self._sums: Tensor | None = None  # loss, labels behind clean; loss, labels, right ones behind noise
 
     def around(self, compute_loss):
@@ -119,7 +135,8 @@ class NoisyLoss:
 
     def _observe(self, loss: Tensor, outputs, labels: Tensor, depth: Tensor) -> Tensor:
         """Adds a batch; returns its loss, weighted."""
-        weighted = self._weights != (1.0, 1.0)
+        clean, noise = self._weights()
+        weighted = (clean, noise) != (1.0, 1.0)
         targets, noisy = labels[:, 1:], depth[:, :-1] > 0
         live = targets != NO_LABEL
         with torch.set_grad_enabled(weighted):
@@ -132,7 +149,6 @@ class NoisyLoss:
             return loss
         if getattr(outputs, "aux_loss", None) is not None:
             raise ValueError("loss_weights cannot be told apart from a mixture of experts' own loss; leave them at (1, 1)")
-        clean, noise = self._weights
         # By what the trainer divides, and what it multiplies with, is its own affair.
         scale = loss.detach() / losses.detach().sum()
         return scale * (losses * torch.where(noisy, noise, clean)).sum()

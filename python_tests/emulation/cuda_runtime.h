@@ -183,6 +183,8 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
   return emulation::read_lane(mask, value, static_cast<int>(threadIdx.x % emulation::kWarp) ^ other);
 }
+inline void __syncwarp() { emulation::exchange(0xffffffffu, 0); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   const uint64_t* votes = emulation::exchange(mask, vote);
