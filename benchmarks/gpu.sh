@@ -41,7 +41,7 @@ build() {
 }
 
 test_() {
-  MSN_REQUIRE_CUDA=1 "$python" -P -m pytest -q python_tests/test_ops.py python_tests/test_best_first_ops.py
+  MSN_REQUIRE_CUDA=1 "$python" -P -m pytest -q python_tests/test_ops.py python_tests/test_best_first_ops.py python_tests/test_noise_op.py python_tests/test_graph.py
 }
 
 sanitize() {

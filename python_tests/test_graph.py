@@ -1,13 +1,14 @@
-"""Recorded steps give what steps one by one give; on a tape (tape.py), since a GPU is another machine."""
+"""Recorded steps give what steps one by one give: on a GPU as CUDA graphs, on the CPU on a tape (tape.py)."""
 
 import gc
 import logging
 import random
 import weakref
 
+import families
 import pytest
 import torch
-from families import FAMILIES, VOCAB, tiny_model
+from families import FAMILIES, VOCAB
 from tape import Recorder
 from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -24,15 +25,52 @@ DRAFTS = {
 }
 
 
+class GpuRecorder(graph.Recorder):
+    """Counts as the tape's does."""
+
+    made: list = []
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.recordings, self.warm_ups, self.replays = [], 0, 0
+        GpuRecorder.made.append(self)
+
+    def warm_up(self, step):
+        self.warm_ups += 1
+        return super().warm_up(step)
+
+    def record(self, step):
+        recording, recorder = super().record(step), self
+        replay = recording.replay
+
+        def counted():
+            recorder.replays += 1
+            replay()
+
+        recording.replay = counted
+        self.recordings.append(recording)
+        return recording
+
+
 @pytest.fixture(autouse=True)
-def tapes(monkeypatch):
-    """Steps on the CPU are recorded, too."""
-    monkeypatch.setitem(graph.RECORDERS, "cpu", Recorder)
-    monkeypatch.setattr(Recorder, "made", [])
+def tapes(device, monkeypatch):
+    """What was recorded; steps on the CPU are, too. Models and prompts are made on the device."""
+    kind = Recorder if device == "cpu" else GpuRecorder
+    monkeypatch.setitem(graph.RECORDERS, device, kind)
+    monkeypatch.setattr(kind, "made", [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Recorder.made
+    global where
+    where = device
+    yield kind.made
     torch.set_num_threads(threads)
+
+
+where = "cpu"
+
+
+def tiny_model(family: str, seed: int):
+    return families.tiny_model(family, seed).to(where)
 
 
 def prompts(seed: int, batch: int = 2, length: int = 12, padded: bool = True):
@@ -42,7 +80,7 @@ def prompts(seed: int, batch: int = 2, length: int = 12, padded: bool = True):
     mask = torch.ones_like(ids)
     for b in range(1, batch * padded):
         mask[b, : 3 * b] = 0
-    return ids.masked_fill(mask == 0, 0), mask
+    return ids.masked_fill(mask == 0, 0).to(where), mask.to(where)
 
 
 def plain(model, ids, mask, **options):
@@ -92,7 +130,7 @@ class EndsAfter(StoppingCriteria):
         self._tokens = tokens
 
     def __call__(self, input_ids, scores, **kwargs):
-        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self._tokens)
+        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self._tokens, device=input_ids.device)
 
 
 def test_stopping_criteria_end_a_row_where_they_would(tapes):
@@ -121,7 +159,7 @@ def test_accept_lengths_and_streams_are_those_of_steps_one_by_one(tapes, monkeyp
     results = []
     for recorded in (True, False):
         if not recorded:
-            monkeypatch.delitem(graph.RECORDERS, "cpu")
+            monkeypatch.delitem(graph.RECORDERS, where)
         for _ in range(2):
             stream = Stream()
             out = ours(model, ids, mask, "paper", max_new_tokens=40, streamer=stream, return_dict_in_generate=True)

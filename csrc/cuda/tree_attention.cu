@@ -13,6 +13,8 @@
 // Bytes: every tile of query rows reads the whole prefix, N * group / 16 times in all, from L2
 // where it fits. The prefix is not split over blocks, so long prefixes with few nodes leave the
 // device idle.
+#include <type_traits>
+
 #include "tree_attention.cuh"
 
 namespace msn::cuda {
@@ -23,23 +25,34 @@ constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kWarpRows = 4, kBlockRows = kWarps * kWarpRows;  // query rows
 constexpr int kKeys = kWarp;                                   // of a tile: one a lane
 
-__device__ float warp_max(float x) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, distance));
+// Sums are float32, of float64 float64.
+template <typename T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <typename S>
+struct alignas(4 * sizeof(S)) Four {
+  S x, y, z, w;
+};
+
+template <typename S>
+__device__ S warp_max(S x) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    x = fmax(x, __shfl_xor_sync(kWholeWarp, x, distance));
   return x;
 }
-__device__ float warp_sum(float x) {
+template <typename S>
+__device__ S warp_sum(S x) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kWholeWarp, x, distance);
   return x;
 }
 
-// Row length in shared memory: float4 reads by 8 lanes in 8 different rows then hit all 32 banks.
+// Row length in shared memory: reads of four floats by 8 lanes in 8 different rows then hit all 32 banks.
 __host__ __device__ constexpr int key_pitch(int dim) { return 4 * ((dim + 3) / 4 | 1); }
 __host__ __device__ constexpr int query_pitch(int dim) { return (dim + 3) / 4 * 4; }
 
-// `count` rows of `width` values as float into a tile of kKeys rows of `padded` values, zeros
+// `count` rows of `width` values as sums into a tile of kKeys rows of `padded` values, zeros
 // around them. `wide` requires `width` and `padded` to be whole 16-byte chunks.
 template <typename T>
-__device__ void stage(const T* rows, int64_t stride, int count, int width, bool wide, float* tile, int pitch,
+__device__ void stage(const T* rows, int64_t stride, int count, int width, bool wide, Sum<T>* tile, int pitch,
                       int padded) {
   constexpr int kChunk = 16 / sizeof(T);
   if (wide) {
@@ -50,35 +63,40 @@ __device__ void stage(const T* rows, int64_t stride, int count, int width, bool 
       uint4 raw = make_uint4(0, 0, 0, 0);
       if (row < count && column < width) raw = *reinterpret_cast<const uint4*>(rows + row * stride + column);
       const T* values = reinterpret_cast<const T*>(&raw);
-      float4* to = reinterpret_cast<float4*>(tile + row * pitch + column);
+      Sum<T>* to = tile + row * pitch + column;
+      if constexpr (kChunk % 4 == 0) {
 #pragma unroll
-      for (int x = 0; x < kChunk; x += 4)
-        to[x / 4] = make_float4(to_float(values[x]), to_float(values[x + 1]), to_float(values[x + 2]),
-                                to_float(values[x + 3]));
+        for (int x = 0; x < kChunk; x += 4)
+          *reinterpret_cast<Four<Sum<T>>*>(to + x) = {to_float(values[x]), to_float(values[x + 1]),
+                                                      to_float(values[x + 2]), to_float(values[x + 3])};
+      } else {
+#pragma unroll
+        for (int x = 0; x < kChunk; ++x) to[x] = to_float(values[x]);
+      }
     }
   } else {
     for (int row = threadIdx.x / kWarp; row < kKeys; row += kWarps)
       for (int column = threadIdx.x % kWarp; column < padded; column += kWarp)
-        tile[row * pitch + column] = row < count && column < width ? to_float(rows[row * stride + column]) : 0.0f;
+        tile[row * pitch + column] = row < count && column < width ? to_float(rows[row * stride + column]) : Sum<T>{0};
   }
 }
 
 // sums[r] += weight of key j for row r * value of key j, over the tile. kDense: every row sees
 // every key; else only keys in `seen` count.
-template <bool kDense, int kColumns>
-__device__ void add_values(float (&sums)[kWarpRows][kColumns], const float (&weight)[kWarpRows],
-                           const unsigned (&seen)[kWarpRows], const float* values, int count) {
+template <bool kDense, int kColumns, typename S>
+__device__ void add_values(S (&sums)[kWarpRows][kColumns], const S (&weight)[kWarpRows],
+                           const unsigned (&seen)[kWarpRows], const S* values, int count) {
 #pragma unroll 4
   for (int j = 0; j < (kDense ? kKeys : count); ++j) {
-    float value[kColumns];
+    S value[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) value[c] = values[(j * kColumns + c) * kWarp];
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
-      const float of_key = __shfl_sync(kWholeWarp, weight[r], j);
+      const S of_key = __shfl_sync(kWholeWarp, weight[r], j);
       if (kDense || (seen[r] >> j & 1)) {
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) sums[r][c] = fmaf(of_key, value[c], sums[r][c]);
+        for (int c = 0; c < kColumns; ++c) sums[r][c] = fma(of_key, value[c], sums[r][c]);
       }
     }
   }
@@ -87,13 +105,14 @@ __device__ void add_values(float (&sums)[kWarpRows][kColumns], const float (&wei
 // kColumns: values of a head, in units of 32, one a lane. The blocks that a multiprocessor is asked to
 // hold are what shared memory allows; they bound the registers.
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(kThreads, kColumns > 4 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, kColumns > 4 || sizeof(T) == 8 ? 2 : 4)
     tree_attention_kernel(const __grid_constant__ AttentionProblem<T> p) {
-  extern __shared__ float4 shared[];
+  using S = Sum<T>;
+  extern __shared__ uint4 shared[];
   const int pitch = key_pitch(p.dim), q_pitch = query_pitch(p.dim);
-  float* keys = reinterpret_cast<float*>(shared);
-  float* values = keys + kKeys * pitch;
-  float* queries = values + kKeys * kColumns * kWarp;
+  S* keys = reinterpret_cast<S*>(shared);
+  S* values = keys + kKeys * pitch;
+  S* queries = values + kKeys * kColumns * kWarp;
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int tile = blockIdx.x % p.tiles, kv_head = blockIdx.x / p.tiles % p.kv_heads;
@@ -109,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 ? 2 : 4)
   const int first_row = tile * kBlockRows + warp * kWarpRows;
   int node[kWarpRows], start[kWarpRows];
   bool live[kWarpRows], any[kWarpRows];
-  float largest[kWarpRows], total[kWarpRows], sums[kWarpRows][kColumns];
+  S largest[kWarpRows], total[kWarpRows], sums[kWarpRows][kColumns];
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     node[r] = (first_row + r) / p.group;
@@ -119,13 +138,13 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 ? 2 : 4)
     live[r] = depth >= 0;
     any[r] = false;
     start[r] = static_cast<int>(window_start(prefix + depth, p.window));
-    largest[r] = exists && p.sinks ? to_float(p.sinks[head]) : -INFINITY;
-    total[r] = lane == 0 && largest[r] != -INFINITY ? 1.0f : 0.0f;  // lanes hold parts of it
+    largest[r] = exists && p.sinks ? to_float(p.sinks[head]) : S{-INFINITY};
+    total[r] = lane == 0 && largest[r] != -INFINITY ? 1 : 0;  // lanes hold parts of it
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) sums[r][c] = 0.0f;
+    for (int c = 0; c < kColumns; ++c) sums[r][c] = 0;
     const T* query = p.q + row * p.q_row + head * p.q_head + node[r] * p.q_node;
     for (int d = lane; d < q_pitch; d += kWarp)
-      queries[(warp * kWarpRows + r) * q_pitch + d] = exists && d < p.dim ? to_float(query[d]) : 0.0f;
+      queries[(warp * kWarpRows + r) * q_pitch + d] = exists && d < p.dim ? to_float(query[d]) : S{0};
   }
 
   const T* k = p.k + row * p.k_row + kv_head * p.k_head;
@@ -138,16 +157,16 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 ? 2 : 4)
     stage(v + slot * p.v_slot, p.v_slot, count, p.v_dim, p.wide_v, values, kColumns * kWarp, kColumns * kWarp);
     __syncthreads();
 
-    float score[kWarpRows] = {};
-    const float4* key = reinterpret_cast<const float4*>(keys + lane * pitch);
-    const float4* query = reinterpret_cast<const float4*>(queries + warp * kWarpRows * q_pitch);
+    S score[kWarpRows] = {};
+    const Four<S>* key = reinterpret_cast<const Four<S>*>(keys + lane * pitch);
+    const Four<S>* query = reinterpret_cast<const Four<S>*>(queries + warp * kWarpRows * q_pitch);
 #pragma unroll 2
     for (int d = 0; d < q_pitch / 4; ++d) {
-      const float4 a = key[d];
+      const Four<S> a = key[d];
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r) {
-        const float4 b = query[r * (q_pitch / 4) + d];
-        score[r] = fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, score[r]))));
+        const Four<S> b = query[r * (q_pitch / 4) + d];
+        score[r] = fma(a.x, b.x, fma(a.y, b.y, fma(a.z, b.z, fma(a.w, b.w, score[r]))));
       }
     }
 
@@ -165,14 +184,14 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 ? 2 : 4)
                            (in_prefix || has_bit(ancestors + node[r] * n_words, key_node));
       seen[r] = __ballot_sync(kWholeWarp, allowed);
       dense = dense && (!live[r] || seen[r] == kWholeWarp);  // what a dead row sums up is not written
-      float s = score[r] * p.scale;
-      if (p.softcap > 0.0f) s = p.softcap * tanhf(s / p.softcap);
-      s = allowed ? s : -INFINITY;
-      const float before = largest[r];
-      largest[r] = fmaxf(before, warp_max(s));
-      const float base = largest[r] == -INFINITY ? 0.0f : largest[r];  // not -inf - -inf
-      const float fade = expf(before - base);
-      score[r] = allowed ? expf(s - base) : 0.0f;
+      S s = score[r] * static_cast<S>(p.scale);
+      if (p.softcap > 0.0) s = static_cast<S>(p.softcap) * tanh(s / static_cast<S>(p.softcap));
+      s = allowed ? s : S{-INFINITY};
+      const S before = largest[r];
+      largest[r] = fmax(before, warp_max(s));
+      const S base = largest[r] == -INFINITY ? S{0} : largest[r];  // not -inf - -inf
+      const S fade = exp(before - base);
+      score[r] = allowed ? exp(s - base) : S{0};
       total[r] = total[r] * fade + score[r];
       any[r] = any[r] || seen[r] != 0;
 #pragma unroll
@@ -187,21 +206,21 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 ? 2 : 4)
 
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
-    const float weight = warp_sum(total[r]);
+    const S weight = warp_sum(total[r]);
     if (node[r] >= p.nodes) continue;
     const int head = kv_head * p.group + (first_row + r) % p.group;
     T* out = p.out + ((row * p.nodes + node[r]) * p.kv_heads * p.group + head) * p.v_dim;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
-      if (c * kWarp + lane < p.v_dim) from_float(any[r] ? sums[r][c] / weight : 0.0f, out + c * kWarp + lane);
+      if (c * kWarp + lane < p.v_dim) from_float(any[r] ? sums[r][c] / weight : S{0}, out + c * kWarp + lane);
   }
 }
 
 template <typename T, int kColumns>
 void launch_columns(AttentionProblem<T> p, int64_t batch, void* stream) {
   p.tiles = (p.nodes * p.group + kBlockRows - 1) / kBlockRows;
-  const size_t floats = kKeys * (key_pitch(p.dim) + kColumns * kWarp) + kBlockRows * query_pitch(p.dim);
-  const size_t bytes = floats * sizeof(float);
+  const size_t sums = kKeys * (key_pitch(p.dim) + kColumns * kWarp) + kBlockRows * query_pitch(p.dim);
+  const size_t bytes = sums * sizeof(Sum<T>);
   if (bytes > 48 * 1024)  // more than a kernel gets unasked
     check("tree_attention", cudaFuncSetAttribute(tree_attention_kernel<T, kColumns>,
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
@@ -220,7 +239,7 @@ void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& length
                               k.strides[0], k.strides[1], k.strides[2], v.strides[0], v.strides[1], v.strides[2],
                               ancestors.ndim == 3 ? int64_t{1} * nodes * words_for(nodes) : 0, k.shape[2],
                               options.window, kv_heads, group, nodes, static_cast<int>(q.shape[3]), v_dim, 0,
-                              static_cast<float>(options.scale), static_cast<float>(options.softcap),
+                              options.scale, options.softcap,
                               whole_rows(k, 16), whole_rows(v, 16)};
   if constexpr (sizeof(T) == 2) {
     if (p.wide_k && p.wide_v && whole_rows(q, 4) && k.shape[2] < int64_t{1} << 30)
@@ -250,8 +269,7 @@ void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
     case DType::kFloat32: return run_as(float{});
     case DType::kFloat16: return run_as(__half{});
     case DType::kBFloat16: return run_as(__nv_bfloat16{});
-    default:
-      throw std::invalid_argument("q has dtype float64; expected float16, bfloat16 or float32 (float64 is CPU only)");
+    default: return run_as(double{});
   }
 }
 

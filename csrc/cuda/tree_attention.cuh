@@ -26,7 +26,7 @@ struct AttentionProblem {
   int64_t slots, window;  // slots fit an int
   int kv_heads, group, nodes, dim, v_dim;
   int tiles;  // of query rows; set at the launch
-  float scale, softcap;
+  double scale, softcap;
   bool wide_k, wide_v;  // rows can be read 16 bytes at a time
 
   __device__ RowKeys keys_of(int64_t row) const {
@@ -36,9 +36,11 @@ struct AttentionProblem {
   }
 };
 
+__device__ inline double to_float(double x) { return x; }  // the one that is more
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline void from_float(double x, double* to) { *to = x; }
 __device__ inline void from_float(float x, float* to) { *to = x; }
 __device__ inline void from_float(float x, __half* to) { *to = __float2half(x); }
 __device__ inline void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }

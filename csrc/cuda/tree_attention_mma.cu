@@ -145,6 +145,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
     }
   }
 
+  const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
   float largest[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[kDim / 8][4] = {};
   for (int tile = from, stage = 0; tile < to; tile += S::kKeys, stage ^= 1) {
     await_copies<0>();
@@ -171,8 +172,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
     for (int n = 0; n < S::kWarpKeys / 8; ++n)
 #pragma unroll
       for (float& s : score[n]) {
-        s *= p.scale;
-        s = (p.softcap > 0.0f ? p.softcap * tanhf(s / p.softcap) : s) * kLog2E;
+        s *= scale;
+        s = (softcap > 0.0f ? softcap * tanhf(s / softcap) : s) * kLog2E;
       }
 
     const bool masked = tile < dense_from || tile + S::kKeys > keys.prefix;

@@ -15,6 +15,7 @@ from .budget import RECORDED, Budget, StepTimes, reach_of
 from .corpus import Corpus
 from .drafting import Draft, TreeDrafter, Verified
 from .tree import RETRIEVAL, DraftTree
+from .verification import as_compared
 
 OPENING = 5
 """Guesses behind the prompt, a chain: text that followed its end before, noise where there is none."""
@@ -269,7 +270,7 @@ class BestFirst:
     def observe(self, verified: Verified) -> None:
         if verified.draft is self._draft and self.budget is None and self._planned is None:
             self._accepted = verified.accept_length
-        guesses = ops.top_guesses(verified.logits) if verified.guesses is None else verified.guesses
+        guesses = ops.top_guesses(as_compared(verified.logits)) if verified.guesses is None else verified.guesses
         self._denoised.update(verified, guesses)
         if "adjacency" in self._sources:
             self._adjacency.update(verified, guesses)

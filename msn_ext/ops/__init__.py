@@ -151,7 +151,7 @@ def tree_attention(
     other slots may hold anything. A node without bits (padding) gives zeros.
 
     Args:
-        q: [B, H, N, D], float16, bfloat16, float32 or (CPU only) float64; D <= 256.
+        q: [B, H, N, D], float16, bfloat16, float32 or float64; D <= 256.
         k_cache: [B, H_kv, C, D], H a multiple of H_kv, same dtype, strides as they come.
         v_cache: [B, H_kv, C, D_v], D_v <= 256.
         lengths: int64 [B], slots before the root, left padding included; lengths + N <= C.

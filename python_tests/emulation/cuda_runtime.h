@@ -50,8 +50,11 @@ struct alignas(16) float4 { float x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+using std::exp;
+using std::fmax;
 using std::max;
 using std::min;
+using std::tanh;
 
 namespace emulation {
 
