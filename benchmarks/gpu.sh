@@ -2,7 +2,7 @@
 # Builds, tests, sanitizes and times msn_ext on a machine with a GPU, from a bare checkout, offline.
 #
 #   benchmarks/gpu.sh                      all parts, in under 9 minutes
-#   benchmarks/gpu.sh build test           only these, of: build test sanitize bench
+#   benchmarks/gpu.sh build test           only these, of: build test sanitize bench steps
 #   OUT=/tmp/results benchmarks/gpu.sh     results there; default: benchmarks/results/<name of the GPU>
 #   PYTHON=python3.12 benchmarks/gpu.sh    default: python3
 #
@@ -13,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly all_parts=(build test sanitize bench)
+readonly all_parts=(build test sanitize bench steps)
 readonly python=${PYTHON:-python3}
 readonly site=$PWD/build/gpu/site
 readonly command_line="$0 $*"
@@ -56,6 +56,12 @@ sanitize() {
 }
 
 bench() { "$python" benchmarks/kernels.py --device cuda --json "$out/kernels.json"; }
+
+# An 8-billion model's step, plain and with 64 nodes, weights drawn at random.
+steps() {
+  rm -f "$out/steps.jsonl"
+  "$python" benchmarks/steps.py --shape llama-3-8b --device cuda --dtype bfloat16 --context 2048 --nodes 1,64 --output "$out/steps.jsonl"
+}
 
 versions() {
   "$python" - "$gpu" "$(query driver_version)" "$command_line" >"$out/versions.json" <<'PY'
@@ -115,14 +121,15 @@ run() {
 }
 
 export python site arch out
-export -f build test_ sanitize bench
+export -f build test_ sanitize bench steps
 versions
 for part in "${parts[@]}"; do
   case $part in
-    build) run build 150 build ;;
-    test) run test 150 test_ ;;
-    sanitize) run sanitize 130 sanitize ;;
-    bench) run bench 90 bench ;;
+    build) run build 110 build ;;
+    test) run test 110 test_ ;;
+    sanitize) run sanitize 100 sanitize ;;
+    bench) run bench 100 bench ;;
+    steps) run steps 100 steps ;;
   esac
 done
 

@@ -12,12 +12,15 @@ mask, with enable_gqa or repeat_interleave, whichever is faster (the column says
 
 Bytes are what an op must move at least, each tensor once (the ``bytes`` of each case below); GB/s
 is bytes / median; "of copy" is its share of the bandwidth of a large Tensor.copy_ measured in the
-same run. On CUDA, times are CUDA events: the op's own device time where the launches keep ahead.
+same run. On CUDA a call is recorded as a CUDA graph, so that no launch is waited for, and timed with CUDA
+events around its replay (what cannot be recorded is timed as it is called); FlexAttention, compiled, with a
+block mask is timed there for the largest contexts.
 """
 
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import platform
 import random
@@ -55,7 +58,7 @@ MODELS = {
     ],
 }
 NODES = [1, 8, 16, 64, 69]
-CONTEXTS = [256, 1024, 4096]
+CONTEXTS = {"cpu": [256, 1024, 4096], "cuda": [1024, 4096, 16384]}
 LONG = 100_000  # tokens; what drafting costs must not depend on it
 CORPUS = 4_000_000  # tokens of a corpus that drafting looks into
 RANKS, RETRIEVED, MAX_NGRAM = 10, 5, 3
@@ -112,6 +115,22 @@ def sdpa_repeat(q, k, v, mask):
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+@functools.cache
+def compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q, k, v, mask):
+    """FlexAttention with the tree's mask; made here, called often."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    seen = mask.contiguous()
+    blocks = create_block_mask(lambda b, h, i, j: seen[i, j], None, None, q.shape[2], k.shape[2], device=q.device)
+    return lambda: compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=True).transpose(1, 2)
 
 
 def verify_tree(tokens, targets, parents, reach):
@@ -219,16 +238,19 @@ def attention_cases(model: Model, nodes: list[int], contexts: list[int], device:
             mask = F.pad(ancestor_matrix(parents), (context, 0), value=True)
             k_seen, v_seen = k[:, :, : context + n], v[:, :, : context + n]
             tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[model.dtype]
+            others = {
+                "sdpa enable_gqa": lambda: sdpa_gqa(q, k_seen, v_seen, mask),
+                "sdpa repeat_interleave": lambda: sdpa_repeat(q, k_seen, v_seen, mask),
+            }
+            if device == "cuda" and context == contexts[-1] and n in (1, 64):
+                others["FlexAttention"] = flex(q, k_seen, v_seen, mask)
             elements = 2 * model.kv_heads * (context + n) + 2 * model.heads * n
             yield Case(
                 f"N={n} context={context}",
                 elements * model.head_size * model.dtype.itemsize,
                 lambda: ops.tree_attention(q, k, v, lengths, ancestors),
                 lambda: attention(q, k_seen, v_seen, mask),
-                {
-                    "sdpa enable_gqa": lambda: sdpa_gqa(q, k_seen, v_seen, mask),
-                    "sdpa repeat_interleave": lambda: sdpa_repeat(q, k_seen, v_seen, mask),
-                },
+                others,
                 lambda got, expected: torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance),
             )
 
@@ -245,6 +267,29 @@ def verify_cases(model: Model, nodes: list[int], contexts: list[int], device: st
             36 * n + 16,
             lambda: ops.verify_tree(tokens, targets, parents),
             lambda: verify_tree(tokens, targets, parents, reach),
+        )
+
+
+def logits_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
+    """The logits and 12 N read (tokens, parents); 56 N + 16 written (guesses, target, path, continuation, …)."""
+    for n in nodes:
+        parents = random_tree(n, device)
+        reach = ancestor_matrix(parents)
+        generator = torch.Generator().manual_seed(n)
+        logits = torch.randn(1, n, model.vocabulary, generator=generator).to(device, model.dtype)
+        tokens = torch.randint(2, (1, n), generator=generator).to(device)
+
+        def parts():
+            guesses = top_guesses(logits)
+            targets = logits.argmax(-1)
+            return guesses, targets, *verify_tree(tokens, targets, parents, reach)
+
+        yield Case(
+            f"N={n}",
+            n * model.vocabulary * model.dtype.itemsize + 68 * n + 16,
+            lambda: ops.verify_logits(logits, tokens, parents),
+            parts,
+            check=lambda got, expected: torch.testing.assert_close(got[1:], expected[1:]),  # of guesses, equals may swap
         )
 
 
@@ -438,6 +483,7 @@ CASES = {
     "tree_ancestors": ancestors_cases,
     "tree_attention": attention_cases,
     "verify_tree": verify_cases,
+    "verify_logits": logits_cases,
     "commit_kv": commit_cases,
     "lookup_ngram": lookup_cases,
     "fill_tree": fill_cases,
@@ -471,7 +517,23 @@ class Timer:
     def __call__(self, call: Callable) -> list[float]:
         for _ in range(2):
             call()
+        if self.device == "cuda":
+            call = self._recorded(call)
         return [self._once(call) for _ in range(self.repeats)]
+
+    def _recorded(self, call: Callable) -> Callable:
+        """The replay of a graph of the call; the call itself where it asks the device, which a graph cannot."""
+        stream, recording = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        try:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                call()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(recording, stream=stream):
+                call()
+        except RuntimeError:
+            return call
+        return recording.replay
 
     def _once(self, call: Callable) -> float:
         self.flushed.add_(1)
@@ -598,7 +660,7 @@ def main() -> None:
     if device == "cuda" and not have_cuda:
         parser.error("--device cuda: no GPU, or msn_ext was built without CUDA")
 
-    nodes, contexts = ([1, 16, 69], [256, 1024]) if options.quick else (NODES, CONTEXTS)
+    nodes, contexts = ([1, 16, 69], [256, 1024]) if options.quick else (NODES, CONTEXTS[device])
     timer = Timer(device, repeats=9 if options.quick else 101)
     bandwidth = copy_bandwidth(timer)
     about = environment(device, bandwidth)

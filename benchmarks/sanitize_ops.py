@@ -54,6 +54,9 @@ def check_tree(n: int, device: str) -> None:
     compare(f"tree_ancestors N={n}", device, ops.tree_ancestors, parents, validate=False)
     compare(f"verify_tree N={n}", device, ops.verify_tree, tokens, targets, parents)
     compare(f"verify_tree N={n}, one tree", device, ops.verify_tree, tokens, targets, parents[1].clone())
+    path = ops.verify_tree(tokens, targets, parents)[1]
+    text = [torch.zeros(BATCH, 40 + n, dtype=torch.int64), torch.tensor([0, 40, 7]), torch.tensor([99, 0, 2])]
+    compare(f"advance_text N={n}", device, ops.advance_text, *text, targets, path, (path >= 0).sum(1), torch.tensor([2]), 3)
     broken = parents.clone()
     broken[:, n // 2] = n + 5
     dead = parents.clone()

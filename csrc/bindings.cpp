@@ -371,6 +371,31 @@ void commit_kv(const std::vector<py::object>& caches_, py::handle lengths_, py::
   MSN_DISPATCH(commit_kv, path, caches, lengths, path, accept_length)
 }
 
+void advance_text(py::handle history_, py::handle lengths_, py::handle remaining_, py::handle targets_, py::handle path_,
+                  py::handle accept_length_, py::handle ends_, int64_t vocabulary, py::handle gained_, py::handle status_) {
+  const Tensor history = borrow("history", history_), lengths = borrow("lengths", lengths_), remaining = borrow("remaining", remaining_),
+               targets = borrow("targets", targets_), path = borrow("path", path_),
+               accept_length = borrow("accept_length", accept_length_), ends = borrow("ends", ends_), gained = borrow("gained", gained_),
+               status = borrow("status", status_);
+  expect_dims("history", history, 2);
+  expect_dims("targets", targets, 2);
+  expect_dims("ends", ends, 1);
+  const int64_t batch = history.shape[0], nodes = targets.shape[1];
+  expect_nodes("targets", nodes);
+  expect_index("history", history, DType::kInt64, {batch, history.shape[1]}, history);
+  expect_index("lengths", lengths, DType::kInt64, {batch}, history);
+  expect_index("remaining", remaining, DType::kInt64, {batch}, history);
+  expect_index("targets", targets, DType::kInt64, {batch, nodes}, history);
+  expect_index("path", path, DType::kInt64, {batch, nodes}, history);
+  expect_index("accept_length", accept_length, DType::kInt64, {batch}, history);
+  expect_index("ends", ends, DType::kInt64, {ends.shape[0]}, history);
+  expect_range("number of ends", ends.shape[0], 0, 1 << 20);
+  expect_index("gained", gained, DType::kInt64, {batch, nodes}, history);
+  expect_index("status", status, DType::kInt64, {3, batch}, history);
+  MSN_DISPATCH(advance_text, history, history, lengths, remaining, targets, path, accept_length, ends, vocabulary, gained,
+               status)
+}
+
 void lookup_ngram(py::handle history_, py::handle lengths_, int64_t max_ngram, py::handle tokens_, py::handle matched_) {
   const Tensor history = borrow("history", history_), lengths = borrow("lengths", lengths_), tokens = borrow("tokens", tokens_),
                matched = borrow("matched", matched_);
@@ -531,6 +556,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("verify_tree", &verify_tree);
   m.def("verify_logits", &verify_logits);
   m.def("commit_kv", &commit_kv);
+  m.def("advance_text", &advance_text);
   m.def("lookup_ngram", &lookup_ngram);
   m.def("fill_tree", &fill_tree);
   m.def("top_guesses", &top_guesses);

@@ -36,6 +36,9 @@ void verify_logits(const Tensor& logits, const Tensor& tokens, const Tensor& par
                    const Tensor& continuation, const Tensor& arrived);
 void commit_kv(const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& path,
                const Tensor& accept_length);
+void advance_text(const Tensor& history, const Tensor& lengths, const Tensor& remaining, const Tensor& targets,
+                  const Tensor& path, const Tensor& accept_length, const Tensor& ends, int64_t vocabulary,
+                  const Tensor& gained, const Tensor& status);
 void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngram,
                   const Tensor& tokens, const Tensor& matched);
 void fill_tree(const Tensor& candidates, const Tensor& retrieved, const Tensor& history,
@@ -70,6 +73,9 @@ void verify_logits(const Tensor& logits, const Tensor& tokens, const Tensor& par
                    const Tensor& continuation, const Tensor& arrived, void* stream);
 void commit_kv(const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& path,
                const Tensor& accept_length, void* stream);
+void advance_text(const Tensor& history, const Tensor& lengths, const Tensor& remaining, const Tensor& targets,
+                  const Tensor& path, const Tensor& accept_length, const Tensor& ends, int64_t vocabulary,
+                  const Tensor& gained, const Tensor& status, void* stream);
 void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngram,
                   const Tensor& tokens, const Tensor& matched, void* stream);
 void fill_tree(const Tensor& candidates, const Tensor& retrieved, const Tensor& history,

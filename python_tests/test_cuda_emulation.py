@@ -44,6 +44,8 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("draft_tree", "waiting[middle].value >= mine.value", "waiting[middle].value > mine.value"),
         ("draft_tree", "tables.corpus, tables.corpus_length", "tables.corpus, tables.corpus_length + 1"),
         ("draw_noise", "before == rank", "before >= rank"),
+        ("advance_text", "if (ended) count = end + 1;", ""),
+        ("draft_tree", "      __syncwarp();", ""),
         ("verify_logits", "== nodes - 1", "== nodes - 2"),
         ("tree_attention_mma", "await_copies<0>();", "await_copies<1>();"),
         ("tree_attention_mma", "__syncthreads();  // the tile is there", "// the tile is there"),
@@ -53,7 +55,7 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("tree_attention_mma", "if (threadIdx.x == 0) arrived[task] = 0;", ""),
     ],
     ids=[
-        "bounds", "alignment", "barrier", "race", "gaps", "order", "behind the corpus", "rank", "last one", "copies", "stages", "window",
+        "bounds", "alignment", "barrier", "race", "gaps", "order", "behind the corpus", "rank", "end of text", "warp", "last one", "copies", "stages", "window",
         "NaN", "splits", "counter",
     ],
 )  # fmt: skip

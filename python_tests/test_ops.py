@@ -37,6 +37,7 @@ OPS = [
     "verify_tree",
     "verify_logits",
     "commit_kv",
+    "advance_text",
     "lookup_ngram",
     "fill_tree",
     "top_guesses",
@@ -609,6 +610,52 @@ def test_commit_on_cuda_leaves_slots_outside_the_cache_alone(device):
         assert_equal(whole[:, :, 20:], before[:, :, 20:])
 
 
+# ---- advance_text --------------------------------------------------------------------------------
+
+
+@st.composite
+def texts_that_grow(draw):
+    """Arguments of advance_text: ends inside the path, at its end and behind it, rows that may gain little or nothing."""
+    rows, nodes = draw(st.integers(0, 4)), draw(st.sampled_from([1, 2, 7, 33, 64, 65, 256]))
+    seed = draw(st.integers(0, 999))
+    generator = torch.Generator().manual_seed(seed)
+    accepted = torch.randint(1, nodes + 1, (rows,), generator=generator)
+    path = torch.full((rows, nodes), -1)
+    for b in range(rows):
+        path[b, : accepted[b]] = torch.randperm(nodes, generator=generator)[: accepted[b]].sort().values
+    lengths = torch.randint(0, 30, (rows,), generator=generator)
+    vocabulary = draw(st.sampled_from([2, 5, 1000]))
+    return {
+        "history": torch.randint(0, 99, (rows, 30 + nodes), generator=generator),
+        "lengths": lengths,
+        "remaining": torch.randint(0, draw(st.sampled_from([1, 3, 300])), (rows,), generator=generator),
+        "targets": torch.randint(0, vocabulary + draw(st.integers(0, 1)), (rows, nodes), generator=generator),
+        "path": path,
+        "accept_length": accepted,
+        "ends": torch.randint(0, vocabulary, (draw(st.integers(0, 3)),), generator=generator),
+        "vocabulary": vocabulary,
+    }
+
+
+@given(arguments=texts_that_grow())
+def test_texts_grow_as_specified(device, arguments):
+    expected = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    given_ones = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    want, got = reference.advance_text(**expected), ops.advance_text(**given_ones)
+    assert_equal([x.cpu() for x in got], want)
+    for name in ("history", "lengths", "remaining"):
+        assert torch.equal(given_ones[name].cpu(), expected[name]), name
+
+
+def test_a_text_without_room_is_refused_on_the_cpu():
+    arguments = example("advance_text", "cpu")
+    for name, value in (("lengths", 9), ("lengths", -1), ("accept_length", 5), ("path", 4), ("path", -2)):
+        wrong = arguments[name].clone()
+        wrong.view(-1)[0] = value
+        with pytest.raises(ValueError, match=name):
+            ops.advance_text(**{**example("advance_text", "cpu"), name: wrong})
+
+
 # ---- lookup_ngram --------------------------------------------------------------------------------
 
 
@@ -800,6 +847,16 @@ def example(op: str, device: str) -> dict:
             "path": integers([[0, 2, -1], [0, 1, 3]], device),
             "accept_length": integers([2, 3], device),
         },
+        "advance_text": lambda: {
+            "history": torch.nn.functional.pad(text, (0, 4)),
+            "lengths": integers([5, 6], device),
+            "remaining": integers([9, 2], device),
+            "targets": tokens,
+            "path": integers([[0, 2, -1, -1], [0, 1, 3, -1]], device),
+            "accept_length": integers([2, 3], device),
+            "ends": integers([7, 0], device),
+            "vocabulary": 50,
+        },
         "lookup_ngram": lambda: {
             "history": text,
             "lengths": integers([5, 6], device),
@@ -871,6 +928,7 @@ def test_compiled_step_equals_the_eager_one(device, backend):
     def step(arguments):
         ancestors, depth = ops.tree_ancestors(**arguments["tree_ancestors"], validate=False)
         out = ops.tree_attention(**{**arguments["tree_attention"], "ancestors": ancestors}) * 2
+        gained, status = ops.advance_text(**arguments["advance_text"])
         retrieved, matched = ops.lookup_ngram(**arguments["lookup_ngram"])
         filled = ops.fill_tree(**{**arguments["fill_tree"], "depth": depth, "retrieved": retrieved})
         drafted = {**arguments["verify_tree"], "tokens": filled, "targets": filled * 0 + 3}  # row 0 retrieved a 3
@@ -885,12 +943,12 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         draft = ops.draft_tree(**{**arguments["draft_tree"], **tables, "denoised": guesses})
         verified = accept_length, path, bonus, continuation
         noise = ops.draw_noise(**{**arguments["draw_noise"], "labels": arguments["draw_noise"]["labels"] + 0})
-        return ancestors, depth, out, retrieved, matched, filled, *verified, guesses, *checked, *draft, *noise
+        return ancestors, depth, out, gained, status, retrieved, matched, filled, *verified, guesses, *checked, *draft, *noise
 
     torch.compiler.reset()
     eager, compiled = ({op: example(op, device) for op in OPS} for _ in range(2))
     assert_equal(torch.compile(step, fullgraph=True, backend=backend)(compiled), step(eager))
-    for op, changed in [("commit_kv", "caches"), ("remember_guesses", "contexts"), ("index_suffixes", "heads")]:
+    for op, changed in [("commit_kv", "caches"), ("remember_guesses", "contexts"), ("index_suffixes", "heads"), ("advance_text", "history")]:
         assert_equal(compiled[op][changed], eager[op][changed])
         assert not all(torch.equal(x, y) for x, y in zip(compiled[op][changed], example(op, device)[changed]))
 
@@ -1009,6 +1067,15 @@ WRONG_FORMS = [
     ("commit_kv", {"path": as_int32}, "path"),
     ("commit_kv", {"accept_length": fewer_rows}, "accept_length"),
     ("commit_kv", {"accept_length": as_int32}, "accept_length"),
+    ("advance_text", {"history": flat}, "history"),
+    ("advance_text", {"history": as_int32}, "history"),
+    ("advance_text", {"lengths": fewer_rows}, "lengths"),
+    ("advance_text", {"remaining": as_int32}, "remaining"),
+    ("advance_text", {"targets": fewer_rows}, "targets"),
+    ("advance_text", {"path": lambda x: x[:, :-1]}, "path"),
+    ("advance_text", {"accept_length": fewer_rows}, "accept_length"),
+    ("advance_text", {"ends": scalar}, "ends"),
+    ("advance_text", {"ends": as_int32}, "ends"),
     ("lookup_ngram", {"history": scalar}, "history"),
     ("lookup_ngram", {"history": flat}, "history"),
     ("lookup_ngram", {"history": as_int32}, "history"),

@@ -166,7 +166,7 @@ class Decoder:
         mask = (columns >= self._offsets[:, None]).long() if padded else None
         with self._attention.reading():
             logits = self._forward(ids, positions, mask, keep=len(draft))
-        return self._finish(draft, positions[:, -len(draft) :], logits)
+        return self._finish(draft, positions[:, -len(draft) :], logits, self._prefix())
 
     @torch.no_grad()
     def step(self) -> Gained:
@@ -178,7 +178,7 @@ class Decoder:
         else:
             draft = self.drafter.propose(self._history, self._lengths)
         draft.tokens[:, :1] = self._roots()
-        prefix = self._lengths - 1 + self._offsets
+        prefix = self._prefix()
         self._cache.at(prefix, len(draft), self._longest + len(draft))
         # Padding nodes have depth -1; they are computed at the root's position and never used.
         depth = draft.depth.clamp(min=0)
@@ -186,7 +186,11 @@ class Decoder:
         context = TreeContext(prefix, self._offsets, draft.ancestors)
         with self._attention.checking(context, self._cache.end, self.model.dtype) as mask:
             logits = self._forward(draft.tokens, positions, mask, keep=len(draft))
-        return self._finish(draft, positions, logits)
+        return self._finish(draft, positions, logits, prefix)
+
+    def _prefix(self) -> Tensor:
+        """Slots of each row before its root, int64 [B]."""
+        return self._lengths - 1 + self._offsets
 
     def _forward(self, ids: Tensor, positions: Tensor, mask, keep: int) -> Tensor:
         """Logits [B, keep, V] of the last ``keep`` tokens."""
@@ -201,7 +205,7 @@ class Decoder:
             **limit,
         ).logits[:, -keep:]
 
-    def _finish(self, draft: Draft, positions: Tensor, logits: Tensor) -> Gained:
+    def _finish(self, draft: Draft, positions: Tensor, logits: Tensor, prefix: Tensor) -> Gained:
         """Verify, commit, and show the drafter what came of it; no host sync."""
         guesses = None
         if self._targets is greedy and not self._processors:
@@ -210,25 +214,13 @@ class Decoder:
         else:
             targets = self._targets(logits, positions, self._processors)
             accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
-        self._cache.commit(self._lengths - 1 + self._offsets, path, accepted)
+        self._cache.commit(prefix, path, accepted)
         self.drafter.observe(
             Verified(draft, logits, targets, path, accepted, continuation, self._history, self._lengths, guesses)
         )
 
-        gained = targets.gather(1, path.clamp(min=0))  # the target of each accepted node, root first
-        columns = torch.arange(len(draft), device=gained.device)
-        counts = accepted.minimum(self._remaining)
-        remaining = self._remaining
-        if self._eos.numel():
-            ends = (gained[..., None] == self._eos).any(-1) & (columns < counts[:, None])
-            counts = torch.where(ends.any(1), ends.int().argmax(1) + 1, counts)
-            remaining = torch.where(ends.any(1), counts, remaining)
-        # Behind the gained tokens lies rubbish, which the next step overwrites.
-        self._history.scatter_(1, self._lengths[:, None] + columns, gained)
-        self._lengths += counts
-        self._remaining.copy_(remaining - counts)
-        invalid = ((gained >= logits.shape[-1]) & (columns < counts[:, None])).any(1)
-        return Gained(gained, torch.stack([counts, self._remaining, invalid.long()]))
+        text = self._history, self._lengths, self._remaining
+        return Gained(*ops.advance_text(*text, targets, path, accepted, self._eos, logits.shape[-1]))
 
     @property
     def changes_course(self) -> str | None:

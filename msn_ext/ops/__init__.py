@@ -22,6 +22,7 @@ from .reference import GUESSES, MAX_NODES
 
 __all__ = [
     "Workspace",
+    "advance_text",
     "commit_kv",
     "draft_tree",
     "draw_noise",
@@ -311,6 +312,61 @@ _register(
     "commit_kv(Tensor(a!)[] caches, Tensor lengths, Tensor path, Tensor accept_length) -> ()",
     _commit_kv_impl,
     lambda caches, lengths, path, accept_length: None,
+)
+
+
+# ---- advance_text --------------------------------------------------------------------------------
+
+
+def advance_text(
+    history: Tensor,
+    lengths: Tensor,
+    remaining: Tensor,
+    targets: Tensor,
+    path: Tensor,
+    accept_length: Tensor,
+    ends: Tensor,
+    vocabulary: int,
+) -> tuple[Tensor, Tensor]:
+    """Put the gained tokens, the targets along the accepted path, behind every row's text, in place.
+
+    A row takes the first ``accept_length`` of them, but no more than it may still gain, and none behind an end of text;
+    ``history`` from ``lengths`` on, ``lengths`` and ``remaining`` change.
+
+    Args:
+        history: int64 [B, C], contiguous, with room for what is gained.
+        lengths: int64 [B], tokens of every row so far.
+        remaining: int64 [B], tokens that a row may still gain; 0 once it has ended.
+        targets, path, accept_length: int64 [B, N], [B, N] and [B], as :func:`verify_tree` takes and gives them.
+        ends: int64 [E], the tokens that end a text.
+        vocabulary: tokens are to be smaller.
+
+    Returns:
+        ``gained`` int64 [B, N], the target of each node of the path, root first, then rubbish; ``status`` int64 [3, B]: how many of them
+        a row took, what it may still gain, and whether one that it took is none of the vocabulary.
+    """
+    return _ops.advance_text(history, lengths, remaining, targets, path, accept_length, ends, vocabulary)
+
+
+def _advance_text_outputs(history, lengths, remaining, targets, path, accept_length, ends, vocabulary):
+    if targets.dim() != 2:
+        raise ValueError(f"targets has shape {list(targets.shape)}; expected [B, N]")
+    return targets.new_empty(targets.shape), targets.new_empty(3, targets.shape[0])
+
+
+def _advance_text_impl(history, lengths, remaining, targets, path, accept_length, ends, vocabulary):
+    out = _advance_text_outputs(history, lengths, remaining, targets, path, accept_length, ends, vocabulary)
+    _C.advance_text(
+        history, lengths, remaining, targets.contiguous(), path.contiguous(), accept_length.contiguous(), ends.contiguous(), vocabulary, *out
+    )  # fmt: skip
+    return out
+
+
+_register(
+    "advance_text(Tensor(a!) history, Tensor(b!) lengths, Tensor(c!) remaining, Tensor targets, Tensor path, "
+    "Tensor accept_length, Tensor ends, int vocabulary) -> (Tensor, Tensor)",
+    _advance_text_impl,
+    _advance_text_outputs,
 )
 
 

@@ -134,6 +134,24 @@ def commit_kv(caches, lengths, path, accept_length):
             cache[b, :, start : start + kept] = cache[b, :, slots]
 
 
+def advance_text(history, lengths, remaining, targets, path, accept_length, ends, vocabulary):
+    batch, nodes = targets.shape
+    gained = targets.gather(1, path.clamp(min=0))
+    status = torch.zeros(3, batch, dtype=torch.int64, device=history.device)
+    for b in range(batch):
+        tokens, left, begin = gained[b].tolist(), int(remaining[b]), int(lengths[b])
+        tokens = tokens[: min(int(accept_length[b]), max(left, 0))]
+        end = next((i for i, token in enumerate(tokens) if token in ends.tolist()), None)
+        if end is not None:
+            tokens = tokens[: end + 1]
+        history[b, begin : begin + len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        lengths[b] += len(tokens)
+        remaining[b] = left - len(tokens) if end is None else 0
+        invalid = any(not 0 <= token < vocabulary for token in tokens)
+        status[:, b] = torch.tensor([len(tokens), int(remaining[b]), invalid])
+    return gained, status
+
+
 def lookup_ngram(history, lengths, max_ngram, length):
     batch = history.shape[0]
     tokens = torch.full((batch, length), -1, dtype=torch.int64)

@@ -161,6 +161,25 @@ def fuzz_verify_logits(rng: random.Random, nodes: int) -> None:
     memory.check()
 
 
+def fuzz_advance_text(rng: random.Random, nodes: int) -> None:
+    batch, vocabulary, room = rng.randrange(4), rng.choice([1, 2, 50]), 20 + nodes
+    history, lengths = torch.randint(0, 99, (batch, room)), torch.randint(0, 21, (batch,))
+    remaining = torch.randint(0, rng.choice([1, 3, 300]), (batch,))
+    targets = torch.randint(-1, vocabulary + 1, (batch, nodes))
+    path = torch.randint(-1, nodes, (batch, nodes))
+    accepted, ends = torch.randint(0, nodes + 1, (batch,)), torch.randint(0, vocabulary + 2, (rng.randrange(4),))
+    after = [history.clone(), lengths.clone(), remaining.clone()]
+    want = reference.advance_text(*after, targets, path, accepted, ends, vocabulary)
+    if rng.random() < 0.3:  # what counts as its border
+        path, accepted = torch.where(path < 0, -(1 << 40), path), torch.where(accepted == nodes, 1 << 40, accepted)
+    memory = Memory(rng)
+    inputs = [memory.place(x, want=y) for x, y in zip((history, lengths, remaining), after)]
+    rest = [memory.place(x) for x in (targets, path, accepted, ends)]
+    outputs = [memory.place(torch.full_like(x, 77), want=x) for x in want]
+    _C.advance_text(*inputs, *rest, vocabulary, *outputs)
+    memory.check()
+
+
 def random_history(rng: random.Random, batch: int, capacity: int) -> torch.Tensor:
     if rng.random() < 0.3:
         return torch.arange(capacity).remainder(rng.choice([1, 2, 3, 7])).repeat(batch, 1)
@@ -459,6 +478,7 @@ OPS = {
     "fill_tree": fuzz_fill_tree,
     "commit_kv": fuzz_commit_kv,
     "verify_logits": fuzz_verify_logits,
+    "advance_text": fuzz_advance_text,
     "tree_attention": fuzz_tree_attention,
     "top_guesses": fuzz_top_guesses,
     "index_suffixes": fuzz_index_suffixes,

@@ -41,6 +41,11 @@ void commit_kv(const std::vector<Tensor>& caches, const Tensor& lengths, const T
                const Tensor& accept_length) {
   cuda::commit_kv(caches, lengths, path, accept_length, nullptr);
 }
+void advance_text(const Tensor& history, const Tensor& lengths, const Tensor& remaining, const Tensor& targets,
+                  const Tensor& path, const Tensor& accept_length, const Tensor& ends, int64_t vocabulary,
+                  const Tensor& gained, const Tensor& status) {
+  cuda::advance_text(history, lengths, remaining, targets, path, accept_length, ends, vocabulary, gained, status, nullptr);
+}
 void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngram, const Tensor& tokens,
                   const Tensor& matched) {
   cuda::lookup_ngram(history, lengths, max_ngram, tokens, matched, nullptr);
