@@ -66,6 +66,7 @@ class Recorder:
     """As :class:`msn_ext.decoding.graph.Recorder`; counts what was recorded and run."""
 
     made: list = []
+    room = 1 << 30
 
     def __init__(self, device):
         self.recordings, self.warm_ups = [], 0

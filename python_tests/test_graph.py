@@ -239,6 +239,21 @@ def test_recordings_are_few_and_go_with_their_model(tapes):
     assert not any(ref() for ref in watched)
 
 
+def test_caches_that_are_kept_are_bounded(tapes, monkeypatch):
+    model = tiny_model("llama", 3)
+    for batch in (1, 2, 3):
+        ours(model, *prompts(0, batch), "auto", max_new_tokens=5)
+    sizes = [replay.decoder.cache_bytes for replays in graph._kept[model].values() for replay in replays]
+    assert len(sizes) == 3 and sizes[0] > 0 and sizes == [sizes[0], 2 * sizes[0], 3 * sizes[0]]
+    kind = type(tapes[0])
+    monkeypatch.setattr(kind, "room", sizes[0] + sizes[2] - 1, raising=False)
+    for replays in graph._kept[model].values():
+        for replay in replays:
+            replay.room = kind.room
+    ours(model, *prompts(1, 3), "auto", max_new_tokens=5)
+    assert [replay.decoder.cache_bytes for replays in graph._kept[model].values() for replay in replays] == [sizes[2]]
+
+
 def test_other_weights_are_not_taken_for_the_recorded_ones(tapes):
     model = tiny_model("llama", 3)
     ids, mask = prompts(0)

@@ -80,6 +80,10 @@ class TreeCache(Cache):
             for layer in self.layers:
                 layer.grow()
 
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
+
     def clear(self) -> None:
         """Forget everything; NaN would come through a dense mask."""
         for layer in self.layers:

@@ -31,7 +31,9 @@ from .verification import greedy
 logger = logging.getLogger("msn_ext")
 
 KEPT = 4
-"""Decoders with their recordings that are kept for a model."""
+"""Decoders with their recordings that are kept for a model, at most;"""
+SHARE = 0.1
+"""and of the device's memory, what their caches may take in all."""
 RECORDINGS = 8
 """Of a decoder, one per size of tree."""
 ROOM = 512
@@ -64,9 +66,9 @@ class Plannable(Protocol):
 class CudaRecording:
     """The kernels of one step."""
 
-    def __init__(self, step: Callable[[], Gained], pool):
+    def __init__(self, step: Callable[[], Gained], pool, stream: torch.cuda.Stream):
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
             self.gained = step()
 
     def replay(self) -> None:
@@ -74,13 +76,18 @@ class CudaRecording:
 
 
 class Recorder:
-    """Where steps are recorded: a CUDA device. A test has one of its own for the CPU."""
+    """Where steps are recorded: a CUDA device. A test has one of its own for the CPU.
+
+    Attributes:
+        room: bytes of caches that may be kept from call to call.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._side = torch.cuda.Stream(device)
-        self._host: OrderedDict[tuple, list[Tensor]] = OrderedDict()
+        self._host: dict[tuple, list[list[Tensor]]] = {}
+        self.room = int(SHARE * torch.cuda.get_device_properties(device).total_memory)
 
     def warm_up(self, step: Callable[[], Gained]) -> Gained:
         """A step outside any recording, on another stream than the default one, as recording asks for."""
@@ -91,7 +98,7 @@ class Recorder:
         return gained
 
     def record(self, step: Callable[[], Gained]) -> CudaRecording:
-        return CudaRecording(step, self._pool)
+        return CudaRecording(step, self._pool, self._side)
 
     def to_host(self, tensors: list[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
         """Copies that are under way, and what waits for them. The last copies but one are overwritten."""
@@ -135,6 +142,7 @@ class Replay:
         self._warm: set[int] = set()
         self._workspace = ops.Workspace()
         self._allocations = decoder.drafter.allocations
+        self.room = recorder.room
         self._refused = False
         self._read_at: float | None = None
 
@@ -265,6 +273,10 @@ def steps(
     with _guard:  # not after an error: its state is anybody's guess
         kept.setdefault(key, []).append(replay)
         kept.move_to_end(key)
-        while sum(map(len, kept.values())) > KEPT:
+        while sum(map(len, kept.values())) > KEPT or _bytes(kept) > replay.room:
             oldest = next(iter(kept))
             kept[oldest].pop() if kept[oldest] else kept.pop(oldest)
+
+
+def _bytes(kept: OrderedDict[tuple, list[Replay]]) -> int:
+    return sum(replay.decoder.cache_bytes for replays in kept.values() for replay in replays)

@@ -223,6 +223,10 @@ class Decoder:
         return Gained(*ops.advance_text(*text, targets, path, accepted, self._eos, logits.shape[-1]))
 
     @property
+    def cache_bytes(self) -> int:
+        return self._cache.nbytes
+
+    @property
     def changes_course(self) -> str | None:
         """Why steps differ in more than the values of tensors; None: they do not."""
         if self._shallow_until:
