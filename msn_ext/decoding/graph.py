@@ -158,8 +158,11 @@ class Replay:
         """Launches one step; nothing waits for it yet."""
         drafter = self.decoder.drafter
         nodes = drafter.plan()
+        usual = self._refused or nodes in self._recordings  # takes the time that such a step takes
+        if not usual:
+            self._read_at = None
         with self._workspace:
-            if self._recordings.get(nodes) or self._record(nodes):
+            if nodes in self._recordings or self._record(nodes):
                 self._recordings.move_to_end(nodes)
                 recording, report = self._recordings[nodes]
                 recording.replay()
@@ -174,7 +177,7 @@ class Replay:
             now, before = time.perf_counter(), self._read_at
             self._read_at = now
             tokens, status, *reports = (x.clone() for x in there)
-            if before is not None:
+            if usual and before is not None:
                 drafter.told(reports[0] if reports else None, nodes, status[0].tolist(), now - before)
             return Gained(tokens, status)
 
