@@ -151,7 +151,7 @@ def test_guesses_come_true_and_alias():
         for step in range(12):
             accepts += gained.status[0].tolist()
             decoder.advance(int((decoder._lengths - (mask.sum(1))).max()))
-            proposed = decoder._drafter.propose(decoder._history, decoder._lengths).tokens
+            proposed = decoder.drafter.propose(decoder._history, decoder._lengths).tokens
             children = [i for i, parent in enumerate(DraftTree.paper().parents) if parent == 0]
             aliased += sum(len(children) - len(set(row[children].tolist())) for row in proposed)
             gained = decoder.step()
