@@ -1,6 +1,8 @@
 """The benchmarks run and write what they promise."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,18 @@ def test_kernels_quick_run_writes_complete_json(tmp_path):
         assert row["eager_ratio"] == row["eager_seconds"] / row["seconds"]
         assert 0 < row["share_of_copy"] < 1
         assert row["size"] in run.stdout
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CUDACXX", "nvcc")) is None, reason="no nvcc")
+def test_no_kernel_spills(tmp_path):
+    """As ptxas reports it for one architecture; the committed table has three, and every kernel."""
+    file = tmp_path / "registers.txt"
+    command = [sys.executable, str(BENCHMARKS / "registers.py"), "--architectures", "90", "--output", str(file)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+    assert run.returncode == 0, run.stdout + run.stderr
+    kernels = [line.rsplit(maxsplit=3)[0] for line in file.read_text().splitlines()[1:-1]]
+    committed = (BENCHMARKS / "results" / "registers.txt").read_text().splitlines()[1:-1]
+    assert sorted(kernels) == sorted(line.rsplit(maxsplit=5)[0] for line in committed)
 
 
 def test_steps_are_timed_next_to_transformers(tmp_path):
