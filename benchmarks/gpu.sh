@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and times msn_ext on a machine with a GPU, from a bare checkout, offline.
 #
-#   benchmarks/gpu.sh                      all parts, in under 9 minutes
+#   benchmarks/gpu.sh                      all parts; limits add up to 520 seconds
 #   benchmarks/gpu.sh build test           only these, of: build test sanitize bench steps
 #   OUT=/tmp/results benchmarks/gpu.sh     results there; default: benchmarks/results/<name of the GPU>
 #   PYTHON=python3.12 benchmarks/gpu.sh    default: python3

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import copy_bandwidth, last_level_cache
 
 import msn_ext
 from msn_ext import Corpus, ops
@@ -498,15 +499,6 @@ CASES = {
 # ---- measuring ------------------------------------------------------------------------------------
 
 
-def last_level_cache(device: str) -> int:
-    """Bytes; 32 MiB where the system does not say."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).L2_cache_size
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 2**10, "M": 2**20}
-    return max((int(s[:-1]) * units[s[-1]] for s in (path.read_text().strip() for path in sizes)), default=32 * 2**20)
-
-
 class Timer:
     """Seconds per call with cold caches."""
 
@@ -547,13 +539,6 @@ class Timer:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-
-
-def copy_bandwidth(timer: Timer) -> float:
-    """Bytes read and written per second by Tensor.copy_ of four times the last-level cache."""
-    source = torch.ones(4 * last_level_cache(timer.device), dtype=torch.uint8, device=timer.device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / statistics.median(timer(lambda: target.copy_(source)))
 
 
 def measure(op: str, model: Model, case: Case, timer: Timer, bandwidth: float) -> dict:
@@ -662,7 +647,7 @@ def main() -> None:
 
     nodes, contexts = ([1, 16, 69], [256, 1024]) if options.quick else (NODES, CONTEXTS[device])
     timer = Timer(device, repeats=9 if options.quick else 101)
-    bandwidth = copy_bandwidth(timer)
+    bandwidth = copy_bandwidth(timer.device)
     about = environment(device, bandwidth)
     versions = f"torch {about['torch']}, msn_ext {about['msn_ext']['version']}"
     print(f"{about['device']}, {about['threads']} threads, {versions}")

@@ -30,6 +30,7 @@ from msn_ext.ops.reference import MAX_NODES  # noqa: E402
 
 sys.path.insert(0, folder)
 from decode import Results, conditions  # noqa: E402
+from machine import copy_bandwidth, wait  # noqa: E402
 
 SHAPES = {
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256),
@@ -49,11 +50,6 @@ def make_model(shape: str, device: str, dtype: torch.dtype):
             return LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 class Ours:
@@ -96,19 +92,6 @@ class Transformers:
 
     def __call__(self) -> float:
         return (self._time(STEPS + 1) - self._time(1)) / STEPS
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes read and written per second."""
-    source = torch.ones(1 << (30 if device == "cuda" else 28), dtype=torch.uint8, device=device)
-    target, seconds = torch.empty_like(source), []
-    for _ in range(7):
-        wait(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        wait(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * source.numel() / statistics.median(seconds)
 
 
 def read_bytes(model) -> int:

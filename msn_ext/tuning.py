@@ -12,15 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessorList
 
-from .decoding import BestFirst, Decoder, attention_for, greedy
+from .decoding import BestFirst, attention_for, greedy
 from .decoding.calibration import Record, Recorder, fit
 from .decoding.factors import load as shipped_factors
+from .decoding.graph import steps
 from .documents import lines, row
 from .generation import generate
 from .profile import Profile, machine, profile_path
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-ROUNDS = 7
+ROUNDS = 9
+WARM_UP = 2
 
 
 @torch.no_grad()
@@ -29,8 +31,8 @@ def measure_step_times(
 ) -> dict[int, float]:
     """Seconds of a whole step, drafting to commit, by the nodes of its tree; batch 1.
 
-    The sizes take turns, so that whatever else the machine does meets all alike; the first round warms up, and of
-    the others the median counts.
+    The sizes take turns, so that whatever else the machine does meets all alike; the first two rounds warm up (and
+    record, where decoding does: :mod:`.decoding.graph`), and of the others the median counts.
 
     Args:
         context: tokens of the text before the first step, at most half of what the model can take.
@@ -41,20 +43,21 @@ def measure_step_times(
     text = torch.randint(config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)).to(model.device)
     drafter = BestFirst(budget=1)
     no_padding, no_end = text.new_zeros(1), text.new_empty(0)
-    decoder = Decoder(
-        model, attention_for(model), text, no_padding, drafter, greedy, LogitsProcessorList(), context, no_end
-    )
-    gained = int(decoder.prefill().status.cpu()[0])
-    with tqdm(total=(ROUNDS + 1) * len(sizes), unit="step", desc="step times", leave=False, disable=not progress) as bar:
-        for _ in range(ROUNDS + 1):
+    prompt = text, no_padding, context, no_end
+    with (
+        steps(model, attention_for(model), drafter, drafter, greedy, LogitsProcessorList(), *prompt) as run,
+        tqdm(total=ROUNDS * len(sizes), unit="step", desc="step times", leave=False, disable=not progress) as bar,
+    ):
+        gained = int(run.decoder.prefill().read().status[0])
+        for _ in range(ROUNDS):
             for size in sizes:
-                decoder.advance(gained)
+                run.decoder.advance(gained)
                 drafter.budget = size
                 start = time.perf_counter()
-                gained += int(decoder.step().status.cpu()[0])
+                gained += int(run.step().read().status[0])
                 seconds[size].append(time.perf_counter() - start)
                 bar.update()
-    return {size: statistics.median(taken[1:]) for size, taken in seconds.items()}
+    return {size: statistics.median(taken[WARM_UP:]) for size, taken in seconds.items()}
 
 
 def learn_factors(model, prompts: list[Tensor], prior: Tensor, progress: bool = True) -> tuple[Tensor, dict]:

@@ -20,7 +20,7 @@ class Recording(TorchDispatchMode):
 
     def __init__(self, step):
         super().__init__()
-        self._operations, self._before, self._made = [], {}, set()
+        self.operations, self._before, self._made = [], {}, set()
         self.replays = 0
         try:
             # As transformers asks, which leaves its own questions to the device out then.
@@ -49,13 +49,13 @@ class Recording(TorchDispatchMode):
         fresh = [x for x in tensors(out) if x.untyped_storage().data_ptr() not in given]
         self._made.update(x.untyped_storage().data_ptr() for x in fresh)
         if written or fresh:  # all else are views
-            self._operations.append((func, args, kwargs, out, fresh))
+            self.operations.append((func, args, kwargs, out, fresh))
         return out
 
     @torch.no_grad()
     def replay(self):
         self.replays += 1
-        for func, args, kwargs, out, fresh in self._operations:
+        for func, args, kwargs, out, fresh in self.operations:
             new = func(*args, **kwargs)
             for old, value in zip(tensors(out), tensors(new)):
                 if any(old is x for x in fresh):
@@ -66,7 +66,7 @@ class Recorder:
     """As :class:`msn_ext.decoding.graph.Recorder`; counts what was recorded and run."""
 
     made: list = []
-    room = 1 << 30
+    memory = 1 << 30
 
     def __init__(self, device):
         self.recordings, self.warm_ups = [], 0

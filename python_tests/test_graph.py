@@ -9,12 +9,14 @@ import families
 import pytest
 import torch
 from families import FAMILIES, VOCAB
-from tape import Recorder
+from tape import Recorder, Recording
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from msn_ext import DraftTree, generate
 from msn_ext.decoding import BestFirst, TreeDrafter, graph
 from msn_ext.decoding.budget import RECORDED as RECORDED_SIZES
+from msn_ext.tuning import ROUNDS, SIZES, measure_step_times
 
 DRAFTS = {
     "auto": lambda: "auto",
@@ -109,6 +111,26 @@ def test_replayed_steps_give_plain_decodings_text(family, draft, tapes):
         assert len(tapes) <= 3, "prompts that only differ in length share a decoder"
     assert sum(tape.replays for tape in tapes) > 10
     assert all(len(tape.recordings) <= tape.warm_ups <= len(RECORDED_SIZES) for tape in tapes)
+
+
+def test_a_step_launches_little_beside_its_model(tapes):
+    """As docs/kernels.md counts it; every operation that is no view is at most a launch."""
+    if where != "cpu":
+        pytest.skip("counted on the tape")
+    model, marks = tiny_model("llama", 3), []
+
+    def mark(*_):
+        mode = _get_current_dispatch_mode()
+        if isinstance(mode, Recording):
+            marks.append(len(mode.operations))
+
+    model.register_forward_pre_hook(mark)
+    model.register_forward_hook(mark)
+    ours(model, *prompts(0, 1), BestFirst(16), max_new_tokens=20)
+    (recording,) = tapes[0].recordings
+    begin, end = marks
+    names = [str(operation[0]) for operation in recording.operations[:begin] + recording.operations[end:]]
+    assert sum(name.startswith("msn_ext.") for name in names) == 7 and len(names) <= 27
 
 
 def test_families_that_can_be_recorded(tapes):
@@ -246,12 +268,19 @@ def test_caches_that_are_kept_are_bounded(tapes, monkeypatch):
     sizes = [replay.decoder.cache_bytes for replays in graph._kept[model].values() for replay in replays]
     assert len(sizes) == 3 and sizes[0] > 0 and sizes == [sizes[0], 2 * sizes[0], 3 * sizes[0]]
     kind = type(tapes[0])
-    monkeypatch.setattr(kind, "room", sizes[0] + sizes[2] - 1, raising=False)
+    monkeypatch.setattr(kind, "memory", sizes[0] + sizes[2] - 1, raising=False)
     for replays in graph._kept[model].values():
         for replay in replays:
-            replay.room = kind.room
+            replay.memory = kind.memory
     ours(model, *prompts(1, 3), "auto", max_new_tokens=5)
     assert [replay.decoder.cache_bytes for replays in graph._kept[model].values() for replay in replays] == [sizes[2]]
+
+
+def test_tuning_measures_recorded_steps_where_decoding_takes_them(tapes):
+    times = measure_step_times(tiny_model("llama", 3), context=32, progress=False)
+    assert list(times) == list(SIZES) and all(times.values())
+    assert len(tapes[0].recordings) == tapes[0].warm_ups == len(SIZES), "each size is recorded once"
+    assert tapes[0].replays == (ROUNDS - 1) * len(SIZES)
 
 
 def test_other_weights_are_not_taken_for_the_recorded_ones(tapes):

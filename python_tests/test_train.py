@@ -242,6 +242,24 @@ def test_other_ways_to_train(folder, data, tmp_path, capsys, more):
     assert ("noise_loss" in str(figures["log"])) == ("none" not in more)
 
 
+@pytest.mark.parametrize(
+    "more, noise", [([], (0.3, 0.03)), (["--noise-weight", "2"], (2, 0.2)), (["--layout", "replace"], (1, 1)),
+                    (["--layout", "replace", "--noise-weight", "2"], (2, 0.2))]
+)  # fmt: skip
+def test_noise_weighs_less_in_the_last_third(folder, data, tmp_path, monkeypatch, more, noise):
+    told: list = []
+
+    def add_noise(trainer, *, loss_weights, **settings):
+        at = loss_weights if callable(loss_weights) else lambda done: loss_weights
+        told.extend(at(done) for done in (0, 0.6, 0.7, 1))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("msn_ext.recipe.add_noise", add_noise)
+    assert cli.main(command(folder, data, tmp_path / "out", *more)) == 1
+    first, last = noise
+    assert told == [pytest.approx(pair) for pair in [(1, first), (1, first), (1, last), (1, last)]]
+
+
 def test_the_ways_to_train_are_compared(folder, data, tmp_path):
     """benchmarks/training.py: a line an experiment, done ones are not run again, the plots are pictures."""
     script = Path(__file__).resolve().parent.parent / "benchmarks" / "training.py"

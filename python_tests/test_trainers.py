@@ -127,6 +127,29 @@ def test_loss_weights_weigh_the_gradients(tmp_path, weights, accumulate):
     torch.testing.assert_close(gradients[0], expected, rtol=1e-3, atol=1e-5)
 
 
+def test_loss_weights_may_change_on_the_way(tmp_path):
+    shares: list[float] = []
+
+    def weights(done):
+        shares.append(done)
+        return (1.0, 1.0) if done < 0.5 else (0.0, 0.0)
+
+    trainer = add_noise(trainer_for(tmp_path), layout="branch", segments=2, seed=1, loss_weights=weights)
+    trainer.train()
+    assert shares == pytest.approx([step / 6 for step in range(6)])
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert [loss > 0 for loss in losses] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("wrong", [(1, -1), (1, 2, 3), 0.3, (float("nan"), 1), "ab"], ids=str)
+def test_wrong_loss_weights_are_named(tmp_path, wrong):
+    with pytest.raises(ValueError, match="loss_weights is"):
+        add_noise(trainer_for(tmp_path), loss_weights=wrong)
+    trainer = add_noise(trainer_for(tmp_path), loss_weights=lambda done: wrong)
+    with pytest.raises(ValueError, match="loss_weights is"):
+        trainer.train()
+
+
 def test_the_model_s_own_guesses_as_noise(tmp_path):
     trainer = add_noise(trainer_for(tmp_path), layout="branch", segments=2, content="self", seed=1)
     passes = seen_by(trainer.model)
@@ -142,8 +165,6 @@ def test_noise_can_be_added_once(tmp_path):
     trainer = add_noise(trainer_for(tmp_path))
     with pytest.raises(ValueError, match="trainer has noise already"):
         add_noise(trainer)
-    with pytest.raises(ValueError, match="loss_weights is"):
-        add_noise(trainer_for(tmp_path), loss_weights=(1, -1))
     with pytest.raises(ValueError, match="length is 0"):
         add_noise(trainer_for(tmp_path), length=0)
 
@@ -222,7 +243,7 @@ def tokenizer():
 # ---- two processes -------------------------------------------------------------------------------
 
 PROCESS = """
-import sys
+import os, sys
 sys.path.insert(0, {tests!r})
 import torch, transformers
 from families import VOCAB, tiny_model
@@ -244,6 +265,7 @@ if trainer.is_world_process_zero():
 if torch.distributed.is_initialized():  # a process that leaves while another one still talks to it may abort that one
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # threads of torch's that ask for the interpreter while it goes down abort the process
 """
 
 

@@ -65,6 +65,13 @@ __host__ __device__ inline int64_t clamp(int64_t value, int64_t low, int64_t hig
   return value < low ? low : value > high ? high : value;
 }
 
+// Whether rows, along the last axis, can be read `bytes` at a time.
+inline bool whole_rows(const Tensor& t, uint64_t bytes) {
+  uint64_t all = reinterpret_cast<uint64_t>(t.data);
+  for (int i = 0; i < t.ndim; ++i) all |= (i + 1 < t.ndim ? t.strides[i] : t.shape[i]) * t.item_size;
+  return all % bytes == 0;
+}
+
 // The largest `value` of the block, in every thread. All threads of the block call it, and the
 // block consists of whole warps. The last barrier lets `scratch` be used again at once.
 __device__ inline int64_t block_max(int64_t value, int64_t (&scratch)[kWarp]) {

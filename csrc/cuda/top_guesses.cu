@@ -22,7 +22,7 @@ void top_guesses(const Tensor& logits, const Tensor& guesses, void* stream) {
   with_logits(logits, [&](auto element) {
     using T = decltype(element);
     launch("top_guesses", top_guesses_kernel<T>, grid_x("top_guesses", logits.shape[0]), kTopThreads, 0, stream,
-           logits.as<T>(), logits.strides[0], static_cast<int>(logits.shape[1]), wide_logits(logits),
+           logits.as<T>(), logits.strides[0], static_cast<int>(logits.shape[1]), whole_rows(logits, 16),
            guesses.as<int32_t>());
   });
 }

@@ -118,13 +118,6 @@ __device__ int32_t top_of_row(const T* row, int vocabulary, bool wide, TopShared
   return pack_guess(key_place(mine), level_of(shared.weights[thread] / total));
 }
 
-// Whether rows can be read 16 bytes at a time.
-inline bool wide_logits(const Tensor& logits) {
-  uint64_t all = reinterpret_cast<uint64_t>(logits.data);
-  for (int i = 0; i < logits.ndim; ++i) all |= (i + 1 < logits.ndim ? logits.strides[i] : logits.shape[i]) * logits.item_size;
-  return all % 16 == 0;
-}
-
 // Calls `f` with a value of the logits' type.
 template <typename F>
 void with_logits(const Tensor& logits, const F& f) {

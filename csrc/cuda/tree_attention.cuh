@@ -45,13 +45,6 @@ __device__ inline void from_float(float x, float* to) { *to = x; }
 __device__ inline void from_float(float x, __half* to) { *to = __float2half(x); }
 __device__ inline void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
 
-// Whether rows can be read `bytes` at a time.
-inline bool whole_rows(const Tensor& t, uint64_t bytes) {
-  uint64_t all = reinterpret_cast<uint64_t>(t.data) | t.shape[3] * t.item_size;
-  for (int i = 0; i < 3; ++i) all |= t.strides[i] * t.item_size;
-  return all % bytes == 0;
-}
-
 // Of 16-bit values, rows whole 16 bytes (queries: 4), fewer than 2^30 slots. Without enough space the keys are not split.
 template <typename T>
 void tree_attention_mma(const AttentionProblem<T>& p, int64_t batch, int device, const AttentionSpace& space, void* stream);

@@ -48,7 +48,7 @@ void verify_logits(const Tensor& logits, const Tensor& tokens, const Tensor& par
   with_logits(logits, [&](auto element) {
     using T = decltype(element);
     launch("verify_logits", verify_logits_kernel<T>, grid_x("verify_logits", batch * nodes), kTopThreads, 0, stream,
-           logits.as<T>(), logits.strides[0], static_cast<int>(logits.shape[1]), wide_logits(logits),
+           logits.as<T>(), logits.strides[0], static_cast<int>(logits.shape[1]), whole_rows(logits, 16),
            tokens.as<int64_t>(), parents.as<int32_t>(), parents.ndim == 2 ? nodes : 0, static_cast<int>(nodes),
            guesses.as<int32_t>(), targets.as<int64_t>(), to, arrived.as<int>());
   });

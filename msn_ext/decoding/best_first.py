@@ -11,7 +11,7 @@ from msn_ext import ops
 from msn_ext.ops.reference import FACTORS, GUESSES, MAX_NODES, ORDERS, SUFFIXES
 
 from . import factors as weights
-from .budget import RECORDED, Budget, StepTimes, reach_of
+from .budget import FIRST_RECORDED, RECORDED, Budget, StepTimes, reach_of
 from .corpus import Corpus
 from .drafting import Draft, TreeDrafter, Verified
 from .tree import RETRIEVAL, DraftTree
@@ -233,7 +233,7 @@ class BestFirst:
     def plan(self) -> int:
         """The nodes of the next tree, by what was said of the last step but one."""
         if self._late is None:
-            self._planned = self.budget or RECORDED[2]
+            self._planned = self.budget or FIRST_RECORDED
         elif not self.budget:
             self._planned = self._choice.choose(self._late, RECORDED)
         return self._planned

@@ -34,8 +34,8 @@ KEPT = 4
 """Decoders with their recordings that are kept for a model, at most;"""
 SHARE = 0.1
 """and of the device's memory, what their caches may take in all."""
-RECORDINGS = 8
-"""Of a decoder, one per size of tree."""
+RECORDINGS = 16
+"""Of a decoder, one per size of tree: more than ``auto`` chooses from, and than ``msn tune`` measures."""
 ROOM = 512
 """Slots of a cache come in multiples of this, so that one decoder serves prompts of many lengths."""
 
@@ -79,7 +79,7 @@ class Recorder:
     """Where steps are recorded: a CUDA device. A test has one of its own for the CPU.
 
     Attributes:
-        room: bytes of caches that may be kept from call to call.
+        memory: bytes of caches that may be kept from call to call.
     """
 
     def __init__(self, device: torch.device):
@@ -87,7 +87,7 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._side = torch.cuda.Stream(device)
         self._host: dict[tuple, list[list[Tensor]]] = {}
-        self.room = int(SHARE * torch.cuda.get_device_properties(device).total_memory)
+        self.memory = int(SHARE * torch.cuda.get_device_properties(device).total_memory)
 
     def warm_up(self, step: Callable[[], Gained]) -> Gained:
         """A step outside any recording, on another stream than the default one, as recording asks for."""
@@ -142,7 +142,7 @@ class Replay:
         self._warm: set[int] = set()
         self._workspace = ops.Workspace()
         self._allocations = decoder.drafter.allocations
-        self.room = recorder.room
+        self.memory = recorder.memory
         self._refused = False
         self._read_at: float | None = None
 
@@ -276,7 +276,7 @@ def steps(
     with _guard:  # not after an error: its state is anybody's guess
         kept.setdefault(key, []).append(replay)
         kept.move_to_end(key)
-        while sum(map(len, kept.values())) > KEPT or _bytes(kept) > replay.room:
+        while sum(map(len, kept.values())) > KEPT or _bytes(kept) > replay.memory:
             oldest = next(iter(kept))
             kept[oldest].pop() if kept[oldest] else kept.pop(oldest)
 

@@ -58,13 +58,19 @@ class Workspace:
     """
 
     def __init__(self):
-        self._all: list[tuple[Tensor, Tensor]] = []
+        self._floats: list[Tensor] = []
+        self._counters: list[Tensor] = []
 
     def get(self, like: Tensor, floats: int, counters: int) -> tuple[Tensor, Tensor]:
         """float32 [floats or more], and int32 [counters or more] that are 0 between launches."""
-        if not self._all or len(self._all[-1][0]) < floats or len(self._all[-1][1]) < counters:
-            self._all.append((like.new_empty(floats, dtype=torch.float32), like.new_zeros(counters, dtype=torch.int32)))
-        return self._all[-1]
+        return self._last(self._floats, like, floats, torch.float32), self._last(self._counters, like, counters, torch.int32)
+
+    @staticmethod
+    def _last(buffers: list[Tensor], like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        """One that is large enough. The smaller ones before it stay: recorded launches know where they are."""
+        if not buffers or len(buffers[-1]) < size:
+            buffers.append(like.new_zeros(max(size, 2 * len(buffers[-1]) if buffers else 0), dtype=dtype))
+        return buffers[-1]
 
     def __enter__(self) -> None:
         _own.workspace, self._before = self, getattr(_own, "workspace", None)

@@ -67,7 +67,12 @@ def add_noise(trainer, *, loss_weights: Weights | Callable[[float], Weights] = (
 
 
 def _check(weights: Weights) -> Weights:
-    if len(weights) != 2 or not all(0 <= weight < float("inf") for weight in weights):
+    try:
+        clean, noise = weights
+        right = 0 <= clean < float("inf") and 0 <= noise < float("inf")
+    except (TypeError, ValueError):
+        right = False
+    if not right:
         raise ValueError(f"loss_weights is {weights!r}; expected two numbers, 0 or more")
     return weights
 
