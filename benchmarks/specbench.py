@@ -4,7 +4,7 @@
                                                                      # where a file of the same drafters ends
     python benchmarks/specbench.py --prompts 24 --drafts paper,auto@64
     python benchmarks/specbench.py --check 6                         # also decode six turns for real, and compare
-    python benchmarks/specbench.py --summary results.jsonl           # the tables of a file, nothing run
+    python benchmarks/specbench.py --summary results.jsonl           # the table of files, nothing run
 
 What a drafter gains is settled by the text that greedy decoding gives and by what the model says at the nodes
 that the drafter asks for. So every turn is decoded once, greedily; then all drafters run side by side on that
@@ -290,6 +290,7 @@ def ratio(rows: list[dict], name: str, base: str) -> tuple[float, float, float]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="path or id; the demo model where none is named")
+    parser.add_argument("--adapted", action="store_true", help="the demo model with the package's adapter")
     parser.add_argument("--data", type=pathlib.Path, default=SHARED, help="a Spec-Bench question file")
     parser.add_argument("--prompts", type=int, help="questions, in turn from every category (default: all)")
     parser.add_argument("--skip", type=int, default=0, help="questions to leave out first (24 served to design auto)")
@@ -299,16 +300,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["float64", "float32", "float16", "bfloat16"])
     parser.add_argument("--output", type=pathlib.Path, help="JSON lines: conditions, then a line per turn")
-    parser.add_argument("--summary", type=pathlib.Path, help="print the tables of such a file and stop")
+    parser.add_argument("--summary", type=pathlib.Path, nargs="+", help="print the table of such files together and stop")
     options = parser.parse_args(arguments)
     drafts = options.drafts.split(",")
     if unknown := set(drafts) - set(DRAFTS):
         parser.error(f"--drafts has {', '.join(sorted(unknown))}; expected some of {', '.join(DRAFTS)}")
-    results = Results(options.summary or options.output)
     if options.summary:
-        print(json.dumps(results.lines[0]))
-        print(summarise(results.rows))
+        files = [Results(path) for path in options.summary]
+        for results in files:
+            print(json.dumps(results.lines[0]))
+        print(summarise([row for results in files for row in results.rows]))
         return 0
+    results = Results(options.output)
     if not options.data.is_file():
         parser.error(f"--data {options.data}: no such file")
 

@@ -171,6 +171,15 @@ def test_answers_are_the_model_s_own(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("period", [1, 2, 5, 30])
+def test_answers_are_learned_until_they_go_round_in_circles(period):
+    fresh, circles = list(range(100, 150)), list(range(period)) * 40
+    # The first round is learned, and two tokens of the next, which could still go elsewhere.
+    assert recipe.before_circling(fresh + circles) == fresh + circles[: period + 2]
+    assert recipe.before_circling(fresh + fresh[:17]) == fresh + fresh[:17], "a quotation"
+    assert recipe.before_circling([]) == []
+
+
 def test_figures_are_those_of_the_noisy_text():
     """Behind one noise token: each segment put into its text, and the model asked."""
     from msn_ext import NoisyCollator
