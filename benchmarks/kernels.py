@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from machine import copy_bandwidth, last_level_cache
+from plot import times
 
 import msn_ext
 from msn_ext import Corpus, ops
@@ -633,12 +634,25 @@ def print_table(rows: list[dict]) -> None:
         print("  ".join(aligned).rstrip())
 
 
+def picture(about: dict, rows: list[dict]) -> str:
+    """Every case's time, next to what its bytes would take to be copied, and to its equivalents."""
+    lines = []
+    for row in rows:
+        copied = row["bytes"] / about["copy_bytes_per_second"]
+        taken = {"a copy": copied} if copied > 1e-6 else {}  # less is no time that a call could take
+        taken |= {"msn_ext": row["seconds"]}
+        taken |= {"eager PyTorch": row["eager_seconds"]} if row["eager_seconds"] else {}
+        taken |= {row["other"].split()[0]: row["other_seconds"]} if row["other"] else {}
+        lines.append((f"{row['op']} {row['size']}, {row['model']}", taken))
+    return times(f"Seconds of a call, cold caches; {about['device']}", lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where msn_ext has its kernels")
     parser.add_argument("--ops", nargs="+", choices=list(CASES), default=list(CASES), metavar="OP")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats, under a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE, and a picture beside it")
     options = parser.parse_args()
     have_cuda = torch.cuda.is_available() and msn_ext.build_info()["cuda"]
     device = options.device or ("cuda" if have_cuda else "cpu")
@@ -663,6 +677,7 @@ def main() -> None:
     print_table(rows)
     if options.json:
         options.json.write_text(json.dumps({"environment": about, "results": rows}, indent=1) + "\n")
+        options.json.with_suffix(".svg").write_text(picture(about, rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from msn_ext.tuning import draw  # noqa: E402
 
 sys.path.insert(0, folder)
 from decode import Results, conditions, load_model  # noqa: E402
+from plot import lines  # noqa: E402
 
 NOISE = 96  # tokens of a branch run's sample
 DEEPEST = 8
@@ -78,55 +79,22 @@ def run(name: str, settings: dict, model, tokenizer, samples, held, questions, o
 
 
 def summarise(rows: list[dict]) -> str:
-    lines = [f"{'':<20}{'loss':>8}" + "".join(f"{'top-1 @' + str(d):>11}" for d in (1, 2, 4, 8)) + "".join(f"{n:>10}" for n in rows[0]["MAT"])]
+    table = [f"{'':<20}{'loss':>8}" + "".join(f"{'top-1 @' + str(d):>11}" for d in (1, 2, 4, 8)) + "".join(f"{n:>10}" for n in rows[0]["MAT"])]
     for row in rows:
         accuracy = "".join(f"{100 * row['top1'][d - 1]:>10.1f}%" for d in (1, 2, 4, 8))
-        lines.append(f"{row['experiment']:<20}{row['loss']:>8.4f}{accuracy}" + "".join(f"{x:>10.2f}" for x in row["MAT"].values()))
-    return "\n".join(lines)
-
-
-def plot(title: str, unit: str, curves: dict[str, list[tuple[float, float]]]) -> str:
-    """An SVG of lines with their names at their ends."""
-    width, height, left, right, top, bottom = 720, 420, 60, 170, 40, 50
-    points = [point for curve in curves.values() for point in curve]
-    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    y1 = 1.05 * max(y for _, y in points)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = left + (width - left - right) * (x - x0) / max(x1 - x0, 1e-9)
-        return across, height - bottom - (height - top - bottom) * y / y1
-
-    colors = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f", "#bcbd22", "#e377c2", "#000")
-    parts = [f'<text x="{left}" y="22" font-size="15">{title}</text>']
-    for step in range(5):
-        value = y1 * step / 4
-        _, y = place(x0, value)
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{value:.3g}</text>')
-    for x in sorted({x for x, _ in points}):
-        parts.append(f'<text x="{place(x, 0)[0]:.0f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
-    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">{unit}</text>')
-    ends: list[float] = []
-    for (name, curve), color in zip(sorted(curves.items(), key=lambda item: -item[1][-1][1]), colors):
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
-        x, y = place(*curve[-1])
-        y = max(y, ends[-1] + 14) if ends else y  # names do not lie on each other
-        ends.append(y)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts.append(f'<text x="{x + 6:.0f}" y="{y + 4:.0f}" fill="{color}">{name}</text>')
-    body = "\n".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
+        table.append(f"{row['experiment']:<20}{row['loss']:>8.4f}{accuracy}" + "".join(f"{x:>10.2f}" for x in row["MAT"].values()))
+    return "\n".join(table)
 
 
 def draw_plots(rows: list[dict], output: pathlib.Path) -> None:
     accuracy = {row["experiment"]: [(d + 1, 100 * value) for d, value in enumerate(row["top1"])] for row in rows}
     chains = {row["experiment"]: [(n, row["MAT"][f"chain {n}"]) for n in CHAINS] for row in rows}
     losses = {row["experiment"]: [(e["step"], e["noise_loss"]) for e in row["log"] if "noise_loss" in e] for row in rows if "log" in row}
-    (output / "accuracy.svg").write_text(plot("Right next token behind noise, %", "noise tokens before it", accuracy))
-    (output / "chains.svg").write_text(plot("Tokens per pass of a Jacobi chain", "guesses in the chain", chains))
+    (output / "accuracy.svg").write_text(lines("Right next token behind noise, %", "noise tokens before it", accuracy))
+    (output / "chains.svg").write_text(lines("Tokens per pass of a Jacobi chain", "guesses in the chain", chains))
     if any(losses.values()):
         curves = {name: curve for name, curve in losses.items() if curve}
-        (output / "losses.svg").write_text(plot("Loss behind noise while training", "step", curves))
+        (output / "losses.svg").write_text(lines("Loss behind noise while training", "step", curves))
 
 
 def main(arguments: list[str]) -> int:

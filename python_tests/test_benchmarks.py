@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ def test_kernels_quick_run_writes_complete_json(tmp_path):
         assert row["eager_ratio"] == row["eager_seconds"] / row["seconds"]
         assert 0 < row["share_of_copy"] < 1
         assert row["size"] in run.stdout
+    dots = ElementTree.parse(file.with_suffix(".svg")).iter("{http://www.w3.org/2000/svg}circle")
+    assert len(list(dots)) == 2 + 2 * len(results), "of every case the op and eager PyTorch, and a legend"
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CUDACXX", "nvcc")) is None, reason="no nvcc")

@@ -1,0 +1,72 @@
+"""Pictures of benchmarks, as SVG: curves, and times on a common scale."""
+
+import math
+
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f", "#bcbd22", "#e377c2", "#000")
+
+
+def _picture(width: int, height: int, parts: list[str]) -> str:
+    body = "\n".join(parts)
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
+
+
+def lines(title: str, unit: str, curves: dict[str, list[tuple[float, float]]]) -> str:
+    """An SVG of lines with their names at their ends."""
+    width, height, left, right, top, bottom = 720, 420, 60, 170, 40, 50
+    points = [point for curve in curves.values() for point in curve]
+    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
+    y1 = 1.05 * max(y for _, y in points)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = left + (width - left - right) * (x - x0) / max(x1 - x0, 1e-9)
+        return across, height - bottom - (height - top - bottom) * y / y1
+
+    parts = [f'<text x="{left}" y="22" font-size="15">{title}</text>']
+    for step in range(5):
+        value = y1 * step / 4
+        _, y = place(x0, value)
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{value:.3g}</text>')
+    for x in sorted({x for x, _ in points}):
+        parts.append(f'<text x="{place(x, 0)[0]:.0f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">{unit}</text>')
+    ends: list[float] = []
+    for (name, curve), color in zip(sorted(curves.items(), key=lambda item: -item[1][-1][1]), COLORS):
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
+        x, y = place(*curve[-1])
+        y = max(y, ends[-1] + 14) if ends else y  # names do not lie on each other
+        ends.append(y)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<text x="{x + 6:.0f}" y="{y + 4:.0f}" fill="{color}">{name}</text>')
+    return _picture(width, height, parts)
+
+
+def times(title: str, rows: list[tuple[str, dict[str, float]]]) -> str:
+    """A line per row, its name before it, and on it a dot per time: seconds (from nanoseconds on) by what took them, on a
+    logarithmic scale."""
+    kinds = {kind: None for _, row in rows for kind in row}
+    colors = dict(zip(kinds, COLORS))
+    seconds = [value for _, row in rows for value in row.values()]
+    low, high = math.floor(math.log10(min(seconds))), math.ceil(math.log10(max(seconds)))
+    width, left, top, line = 960, 400, 60, 16
+    height = top + line * len(rows) + 30
+
+    def across(value: float) -> float:
+        return left + (width - left - 30) * (math.log10(value) - low) / max(high - low, 1)
+
+    parts = [f'<text x="10" y="22" font-size="15">{title}</text>']
+    for at, (kind, color) in enumerate(colors.items()):
+        parts.append(f'<circle cx="{left + 140 * at}" cy="40" r="4" fill="{color}"/>')
+        parts.append(f'<text x="{left + 140 * at + 9}" y="44" fill="{color}">{kind}</text>')
+    for power in range(low, high + 1):
+        x = across(10.0**power)
+        parts.append(f'<line x1="{x:.0f}" x2="{x:.0f}" y1="{top - 8}" y2="{height - 25}" stroke="#ddd"/>')
+        unit = {0: "s", 1: "ms", 2: "µs", 3: "ns"}[-(power // 3)]
+        parts.append(f'<text x="{x:.0f}" y="{height - 8}" text-anchor="middle">{10 ** (power % 3)} {unit}</text>')
+    for at, (name, row) in enumerate(rows):
+        y = top + line * at + 4
+        parts.append(f'<text x="10" y="{y + 4}">{name}</text>')
+        for kind, value in row.items():
+            parts.append(f'<circle cx="{across(value):.1f}" cy="{y}" r="4" fill="{colors[kind]}"/>')
+    return _picture(width, height, parts)
