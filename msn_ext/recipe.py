@@ -241,6 +241,7 @@ def train(
         per_device_train_batch_size=batch_size, num_train_epochs=epochs,
         max_steps=max_steps, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,
         logging_steps=5, save_steps=save_steps, save_total_limit=2, disable_tqdm=True,
+        train_sampling_strategy="group_by_length",  # a third of a random batch would be padding
     )  # fmt: skip
     trainer = Trainer(model, arguments, Collate(pad_of(tokenizer)), train_dataset=samples)
     for callback in (PrinterCallback, ProgressCallback):
