@@ -13,7 +13,8 @@ by the place where its path leaves the text and by its tokens from there, and is
 node's logits the 16 largest are kept, which is more than any drafter looks at; the rest counts as minus
 infinity. Drafters begin empty at every turn. MT-bench's second turns are asked with the first answer.
 
-MAT is tokens per forward pass, the prompt's pass included. "auto@N" is best-first drafting with N nodes;
+MAT is tokens per forward pass, the prompt's pass included. It is high, too, where a model repeats itself, so how much of
+the answers is new is said with it. "auto@N" is best-first drafting with N nodes;
 "auto@64-NAME" leaves one source out ("foresight": no value for predictions of the next step). Trees of a fixed
 shape have their own size: paper 69, recycling 81, lookahead up to 56; chains: jacobi 6, lookup 8, suffix up to 60.
 """
@@ -262,8 +263,9 @@ def summarise(rows: list[dict]) -> str:
             low, middle, high = ratio(rows, name, "paper")
             line += f"{middle:>13.2f}x" + f"{low:.2f}-{high:.2f}".rjust(14)
         lines.append(line)
-    turns = sum(len(row["tokens"]) for row in rows)
-    lines.append(f"{len(rows)} turns, {turns} tokens")
+    trigrams = [list(zip(row["tokens"], row["tokens"][1:], row["tokens"][2:])) for row in rows]
+    fresh = sum(len(set(of)) for of in trigrams) / max(1, sum(map(len, trigrams)))
+    lines.append(f"{len(rows)} turns, {sum(len(row['tokens']) for row in rows)} tokens, {fresh:.0%} of an answer's trigrams new to it")
     decoded = [row for row in rows if "decoded" in row]
     for name in drafts if decoded else ():
         replayed, real = (sum(len(row[key][name]) for row in decoded) for key in ("accept_lengths", "decoded"))
