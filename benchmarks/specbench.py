@@ -292,7 +292,6 @@ def ratio(rows: list[dict], name: str, base: str) -> tuple[float, float, float]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="path or id; the demo model where none is named")
-    parser.add_argument("--adapted", action="store_true", help="the demo model with the package's adapter")
     parser.add_argument("--data", type=pathlib.Path, default=SHARED, help="a Spec-Bench question file")
     parser.add_argument("--prompts", type=int, help="questions, in turn from every category (default: all)")
     parser.add_argument("--skip", type=int, default=0, help="questions to leave out first (24 served to design auto)")
