@@ -14,9 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .decoding import BestFirst
 from .generation import generate
@@ -241,9 +243,8 @@ def train(
         per_device_train_batch_size=batch_size, num_train_epochs=epochs,
         max_steps=max_steps, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,
         logging_steps=5, save_steps=save_steps, save_total_limit=2, disable_tqdm=True,
-        train_sampling_strategy="group_by_length",  # a third of a random batch would be padding
     )  # fmt: skip
-    trainer = Trainer(model, arguments, Collate(pad_of(tokenizer)), train_dataset=samples)
+    trainer = _Trainer(model, arguments, Collate(pad_of(tokenizer)), train_dataset=samples)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if progress:
@@ -255,6 +256,31 @@ def train(
     trainer.save_model(str(output))
     tokenizer.save_pretrained(str(output))
     return model, trainer.state.log_history
+
+
+class _Trainer(Trainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return _ByLength([len(sample["input_ids"]) for sample in self.train_dataset], self.args.train_batch_size, self.args.seed)
+
+
+class _ByLength(Sampler):
+    """Batches of like lengths (of random ones of the demo's answers a third would be padding), others in every epoch.
+
+    As transformers' own, but the order depends on the seed and the epoch alone, so that a run that goes on has it, too.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed((self._seed << 20) + self._epoch)
+        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
 
 
 def _weights(layout: str, noise_weight: float | None):

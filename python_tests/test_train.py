@@ -269,6 +269,20 @@ def test_noise_weighs_less_in_the_last_third(folder, data, tmp_path, monkeypatch
     assert told == [pytest.approx(pair) for pair in [(1, first), (1, first), (1, last), (1, last)]]
 
 
+def test_batches_are_of_like_lengths_and_the_same_for_a_run_that_goes_on():
+    lengths = [(7 * i) % 50 for i in range(200)]
+
+    def batches(epoch: int) -> list[list[int]]:
+        sampler = recipe._ByLength(lengths, 4, 3)
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(200)) and len(sampler) == 200
+        return [[lengths[i] for i in order[at : at + 4]] for at in range(0, 200, 4)]
+
+    assert batches(1) == batches(1) != batches(0)
+    assert sum(4 * max(batch) - sum(batch) for batch in batches(0)) < 0.1 * sum(lengths)
+
+
 def test_the_ways_to_train_are_compared(folder, data, tmp_path):
     """benchmarks/training.py: a line an experiment, done ones are not run again, the plots are pictures."""
     script = Path(__file__).resolve().parent.parent / "benchmarks" / "training.py"
