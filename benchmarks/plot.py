@@ -1,6 +1,7 @@
 """Pictures of benchmarks, as SVG: curves, and times on a common scale."""
 
 import math
+from itertools import cycle
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f", "#bcbd22", "#e377c2", "#000")
 
@@ -32,7 +33,7 @@ def lines(title: str, unit: str, curves: dict[str, list[tuple[float, float]]]) -
         parts.append(f'<text x="{place(x, 0)[0]:.0f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
     parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">{unit}</text>')
     ends: list[float] = []
-    for (name, curve), color in zip(sorted(curves.items(), key=lambda item: -item[1][-1][1]), COLORS):
+    for (name, curve), color in zip(sorted(curves.items(), key=lambda item: -item[1][-1][1]), cycle(COLORS)):
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
         x, y = place(*curve[-1])
         y = max(y, ends[-1] + 14) if ends else y  # names do not lie on each other
@@ -46,7 +47,7 @@ def times(title: str, rows: list[tuple[str, dict[str, float]]]) -> str:
     """A line per row, its name before it, and on it a dot per time: seconds (from nanoseconds on) by what took them, on a
     logarithmic scale."""
     kinds = {kind: None for _, row in rows for kind in row}
-    colors = dict(zip(kinds, COLORS))
+    colors = dict(zip(kinds, cycle(COLORS)))
     seconds = [value for _, row in rows for value in row.values()]
     low, high = math.floor(math.log10(min(seconds))), math.ceil(math.log10(max(seconds)))
     width, left, top, line = 960, 400, 60, 16

@@ -247,8 +247,8 @@ def decode(model, inputs, name: str, new_tokens: int) -> list[int]:
 
 
 def summarise(rows: list[dict]) -> str:
-    """MAT of every drafter in every category, the intervals by resampling questions."""
-    drafts = list(rows[0]["accept_lengths"])
+    """MAT of every drafter that all rows have in every category, the intervals by resampling questions."""
+    drafts = [name for name in rows[0]["accept_lengths"] if all(name in row["accept_lengths"] for row in rows)]
     lines = [f"{'MAT':<20}" + "".join(f"{category:>16}" for category in CATEGORIES) + f"{'all':>8}{'over paper':>14}{'95 %':>14}"]
     for name in drafts:
         totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -308,6 +308,9 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--drafts has {', '.join(sorted(unknown))}; expected some of {', '.join(DRAFTS)}")
     if options.summary:
         files = [Results(path) for path in options.summary]
+        for path, results in zip(options.summary, files):
+            if not results.rows:
+                parser.error(f"--summary {path} holds no results")
         for results in files:
             print(json.dumps(results.lines[0]))
         print(summarise([row for results in files for row in results.rows]))

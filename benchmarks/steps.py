@@ -26,7 +26,6 @@ folder = sys.path.pop(0)  # transformers looks for a package "kernels", which ke
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList  # noqa: E402
 
 from msn_ext.decoding import BestFirst, Decoder, attention_for, graph, greedy  # noqa: E402
-from msn_ext.ops.reference import MAX_NODES  # noqa: E402
 
 sys.path.insert(0, folder)
 from decode import Results, conditions  # noqa: E402
@@ -57,11 +56,10 @@ class Ours:
 
     def __init__(self, model, prompt, nodes: int, recorded: bool, longest: int):
         self._device = prompt.device.type
-        room = -(-(prompt.shape[1] + longest + MAX_NODES) // graph.ROOM) * graph.ROOM
         no_padding, no_end = prompt.new_zeros(len(prompt)), prompt.new_empty(0)
         decoder = Decoder(
             model, attention_for(model), prompt, no_padding, BestFirst(nodes), greedy, LogitsProcessorList(), longest, no_end,
-            room=room,
+            room=graph.room_for(prompt.shape[1] + longest),
         )  # fmt: skip
         decoder.prefill()
         decoder.advance(longest)  # a bound; the cache has its room

@@ -117,7 +117,7 @@ def _whole_lines(path: Path) -> list[dict]:
 def before_circling(tokens: list[int]) -> list[int]:
     """An answer up to where it begins to repeat itself at length, as small models do under greedy decoding.
 
-    A model that learns such answers repeats itself more, which looks like faster decoding.
+    Learned, the rest would teach to repeat, and repetition passes for fast decoding.
     """
     seen: set[tuple[int, ...]] = set()
     run = 0
@@ -264,7 +264,7 @@ class _Trainer(Trainer):
 
 
 class _ByLength(Sampler):
-    """Batches of like lengths (of random ones of the demo's answers a third would be padding), others in every epoch.
+    """Batches of like lengths, which have little padding, others in every epoch.
 
     As transformers' own, but the order depends on the seed and the epoch alone, so that a run that goes on has it, too.
     """

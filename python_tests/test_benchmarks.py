@@ -126,3 +126,12 @@ def test_specbench_goes_on_where_a_file_ends_and_sums_up(specbench, tmp_path, mo
     passes = sum(len(json.loads(line)["accept_lengths"]["auto@8"]) for line in lines[1:])
     assert f"{tokens / passes:.2f}" in next(line for line in table.splitlines() if line.startswith("auto@8"))
     assert "check on 1 turns: auto@8" in table
+    other = tmp_path / "other.jsonl"
+    assert specbench.main([*options[:2], "--output", str(other), "--drafts", "auto@8", "--new-tokens", "20"]) == 0
+    capsys.readouterr()
+    assert specbench.main(["--summary", str(output), str(other)]) == 0
+    table = capsys.readouterr().out
+    assert f"{2 * len(lines[1:])} turns" in table and "auto@8" in table and "\npaper" not in table, "what both files have"
+    with pytest.raises(SystemExit):
+        specbench.main(["--summary", str(tmp_path / "none.jsonl")])
+    assert "none.jsonl holds no results" in capsys.readouterr().err

@@ -271,7 +271,7 @@ def test_caches_that_are_kept_are_bounded(tapes, monkeypatch):
     monkeypatch.setattr(kind, "memory", sizes[0] + sizes[2] - 1, raising=False)
     for replays in graph._kept[model].values():
         for replay in replays:
-            replay.memory = kind.memory
+            replay.recorder.memory = kind.memory
     ours(model, *prompts(1, 3), "auto", max_new_tokens=5)
     assert [replay.decoder.cache_bytes for replays in graph._kept[model].values() for replay in replays] == [sizes[2]]
 

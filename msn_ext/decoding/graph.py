@@ -137,12 +137,11 @@ class Replay:
     ahead = True  # a step may be launched before the last one was read
 
     def __init__(self, decoder: Decoder, recorder: Recorder):
-        self.decoder, self._recorder = decoder, recorder
+        self.decoder, self.recorder = decoder, recorder
         self._recordings: OrderedDict[int, tuple] = OrderedDict()  # by nodes: recording, its drafter's report
         self._warm: set[int] = set()
         self._workspace = ops.Workspace()
         self._allocations = decoder.drafter.allocations
-        self.memory = recorder.memory
         self._refused = False
         self._read_at: float | None = None
 
@@ -168,9 +167,9 @@ class Replay:
                 recording.replay()
                 gained = recording.gained
             else:
-                gained = self._recorder.warm_up(self.decoder.step)
+                gained = self.recorder.warm_up(self.decoder.step)
                 report = drafter.report
-        there, wait = self._recorder.to_host([gained.tokens, gained.status, *([] if report is None else [report])])
+        there, wait = self.recorder.to_host([gained.tokens, gained.status, *([] if report is None else [report])])
 
         def read() -> Gained:
             wait()
@@ -189,7 +188,7 @@ class Replay:
             self._warm.add(nodes)
             return False
         try:
-            recording = self._recorder.record(self.decoder.step)
+            recording = self.recorder.record(self.decoder.step)
         except RuntimeError as error:
             self._refused = True
             logger.warning("msn_ext decodes without CUDA graphs: a step of this model cannot be recorded: %s", error)
@@ -230,6 +229,11 @@ def why_eager(device: torch.device, drafter: Drafter, targets: Targets, processo
     return None
 
 
+def room_for(tokens: int) -> int:
+    """Slots of a cache for texts of so many tokens, the last tree included."""
+    return -(-(tokens + MAX_NODES) // ROOM) * ROOM
+
+
 @contextlib.contextmanager
 def steps(
     model: PreTrainedModel,
@@ -255,7 +259,7 @@ def steps(
         return Decoder(model, attention, input_ids, offsets, drafter, targets, processors, *prompt[2:], room=room)
 
     if reason is None:
-        room = -(-(input_ids.shape[1] + max_new_tokens + MAX_NODES) // ROOM) * ROOM
+        room = room_for(input_ids.shape[1] + max_new_tokens)
         key = (*input_ids.shape[:1], room, eos_token_ids.shape, draft if isinstance(draft, str) else id(draft), type(attention))
         key += (hash(tuple((x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))),)
         with _guard:
@@ -276,7 +280,7 @@ def steps(
     with _guard:  # not after an error: its state is anybody's guess
         kept.setdefault(key, []).append(replay)
         kept.move_to_end(key)
-        while sum(map(len, kept.values())) > KEPT or _bytes(kept) > replay.memory:
+        while sum(map(len, kept.values())) > KEPT or _bytes(kept) > replay.recorder.memory:
             oldest = next(iter(kept))
             kept[oldest].pop() if kept[oldest] else kept.pop(oldest)
 
