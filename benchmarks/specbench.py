@@ -42,6 +42,7 @@ from msn_ext.decoding.best_first import SOURCES
 from msn_ext.decoding.cache import TreeCache
 from msn_ext.generation import _drafter
 from msn_ext.ops.reference import MAX_NODES
+from msn_ext.training.evaluation import new_trigrams
 
 KEPT = 16
 BUDGETS = (8, 16, 32, 64)
@@ -263,8 +264,7 @@ def summarise(rows: list[dict]) -> str:
             low, middle, high = ratio(rows, name, "paper")
             line += f"{middle:>13.2f}x" + f"{low:.2f}-{high:.2f}".rjust(14)
         lines.append(line)
-    trigrams = [list(zip(row["tokens"], row["tokens"][1:], row["tokens"][2:])) for row in rows]
-    fresh = sum(len(set(of)) for of in trigrams) / max(1, sum(map(len, trigrams)))
+    fresh = new_trigrams([row["tokens"] for row in rows])
     lines.append(f"{len(rows)} turns, {sum(len(row['tokens']) for row in rows)} tokens, {fresh:.0%} of an answer's trigrams new to it")
     decoded = [row for row in rows if "decoded" in row]
     for name in drafts if decoded else ():

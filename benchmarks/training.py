@@ -5,9 +5,11 @@
 
 Everything is trained from the same weights on the same self-distilled answers, in the same order: plain fine-tuning
 (sft), noise in place (replace) and branches (branch), for L = 1, 4, 8 noise tokens a segment; noise in place where
-the loss is lowest (replace-4-ppl); and sft and replace for as many tokens as the branches compute (…-compute). A branch run
-has 96 noise tokens a sample, whatever L. Measured on held-out answers: next-token loss, accuracy behind 1 to 8 noise
-tokens, and tokens per pass (MAT) of the paper's tree, of best-first trees, and of Jacobi chains of 1 to 8 tokens.
+the loss is lowest (replace-4-ppl); the model's own guesses as noise (branch-4-self); and sft and replace for as many
+tokens as the branches compute (…-compute). A branch run has 96 noise tokens a sample, whatever L. Measured on held-out
+answers: next-token loss, accuracy behind 1 to 8 noise tokens, and tokens per pass (MAT) of the paper's tree, of
+best-first trees, and of Jacobi chains of 1 to 8 tokens, with what share of the answers' trigrams was new (a model that
+repeats itself seems fast).
 
 DIR keeps the answers, a folder of checkpoints an experiment, and a line of results.jsonl for each that is done; the same
 command goes on where it was interrupted.
@@ -42,14 +44,22 @@ DRAFTS = recipe.DRAFTS | {f"chain {n}": functools.partial(DraftTree.chain, 1 + n
 
 def experiments() -> dict[str, dict]:
     """Settings of :func:`msn_ext.recipe.train` by name; ``compute``: as many tokens as the branches of L = 4."""
-    found: dict[str, dict] = {"base": {}, "sft": dict(layout=None)}
-    for length in (4, 1, 8):
-        found[f"branch-{length}"] = dict(layout="branch", length=length, segments=NOISE // length)
-        found[f"replace-{length}"] = dict(layout="replace", length=length, segments=1)
-    found["replace-4-ppl"] = dict(layout="replace", length=4, segments=1, location="ppl")
-    found["sft-compute"] = dict(layout=None, compute=True)
-    found["replace-4-compute"] = dict(layout="replace", length=4, segments=1, compute=True)
-    return found
+    branch = {length: dict(layout="branch", length=length, segments=NOISE // length) for length in (1, 4, 8)}
+    replace = {length: dict(layout="replace", length=length, segments=1) for length in (1, 4, 8)}
+    return {
+        "base": {},
+        "sft": dict(layout=None),
+        "branch-4": branch[4],
+        "replace-4": replace[4],
+        "replace-4-compute": replace[4] | {"compute": True},
+        "sft-compute": dict(layout=None, compute=True),
+        "branch-4-self": branch[4] | {"content": "self"},
+        "replace-4-ppl": replace[4] | {"location": "ppl"},
+        "branch-1": branch[1],
+        "branch-8": branch[8],
+        "replace-1": replace[1],
+        "replace-8": replace[8],
+    }
 
 
 def compute_ratio(samples: list[dict], collate, config) -> float:
@@ -79,10 +89,10 @@ def run(name: str, settings: dict, model, tokenizer, samples, held, questions, o
 
 
 def summarise(rows: list[dict]) -> str:
-    table = [f"{'':<20}{'loss':>8}" + "".join(f"{'top-1 @' + str(d):>11}" for d in (1, 2, 4, 8)) + "".join(f"{n:>10}" for n in rows[0]["MAT"])]
+    table = [f"{'':<20}{'loss':>8}" + "".join(f"{'top-1 @' + str(d):>11}" for d in (1, 2, 4, 8)) + "".join(f"{n:>10}" for n in rows[0]["MAT"]) + f"{'new':>7}"]
     for row in rows:
         accuracy = "".join(f"{100 * row['top1'][d - 1]:>10.1f}%" for d in (1, 2, 4, 8))
-        table.append(f"{row['experiment']:<20}{row['loss']:>8.4f}{accuracy}" + "".join(f"{x:>10.2f}" for x in row["MAT"].values()))
+        table.append(f"{row['experiment']:<20}{row['loss']:>8.4f}{accuracy}" + "".join(f"{x:>10.2f}" for x in row["MAT"].values()) + f"{row['new']:>7.0%}")
     return "\n".join(table)
 
 

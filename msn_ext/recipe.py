@@ -24,7 +24,7 @@ from .decoding import BestFirst
 from .generation import generate
 from .training import Starts, add_noise
 from .training.data import Collate, Messages, encode, prompt_ids
-from .training.evaluation import noise_accuracy
+from .training.evaluation import new_trigrams, noise_accuracy
 from .training.layouts import NO_LABEL
 
 NOISE_WEIGHT, SETTLING = 0.3, 2 / 3
@@ -145,30 +145,38 @@ def samples_of(tokenizer, rows: list, max_length: int) -> list[dict]:
     return [sample for sample in samples if sample is not None]
 
 
-def mean_accept_length(model, tokenizer, questions: list[Messages], draft, max_new_tokens: int = 64, progress: bool = True):
-    """Tokens per forward pass of greedy decoding (MAT), the prompt's pass included.
+def mean_accept_length(
+    model, tokenizer, questions: list[Messages], draft, max_new_tokens: int = 64, progress: bool = True
+) -> tuple[float, float]:
+    """Tokens per forward pass of greedy decoding (MAT), the prompt's pass included, and what share of the answers'
+    trigrams is new.
 
     Args:
         draft: makes a ``draft=`` for every question.
     """
     tokens = passes = 0
+    answers = []
     for messages in tqdm(questions, desc="accept length", unit="prompt", leave=False, disable=not progress):
         ids = torch.tensor([prompt_ids(tokenizer, _question(messages))], device=model.device)
         options = dict(do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
-        gained = generate(model, ids, draft=draft(), **options).accept_lengths[0]
-        tokens, passes = tokens + int(gained.sum()), passes + len(gained)
-    return tokens / passes
+        out = generate(model, ids, draft=draft(), **options)
+        answers.append(out.sequences[0, ids.shape[1] :].tolist())
+        tokens, passes = tokens + len(answers[-1]), passes + len(out.accept_lengths[0])
+    return tokens / passes, new_trigrams(answers)
 
 
 def figures(
     model, tokenizer, samples: list[dict], questions: list[Messages], length: int, drafts: dict = DRAFTS, progress: bool = True
 ) -> dict:
-    """What is compared: of :class:`.training.evaluation.NoiseAccuracy` behind up to ``length`` noise tokens, and by
-    draft the accept lengths of some questions."""
+    """What is compared: of :class:`.training.evaluation.NoiseAccuracy` behind up to ``length`` noise tokens; by draft the
+    accept lengths of some questions (``MAT``); and, since they are high, too, where a model repeats itself, what share of
+    the answers' trigrams is new to the answer (``new``)."""
     found = asdict(noise_accuracy(model, samples, Collate(pad_of(tokenizer)), length=length, progress=progress))
     asked = questions[:DECODED]
-    mat = {name: mean_accept_length(model, tokenizer, asked, draft, progress=progress) for name, draft in drafts.items()}
-    return found | {"MAT": mat}
+    mat = {}
+    for name, draft in drafts.items():
+        mat[name], new = mean_accept_length(model, tokenizer, asked, draft, progress=progress)
+    return found | {"MAT": mat, "new": new}
 
 
 def pad_of(tokenizer) -> int:
@@ -207,7 +215,7 @@ def train(
     location: str | Starts = "random",
     noise_weight: float | None = None,
     lora_rank: int = 16,
-    learning_rate: float = 5e-4,
+    learning_rate: float = 1e-3,
     epochs: float = 1.0,
     max_steps: int = -1,
     batch_size: int = 4,

@@ -43,7 +43,7 @@ def add(subparsers) -> None:
     )
     training = parser.add_argument_group("training")
     training.add_argument("--lora-rank", type=int, default=16, metavar="R", help="0: all weights (default: 16)")
-    training.add_argument("--learning-rate", type=positive_float, default=5e-4, metavar="X", help="(default: 5e-4)")
+    training.add_argument("--learning-rate", type=positive_float, default=1e-3, metavar="X", help="(default: 1e-3)")
     training.add_argument("--epochs", type=positive_float, default=1.0, metavar="N", help="(default: 1)")
     training.add_argument("--max-steps", type=positive_int, default=-1, metavar="N", help="stop after so many steps")
     training.add_argument("--batch-size", type=positive_int, default=4, metavar="N", help="samples of a step (default: 4)")
@@ -174,4 +174,5 @@ def _table(figures: dict) -> str:
             line(title.format(at + 1), [100 * figures[c][kind][at] for c in columns], "{:.1f}".format)
     for name in first["MAT"]:
         line(f"tokens a pass, {name}", [figures[c]["MAT"][name] for c in columns], "{:.2f}".format)
+    line("trigrams new to their answer, %", [100 * figures[c]["new"] for c in columns], "{:.0f}".format)
     return "\n".join(lines)

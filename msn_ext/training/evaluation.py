@@ -73,3 +73,9 @@ def _counts(said: Tensor, right: Tensor, depth: Tensor, length: int) -> Tensor:
     best = said.topk(min(TOP, said.shape[-1]), -1).indices == right[:, None]
     found = torch.stack([torch.ones_like(right, dtype=torch.float64), best[:, 0], best.any(1)], 1).double()
     return torch.zeros(length + 1, 3, dtype=torch.float64).index_add(0, depth.cpu(), found.cpu())
+
+
+def new_trigrams(answers: list[list[int]]) -> float:
+    """Share of the trigrams of answers that their answer has not had before, 0 to 1; low where a model goes round in circles."""
+    trigrams = [list(zip(answer, answer[1:], answer[2:])) for answer in answers]
+    return sum(len(set(of)) for of in trigrams) / max(1, sum(map(len, trigrams)))
