@@ -54,6 +54,9 @@ DRAFTS = (
 
 
 def make_drafter(name: str):
+    """Of :data:`DRAFTS`, or "jacobi@N": a chain of N guesses."""
+    if name.startswith("jacobi@"):
+        return _drafter(DraftTree.chain(1 + int(name.removeprefix("jacobi@"))), None)
     if not name.startswith("auto@"):
         return _drafter(name, None)
     budget, _, without = name.removeprefix("auto@").partition("-")

@@ -7,9 +7,9 @@ Everything is trained from the same weights on the same self-distilled answers, 
 (sft), noise in place (replace) and branches (branch), for L = 1, 4, 8 noise tokens a segment; noise in place where
 the loss is lowest (replace-4-ppl); the model's own guesses as noise (branch-4-self); and sft and replace for as many
 tokens as the branches compute (…-compute). A branch run has 96 noise tokens a sample, whatever L. Measured on held-out
-answers: next-token loss, accuracy behind 1 to 8 noise tokens, and tokens per pass (MAT) of the paper's tree, of
-best-first trees, and of Jacobi chains of 1 to 8 tokens, with what share of the answers' trigrams was new (a model that
-repeats itself seems fast).
+answers: next-token loss, accuracy behind 1 to 8 noise tokens, and, replayed as specbench.py does, tokens per pass (MAT) of
+the paper's tree, of best-first trees, and of Jacobi chains of 1 to 8 guesses. The text is the same for all, whatever they
+would have said: a model that has learned to repeat itself would seem fast on its own.
 
 DIR keeps the answers, a folder of checkpoints an experiment, and a line of results.jsonl for each that is done; the same
 command goes on where it was interrupted.
@@ -17,29 +17,34 @@ command goes on where it was interrupted.
 
 import argparse
 import copy
-import functools
 import os
 import pathlib
 import sys
 import time
+from dataclasses import asdict
 
 import torch
 
 folder = sys.path.pop(0)  # transformers looks for a package "kernels", which kernels.py beside this file is not
 from msn_ext import recipe  # noqa: E402
-from msn_ext.decoding import DraftTree  # noqa: E402
+from msn_ext.ops.reference import MAX_NODES  # noqa: E402
 from msn_ext.training import NoisyCollator, lowest_loss_starts  # noqa: E402
 from msn_ext.training.data import Collate, read_conversations  # noqa: E402
+from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
+from msn_ext.training.layouts import NO_LABEL  # noqa: E402
 from msn_ext.tuning import draw  # noqa: E402
 
 sys.path.insert(0, folder)
 from decode import Results, conditions, load_model  # noqa: E402
 from plot import lines  # noqa: E402
+from specbench import replay_all  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 NOISE = 96  # tokens of a branch run's sample
 DEEPEST = 8
 CHAINS = (1, 2, 4, 8)
-DRAFTS = recipe.DRAFTS | {f"chain {n}": functools.partial(DraftTree.chain, 1 + n) for n in CHAINS}
+DRAFTS = ["paper", "auto@8", "auto@64", *(f"jacobi@{n}" for n in CHAINS)]
+REPLAYED = 24  # answers
 
 
 def experiments() -> dict[str, dict]:
@@ -69,7 +74,19 @@ def compute_ratio(samples: list[dict], collate, config) -> float:
     return sum(noisy(batch)["input_ids"].numel() for batch in few) / sum(collate(batch)["input_ids"].numel() for batch in few)
 
 
-def run(name: str, settings: dict, model, tokenizer, samples, held, questions, options, work: pathlib.Path) -> dict:
+@torch.no_grad()
+def accept_lengths(model, held: list[dict]) -> dict[str, float]:
+    """Tokens per pass by draft, on what was answered."""
+    scratch = torch.full((MAX_NODES, model.config.vocab_size), -torch.inf)
+    gained = {draft: [] for draft in DRAFTS}
+    for sample in tqdm(held[:REPLAYED], desc="accept length", unit="answer", leave=False):
+        prompt = sample["labels"].count(NO_LABEL)
+        for draft, lengths in replay_all(DRAFTS, model, sample["input_ids"], prompt, scratch).items():
+            gained[draft] += lengths
+    return {draft: sum(lengths) / len(lengths) for draft, lengths in gained.items()}
+
+
+def run(name: str, settings: dict, model, tokenizer, samples, held, options, work: pathlib.Path) -> dict:
     model, settings = copy.deepcopy(model), dict(settings)
     collate = Collate(recipe.pad_of(tokenizer))
     row = {"experiment": name, "settings": dict(settings), "samples": len(samples)}
@@ -85,20 +102,21 @@ def run(name: str, settings: dict, model, tokenizer, samples, held, questions, o
         model = trained.merge_and_unload()
         row |= {"epochs": epochs, "log": [entry for entry in log if "loss" in entry]}
     row["training seconds"] = round(time.time() - start)
-    return row | recipe.figures(model.eval(), tokenizer, held, questions, DEEPEST, DRAFTS)
+    row |= asdict(noise_accuracy(model.eval(), held, collate, length=DEEPEST))
+    return row | {"MAT": accept_lengths(model.to(torch.bfloat16) if options.bf16 else model, held)}
 
 
 def summarise(rows: list[dict]) -> str:
-    table = [f"{'':<20}{'loss':>8}" + "".join(f"{'top-1 @' + str(d):>11}" for d in (1, 2, 4, 8)) + "".join(f"{n:>10}" for n in rows[0]["MAT"]) + f"{'new':>7}"]
+    table = [f"{'':<20}{'loss':>8}" + "".join(f"{'top-1 @' + str(d):>11}" for d in (1, 2, 4, 8)) + "".join(f"{n:>10}" for n in rows[0]["MAT"])]
     for row in rows:
         accuracy = "".join(f"{100 * row['top1'][d - 1]:>10.1f}%" for d in (1, 2, 4, 8))
-        table.append(f"{row['experiment']:<20}{row['loss']:>8.4f}{accuracy}" + "".join(f"{x:>10.2f}" for x in row["MAT"].values()) + f"{row['new']:>7.0%}")
+        table.append(f"{row['experiment']:<20}{row['loss']:>8.4f}{accuracy}" + "".join(f"{x:>10.2f}" for x in row["MAT"].values()))
     return "\n".join(table)
 
 
 def draw_plots(rows: list[dict], output: pathlib.Path) -> None:
     accuracy = {row["experiment"]: [(d + 1, 100 * value) for d, value in enumerate(row["top1"])] for row in rows}
-    chains = {row["experiment"]: [(n, row["MAT"][f"chain {n}"]) for n in CHAINS] for row in rows}
+    chains = {row["experiment"]: [(n, row["MAT"][f"jacobi@{n}"]) for n in CHAINS] for row in rows}
     losses = {row["experiment"]: [(e["step"], e["noise_loss"]) for e in row["log"] if "noise_loss" in e] for row in rows if "log" in row}
     (output / "accuracy.svg").write_text(lines("Right next token behind noise, %", "noise tokens before it", accuracy))
     (output / "chains.svg").write_text(lines("Tokens per pass of a Jacobi chain", "guesses in the chain", chains))
@@ -149,7 +167,7 @@ def main(arguments: list[str]) -> int:
     for name, settings in chosen.items():
         if name not in done:
             print(f"== {name}", flush=True)
-            results.save(header, run(name, settings, model, tokenizer, samples, evaluated, held, options, output / name))
+            results.save(header, run(name, settings, model, tokenizer, samples, evaluated, options, output / name))
     print(summarise(results.rows))
     draw_plots(results.rows, output)
     return 0

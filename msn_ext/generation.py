@@ -274,7 +274,7 @@ def _decode(
     eos = [c.eos_token_id.flatten() for c in stopping_criteria if type(c) is EosTokenCriteria]
     eos = torch.cat(eos).to(input_ids.device) if eos else input_ids.new_empty(0)
     if generation_config.do_sample:
-        targets = Sampler(int(torch.randint(2**63 - 1, ())))
+        targets = Sampler(int(torch.randint(2**63 - 1, ())), input_ids.device)
     else:
         targets = greedy
     passes: list[Tensor] = []  # what each pass gained, int64 [B]

@@ -147,6 +147,69 @@ def test_families_that_can_be_recorded(tapes):
     assert {family for family, count in replays.items() if not count} == eager
 
 
+SAMPLED = {
+    "as it is": {},
+    "usual": dict(temperature=0.7, top_k=20, top_p=0.9),
+    "min_p": dict(min_p=0.05, temperature=1.5),
+    "typical": dict(typical_p=0.8),
+    "epsilon": dict(epsilon_cutoff=0.01),
+}
+
+
+def sampled(model, ids, mask, draft, seed: int, **options):
+    torch.manual_seed(seed)
+    return generate(model, ids, mask, draft=draft, do_sample=True, pad_token_id=0, max_new_tokens=30, eos_token_id=None, **{"top_k": 0} | options)
+
+
+@pytest.mark.parametrize("settings", SAMPLED)
+@pytest.mark.parametrize("draft", ["auto", "paper", "none"])
+def test_sampled_steps_draw_what_steps_one_by_one_draw(draft, settings, tapes, monkeypatch):
+    """Seed by seed in float64, from one recording; the same seed gives the same text again."""
+    model, calls = tiny_model("llama", 3), [(seed, 1 + seed % 2) for seed in (0, 2, 1, 3, 2)]
+
+    def run():
+        return [sampled(model, *prompts(batch, batch), draft, seed, **SAMPLED[settings]).tolist() for seed, batch in calls]
+
+    recorded = run()
+    assert len(tapes) == 2 and sum(tape.replays for tape in tapes) > 10
+    monkeypatch.delitem(graph.RECORDERS, where)
+    assert run() == recorded
+    assert recorded[0] != recorded[1] and recorded[1] == recorded[4]
+
+
+def test_samplers_settings_are_not_mixed_up(tapes, monkeypatch):
+    """A recording holds its temperature; greedy decoding in between has none."""
+    model, (ids, mask) = tiny_model("llama", 3), prompts(0)
+    want = plain(model, ids, mask, max_new_tokens=30)
+
+    def run():
+        return [sampled(model, ids, mask, "paper", 5, temperature=t).tolist() for t in (0.5, 2.0, 0.5, 2.0)]
+
+    recorded = run()
+    for _ in range(2):
+        assert torch.equal(ours(model, ids, mask, "paper", max_new_tokens=30), want)
+    assert len(tapes) == 3 and all(tape.replays for tape in tapes)
+    monkeypatch.delitem(graph.RECORDERS, where)
+    assert recorded == run() and recorded[0] == recorded[2] != recorded[1]
+
+
+def test_a_draw_from_nan_is_an_error_and_no_wild_read(tapes):
+    """The step that is under way when the host reads of it has to look up some token's embedding."""
+    model, (ids, mask) = tiny_model("llama", 3), prompts(0)
+    head = model.lm_head.weight.detach().clone()
+    sampled(model, ids, mask, "paper", 0)
+    sampled(model, ids, mask, "paper", 0)
+    assert sum(tape.replays for tape in tapes)
+    for _ in range(2):
+        with torch.no_grad():
+            model.lm_head.weight.fill_(torch.nan)
+        with pytest.raises(ValueError, match="probabilities for row 0 hold NaN"):
+            sampled(model, ids, mask, "paper", 0)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(head)
+    assert sampled(model, ids, mask, "paper", 0).shape[1] == ids.shape[1] + 30
+
+
 class EndsAfter(StoppingCriteria):
     def __init__(self, tokens: int):
         self._tokens = tokens
@@ -214,8 +277,9 @@ def test_what_cannot_be_recorded_is_decoded_step_by_step(tapes, caplog):
     with caplog.at_level(logging.INFO, "msn_ext"):
         assert torch.equal(ours(model, ids, mask, Listener(DraftTree.chain(3)), max_new_tokens=20), want)
         assert "Listener may ask the device" in caplog.text
-        generate(model, ids, mask, draft="auto", do_sample=True, max_new_tokens=5, pad_token_id=0)
-        assert "tokens are sampled" in caplog.text
+        options = dict(do_sample=True, eta_cutoff=0.01, max_new_tokens=5, pad_token_id=0)
+        generate(model, ids, mask, draft="auto", **options)
+        assert "EtaLogitsWarper, which is applied, has more than plain settings" in caplog.text
     assert not tapes
 
 

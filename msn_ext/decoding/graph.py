@@ -26,7 +26,7 @@ from msn_ext.ops.reference import MAX_NODES
 
 from .drafting import Drafter
 from .step import Decoder, Gained, Targets
-from .verification import greedy
+from .verification import Sampler
 
 logger = logging.getLogger("msn_ext")
 
@@ -114,6 +114,9 @@ class Recorder:
         event.record()
         return slots[-1], event.synchronize
 
+
+PLAIN = int, float, bool, str, type(None)
+"""Settings of a processor of logits that recordings can be told apart by."""
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": Recorder}
 """By type of device."""
@@ -214,7 +217,7 @@ _kept: weakref.WeakKeyDictionary[PreTrainedModel, OrderedDict[tuple, list[Replay
 _guard = threading.Lock()
 
 
-def why_eager(device: torch.device, drafter: Drafter, targets: Targets, processors: LogitsProcessorList) -> str | None:
+def why_eager(device: torch.device, drafter: Drafter, processors: LogitsProcessorList) -> str | None:
     """Why steps are not recorded; None: they may be."""
     if device.type not in RECORDERS:
         return f"the model is on {device.type}"
@@ -222,10 +225,9 @@ def why_eager(device: torch.device, drafter: Drafter, targets: Targets, processo
         return "MSN_GRAPHS is off"
     if not (isinstance(drafter, Plannable) and "plan" in vars(type(drafter))):
         return f"{type(drafter).__name__} may ask the device while it drafts"
-    if targets is not greedy:
-        return "tokens are sampled"
-    if processors:
-        return f"{type(processors[0]).__name__} is applied"
+    for processor in processors:
+        if not all(isinstance(value, PLAIN) for value in vars(processor).values()):
+            return f"{type(processor).__name__}, which is applied, has more than plain settings"
     return None
 
 
@@ -253,7 +255,7 @@ def steps(
         draft: what the user asked to draft with, a name or an object; recordings are kept by it.
     """
     prompt = input_ids, offsets, max_new_tokens, eos_token_ids
-    reason = why_eager(input_ids.device, drafter, targets, processors)
+    reason = why_eager(input_ids.device, drafter, processors)
 
     def make(room: int | None = None) -> Decoder:
         return Decoder(model, attention, input_ids, offsets, drafter, targets, processors, *prompt[2:], room=room)
@@ -262,6 +264,7 @@ def steps(
         room = room_for(input_ids.shape[1] + max_new_tokens)
         key = (*input_ids.shape[:1], room, eos_token_ids.shape, draft if isinstance(draft, str) else id(draft), type(attention))
         key += (hash(tuple((x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))),)
+        key += (type(targets), *((type(processor), *sorted(vars(processor).items())) for processor in processors))
         with _guard:
             kept = _kept.setdefault(model, OrderedDict())
             replay = kept[key].pop() if kept.get(key) else None
@@ -270,6 +273,8 @@ def steps(
         else:
             if isinstance(draft, str) and hasattr(replay.decoder.drafter, "forget"):
                 replay.decoder.drafter.forget()
+            if isinstance(targets, Sampler):
+                replay.decoder.targets.begin(targets)
             replay.begin(*prompt)
         reason = replay.decoder.changes_course
     if reason is not None:

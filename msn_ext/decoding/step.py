@@ -82,7 +82,7 @@ class Decoder:
         batch, prompt = input_ids.shape
         self._model = weakref.ref(model)  # recordings of its steps stay as long as the model does, and no longer
         self.drafter, self._attention = drafter, attention
-        self._targets, self._processors = targets, processors
+        self.targets, self._processors = targets, processors
         self._config = model.config.get_text_config(decoder=True)
         self._cache = TreeCache(self._config, fixed=room)
         self._forwards_all_logits = not model._supports_logits_to_keep()
@@ -178,6 +178,8 @@ class Decoder:
         else:
             draft = self.drafter.propose(self._history, self._lengths)
         draft.tokens[:, :1] = self._roots()
+        if self.targets is not greedy:  # what could not be drawn, if nobody has read yet that it could not
+            draft.tokens.clamp_(max=self._config.vocab_size - 1)
         prefix = self._prefix()
         self._cache.at(prefix, len(draft), self._longest + len(draft))
         # Padding nodes have depth -1; they are computed at the root's position and never used.
@@ -208,11 +210,11 @@ class Decoder:
     def _finish(self, draft: Draft, positions: Tensor, logits: Tensor, prefix: Tensor) -> Gained:
         """Verify, commit, and show the drafter what came of it; no host sync."""
         guesses = None
-        if self._targets is greedy and not self._processors:
+        if self.targets is greedy and not self._processors:
             checked = ops.verify_logits(as_compared(logits), draft.tokens, draft.parents)
             guesses, targets, accepted, path, _, continuation = checked
         else:
-            targets = self._targets(logits, positions, self._processors)
+            targets = self.targets(logits, positions, self._processors)
             accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._cache.commit(prefix, path, accepted)
         self.drafter.observe(

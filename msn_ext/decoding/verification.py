@@ -24,8 +24,8 @@ def _splitmix64(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def counter_uniform(seed: int, rows: Tensor, positions: Tensor) -> Tensor:
-    """Uniform float64 numbers in [0, 1), each a function of (seed, row, position) alone."""
+def counter_uniform(seed: int | Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """Uniform float64 numbers in [0, 1), each a function of (seed, row, position) alone; int64 tensors."""
     x = _splitmix64(_splitmix64(rows) ^ seed)
     x = _splitmix64(_splitmix64(x ^ positions) ^ _NODE)
     # 52 bits, so that the largest one times a sum is less than the sum in float64.
@@ -55,10 +55,18 @@ class Sampler:
     The draw at a position inverts the distribution function at a number that depends on the seed,
     the row and the position only. So which token comes next is settled by the text and the seed;
     drafts decide where it is looked for, never what it is.
+
+    Args:
+        seed: less than 2**63.
+        device: the model's.
     """
 
-    def __init__(self, seed: int):
-        self._seed = seed
+    def __init__(self, seed: int, device: torch.device | str):
+        self._seed = torch.tensor(seed, device=device)  # where a recorded step finds that of another call
+
+    def begin(self, other: Sampler) -> None:
+        """Draw as ``other`` does."""
+        self._seed.copy_(other._seed)
 
     def __call__(self, logits: Tensor, positions: Tensor, processors: LogitsProcessorList) -> Tensor:
         """Targets [B, N] for logits [B, N, V] of nodes at logical ``positions`` [B, N]."""
