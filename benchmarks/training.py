@@ -44,7 +44,7 @@ NOISE = 96  # tokens of a branch run's sample
 DEEPEST = 8
 CHAINS = (1, 2, 4, 8)
 DRAFTS = ["paper", "auto@8", "auto@64", *(f"jacobi@{n}" for n in CHAINS)]
-REPLAYED = 24  # answers
+REPLAYED = 12  # answers
 
 
 def experiments() -> dict[str, dict]:

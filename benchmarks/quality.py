@@ -1,0 +1,163 @@
+"""Whether training for decoding costs quality: loss on held-out answers, GSM8K, HumanEval; one model a call.
+
+    python benchmarks/quality.py --name base --answers held-out.jsonl --gsm8k gsm8k_dev.jsonl --humaneval humaneval_dev.jsonl \\
+        --output DIR                                                                # the demo model as published
+    python benchmarks/quality.py --name branch --model TRAINED … --output DIR       # what msn train left, or any model
+    python benchmarks/quality.py --summary DIR
+
+--answers are lines of `answers.jsonl` as msn train --self-distill writes them, of questions that were not learned. Questions are
+asked in the chat template, greedily, without examples. GSM8K: the last number of an answer is compared with the reference's.
+HumanEval: the first block of code, or the whole answer, is run with the task's tests in a process of its own, with limits on
+time, memory and the size of files, in an empty folder (the code is a model's: run this where it can do no harm). DIR keeps all
+answers and a line of results.jsonl per model; what is there is not asked again.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+folder = sys.path.pop(0)  # transformers looks for a package "kernels", which kernels.py beside this file is not
+from msn_ext import recipe  # noqa: E402
+from msn_ext.cli.common import load  # noqa: E402
+from msn_ext.training.data import Collate  # noqa: E402
+from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
+
+sys.path.insert(0, folder)
+from decode import Results, conditions  # noqa: E402
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+SECONDS, MEMORY, FILE_SIZE = 10, 1 << 30, 1 << 20
+PASSED = 42  # what a program exits with behind its tests, and not where it stops on the way
+
+
+def last_number(text: str) -> float | None:
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def gsm8k_question(row: dict) -> str:
+    return row["question"] + "\n\nSolve it step by step and end with the number that is the answer."
+
+
+def gsm8k_right(row: dict, answer: str) -> bool:
+    said, reference = last_number(answer), last_number(row["answer"].split("####")[-1])
+    return said is not None and math.isclose(said, reference, abs_tol=1e-6)
+
+
+def humaneval_question(row: dict) -> str:
+    return f"Complete this Python function. Answer with the whole function in a block of code.\n\n```python\n{row['prompt'].strip()}\n```"
+
+
+def program_of(row: dict, answer: str) -> str:
+    """The answer's code, with the imports of the task, and its tests."""
+    block = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.S)
+    code = block[1] if block else answer
+    whole = re.search(rf"^def {re.escape(row['entry_point'])}\b", code, re.M)
+    before = row["prompt"].split("\ndef ")[0] if whole else row["prompt"]
+    return f"{before}\n{code}\n{row['test']}\ncheck({row['entry_point']})\nraise SystemExit({PASSED})\n"
+
+
+def _limits() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def humaneval_right(row: dict, answer: str) -> bool:
+    with tempfile.TemporaryDirectory() as empty:
+        pathlib.Path(empty, "program.py").write_text(program_of(row, answer), encoding="utf-8")
+        try:
+            run = subprocess.run(
+                [sys.executable, "-I", "program.py"], cwd=empty, env={"PATH": os.environ.get("PATH", "")}, timeout=2 * SECONDS,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_limits,
+                start_new_session=True,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return False
+    return run.returncode == PASSED
+
+
+TASKS = {"gsm8k": (gsm8k_question, gsm8k_right), "humaneval": (humaneval_question, humaneval_right)}
+
+
+def rows_of(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def summarise(rows: list[dict]) -> str:
+    """A line a model; behind a share its binomial standard error."""
+    lines = [f"{'':<14}{'loss':>8}{'next token':>12}" + "".join(f"{task:>18}" for task in TASKS)]
+    for row in rows:
+        line = f"{row['name']:<14}" + (f"{row['loss']:>8.4f}{row['accuracy']:>12.1%}" if "loss" in row else " " * 20)
+        for task in TASKS:
+            if task in row:
+                right, asked = row[task]
+                share = right / asked
+                line += f"{share:>10.1%} ± {math.sqrt(share * (1 - share) / asked):>5.1%}"
+            else:
+                line += " " * 18
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", help="of the model, in the results")
+    parser.add_argument("--model", help="a folder or a hub id; the demo model as published where none is named")
+    parser.add_argument("--answers", type=pathlib.Path, help="held-out answers")
+    parser.add_argument("--max-length", type=int, default=400, help="tokens of a held-out sample")
+    for task in TASKS:
+        parser.add_argument(f"--{task}", type=pathlib.Path, help="its JSON lines")
+    parser.add_argument("--questions", type=int, help="of each task, the first ones (default: all)")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--device")
+    parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--summary", type=pathlib.Path, help="print the table of such a folder and stop")
+    options = parser.parse_args(arguments)
+    if options.summary:
+        print(summarise(Results(options.summary / "results.jsonl").rows))
+        return 0
+    if not options.output or not options.name:
+        parser.error("expected --name and --output, or --summary")
+    results = Results(options.output / "results.jsonl")
+    if any(row["name"] == options.name for row in results.rows):
+        parser.error(f"--output {options.output} has results of {options.name} already")
+    model, tokenizer, _ = load(options.model, options.dtype, options.device)
+    row = {"name": options.name}
+    if options.answers:
+        samples = recipe.samples_of(tokenizer, rows_of(options.answers), options.max_length)
+        found = noise_accuracy(model.float(), samples, Collate(recipe.pad_of(tokenizer)))
+        model.to(getattr(torch, options.dtype))
+        row |= {"loss": found.loss, "accuracy": found.accuracy, "held out": len(samples)}
+    for task, (question, right) in TASKS.items():
+        if not getattr(options, task):
+            continue
+        asked = rows_of(getattr(options, task))[: options.questions]
+        conversations = [[{"role": "user", "content": question(item)}] for item in asked]
+        file = options.output / f"{options.name}-{task}.jsonl"
+        answers = recipe.self_distill(
+            model, tokenizer, conversations, file, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+        )
+        with ThreadPoolExecutor(os.cpu_count()) as jobs:
+            verdicts = list(jobs.map(right, asked, [answer["response"] for answer in answers]))
+        row[task] = sum(verdicts), len(asked)
+    results.save(conditions(model, "quality.py", arguments), row)
+    print(summarise([row]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
