@@ -8,6 +8,7 @@ from transformers import LogitsProcessorList
 
 from msn_ext import ops
 
+ROWS = 64  # of logits in float64 at a time
 _NODE = 1 << 32  # apart from the node numbers that drafting noise counts with
 
 
@@ -39,14 +40,13 @@ def as_compared(logits: Tensor) -> Tensor:
 
 def greedy(logits: Tensor, positions: Tensor, processors: LogitsProcessorList) -> Tensor:
     """The arg-max [B, N] of logits [B, N, V]."""
-    logits = _process(logits, processors) if processors else as_compared(logits)
+    logits = _process(logits.flatten(0, 1), processors).view(logits.shape) if processors else as_compared(logits)
     return (ops.top_guesses(logits)[..., 0] >> 4).long()
 
 
 def _process(logits: Tensor, processors: LogitsProcessorList) -> Tensor:
-    scores = logits.float().flatten(0, 1)
-    no_prefix = torch.zeros(scores.shape[0], 1, dtype=torch.int64, device=scores.device)
-    return processors(no_prefix, scores).view(logits.shape)
+    """Logits [R, V] behind no matter what prefix."""
+    return processors(logits.new_zeros(len(logits), 1, dtype=torch.int64), logits.float())
 
 
 class Sampler:
@@ -70,10 +70,14 @@ class Sampler:
 
     def __call__(self, logits: Tensor, positions: Tensor, processors: LogitsProcessorList) -> Tensor:
         """Targets [B, N] for logits [B, N, V] of nodes at logical ``positions`` [B, N]."""
-        probabilities = _process(logits, processors).double().softmax(-1)
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
-        uniform = counter_uniform(self._seed, rows, positions)[..., None]
-        cumulative = probabilities.cumsum(-1)
-        # The first token whose cumulative probability passes the number: never one of probability 0.
-        # NaN passes nothing and gives the vocabulary's size, which generation.py refuses.
-        return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).squeeze(-1)
+        uniform = counter_uniform(self._seed, rows, positions).flatten()[:, None]
+        parts = zip(logits.flatten(0, 1).split(ROWS), uniform.split(ROWS))
+        return torch.cat([_draw(_process(some, processors), numbers) for some, numbers in parts]).view(positions.shape)
+
+
+def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
+    """The tokens [R] whose cumulative probability passes the numbers [R, 1] first: never one of probability 0."""
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    # NaN passes nothing and gives the vocabulary's size, which generation.py refuses.
+    return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).squeeze(-1)
