@@ -10,24 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import (
-    EosTokenCriteria,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    GenerateDecoderOnlyOutput,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MaxLengthCriteria,
-    MinPLogitsWarper,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria, StopStringCriteria
 
 from . import profile
 from .decoding import (
+    PREFIX_BOUND,
+    PREFIX_FREE,
     RETRIEVAL,
     Decoder,
     Drafter,
@@ -52,19 +40,6 @@ DRAFTS = {
     "lookahead": Lookahead,
     "none": functools.partial(DraftTree.chain, 1),
 }
-
-# Processors whose result does not depend on the prefix: they can run on all nodes at once.
-_PREFIX_FREE = (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    MinPLogitsWarper,
-    TypicalLogitsWarper,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-)
 
 # Settings of a GenerationConfig that change the output or its form in a way this version does not
 # follow, with the values under which they change nothing.
@@ -136,7 +111,7 @@ def generate(
         tokenizer: needed with ``stop_strings``.
         streamer: gets the prompt, then the tokens of each forward pass, then ``end()`` (batch 1).
         generation_config, generation_kwargs: as for ``model.generate``.
-        logits_processor: only processors that do not look at the prefix.
+        logits_processor: only kinds that depend on nothing but the text before and the logits.
         stopping_criteria: asked after every token, row by row, with scores None.
 
     Returns:
@@ -217,14 +192,17 @@ def _check_config(config: GenerationConfig) -> None:
             raise ValueError(f"{name} is {value!r}; msn_ext.generate does not support it (expected {neutral[-1]!r})")
 
 
-def _check_processors(processors: LogitsProcessorList) -> None:
+def _check_processors(processors: LogitsProcessorList, rows: int) -> None:
     for processor in processors:
-        if type(processor) not in _PREFIX_FREE:
-            names = ", ".join(kind.__name__ for kind in _PREFIX_FREE)
+        if type(processor) not in PREFIX_FREE | PREFIX_BOUND:
+            names = ", ".join(sorted(kind.__name__ for kind in PREFIX_FREE | PREFIX_BOUND))
             raise ValueError(
-                f"{type(processor).__name__} may look at the tokens before, which differ from node to node; "
+                f"{type(processor).__name__} may keep a state from token to token, which guesses would spoil; "
                 f"msn_ext.generate supports {names}"
             )
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(ignored, Tensor) and ignored.shape != (rows,):
+            raise ValueError(f"prompt_ignore_length has shape {list(ignored.shape)}; expected [{rows}], one number per row")
 
 
 def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -255,7 +233,7 @@ def _decode(
     drafter = _drafter(draft, model)
     attention = attention_for(model)
     _check_config(generation_config)
-    _check_processors(logits_processor)
+    _check_processors(logits_processor, input_ids.shape[0])
     if unknown := {name for name, value in model_kwargs.items() if value is not None} - _PREPARED:
         raise ValueError(f"{', '.join(sorted(unknown))}: msn_ext.generate does not support model inputs beside input_ids")
     if past_key_values is not None and past_key_values.get_seq_length() > 0:

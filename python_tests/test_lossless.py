@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 from families import FAMILIES, VOCAB, tiny_model
-from transformers import LogitsProcessorList, TemperatureLogitsWarper
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 
 import msn_ext
 from msn_ext import Draft, DraftTree, generate
@@ -217,6 +217,7 @@ SAMPLING = [
     dict(top_p=0.8, top_k=0),
     dict(min_p=0.1, top_k=0),
     dict(typical_p=0.9, top_k=0),
+    dict(top_h=0.5, top_k=0),
 ]
 
 
@@ -307,6 +308,53 @@ def test_greedy_takes_prefix_free_processors():
     ids = torch.tensor([[4, 5, 6]])
     settings = dict(do_sample=False, max_new_tokens=20, logits_processor=LogitsProcessorList([TemperatureLogitsWarper(0.5)]))
     assert torch.equal(generate(model, ids, **settings), model.generate(ids, **settings))
+
+
+LOOKING_BACK = {
+    "repetition": dict(repetition_penalty=1.3),
+    "repetition in the answer": dict(logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3, 9)])),
+    "no pair twice": dict(no_repeat_ngram_size=2),
+    "not before": dict(min_new_tokens=9),
+    "not below": dict(min_length=30),
+    "bad words": dict(bad_words_ids=[[7], [11], *([a, b] for a in range(3, VOCAB) for b in range(3, VOCAB) if (a + b) % 3)]),
+    "bias": dict(sequence_bias=[[[5], 3.0], [[6, 7], -3.0], [[4, 3], 4.0]]),
+    "decay": dict(exponential_decay_length_penalty=(3, 1.2)),
+    "forced end": dict(forced_eos_token_id=2),
+    "begin": dict(begin_suppress_tokens=list(range(2, VOCAB, 2))),
+    "several": dict(repetition_penalty=1.1, no_repeat_ngram_size=4, suppress_tokens=[4, 5], min_new_tokens=5),
+}
+
+
+@pytest.mark.parametrize("settings", LOOKING_BACK)
+def test_processors_see_the_text_before_every_node(settings):
+    """Those that look at it give plain decoding's tokens, ragged batches and random trees included."""
+    changed, longest = False, 0
+    for seed in range(4):
+        rng = random.Random(f"{settings}{seed}")
+        model = tiny_model(rng.choice(["llama", "gpt2", "qwen2"]), seed)
+        ids, mask = prompts(rng, 1 + seed)
+        plain = dict(do_sample=False, max_new_tokens=40, eos_token_id=[2, 3] if seed % 2 else [2], pad_token_id=0, return_dict_in_generate=True)
+        options = plain | LOOKING_BACK[settings]
+        expected = model.generate(ids, attention_mask=mask, **options).sequences
+        for draft in ("auto", "paper", "recycling", random_tree(rng), RandomDrafter(rng), random_best_first(rng)):
+            out = generate(model, ids, mask, draft=draft, **options)
+            assert torch.equal(out.sequences, expected), draft
+            longest = max(longest, *(int(accepts.max()) for accepts in out.accept_lengths))
+        changed |= not torch.equal(model.generate(ids, attention_mask=mask, **plain).sequences, expected)
+    assert changed and longest > 1, "settings that matter, and guesses that come true beside them"
+
+
+@pytest.mark.parametrize("settings", ["repetition", "no pair twice", "several"])
+def test_sampling_looks_back_the_same_for_every_draft(settings):
+    rng = random.Random(settings)
+    model = tiny_model("llama", 1)
+    ids, mask = prompts(rng, 3)
+    options = dict(do_sample=True, temperature=0.7, max_new_tokens=40, eos_token_id=[2], pad_token_id=0, **LOOKING_BACK[settings])
+    outputs = []
+    for draft in (*DRAFTS, random_tree(rng), RandomDrafter(rng), random_best_first(rng)):
+        torch.manual_seed(7)
+        outputs.append(generate(model, ids, mask, draft=draft, **options))
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
 
 
 def test_num_return_sequences():

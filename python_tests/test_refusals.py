@@ -3,13 +3,27 @@
 import pytest
 import torch
 from families import tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from msn_ext import DraftTree, generate
 from msn_ext.decoding import TokenRecycling, attention_for
 from msn_ext.decoding import support
 
 IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
+
+
+def for_three_rows() -> RepetitionPenaltyLogitsProcessor:
+    processor = RepetitionPenaltyLogitsProcessor(1.2)
+    processor.prompt_ignore_length = torch.tensor([1, 2, 3])  # what transformers sets where rows are padded
+    return processor
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +39,10 @@ def llama():
         (dict(draft=TokenRecycling), "draft is <class"),
         (dict(num_beams=3), "num_beams is 3"),
         (dict(penalty_alpha=0.6, top_k=4), "penalty_alpha is 0.6"),
-        (dict(repetition_penalty=1.2), "RepetitionPenaltyLogitsProcessor may look at the tokens before"),
-        (dict(no_repeat_ngram_size=2), "NoRepeatNGramLogitsProcessor"),
-        (dict(min_new_tokens=3, eos_token_id=2), "MinLengthLogitsProcessor"),
-        (dict(bad_words_ids=[[3]]), "NoBadWordsLogitsProcessor"),
-        (dict(forced_eos_token_id=2), "ForcedEOSTokenLogitsProcessor"),
-        (dict(prefix_allowed_tokens_fn=lambda b, ids: [3]), "PrefixConstrainedLogitsProcessor"),
+        (dict(prefix_allowed_tokens_fn=lambda b, ids: [3]), "PrefixConstrainedLogitsProcessor may keep a state"),
+        (dict(guidance_scale=2.0), "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+        (dict(logits_processor=LogitsProcessorList([lambda ids, scores: scores])), "function may keep a state"),
+        (dict(logits_processor=LogitsProcessorList([for_three_rows()])), "prompt_ignore_length has shape .3.; expected .2., one number"),
         (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens is 3"),
         (dict(cache_implementation="static"), "cache_implementation is 'static'"),
         (dict(use_cache=False), "use_cache is False"),

@@ -10,9 +10,11 @@ from .sam import SamDecoding
 from .step import Decoder, Gained
 from .support import attention_for
 from .tree import RETRIEVAL, DraftTree
-from .verification import Sampler, greedy
+from .verification import PREFIX_BOUND, PREFIX_FREE, Sampler, greedy
 
 __all__ = [
+    "PREFIX_BOUND",
+    "PREFIX_FREE",
     "RETRIEVAL",
     "BestFirst",
     "Corpus",

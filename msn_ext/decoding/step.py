@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,12 @@ from .cache import TreeCache
 from .drafting import Draft, Drafter, Verified
 from .support import rope_types
 from .tree import DraftTree
-from .verification import as_compared, greedy
+from .verification import Prefixes, as_compared, greedy
 
 REREADING = {"phi3", "phimoe", "phi4_multimodal"}
 """Families that read the text anew where 'longrope' switches its factors."""
 
-Targets = Callable[[Tensor, Tensor, LogitsProcessorList], Tensor]
+Targets = Callable[[Tensor, Tensor, LogitsProcessorList, Prefixes], Tensor]
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Decoder:
         offsets: int64 [B], how much of each is padding.
         drafter: where the guesses come from; it is started here.
         targets: the next token after every node (:mod:`.verification`).
-        processors: of the logits; none may look at the prefix.
+        processors: of the logits, each of a kind that :mod:`.verification` knows.
         max_new_tokens: tokens to gain per row, exactly unless an end-of-text token comes first.
         eos_token_ids: int64 [E]; what ends a row.
         room: slots of the cache, all of them from the beginning, so that every step has the same shapes;
@@ -214,7 +215,7 @@ class Decoder:
             checked = ops.verify_logits(as_compared(logits), draft.tokens, draft.parents)
             guesses, targets, accepted, path, _, continuation = checked
         else:
-            targets = self.targets(logits, positions, self._processors)
+            targets = self.targets(logits, positions, self._processors, functools.partial(self._prefixes, draft))
             accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._cache.commit(prefix, path, accepted)
         self.drafter.observe(
@@ -223,6 +224,23 @@ class Decoder:
 
         text = self._history, self._lengths, self._remaining
         return Gained(*ops.advance_text(*text, targets, path, accepted, self._eos, logits.shape[-1]))
+
+    def _prefixes(self, draft: Draft) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The texts up to the nodes of a draft as transformers has them, padding in front (:data:`.verification.Prefixes`);
+        waits for the device. Padding nodes have none."""
+        device, shape = draft.tokens.device, draft.tokens.shape
+        lengths, offsets = self._lengths.tolist(), self._offsets.tolist()
+        rows = zip(*(x.expand(shape).tolist() for x in (draft.tokens, draft.parents, draft.depth)))
+        for b, (tokens, parents, depths) in enumerate(rows):
+            before = torch.cat([self._input_ids[b, : offsets[b]], self._history[b, : lengths[b]]])
+            paths: list[list[int]] = [[]]
+            for node in range(1, len(tokens)):
+                paths.append([*paths[parents[node]], tokens[node]] if depths[node] > 0 else [])
+            for depth in sorted(set(depths) - {-1}):
+                nodes = [node for node in range(len(tokens)) if depths[node] == depth]
+                behind = torch.tensor([paths[node] for node in nodes], dtype=torch.int64, device=device).view(len(nodes), depth)
+                places = torch.tensor(nodes, device=device) + b * len(tokens)
+                yield b, places, torch.cat([before.expand(len(nodes), -1), behind], dim=1)
 
     @property
     def cache_bytes(self) -> int:
