@@ -14,8 +14,6 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput,
 
 from . import profile
 from .decoding import (
-    PREFIX_BOUND,
-    PREFIX_FREE,
     RETRIEVAL,
     Decoder,
     Drafter,
@@ -26,6 +24,7 @@ from .decoding import (
     TokenRecycling,
     TreeDrafter,
     attention_for,
+    followed,
     greedy,
     steps,
 )
@@ -192,19 +191,6 @@ def _check_config(config: GenerationConfig) -> None:
             raise ValueError(f"{name} is {value!r}; msn_ext.generate does not support it (expected {neutral[-1]!r})")
 
 
-def _check_processors(processors: LogitsProcessorList, rows: int) -> None:
-    for processor in processors:
-        if type(processor) not in PREFIX_FREE | PREFIX_BOUND:
-            names = ", ".join(sorted(kind.__name__ for kind in PREFIX_FREE | PREFIX_BOUND))
-            raise ValueError(
-                f"{type(processor).__name__} may keep a state from token to token, which guesses would spoil; "
-                f"msn_ext.generate supports {names}"
-            )
-        ignored = getattr(processor, "prompt_ignore_length", None)
-        if isinstance(ignored, Tensor) and ignored.shape != (rows,):
-            raise ValueError(f"prompt_ignore_length has shape {list(ignored.shape)}; expected [{rows}], one number per row")
-
-
 def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """How many slots of each row are left padding, int64 [B]."""
     if attention_mask is None:
@@ -233,7 +219,7 @@ def _decode(
     drafter = _drafter(draft, model)
     attention = attention_for(model)
     _check_config(generation_config)
-    _check_processors(logits_processor, input_ids.shape[0])
+    processors = followed(logits_processor, input_ids.shape[0])
     if unknown := {name for name, value in model_kwargs.items() if value is not None} - _PREPARED:
         raise ValueError(f"{', '.join(sorted(unknown))}: msn_ext.generate does not support model inputs beside input_ids")
     if past_key_values is not None and past_key_values.get_seq_length() > 0:
@@ -258,7 +244,7 @@ def _decode(
     passes: list[Tensor] = []  # what each pass gained, int64 [B]
     totals = torch.zeros(input_ids.shape[0], dtype=torch.int64)
     prompt = input_ids, offsets, max_new_tokens, eos
-    with steps(model, attention, draft, drafter, targets, logits_processor, *prompt) as run:
+    with steps(model, attention, draft, drafter, targets, processors, *prompt) as run:
         decoder = run.decoder
         try:
             if streamer is not None:

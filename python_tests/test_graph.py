@@ -149,6 +149,7 @@ def test_families_that_can_be_recorded(tapes):
 
 SAMPLED = {
     "as it is": {},
+    "penalised": dict(repetition_penalty=1.2, temperature=0.8),
     "usual": dict(temperature=0.7, top_k=20, top_p=0.9),
     "min_p": dict(min_p=0.05, temperature=1.5),
     "typical": dict(typical_p=0.8),
@@ -166,15 +167,27 @@ def sampled(model, ids, mask, draft, seed: int, **options):
 def test_sampled_steps_draw_what_steps_one_by_one_draw(draft, settings, tapes, monkeypatch):
     """Seed by seed in float64, from one recording; the same seed gives the same text again."""
     model, calls = tiny_model("llama", 3), [(seed, 1 + seed % 2) for seed in (0, 2, 1, 3, 2)]
+    padded = settings != "penalised"  # which rows with padding tell apart: then it looks at the text itself
 
     def run():
-        return [sampled(model, *prompts(batch, batch), draft, seed, **SAMPLED[settings]).tolist() for seed, batch in calls]
+        return [sampled(model, *prompts(batch, batch, padded=padded), draft, seed, **SAMPLED[settings]).tolist() for seed, batch in calls]
 
     recorded = run()
     assert len(tapes) == 2 and sum(tape.replays for tape in tapes) > 10
     monkeypatch.delitem(graph.RECORDERS, where)
     assert run() == recorded
     assert recorded[0] != recorded[1] and recorded[1] == recorded[4]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_repetition_penalty_is_recorded(batch, tapes):
+    """It asks only which tokens a text has. Prompts of other lengths use the same recording."""
+    model = tiny_model("llama", 3)
+    for seed in range(4):
+        ids, mask = prompts(seed, batch, length=8 + 3 * seed, padded=False)
+        options = dict(max_new_tokens=40, repetition_penalty=1.3, eos_token_id=None)
+        assert torch.equal(ours(model, ids, mask, "auto", **options), plain(model, ids, mask, **options))
+    assert len(tapes) == 1 and tapes[0].replays > 10
 
 
 def test_samplers_settings_are_not_mixed_up(tapes, monkeypatch):
@@ -277,6 +290,9 @@ def test_what_cannot_be_recorded_is_decoded_step_by_step(tapes, caplog):
     with caplog.at_level(logging.INFO, "msn_ext"):
         assert torch.equal(ours(model, ids, mask, Listener(DraftTree.chain(3)), max_new_tokens=20), want)
         assert "Listener may ask the device" in caplog.text
+        options = dict(no_repeat_ngram_size=3, max_new_tokens=20)
+        assert torch.equal(ours(model, ids, mask, "auto", **options), plain(model, ids, mask, **options))
+        assert "NoRepeatNGramLogitsProcessor looks at the text before" in caplog.text
         options = dict(do_sample=True, eta_cutoff=0.01, max_new_tokens=5, pad_token_id=0)
         generate(model, ids, mask, draft="auto", **options)
         assert "EtaLogitsWarper, which is applied, has more than plain settings" in caplog.text

@@ -5,16 +5,15 @@ from .corpus import Corpus
 from .drafting import Draft, Drafter, TreeDrafter, Verified
 from .graph import steps
 from .lookahead import Lookahead
+from .processors import followed
 from .recycling import TokenRecycling
 from .sam import SamDecoding
 from .step import Decoder, Gained
 from .support import attention_for
 from .tree import RETRIEVAL, DraftTree
-from .verification import PREFIX_BOUND, PREFIX_FREE, Sampler, greedy
+from .verification import Sampler, greedy
 
 __all__ = [
-    "PREFIX_BOUND",
-    "PREFIX_FREE",
     "RETRIEVAL",
     "BestFirst",
     "Corpus",
@@ -30,6 +29,7 @@ __all__ = [
     "TreeDrafter",
     "Verified",
     "attention_for",
+    "followed",
     "greedy",
     "steps",
 ]

@@ -25,8 +25,9 @@ from msn_ext import ops
 from msn_ext.ops.reference import MAX_NODES
 
 from .drafting import Drafter
+from .processors import at_once
 from .step import Decoder, Gained, Targets
-from .verification import PREFIX_FREE, Sampler
+from .verification import Sampler
 
 logger = logging.getLogger("msn_ext")
 
@@ -226,7 +227,7 @@ def why_eager(device: torch.device, drafter: Drafter, processors: LogitsProcesso
     if not (isinstance(drafter, Plannable) and "plan" in vars(type(drafter))):
         return f"{type(drafter).__name__} may ask the device while it drafts"
     for processor in processors:
-        if type(processor) not in PREFIX_FREE:
+        if not at_once(processor):
             return f"{type(processor).__name__} looks at the text before"
         if not all(isinstance(value, PLAIN) for value in vars(processor).values()):
             return f"{type(processor).__name__}, which is applied, has more than plain settings"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +16,15 @@ from msn_ext.ops.reference import MAX_NODES
 from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache
 from .drafting import Draft, Drafter, Verified
+from .processors import Texts
 from .support import rope_types
 from .tree import DraftTree
-from .verification import Prefixes, as_compared, greedy
+from .verification import as_compared, greedy
 
 REREADING = {"phi3", "phimoe", "phi4_multimodal"}
 """Families that read the text anew where 'longrope' switches its factors."""
 
-Targets = Callable[[Tensor, Tensor, LogitsProcessorList, Prefixes], Tensor]
+Targets = Callable[[Tensor, Tensor, LogitsProcessorList, Texts], Tensor]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Decoder:
         offsets: int64 [B], how much of each is padding.
         drafter: where the guesses come from; it is started here.
         targets: the next token after every node (:mod:`.verification`).
-        processors: of the logits, each of a kind that :mod:`.verification` knows.
+        processors: of the logits, as :func:`.processors.followed` gives them.
         max_new_tokens: tokens to gain per row, exactly unless an end-of-text token comes first.
         eos_token_ids: int64 [E]; what ends a row.
         room: slots of the cache, all of them from the beginning, so that every step has the same shapes;
@@ -89,7 +89,7 @@ class Decoder:
         self._forwards_all_logits = not model._supports_logits_to_keep()
         self._history = input_ids.new_zeros(batch, room or prompt + max_new_tokens + MAX_NODES)
         self._offsets, self._eos = offsets.clone(), eos_token_ids.clone()
-        self._lengths, self._prompt_lengths, self._remaining, self._last_position = offsets.new_empty(4, batch).unbind()
+        self._lengths, self._prompt_lengths, self._remaining, self._last_position, self._first = offsets.new_empty(5, batch).unbind()
         self.begin(input_ids, offsets, max_new_tokens, eos_token_ids)
 
     @property
@@ -101,6 +101,7 @@ class Decoder:
         batch, prompt = input_ids.shape
         device = input_ids.device
         self._input_ids = input_ids
+        self._first.copy_(input_ids[:, 0])
         self._offsets.copy_(offsets)
         self._eos.copy_(eos_token_ids)
         self._cache.clear()
@@ -215,7 +216,8 @@ class Decoder:
             checked = ops.verify_logits(as_compared(logits), draft.tokens, draft.parents)
             guesses, targets, accepted, path, _, continuation = checked
         else:
-            targets = self.targets(logits, positions, self._processors, functools.partial(self._prefixes, draft))
+            texts = Texts(draft, self._history, self._lengths, self._input_ids, self._offsets, self._first)
+            targets = self.targets(logits, positions, self._processors, texts)
             accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._cache.commit(prefix, path, accepted)
         self.drafter.observe(
@@ -224,23 +226,6 @@ class Decoder:
 
         text = self._history, self._lengths, self._remaining
         return Gained(*ops.advance_text(*text, targets, path, accepted, self._eos, logits.shape[-1]))
-
-    def _prefixes(self, draft: Draft) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The texts up to the nodes of a draft as transformers has them, padding in front (:data:`.verification.Prefixes`);
-        waits for the device. Padding nodes have none."""
-        device, shape = draft.tokens.device, draft.tokens.shape
-        lengths, offsets = self._lengths.tolist(), self._offsets.tolist()
-        rows = zip(*(x.expand(shape).tolist() for x in (draft.tokens, draft.parents, draft.depth)))
-        for b, (tokens, parents, depths) in enumerate(rows):
-            before = torch.cat([self._input_ids[b, : offsets[b]], self._history[b, : lengths[b]]])
-            paths: list[list[int]] = [[]]
-            for node in range(1, len(tokens)):
-                paths.append([*paths[parents[node]], tokens[node]] if depths[node] > 0 else [])
-            for depth in sorted(set(depths) - {-1}):
-                nodes = [node for node in range(len(tokens)) if depths[node] == depth]
-                behind = torch.tensor([paths[node] for node in nodes], dtype=torch.int64, device=device).view(len(nodes), depth)
-                places = torch.tensor(nodes, device=device) + b * len(tokens)
-                yield b, places, torch.cat([before.expand(len(nodes), -1), behind], dim=1)
 
     @property
     def cache_bytes(self) -> int:

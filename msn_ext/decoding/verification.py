@@ -2,58 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
-from transformers.generation import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
 
 from msn_ext import ops
 
-PREFIX_FREE = frozenset(
-    {
-        TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TopHLogitsWarper, TypicalLogitsWarper,
-        EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, SuppressTokensLogitsProcessor,
-    }
-)  # fmt: skip
-"""Processors of logits whose result does not depend on the text before: they run on all nodes at once."""
-PREFIX_BOUND = frozenset(
-    {
-        RepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor, NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor,
-        MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, ExponentialDecayLengthPenalty,
-        ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor, SuppressTokensAtBeginLogitsProcessor,
-    }
-)  # fmt: skip
-"""Processors whose result depends on nothing but the text before and the logits: they run on the nodes of each depth."""
+from .processors import Texts, processed
 
-Prefixes = Callable[[], Iterator[tuple[int, Tensor, Tensor]]]
-"""Nodes that stand behind equally long texts of one row: the row, their places among all B * N, int64 [R], and the texts,
-int64 [R, L]."""
-
-ROWS = 64  # of logits that are processed at a time, some of it in float64
 _NODE = 1 << 32  # apart from the node numbers that drafting noise counts with
 
 
@@ -83,35 +39,12 @@ def as_compared(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype == torch.float64 else logits
 
 
-def greedy(logits: Tensor, positions: Tensor, processors: LogitsProcessorList, prefixes: Prefixes) -> Tensor:
+def greedy(logits: Tensor, positions: Tensor, processors: LogitsProcessorList, texts: Texts) -> Tensor:
     """The arg-max [B, N] of logits [B, N, V]."""
     targets = torch.zeros_like(positions).flatten()
-    for places, scores in _scores(logits, processors, prefixes):
+    for places, scores in processed(logits, processors, texts):
         targets[places] = ops.top_guesses(scores[None])[0, :, 0].long() >> 4
     return targets.view(positions.shape)
-
-
-def _scores(logits: Tensor, processors: LogitsProcessorList, prefixes: Prefixes) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """Places of nodes among all B * N, and their logits as the processors leave them, float32 [R, V]."""
-    logits = logits.flatten(0, 1)
-    if any(type(processor) in PREFIX_BOUND for processor in processors):
-        for row, places, text in prefixes():
-            yield places, _of_row(processors, row)(text, logits[places].float())
-        return
-    for begin in range(0, len(logits), ROWS):
-        places = slice(begin, begin + ROWS)
-        some = logits[places].float()
-        yield places, processors(some.new_zeros(len(some), 1, dtype=torch.int64), some)
-
-
-def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    """The same; of those that know the rows of a batch apart, what is meant for this one."""
-    return LogitsProcessorList(
-        RepetitionPenaltyLogitsProcessor(processor.penalty, int(processor.prompt_ignore_length[row]))
-        if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
-        else processor
-        for processor in processors
-    )
 
 
 class Sampler:
@@ -133,12 +66,12 @@ class Sampler:
         """Draw as ``other`` does."""
         self._seed.copy_(other._seed)
 
-    def __call__(self, logits: Tensor, positions: Tensor, processors: LogitsProcessorList, prefixes: Prefixes) -> Tensor:
+    def __call__(self, logits: Tensor, positions: Tensor, processors: LogitsProcessorList, texts: Texts) -> Tensor:
         """Targets [B, N] for logits [B, N, V] of nodes at logical ``positions`` [B, N]."""
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         uniform = counter_uniform(self._seed, rows, positions).flatten()[:, None]
         targets = torch.zeros_like(positions).flatten()
-        for places, scores in _scores(logits, processors, prefixes):
+        for places, scores in processed(logits, processors, texts):
             targets[places] = _draw(scores, uniform[places])
         return targets.view(positions.shape)
 

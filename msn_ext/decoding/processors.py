@@ -1,0 +1,155 @@
+"""transformers' processors of logits on the nodes of a draft: temperature, top-p, repetition penalty, …"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from .drafting import Draft
+
+ROWS = 64  # of logits that are processed at a time, some of it in float64
+PREFIX_FREE = frozenset(
+    {
+        TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TopHLogitsWarper, TypicalLogitsWarper,
+        EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, SuppressTokensLogitsProcessor,
+    }
+)  # fmt: skip
+"""Processors of logits whose result does not depend on the text before."""
+PREFIX_BOUND = frozenset(
+    {
+        RepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor, NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor,
+        MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, ExponentialDecayLengthPenalty,
+        ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor, SuppressTokensAtBeginLogitsProcessor,
+    }
+)  # fmt: skip
+"""Processors whose result depends on nothing but the text before and the logits."""
+
+
+def followed(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
+    """Processors of a batch of so many rows.
+
+    Raises:
+        ValueError: one of them cannot be followed; says why.
+    """
+    found = LogitsProcessorList()
+    for processor in processors:
+        if type(processor) not in PREFIX_FREE | PREFIX_BOUND:
+            names = ", ".join(sorted(kind.__name__ for kind in PREFIX_FREE | PREFIX_BOUND))
+            raise ValueError(
+                f"{type(processor).__name__} may keep a state from token to token, which guesses would spoil; "
+                f"msn_ext.generate supports {names}"
+            )
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(ignored, Tensor):  # transformers' own, of padding
+            if ignored.shape != (rows,):
+                raise ValueError(f"prompt_ignore_length has shape {list(ignored.shape)}; expected [{rows}], one number per row")
+            if not ignored.any():
+                processor = RepetitionPenaltyLogitsProcessor(processor.penalty)
+        found.append(processor)
+    return found
+
+
+def at_once(processor: LogitsProcessor) -> bool:
+    """Whether it can run on all nodes at once: it does not look at the text before, or only for which tokens are in it."""
+    if type(processor) is RepetitionPenaltyLogitsProcessor:
+        return getattr(processor, "prompt_ignore_length", None) is None
+    return type(processor) in PREFIX_FREE
+
+
+@dataclass
+class Texts:
+    """The texts up to the nodes of a draft, for the processors of logits that ask for them.
+
+    Attributes:
+        draft: of B rows and N nodes.
+        history, lengths: as a :class:`.drafting.Drafter` has them, before the draft was checked.
+        prompts: int64 [B, P], of which the first ``offsets`` [B] of a row are padding.
+        first: int64 [B], the first column of ``prompts``, where recorded steps find it.
+    """
+
+    draft: Draft
+    history: Tensor
+    lengths: Tensor
+    prompts: Tensor
+    offsets: Tensor
+    first: Tensor
+
+    def tokens(self, places: slice) -> Tensor:
+        """The tokens of the texts up to some of the B * N nodes, in any order and number, int64 [R, …]."""
+        batch, nodes = self.draft.tokens.shape
+        node = torch.arange(batch * nodes, device=self.first.device)[places]
+        row, node = node // nodes, node % nodes
+        columns = torch.arange(self.history.shape[1], device=self.first.device)
+        text = torch.where(columns < self.lengths[:, None], self.history, self.first[:, None])
+        bits = self.draft.ancestors.expand(batch, nodes, -1)[row, node]
+        bits = (bits[..., None] >> torch.arange(64, device=bits.device) & 1).flatten(1)[:, :nodes]
+        return torch.cat([text[row], torch.where(bits > 0, self.draft.tokens[row], self.first[row, None])], dim=1)
+
+    def by_depth(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Row by row and depth by depth: the row, the places of its nodes among all B * N, int64 [R], and the texts up to them,
+        int64 [R, L], as transformers has them, with padding in front. Waits for the device; padding nodes have none."""
+        device, shape = self.first.device, self.draft.tokens.shape
+        lengths, offsets = self.lengths.tolist(), self.offsets.tolist()
+        rows = zip(*(x.expand(shape).tolist() for x in (self.draft.tokens, self.draft.parents, self.draft.depth)))
+        for b, (tokens, parents, depths) in enumerate(rows):
+            before = torch.cat([self.prompts[b, : offsets[b]], self.history[b, : lengths[b]]])
+            paths: list[list[int]] = [[]]
+            for node in range(1, len(tokens)):
+                paths.append([*paths[parents[node]], tokens[node]] if depths[node] > 0 else [])
+            for depth in sorted(set(depths) - {-1}):
+                nodes = [node for node in range(len(tokens)) if depths[node] == depth]
+                behind = torch.tensor([paths[node] for node in nodes], dtype=torch.int64, device=device).view(len(nodes), depth)
+                places = torch.tensor(nodes, device=device) + b * len(tokens)
+                yield b, places, torch.cat([before.expand(len(nodes), -1), behind], dim=1)
+
+
+def processed(logits: Tensor, processors: LogitsProcessorList, texts: Texts) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Places of nodes among all B * N, and their logits as the processors leave them, float32 [R, V]."""
+    logits = logits.flatten(0, 1)
+    if not all(map(at_once, processors)):
+        for row, places, text in texts.by_depth():
+            yield places, _of_row(processors, row)(text, logits[places].float())
+        return
+    asked = any(type(processor) not in PREFIX_FREE for processor in processors)
+    for begin in range(0, len(logits), ROWS):
+        places = slice(begin, begin + ROWS)
+        some = logits[places].float()
+        text = texts.tokens(places) if asked else some.new_zeros(len(some), 1, dtype=torch.int64)
+        yield places, processors(text, some)
+
+
+def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The same; of those that know the rows of a batch apart, what is meant for this one."""
+    return LogitsProcessorList(
+        RepetitionPenaltyLogitsProcessor(processor.penalty, int(processor.prompt_ignore_length[row]))
+        if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
+        else processor
+        for processor in processors
+    )
