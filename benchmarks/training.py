@@ -19,6 +19,7 @@ import argparse
 import copy
 import os
 import pathlib
+import resource
 import sys
 import time
 from dataclasses import asdict
@@ -102,6 +103,7 @@ def run(name: str, settings: dict, model, tokenizer, samples, held, options, wor
         model = trained.merge_and_unload()
         row |= {"epochs": epochs, "log": [entry for entry in log if "loss" in entry]}
     row["training seconds"] = round(time.time() - start)
+    row["peak bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of all experiments so far
     row |= asdict(noise_accuracy(model.eval(), held, collate, length=DEEPEST))
     return row | {"MAT": accept_lengths(model.to(torch.bfloat16) if options.bf16 else model, held)}
 
