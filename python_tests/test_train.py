@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from msn_ext import cli, recipe
 from msn_ext.training.data import Collate, encode, read_conversations
-from msn_ext.training.evaluation import noise_accuracy
+from msn_ext.training.evaluation import new_trigrams, noise_accuracy
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -178,6 +178,13 @@ def test_answers_are_learned_until_they_go_round_in_circles(period):
     assert recipe.before_circling(fresh + circles) == fresh + circles[: period + 2]
     assert recipe.before_circling(fresh + fresh[:17]) == fresh + fresh[:17], "a quotation"
     assert recipe.before_circling([]) == []
+
+
+def test_new_trigrams_are_counted_within_an_answer():
+    assert new_trigrams([[1, 2, 3, 1, 2, 3]]) == 3 / 4
+    assert new_trigrams([[1, 2, 3, 4], [1, 2, 3, 4]]) == 1
+    assert new_trigrams([[5] * 102, [1, 2]]) == 1 / 100
+    assert new_trigrams([]) == 0
 
 
 def test_figures_are_those_of_the_noisy_text():
