@@ -17,6 +17,7 @@ from msn_ext import Draft, DraftTree, generate
 from msn_ext.decoding import BestFirst, Corpus, Decoder, TreeDrafter, attention_for, greedy
 from msn_ext.decoding.attention import KernelAttention, MaskAttention
 from msn_ext.decoding.best_first import SOURCES
+from msn_ext.decoding.processors import Texts
 from msn_ext.decoding.support import TESTED
 from msn_ext.decoding.tree import RETRIEVAL
 from msn_ext.generation import DRAFTS
@@ -342,6 +343,27 @@ def test_processors_see_the_text_before_every_node(settings):
             longest = max(longest, *(int(accepts.max()) for accepts in out.accept_lengths))
         changed |= not torch.equal(model.generate(ids, attention_mask=mask, **plain).sequences, expected)
     assert changed and longest > 1, "settings that matter, and guesses that come true beside them"
+
+
+@pytest.mark.parametrize("nodes", [1, 64, 65, 200])
+def test_a_nodes_text_has_the_same_tokens_however_it_is_asked_for(nodes):
+    rng = random.Random(nodes)
+    ids, mask = prompts(rng, 3)
+    offsets = (mask == 0).sum(1)
+    history = torch.full((3, 30), VOCAB - 1)  # rubbish behind the text
+    for b, offset in enumerate(offsets.tolist()):
+        history[b, : ids.shape[1] - offset] = ids[b, offset:]
+    parents = torch.tensor([[-1] + [rng.randrange(-1, i) for i in range(1, nodes)] for _ in range(3)], dtype=torch.int32)
+    draft = Draft.of(torch.randint(VOCAB - 1, (3, nodes)), parents)
+    draft.tokens[:, 0] = ids[:, -1]
+    texts = Texts(draft, history, mask.sum(1), ids, offsets, ids[:, 0])
+    found = [set(row) for begin in range(0, 3 * nodes, 64) for row in texts.tokens(slice(begin, begin + 64)).tolist()]
+    named = 0
+    for row, places, text in texts.by_depth():
+        for place, tokens in zip(places.tolist(), text.tolist()):
+            assert row == place // nodes and tokens[: ids.shape[1]] == ids[row].tolist() and found[place] == set(tokens)
+            named += 1
+    assert named == int((draft.depth >= 0).sum())
 
 
 @pytest.mark.parametrize("settings", ["repetition", "no pair twice", "several"])
