@@ -13,7 +13,6 @@ answers and a line of results.jsonl per model; what is there is not asked again.
 """
 
 import argparse
-import json
 import math
 import os
 import pathlib
@@ -29,6 +28,7 @@ import torch
 folder = sys.path.pop(0)  # transformers looks for a package "kernels", which kernels.py beside this file is not
 from msn_ext import recipe  # noqa: E402
 from msn_ext.cli.common import load  # noqa: E402
+from msn_ext.documents import rows  # noqa: E402
 from msn_ext.training.data import Collate  # noqa: E402
 from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
 
@@ -92,13 +92,13 @@ TASKS = {"gsm8k": (gsm8k_question, gsm8k_right), "humaneval": (humaneval_questio
 
 
 def rows_of(path: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [row for _, row in rows(str(path))]
 
 
-def summarise(rows: list[dict]) -> str:
+def summarise(models: list[dict]) -> str:
     """A line a model; behind a share its binomial standard error."""
     lines = [f"{'':<14}{'loss':>8}{'next token':>12}" + "".join(f"{task:>18}" for task in TASKS)]
-    for row in rows:
+    for row in models:
         line = f"{row['name']:<14}" + (f"{row['loss']:>8.4f}{row['accuracy']:>12.1%}" if "loss" in row else " " * 20)
         for task in TASKS:
             if task in row:

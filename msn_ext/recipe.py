@@ -165,18 +165,14 @@ def mean_accept_length(
     return tokens / passes, new_trigrams(answers)
 
 
-def figures(
-    model, tokenizer, samples: list[dict], questions: list[Messages], length: int, drafts: dict = DRAFTS, progress: bool = True
-) -> dict:
+def figures(model, tokenizer, samples: list[dict], questions: list[Messages], length: int, progress: bool = True) -> dict:
     """What is compared: of :class:`.training.evaluation.NoiseAccuracy` behind up to ``length`` noise tokens; by draft the
     accept lengths of some questions (``MAT``); and, since they are high, too, where a model repeats itself, what share of
     the answers' trigrams is new to the answer (``new``)."""
     found = asdict(noise_accuracy(model, samples, Collate(pad_of(tokenizer)), length=length, progress=progress))
     asked = questions[:DECODED]
-    mat = {}
-    for name, draft in drafts.items():
-        mat[name], new = mean_accept_length(model, tokenizer, asked, draft, progress=progress)
-    return found | {"MAT": mat, "new": new}
+    decoded = {name: mean_accept_length(model, tokenizer, asked, draft, progress=progress) for name, draft in DRAFTS.items()}
+    return found | {"MAT": {name: mat for name, (mat, _) in decoded.items()}, "new": min(new for _, new in decoded.values())}
 
 
 def pad_of(tokenizer) -> int:

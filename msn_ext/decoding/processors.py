@@ -58,10 +58,10 @@ def followed(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
     Raises:
         ValueError: one of them cannot be followed; says why.
     """
-    found = LogitsProcessorList()
+    found, known = LogitsProcessorList(), PREFIX_FREE | PREFIX_BOUND
     for processor in processors:
-        if type(processor) not in PREFIX_FREE | PREFIX_BOUND:
-            names = ", ".join(sorted(kind.__name__ for kind in PREFIX_FREE | PREFIX_BOUND))
+        if type(processor) not in known:
+            names = ", ".join(sorted(kind.__name__ for kind in known))
             raise ValueError(
                 f"{type(processor).__name__} may keep a state from token to token, which guesses would spoil; "
                 f"msn_ext.generate supports {names}"
@@ -79,7 +79,7 @@ def followed(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
 def at_once(processor: LogitsProcessor) -> bool:
     """Whether it can run on all nodes at once: it does not look at the text before, or only for which tokens are in it."""
     if type(processor) is RepetitionPenaltyLogitsProcessor:
-        return getattr(processor, "prompt_ignore_length", None) is None
+        return processor.prompt_ignore_length is None
     return type(processor) in PREFIX_FREE
 
 

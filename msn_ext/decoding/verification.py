@@ -26,7 +26,7 @@ def _splitmix64(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def counter_uniform(seed: int | Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+def counter_uniform(seed: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """Uniform float64 numbers in [0, 1), each a function of (seed, row, position) alone; int64 tensors."""
     x = _splitmix64(_splitmix64(rows) ^ seed)
     x = _splitmix64(_splitmix64(x ^ positions) ^ _NODE)
