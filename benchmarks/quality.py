@@ -1,12 +1,13 @@
 """Whether training for decoding costs quality: loss on held-out answers, GSM8K, HumanEval; one model a call.
 
-    python benchmarks/quality.py --name base --answers held-out.jsonl --gsm8k gsm8k_dev.jsonl --humaneval humaneval_dev.jsonl \\
-        --output DIR                                                                # the demo model as published
+    python benchmarks/quality.py --name base --data prompts.jsonl … --skip 400 --gsm8k gsm8k_dev.jsonl \\
+        --humaneval humaneval_dev.jsonl --output DIR                                # the demo model as published
     python benchmarks/quality.py --name branch --model TRAINED … --output DIR       # what msn train left, or any model
     python benchmarks/quality.py --summary DIR
 
---answers are lines of `answers.jsonl` as msn train --self-distill writes them, of questions that were not learned. Questions are
-asked in the chat template, greedily, without examples. GSM8K: the last number of an answer is compared with the reference's.
+--data and --skip are the files and the number of samples of msn train or training.py: --held-out conversations behind those are
+held out. The first model of DIR answers them, so let it be the one before training; the loss of all is that of its answers.
+Tasks are asked in the chat template, greedily, without examples. GSM8K: the last number of an answer is compared with the reference's.
 HumanEval: the first block of code, or the whole answer, is run with the task's tests in a process of its own, with limits on
 time, memory and the size of files, in an empty folder (the code is a model's: run this where it can do no harm). DIR keeps all
 answers and a line of results.jsonl per model; what is there is not asked again.
@@ -29,8 +30,9 @@ folder = sys.path.pop(0)  # transformers looks for a package "kernels", which ke
 from msn_ext import recipe  # noqa: E402
 from msn_ext.cli.common import load  # noqa: E402
 from msn_ext.documents import rows  # noqa: E402
-from msn_ext.training.data import Collate  # noqa: E402
+from msn_ext.training.data import Collate, read_conversations  # noqa: E402
 from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
+from msn_ext.tuning import draw  # noqa: E402
 
 sys.path.insert(0, folder)
 from decode import Results, conditions  # noqa: E402
@@ -115,7 +117,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", help="of the model, in the results")
     parser.add_argument("--model", help="a folder or a hub id; the demo model as published where none is named")
-    parser.add_argument("--answers", type=pathlib.Path, help="held-out answers")
+    parser.add_argument("--data", nargs="+", default=[], help="as of msn train")
+    parser.add_argument("--skip", type=int, default=0, help="conversations of --data that were trained on or looked at")
+    parser.add_argument("--held-out", type=int, default=300, help="conversations behind those")
     parser.add_argument("--max-length", type=int, default=400, help="tokens of a held-out sample")
     for task in TASKS:
         parser.add_argument(f"--{task}", type=pathlib.Path, help="its JSON lines")
@@ -137,8 +141,11 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--output {options.output} has results of {options.name} already")
     model, tokenizer, _ = load(options.model, options.dtype, options.device)
     row = {"name": options.name}
-    if options.answers:
-        samples = recipe.samples_of(tokenizer, rows_of(options.answers), options.max_length)
+    if options.data:
+        drawn = draw([read_conversations(path) for path in options.data], options.skip + options.held_out)
+        held = [messages for messages in drawn[options.skip :] if messages not in drawn[: options.skip]]
+        answers = recipe.self_distill(model, tokenizer, held, options.output / "held-out.jsonl", max_new_tokens=options.max_new_tokens)
+        samples = recipe.samples_of(tokenizer, answers, options.max_length)
         found = noise_accuracy(model.float(), samples, Collate(recipe.pad_of(tokenizer)))
         model.to(getattr(torch, options.dtype))
         row |= {"loss": found.loss, "accuracy": found.accuracy, "held out": len(samples)}

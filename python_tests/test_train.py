@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from msn_ext import cli, recipe
 from msn_ext.training.data import Collate, encode, read_conversations
 from msn_ext.training.evaluation import new_trigrams, noise_accuracy
+from msn_ext.tuning import draw
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -313,6 +314,50 @@ def test_the_ways_to_train_are_compared(folder, data, tmp_path):
     assert len({row["loss"] for row in rows}) == 4
     for name in ("accuracy", "chains", "losses"):
         ElementTree.parse(output / f"{name}.svg")
+
+
+def test_quality_is_compared_on_the_first_model_s_answers(folder, data, tmp_path, monkeypatch, capsys):
+    """benchmarks/quality.py: held-out conversations are none of those learned, and all models see the same answers."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    import quality
+
+    other, output = tmp_path / "other", tmp_path / "results"
+    with torch.no_grad():
+        changed = tiny_llama()
+        changed.lm_head.weight += 0.05 * torch.randn(changed.lm_head.weight.shape, generator=torch.Generator().manual_seed(1))
+    changed.save_pretrained(other)
+    byte_tokenizer(TEMPLATE).save_pretrained(other)
+    tasks = tmp_path / "gsm8k.jsonl"
+    tasks.write_text("".join(json.dumps({"question": f"{n} and 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(3)))
+    options = ["--data", data, "--skip", "30", "--held-out", "6", "--gsm8k", str(tasks), "--questions", "2", "--max-new-tokens", "24"]
+    for name, model in (("base", folder), ("other", str(other))):
+        assert quality.main(["--name", name, "--model", model, "--dtype", "float32", *options, "--output", str(output)]) == 0
+    with pytest.raises(SystemExit):
+        quality.main(["--name", "base", "--model", folder, *options, "--output", str(output)])
+    capsys.readouterr()
+    assert quality.main(["--summary", str(output)]) == 0
+    table = capsys.readouterr().out
+
+    header, base, changed = map(json.loads, (output / "results.jsonl").read_text().splitlines())
+    assert "quality.py" in header["command"]
+    answers = [json.loads(line) for line in (output / "held-out.jsonl").read_text().splitlines()]
+    drawn = draw([read_conversations(data)], 36)
+    assert sorted(row["messages"][0]["content"] for row in answers) == sorted(held[0]["content"] for held in drawn[30:])
+    tokenizer, samples = byte_tokenizer(TEMPLATE), []
+    for row in answers:
+        prompt = recipe.prompt_ids(tokenizer, row["messages"])
+        answer = recipe.before_circling(row["tokens"])
+        samples.append((prompt, answer))
+    for row, path in ((base, folder), (changed, other)):
+        model, losses = LlamaForCausalLM.from_pretrained(path), []
+        for prompt, answer in samples:
+            with torch.no_grad():
+                said = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            losses += (-said[torch.arange(len(answer)), torch.tensor(answer)]).tolist()
+        assert row["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4) and row["held out"] == 6
+        assert row["gsm8k"][1] == 2 and f"{row['loss']:.4f}" in table
+        assert len((output / f"{row['name']}-gsm8k.jsonl").read_text().splitlines()) == 2
+    assert base["loss"] != changed["loss"]
 
 
 def test_several_processes_are_refused(folder, data, tmp_path, capsys, monkeypatch):
