@@ -14,6 +14,7 @@ answers and a line of results.jsonl per model; what is there is not asked again.
 """
 
 import argparse
+import copy
 import math
 import os
 import pathlib
@@ -126,7 +127,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--questions", type=int, help="of each task, the first ones (default: all)")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"], help="of answers; losses are float32's")
     parser.add_argument("--device")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--summary", type=pathlib.Path, help="print the table of such a folder and stop")
@@ -139,15 +140,16 @@ def main(arguments: list[str]) -> int:
     results = Results(options.output / "results.jsonl")
     if any(row["name"] == options.name for row in results.rows):
         parser.error(f"--output {options.output} has results of {options.name} already")
-    model, tokenizer, _ = load(options.model, options.dtype, options.device)
+    model, tokenizer, _ = load(options.model, "float32", options.device)
+    answerer = copy.deepcopy(model).to(getattr(torch, options.dtype))
     row = {"name": options.name}
     if options.data:
         drawn = draw([read_conversations(path) for path in options.data], options.skip + options.held_out)
         held = [messages for messages in drawn[options.skip :] if messages not in drawn[: options.skip]]
-        answers = recipe.self_distill(model, tokenizer, held, options.output / "held-out.jsonl", max_new_tokens=options.max_new_tokens)
+        file = options.output / "held-out.jsonl"
+        answers = recipe.self_distill(answerer, tokenizer, held, file, max_new_tokens=options.max_new_tokens)
         samples = recipe.samples_of(tokenizer, answers, options.max_length)
-        found = noise_accuracy(model.float(), samples, Collate(recipe.pad_of(tokenizer)))
-        model.to(getattr(torch, options.dtype))
+        found = noise_accuracy(model, samples, Collate(recipe.pad_of(tokenizer)))
         row |= {"loss": found.loss, "accuracy": found.accuracy, "held out": len(samples)}
     for task, (question, right) in TASKS.items():
         if not getattr(options, task):
@@ -156,12 +158,12 @@ def main(arguments: list[str]) -> int:
         conversations = [[{"role": "user", "content": question(item)}] for item in asked]
         file = options.output / f"{options.name}-{task}.jsonl"
         answers = recipe.self_distill(
-            model, tokenizer, conversations, file, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+            answerer, tokenizer, conversations, file, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
         )
         with ThreadPoolExecutor(os.cpu_count()) as jobs:
             verdicts = list(jobs.map(right, asked, [answer["response"] for answer in answers]))
         row[task] = sum(verdicts), len(asked)
-    results.save(conditions(model, "quality.py", arguments), row)
+    results.save(conditions(answerer, "quality.py", arguments), row)
     print(summarise([row]))
     return 0
 
