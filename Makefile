@@ -15,15 +15,15 @@ SOURCES := $(shell find csrc msn_ext -type f -not -name '*.pyc') CMakeLists.txt 
 help:
 	@echo "make demo   a small language model answers, several tokens per forward pass, next to plain decoding"
 	@echo "make test   the test suite, sanitizers included"
-	@echo "make bench  kernels and decoding, timed on this machine"
-	@echo "make asan   of these, only the CPU kernels under AddressSanitizer and UBSan"
+	@echo "make asan   of the tests, only those of the CPU kernels under AddressSanitizer and UBSan"
+	@echo "make bench  kernels and decoding, timed on this machine; DATA=question.jsonl is Spec-Bench's"
 	@echo "make clean  remove $(VENV) and what was built"
 	@echo "The first of them makes $(VENV) and installs into it: some minutes, most of it PyTorch's download."
 
 demo: $(STAMP)
 	@$(BIN)/msn demo
 
-# OpenMP threads that spin while they wait make everything ten times slower where a core is busy.
+# OpenMP threads that spin while they wait make everything much slower where a core is busy.
 test asan: export OMP_WAIT_POLICY ?= passive
 
 # `pytest`, not `python -m pytest`, which would import msn_ext/ from here, where nothing is compiled.
@@ -35,7 +35,7 @@ bench: $(STAMP)
 	@echo "== Timing the kernels"
 	@$(BIN)/python benchmarks/kernels.py
 	@echo "== Timing decoding"
-	@$(BIN)/python benchmarks/decode.py
+	@$(BIN)/python benchmarks/decode.py $(if $(DATA),--data $(DATA))
 
 asan: $(STAMP)
 	@echo "== Compiling the CPU kernels with sanitizers and running their tests"

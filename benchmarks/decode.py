@@ -4,8 +4,7 @@
     python benchmarks/decode.py --prompts 40 --new-tokens 128 --drafts paper --output results.jsonl
     python benchmarks/decode.py --model PATH_OR_ID --device cuda --dtype bfloat16
 
-Prompts are taken in turn from every category of a Spec-Bench file (the shared data's
-`bench/specbench_dev.jsonl`), first turns, greedy. Every prompt is decoded by `model.generate` and by
+Prompts are taken in turn from every category of a Spec-Bench file (`--data question.jsonl`), first turns, greedy. Every prompt is decoded by `model.generate` and by
 every draft, one after the other in one process, so the ratios compare like with like whatever else
 the machine does. With --output, a line is appended per prompt and draft; what stands there already
 is not run again.
@@ -242,7 +241,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=pathlib.Path, help="JSON lines: conditions, then one line per run")
     options = parser.parse_args(arguments)
     if not options.data.is_file():
-        parser.error(f"--data {options.data}: no such file")
+        parser.error(f"--data {options.data}: no such file; expected Spec-Bench's question.jsonl")
     drafts = options.drafts.split(",")
     if unknown := set(drafts) - set(DRAFTS):
         parser.error(f"--drafts has {', '.join(sorted(unknown))}; expected {', '.join(DRAFTS)}")

@@ -38,7 +38,7 @@ from msn_ext.tuning import draw  # noqa: E402
 sys.path.insert(0, folder)
 from decode import Results, conditions  # noqa: E402
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\d.\w)])-)?\d[\d,]*(?:\.\d+)?")  # no minus sign in "20-5" and "9-10"
 SECONDS, MEMORY, FILE_SIZE = 10, 1 << 30, 1 << 20
 PASSED = 42  # what a program exits with behind its tests, and not where it stops on the way
 
@@ -62,11 +62,11 @@ def humaneval_question(row: dict) -> str:
 
 
 def program_of(row: dict, answer: str) -> str:
-    """The answer's code, with the imports of the task, and its tests."""
+    """The answer's code, behind the imports and helpers of the task, and its tests."""
     block = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.S)
     code = block[1] if block else answer
     whole = re.search(rf"^def {re.escape(row['entry_point'])}\b", code, re.M)
-    before = row["prompt"].split("\ndef ")[0] if whole else row["prompt"]
+    before = row["prompt"].split(f"\ndef {row['entry_point']}(")[0] if whole else row["prompt"]
     return f"{before}\n{code}\n{row['test']}\ncheck({row['entry_point']})\nraise SystemExit({PASSED})\n"
 
 

@@ -320,7 +320,7 @@ def main(arguments: list[str]) -> int:
         return 0
     results = Results(options.output)
     if not options.data.is_file():
-        parser.error(f"--data {options.data}: no such file")
+        parser.error(f"--data {options.data}: no such file; expected Spec-Bench's question.jsonl")
 
     done = {(row["question"], row["turn"]): row for row in results.rows}
     if done and list(results.rows[0]["accept_lengths"]) != drafts:

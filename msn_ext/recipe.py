@@ -1,4 +1,4 @@
-"""Noisy fine-tuning from a file to a faster model: what ``msn train`` does, step by step.
+"""Noisy fine-tuning, from a file to a model with better guesses: what ``msn train`` does, step by step.
 
 The engine is transformers' Trainer, the adapter PEFT's; what is added is :func:`msn_ext.add_noise`, answers of the
 model itself, and figures before and after.

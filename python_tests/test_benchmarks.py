@@ -146,7 +146,7 @@ def quality(monkeypatch):
 
 
 TASK = {
-    "prompt": "from typing import List\n\n\ndef largest(numbers: List[int]) -> int:\n    \"\"\" The largest number. \"\"\"\n",
+    "prompt": "from typing import List\n\n\ndef helper(number):\n    return -number\n\n\ndef largest(numbers: List[int]) -> int:\n    \"\"\" The largest number. \"\"\"\n",
     "entry_point": "largest",
     "test": "def check(candidate):\n    assert candidate([1, 3, 2]) == 3\n    assert candidate([-5]) == -5\n",
 }
@@ -158,13 +158,14 @@ TASK = {
         ("Here it is:\n```python\ndef largest(numbers: List[int]) -> int:\n    return max(numbers)\n```\nIt works.", True),
         ("```\nimport math\n\ndef largest(numbers):\n    return max(numbers)", True),
         ("    return max(numbers)\n", True),
+        ("```python\ndef largest(numbers):\n    return -min(map(helper, numbers))\n```", True),
         ("```python\ndef largest(numbers):\n    return numbers[0]\n```", False),
         ("```python\ndef other(numbers):\n    return max(numbers)\n```", False),
         ("I cannot say.", False),
         ("```python\ndef largest(numbers):\n    return bytearray(1 << 34)\n```", False),
         ("```python\nimport sys\nsys.exit(0)\n```", False),
     ],
-    ids=["block", "open block", "body", "wrong", "other name", "no code", "too large", "exits"],
+    ids=["block", "open block", "body", "helper", "wrong", "other name", "no code", "too large", "exits"],
 )
 def test_humaneval_answers_are_run(quality, answer, right):
     assert quality.humaneval_right(TASK, answer) is right
@@ -177,7 +178,16 @@ def test_a_program_that_does_not_end_is_stopped(quality, monkeypatch):
 
 @pytest.mark.parametrize(
     "answer, right",
-    [("It is 1,234.0 dollars.", True), ("First 1234, then 5", False), ("none", False), ("#### -1234", False), ("$1234.", True)],
+    [
+        ("It is 1,234.0 dollars.", True),
+        ("First 1234, then 5", False),
+        ("none", False),
+        ("#### -1234", False),
+        ("It is -1234.", False),
+        ("$1234.", True),
+        ("between 1000-1234", True),
+        ("(1300)-1234", True),
+    ],
 )
 def test_gsm8k_answers_are_compared_by_their_last_number(quality, answer, right):
     assert quality.gsm8k_right({"answer": "12 * 3 = 36\n#### 1,234"}, answer) is right

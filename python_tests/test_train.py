@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -366,7 +367,11 @@ def test_several_processes_are_refused(folder, data, tmp_path, capsys, monkeypat
     assert "msn train is one process" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_wrong_data_is_one_line(folder, tmp_path, capsys):
+def test_wrong_data_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    def unreachable(name, split):
+        raise ConnectionError(f"couldn't reach {name}")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(json.dumps({"prompt": "a", "response": "b"}) for _ in range(3)))
     unanswered = tmp_path / "unanswered.jsonl"
@@ -374,11 +379,13 @@ def test_wrong_data_is_one_line(folder, tmp_path, capsys):
     for path, message in (
         (few, "--data has 3 conversations; expected 5 or more"),
         (unanswered, "--data has no answers to learn"),
-        (tmp_path / "none.jsonl", "No such file"),
+        (tmp_path / "none.jsonl", f"--data {tmp_path / 'none.jsonl'}: No such file"),
+        ("someone/conversations", "couldn't reach someone/conversations"),
     ):
-        assert cli.main(command(folder, str(path), tmp_path / f"out-{path.stem}")) == 1
+        assert cli.main(command(folder, str(path), tmp_path / "out")) == 1
         error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+        assert message in error and error.count("\n") == 1 and "None" not in error
+    assert not (tmp_path / "out").exists(), "the corrected command is not refused"
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, data, tmp_path):

@@ -21,7 +21,7 @@ def add(subparsers) -> None:
         help="a text, or JSON lines (.jsonl, .gz too) with text, or with prompt and response",
     )
     parser.add_argument("--model", metavar="PATH_OR_ID", help="whose tokenizer to use (default: the demo model)")
-    parser.add_argument("--output", required=True, metavar="FILE", help="where to keep it")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parser.set_defaults(run=run)
 
 

@@ -35,9 +35,9 @@ def add(subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
-    sampling.add_argument("--temperature", type=positive_float, metavar="T")
-    sampling.add_argument("--top-k", type=positive_int, metavar="K")
-    sampling.add_argument("--top-p", type=probability, metavar="P")
+    sampling.add_argument("--temperature", type=positive_float, metavar="T", help="above 1: more even")
+    sampling.add_argument("--top-k", type=positive_int, metavar="K", help="only the K likeliest tokens")
+    sampling.add_argument("--top-p", type=probability, metavar="P", help="only the likeliest tokens whose probabilities make up P")
     sampling.add_argument("--seed", type=int, metavar="S", help="a seed gives the same text whatever the draft")
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""``msn train``: noisy fine-tuning, from a file to a faster model."""
+"""``msn train``: noisy fine-tuning, from a file to a model with better guesses."""
 
 import argparse
 import json
@@ -6,7 +6,9 @@ import os
 import sys
 import time
 
-from .common import CommandError, add_device_option, load, positive_float, positive_int
+from .common import CommandError, add_device_option, load, one_line, positive_float, positive_int
+
+SETTINGS = "settings.json"
 
 
 def add(subparsers) -> None:
@@ -28,11 +30,11 @@ def add(subparsers) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="for checkpoints, the adapter and the figures")
     parser.add_argument("--samples", type=positive_int, metavar="N", help="conversations, as many of each file (default: all)")
     parser.add_argument("--self-distill", action="store_true", help="learn the model's own answers to the first questions")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="of such an answer (default: 256)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="tokens of an answer of its own (default: 256)")
     noise = parser.add_argument_group("noise")
     noise.add_argument("--layout", choices=("branch", "replace", "none"), default="branch", help="(default: branch)")
     noise.add_argument("--length", type=positive_int, default=4, metavar="N", help="noise tokens of a segment (default: 4)")
-    noise.add_argument("--segments", type=positive_int, metavar="N", help="of a sample (default: 24 branches, 1 in place)")
+    noise.add_argument("--segments", type=positive_int, metavar="N", help="of noise in a sample (default: 24 branches, 1 in place)")
     noise.add_argument("--content", choices=("ahead", "random", "mixed", "self"), default="ahead", help="(default: ahead)")
     noise.add_argument(
         "--noise-weight",
@@ -51,7 +53,7 @@ def add(subparsers) -> None:
     training.add_argument("--save-steps", type=positive_int, default=50, metavar="N", help="between checkpoints (default: 50)")
     training.add_argument("--held-out", type=positive_int, default=32, metavar="N", help="samples for the figures (default: 32)")
     training.add_argument("--bf16", action="store_true", help="compute in bfloat16 (the weights stay float32)")
-    training.add_argument("--seed", type=int, default=0, metavar="N")
+    training.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     add_device_option(parser)
     parser.set_defaults(run=run)
 
@@ -67,7 +69,7 @@ def run(arguments) -> int:
         import accelerate  # noqa: F401
         import peft  # noqa: F401
     except ImportError as error:
-        raise CommandError(f"training needs {error.name}: pip install 'msn_ext[train]'") from error
+        raise CommandError(f"training needs {error.name}: pip install accelerate peft") from error
     import torch
 
     from msn_ext import recipe
@@ -79,7 +81,8 @@ def run(arguments) -> int:
     try:
         files = [read_conversations(os.path.expanduser(path)) for path in arguments.data]
     except OSError as error:
-        raise CommandError(f"--data {error.filename}: {error.strerror}") from error
+        where = f"--data {error.filename}: {error.strerror}" if error.filename else f"--data: {one_line(error)}"
+        raise CommandError(where) from error
     conversations = draw(files, arguments.samples or sum(map(len, files)))
     learned, held = recipe.split(conversations, arguments.held_out, arguments.seed)
     if not held:
@@ -91,6 +94,7 @@ def run(arguments) -> int:
     with quiet_transformers():
         questions = held
         if arguments.self_distill:
+            _keep_settings(arguments, output)
             answerer = model.to(torch.bfloat16) if arguments.bf16 else model
             options = dict(max_new_tokens=arguments.max_new_tokens, progress=progress)
             rows = recipe.self_distill(answerer, tokenizer, held + learned, output / "answers.jsonl", **options)
@@ -100,6 +104,7 @@ def run(arguments) -> int:
         samples, evaluated = (recipe.samples_of(tokenizer, rows, arguments.max_length) for rows in (learned, held))
         if not samples or not evaluated:
             raise CommandError("--data has no answers to learn; expected responses (or --self-distill)")
+        _keep_settings(arguments, output)
         print(f"{len(samples):,} samples, {sum(map(_labels, samples)):,} tokens to learn; {len(evaluated)} held out", flush=True)
 
         figures_file = output / "figures.json"
@@ -133,23 +138,29 @@ def _labels(sample: dict) -> int:
     return sum(label >= 0 for label in sample["labels"])
 
 
+def _settings(arguments: argparse.Namespace) -> dict:
+    """What a run depends on."""
+    free = {"run", "output", "device", "save_steps"}
+    return {name: value for name, value in vars(arguments).items() if name not in free}
+
+
 def _check_settings(arguments: argparse.Namespace, output) -> None:
     """A run is gone on with only as it was begun."""
-    free = {"run", "output", "device", "save_steps"}
-    settings = {name: value for name, value in vars(arguments).items() if name not in free}
-    file = output / "settings.json"
-    if file.exists():
-        before = json.loads(file.read_text())
-        for name in sorted(set(before) | set(settings)):
-            if before.get(name) != settings.get(name):
-                option = "--" + name.replace("_", "-")
-                raise CommandError(
-                    f"--output {output} holds a run with {option} {before.get(name)}, now it is {settings.get(name)}; "
-                    "expected the same settings, or another folder"
-                )
-        return
+    settings, file = _settings(arguments), output / SETTINGS
+    before = json.loads(file.read_text()) if file.exists() else settings
+    for name in sorted(set(before) | set(settings)):
+        if before.get(name) != settings.get(name):
+            option = "--" + name.replace("_", "-")
+            raise CommandError(
+                f"--output {output} holds a run with {option} {before.get(name)}, now it is {settings.get(name)}; "
+                "expected the same settings, or another folder"
+            )
+
+
+def _keep_settings(arguments: argparse.Namespace, output) -> None:
+    """Once there is something to go on with: what was refused before may be corrected."""
     output.mkdir(parents=True, exist_ok=True)
-    _write(file, settings)
+    _write(output / SETTINGS, _settings(arguments))
 
 
 def _write(file, content: dict) -> None:

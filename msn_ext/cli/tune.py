@@ -20,7 +20,7 @@ def add(subparsers) -> None:
         "--prompts",
         nargs="+",
         metavar="FILE",
-        help="such as will be asked: JSON lines with a prompt each (.gz too), or a plain prompt a line",
+        help="typical prompts: JSON lines with a prompt each (.gz too), or a plain prompt a line",
     )
     parser.add_argument("--samples", type=positive_int, default=100, metavar="N", help="prompts to draw (default: 100)")
     parser.set_defaults(run=run)
