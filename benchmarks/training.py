@@ -68,11 +68,12 @@ def experiments() -> dict[str, dict]:
     }
 
 
-def compute_ratio(samples: list[dict], collate, config) -> float:
-    """Tokens that a branch run computes for one of a run in place."""
+def compute_ratio(samples: list[dict], collate, config, batch_size: int) -> float:
+    """Tokens that a branch run computes for one of a run in place, over an epoch's batches."""
     noisy = NoisyCollator(collate, layout="branch", segments=NOISE // 4, seed=0, config=config)
-    few = [samples[at : at + 4] for at in range(0, min(len(samples), 64), 4)]
-    return sum(noisy(batch)["input_ids"].numel() for batch in few) / sum(collate(batch)["input_ids"].numel() for batch in few)
+    order = list(recipe.ByLength([len(sample["input_ids"]) for sample in samples], batch_size, seed=0))
+    batches = [[samples[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
+    return sum(noisy(batch)["input_ids"].numel() for batch in batches) / sum(collate(batch)["input_ids"].numel() for batch in batches)
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def run(name: str, settings: dict, model, tokenizer, samples, held, options, wor
     row = {"experiment": name, "settings": dict(settings), "samples": len(samples)}
     start = time.time()
     if settings:
-        ratio = compute_ratio(samples, collate, model.config) if settings.pop("compute", False) else 1.0
+        ratio = compute_ratio(samples, collate, model.config, options.batch_size) if settings.pop("compute", False) else 1.0
         if settings.get("location") == "ppl":
             settings["location"] = lowest_loss_starts(model, samples, collate, length=settings["length"])
         epochs = options.epochs * ratio

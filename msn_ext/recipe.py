@@ -264,10 +264,10 @@ def train(
 
 class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
-        return _ByLength([len(sample["input_ids"]) for sample in self.train_dataset], self.args.train_batch_size, self.args.seed)
+        return ByLength([len(sample["input_ids"]) for sample in self.train_dataset], self.args.train_batch_size, self.args.seed)
 
 
-class _ByLength(Sampler):
+class ByLength(Sampler):
     """Batches of like lengths, which have little padding, others in every epoch.
 
     As transformers' own, but the order depends on the seed and the epoch alone, so that a run that goes on has it, too.

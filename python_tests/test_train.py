@@ -282,7 +282,7 @@ def test_batches_are_of_like_lengths_and_the_same_for_a_run_that_goes_on():
     lengths = [(7 * i) % 50 for i in range(200)]
 
     def batches(epoch: int) -> list[list[int]]:
-        sampler = recipe._ByLength(lengths, 4, 3)
+        sampler = recipe.ByLength(lengths, 4, 3)
         sampler.set_epoch(epoch)
         order = list(sampler)
         assert sorted(order) == list(range(200)) and len(sampler) == 200
