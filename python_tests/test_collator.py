@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import assert_equal
 from families import FAMILIES, VOCAB, tiny_model
-from samples import NONE, Pad, flatten, sample, samples
+from samples import NONE, Pad, flatten, sample, samples, unmarked
 
 from msn_ext import NoisyCollator, lowest_loss_starts
 from msn_ext.training.attach import guess
@@ -180,6 +180,31 @@ def test_paused_is_the_inner_collator():
     assert not torch.equal(collator(rows)["input_ids"], inner(rows)["input_ids"])
 
 
+def test_workers_that_live_on_are_paused_too():
+    rows = samples(8, VOCAB)
+    collator = NoisyCollator(Pad(), seed=1)
+    loader = torch.utils.data.DataLoader(rows, 4, collate_fn=collator, num_workers=1, persistent_workers=True)
+    assert any((batch["input_ids"] != clean["input_ids"]).any() for batch, clean in zip(loader, (Pad()(rows[:4]), Pad()(rows[4:]))))
+    with collator.paused():
+        for batch, clean in zip(loader, (Pad()(rows[:4]), Pad()(rows[4:])), strict=True):
+            assert_equal(batch["input_ids"], clean["input_ids"])
+
+
+def test_a_batch_stays_what_it_was():
+    """Such as a BatchEncoding, which goes to a device as a whole."""
+    from transformers import BatchEncoding
+
+    rows = samples(3, VOCAB)
+    for layout in ("replace", "branch"):
+        collator = NoisyCollator(lambda rows: BatchEncoding(Pad()(rows)), layout=layout, seed=1, config=CONFIG)
+        batch = collator(rows)
+        assert isinstance(batch, BatchEncoding)
+        plain = NoisyCollator(Pad(), layout=layout, seed=1, config=CONFIG)(rows)
+        assert set(batch.to("cpu")) == set(plain)
+        for name, x in plain.items():
+            assert_equal(batch[name], x)
+
+
 def test_a_collator_can_be_pickled_and_copied():
     rows = samples(4)
     collator = NoisyCollator(Pad(), seed=1, layout="branch", segments=3, config=CONFIG)
@@ -228,7 +253,7 @@ def test_the_clean_part_is_as_without_branches(family, attention, form):
     model.set_attn_implementation(attention)
     rows = samples(3, VOCAB)
     batch = annotated(FORMS[form], layout="branch", segments=5, config=model.config)(rows)
-    depth, _ = batch.pop("noise_depth"), batch.pop("noise_before")
+    depth, _ = unmarked(batch, model.config)
     inner = FORMS[form](rows)
     width = inner["input_ids"].shape[1]
     assert_equal(batch["input_ids"][:, :width], inner["input_ids"])
@@ -253,7 +278,7 @@ def test_a_branch_is_the_paper_s_sample_up_to_its_end(family):
     clean = Pad()(rows)
     width = clean["input_ids"].shape[1]
     batch = annotated(Pad(), layout="branch", segments=6, config=model.config)(rows)
-    depth, before = batch.pop("noise_depth"), batch.pop("noise_before")
+    depth, before = unmarked(batch, model.config)
     logits = model(**batch).logits
     segments = (depth == 1).nonzero().tolist()
     assert len(segments) == 12
@@ -295,9 +320,9 @@ def test_own_guesses_begin_wrong_and_go_on_as_the_model_does(layout):
         row["input_ids"][15] = said[14]
         row["labels"][15] = said[14]
     batch = annotated(Pad(), layout=layout, segments=2 if layout == "replace" else 9, content="self", config=model.config)(rows)
-    depth, before = batch.pop("noise_depth"), batch.pop("noise_before")
+    depth, before = unmarked(batch, model.config)
     logits = model(**{name: x for name, x in batch.items() if name != "labels"}).logits
-    found = guess(model, batch, depth, before)
+    found = guess(model, batch, depth, before, torch.empty(0, dtype=torch.int64))
     assert_equal(found[depth == 0], batch["input_ids"][depth == 0])
     seconds = 0
     for row, at in depth.nonzero().tolist():
@@ -310,6 +335,15 @@ def test_own_guesses_begin_wrong_and_go_on_as_the_model_does(layout):
         assert found[row, at] == (order[1] if order[0] == right else order[0]) != right
         seconds += order[0] == right
     assert seconds, "the likeliest was right nowhere: nothing was tested"
+
+
+def test_kept_tokens_are_no_guesses():
+    model, rows = tiny_model("llama", 4), samples(4, VOCAB)
+    batch = annotated(Pad(), segments=3, content="self", config=model.config)(rows)
+    depth, before = unmarked(batch, model.config)
+    keep = torch.arange(0, VOCAB, 2)
+    usual, found = (guess(model, batch, depth, before, k)[depth > 0] for k in (keep[:0], keep))
+    assert (usual % 2 == 0).any() and not (found % 2 == 0).any()
 
 
 def test_branches_without_any_response():
@@ -339,7 +373,8 @@ def test_the_lowest_loss_is_found():
     packed = annotated(flatten, location=starts)(rows)
     found = (packed["noise_depth"] == 1).nonzero()[:, 1] - documents_of(flatten(rows))[:, 1]
     assert found.tolist() == list(starts.values())
-    unknown = annotated(Pad(), location=type(starts)())(rows)
+    with pytest.warns(UserWarning, match="location knows no start"):
+        unknown = annotated(Pad(), location=type(starts)())(rows)
     assert (unknown["noise_depth"] == 1).sum() == 8
 
 
@@ -386,6 +421,14 @@ def test_tensors_that_branches_would_lengthen_are_refused():
     collator = NoisyCollator(lambda rows: Pad()(rows) | {"token_type_ids": Pad()(rows)["labels"]}, layout="branch", config=CONFIG)
     with pytest.raises(ValueError, match="does not know what token_type_ids .* would be at the branches"):
         collator(samples(2))
+
+
+def test_gaps_in_a_mask_are_refused_with_branches():
+    batch = Pad()(samples(2, VOCAB))
+    batch["attention_mask"][1, 5] = 0
+    with pytest.raises(ValueError, match="attention_mask has a gap in row 1"):
+        NoisyCollator(lambda _: batch, layout="branch", config=CONFIG)([])
+    NoisyCollator(lambda _: batch)([])
 
 
 def test_models_that_cannot_take_branches_are_refused():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCAB, tiny_model
-from samples import NONE, Pad, samples
+from samples import NONE, Pad, samples, unmarked
 
 from msn_ext import NoisyCollator, add_noise
 
@@ -78,7 +78,7 @@ def test_logged_losses_are_those_of_the_labels(tmp_path):
     right, total = 0, [0.0, 0]
     with torch.no_grad():
         for batch in trainer.get_train_dataloader():
-            depth, _ = batch.pop("noise_depth")[:, :-1], batch.pop("noise_before")
+            depth = unmarked(batch, trainer.model.config)[0][:, :-1]
             said, labels = trainer.model(**batch).logits[:, :-1], batch["labels"][:, 1:]
             loss = torch.nn.functional.cross_entropy(said.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
             for name, chosen in (("clean", depth == 0), ("noise", depth > 0)):
@@ -117,7 +117,7 @@ def test_loss_weights_weigh_the_gradients(tmp_path, weights, accumulate):
     batches = list(trainer.get_train_dataloader())
     count = sum(int((batch["labels"][:, 1:] != NONE).sum()) for batch in batches)
     for batch in batches:
-        depth, _ = batch.pop("noise_depth")[:, :-1], batch.pop("noise_before")
+        depth = unmarked(batch, model.config)[0][:, :-1]
         labels = batch.pop("labels")[:, 1:]
         said = model(**batch).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(said.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
@@ -159,6 +159,105 @@ def test_the_model_s_own_guesses_as_noise(tmp_path):
         assert "labels" not in drawn and "labels" in learned
         assert (drawn["input_ids"] != learned["input_ids"]).any()
     assert trainer.state.log_history[0]["noise_loss"] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_trainers_that_read_the_mask_find_one_entry_a_token(tmp_path, family):
+    """The mask of branches, for models with windows a dict of them, is made where the model is asked."""
+    model = tiny_model(family, 1, torch.float32)
+    trainer = trainer_for(tmp_path, model, include_num_input_tokens_seen="non_padding", num_train_epochs=1)
+    add_noise(trainer, layout="branch", segments=3, seed=1)
+    masks = []
+    trainer.model.register_forward_hook(lambda model, _, given, outputs: masks.append(given["attention_mask"]), with_kwargs=True)
+    trainer.train()
+    clean, noise = sum(len(row["input_ids"]) for row in ROWS), 24 * 3 * 4
+    assert clean < trainer.state.num_input_tokens_seen <= clean + noise
+    assert all((mask["full_attention"] if family == "gemma2" else mask).dim() == 4 for mask in masks)
+
+
+def test_passes_over_data_without_a_length_are_told_apart(tmp_path):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(ROWS[:12])
+
+    trainer = transformers.Trainer(tiny_model("llama", 1, torch.float32), arguments(tmp_path, max_steps=12), Pad(), train_dataset=Endless())
+    add_noise(trainer, seed=1)
+    batches = seen_by(trainer.model)
+    trainer.train()
+    passes = {tuple(tuple(row) for batch in batches[at : at + 3] for row in batch["input_ids"].tolist()) for at in range(0, 12, 3)}
+    assert len(batches) == 12 and len(passes) == 4
+
+
+def test_weights_are_refused_where_the_loss_is_another_one(tmp_path):
+    def own(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.float().logsumexp(-1).mean()
+
+    for trainer, name in (
+        (trainer_for(tmp_path, label_smoothing_factor=0.1), "label_smoothing_factor"),
+        (transformers.Trainer(tiny_model("llama", 1), arguments(tmp_path), Pad(), train_dataset=ROWS, compute_loss_func=own), "compute_loss_func"),
+    ):
+        for weights in ((1, 0.5), lambda done: (1, 1)):
+            with pytest.raises(ValueError, match=f"the trainer has {name}"):
+                add_noise(trainer, loss_weights=weights)
+        add_noise(trainer).train()
+
+
+def test_a_loss_of_nothing_stays_nothing(tmp_path):
+    trainer = trainer_for(tmp_path, rows=ROWS[:4])
+    add_noise(trainer, loss_weights=(1, 0.3), seed=1)
+    logits = torch.zeros(1, 5, 8).index_fill(2, torch.tensor([3]), 1e4).requires_grad_()
+    labels, depth = torch.full((1, 5), 3), torch.tensor([[0, 0, 1, 1, 0]])
+    loss = trainer.noise._observe(torch.zeros(()), transformers.modeling_outputs.CausalLMOutput(logits=logits), labels, depth)
+    loss.backward()
+    assert loss == 0 and torch.isfinite(logits.grad).all()
+
+
+def test_a_loss_without_logits_is_learned_and_not_observed(tmp_path):
+    class Quiet(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+            return torch.nn.functional.cross_entropy(model.lm_head(hidden)[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+    def quiet() -> transformers.Trainer:
+        return Quiet(tiny_model("llama", 1, torch.float32), arguments(tmp_path, max_steps=2), Pad(), train_dataset=ROWS)
+
+    trainer = add_noise(quiet())
+    with pytest.warns(UserWarning, match="without logits"):
+        trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2 and not any("noise_loss" in log for log in logs)
+    with pytest.raises(ValueError, match="loss_weights need the logits"):
+        add_noise(quiet(), loss_weights=(1, 0.5)).train()
+
+
+def test_a_prompt_of_peft_s_comes_before_the_text(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama", 1, torch.float32), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="expected layout='replace'"):
+        add_noise(trainer_for(tmp_path, model), layout="branch")
+    trainer = add_noise(trainer_for(tmp_path, model, max_steps=2), seed=1)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert all(min(log["clean_loss"], log["noise_loss"]) - 1e-3 <= log["loss"] <= max(log["clean_loss"], log["noise_loss"]) + 1e-3 for log in logs)
+
+
+def test_the_loss_that_balances_experts_does_not_go_with_branches(tmp_path):
+    model = tiny_model("mixtral", 1, torch.float32)
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="router_aux_loss_coef=0"):
+        add_noise(trainer_for(tmp_path, model), layout="branch").train()
+    add_noise(trainer_for(tmp_path, model, max_steps=2), layout="replace").train()
+
+
+def test_a_tokenizer_that_would_be_saved_still_is(tmp_path):
+    class WithTokenizer(Pad):
+        tokenizer = tokenizer()
+
+    trainer = trainer_for(tmp_path)
+    trainer.data_collator = WithTokenizer()
+    add_noise(trainer)
+    trainer.save_model()
+    assert (tmp_path / "tokenizer.json").exists()
 
 
 def test_noise_can_be_added_once(tmp_path):
@@ -203,19 +302,20 @@ def test_compiled(tmp_path):
 # ---- TRL -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["plain", "padding_free", "packing"])
+@pytest.mark.parametrize("form", ["plain", "padding_free", "packing", "windows"])
 @pytest.mark.parametrize("layout, weights", [("replace", (1.0, 1.0)), ("branch", (1.0, 1.0)), ("branch", (0.5, 2.0))])
 def test_trl(tmp_path, layout, weights, form):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     rows = [{"input_ids": row["input_ids"].tolist(), "completion_mask": (row["labels"] != NONE).int().tolist()} for row in ROWS]
-    settings = {"plain": {}, "padding_free": dict(padding_free=True, max_length=None), "packing": dict(packing=True, max_length=64)}[form]
+    settings = {"plain": {}, "windows": {}, "padding_free": dict(padding_free=True, max_length=None), "packing": dict(packing=True, max_length=64)}[form]
     config = trl.SFTConfig(
         output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", bf16=False,
         per_device_train_batch_size=4, per_device_eval_batch_size=4, logging_steps=1, num_train_epochs=2, learning_rate=1e-2,
         gradient_checkpointing=False, **settings,
     )  # fmt: skip
     data = datasets.Dataset.from_list(rows)
-    trainer = trl.SFTTrainer(tiny_model("llama", 1, torch.float32), config, train_dataset=data, eval_dataset=data.select(range(8)),
+    model = tiny_model("gemma2" if form == "windows" else "llama", 1, torch.float32)
+    trainer = trl.SFTTrainer(model, config, train_dataset=data, eval_dataset=data.select(range(8)),
                              processing_class=tokenizer())  # fmt: skip
     clean = trainer.evaluate()["eval_loss"]
     add_noise(trainer, layout=layout, segments=2, seed=1, loss_weights=weights)
@@ -226,6 +326,7 @@ def test_trl(tmp_path, layout, weights, form):
     assert len(passes) == len(logs), "one pass a step"
     losses = [log["noise_loss"] for log in logs]
     assert sum(losses[-2:]) < sum(losses[:2])
+    assert logs[-1]["num_tokens"] < 24 * (40 + 8) * 2, "of tokens, not of pairs"
     if weights == (1.0, 1.0):
         for log in logs:
             low, high = sorted((log["clean_loss"], log["noise_loss"]))

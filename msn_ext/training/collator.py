@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from msn_ext import ops
 
-from .layouts import ANNOTATIONS, branch, check_branches, documents_of, replace
+from .layouts import ANNOTATIONS, branch, branch_mask, check_branches, documents_of, replace
 
 LAYOUTS = ("replace", "branch")
 CONTENTS = {"ahead": 0.0, "random": 1.0, "mixed": 0.5, "self": 0.0}
@@ -56,8 +58,8 @@ class NoisyCollator:
             vocabulary.
 
     Attributes:
-        annotate: whether batches also say where their noise is (:data:`.layouts.ANNOTATIONS`). Off, since models do
-            not take it.
+        annotate: whether batches say where their noise is (:data:`.layouts.ANNOTATIONS`), and leave the mask of branches to be
+            made of it on the model's device. Off, since models do not take it.
 
     Raises:
         ValueError: an argument is none of the above, or a batch lacks labels.
@@ -90,16 +92,17 @@ class NoisyCollator:
         if config is None and (layout == "branch" or CONTENTS[content]):
             needs = "layout='branch'" if layout == "branch" else f"content={content!r}"
             raise ValueError(f"config is None; {needs} needs the model's: config=model.config")
-        self._config = config and config.get_text_config(decoder=True)
+        self.config = config and config.get_text_config(decoder=True)
         if layout == "branch":
-            check_branches(self._config)
+            check_branches(self.config)
         self.inner, self.length, self.segments, self.layout = inner, length, segments, layout
         self.content, self.location = content, location
         self.seed = torch.initial_seed() if seed is None else seed
-        self._keep = torch.tensor(sorted(set(keep_token_ids)), dtype=torch.int64)
-        # In shared memory: workers that live on from epoch to epoch see it change.
+        self.keep = torch.tensor(sorted(set(keep_token_ids)), dtype=torch.int64)
+        # In shared memory: workers that live on from epoch to epoch see both change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._paused = False
+        self._paused = torch.zeros((), dtype=torch.bool).share_memory_()
+        self._warned = False
         self.annotate = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -109,11 +112,12 @@ class NoisyCollator:
     @contextlib.contextmanager
     def paused(self):
         """Within: batches are those of ``inner``. A loader with workers has to be iterated within, too."""
-        before, self._paused = self._paused, True
+        before = bool(self._paused)
+        self._paused.fill_(True)
         try:
             yield self
         finally:
-            self._paused = before
+            self._paused.fill_(before)
 
     def __call__(self, samples) -> dict:
         batch = self.inner(samples)
@@ -128,7 +132,14 @@ class NoisyCollator:
                 f"inner gave a batch without {' and '.join(sorted(missing))}, but {', '.join(map(str, batch))}; "
                 "expected labels, -100 where a token is no part of a response"
             )
-        return self.add_noise(dict(batch))
+        noisy = self.add_noise(dict(batch))
+        if type(batch) is dict:
+            return noisy
+        given = copy.copy(batch)  # such as a BatchEncoding, with what it can do
+        for name in set(given) - set(noisy):
+            del given[name]
+        given.update(noisy)
+        return given
 
     def add_noise(self, batch: dict) -> dict:
         """A collated batch with noise in it; the tensors that came are left alone."""
@@ -140,18 +151,30 @@ class NoisyCollator:
         if isinstance(self.location, Starts):
             starts[:, 0] = torch.tensor([self._known(ids, *document) for document in documents.tolist()], device=ids.device)
         share = CONTENTS[self.content]
-        vocabulary = self._config.vocab_size if share else 0
+        vocabulary = self.config.vocab_size if share else 0
         seed = (self.seed * GOLDEN + int(self._epoch)) % 2**64  # the kernel mixes its bits
         seed -= 2**64 if seed >= 2**63 else 0
         apart = self.layout == "replace"
-        keep = self._keep.to(ids.device)
+        keep = self.keep.to(ids.device)
         starts, noise = ops.draw_noise(ids, labels, documents, keep, starts, seed, self.length, share, vocabulary, apart)
         if self.layout == "replace":
             batch = replace(batch, documents, starts, noise)
         else:
-            batch = branch(batch, documents, starts, noise, self._config)
-        return batch if self.annotate else {name: x for name, x in batch.items() if name not in ANNOTATIONS}
+            batch = branch(batch, documents, starts, noise)
+        if self.annotate:
+            return batch
+        found = {name: batch.pop(name, None) for name in ANNOTATIONS}
+        if self.layout == "branch":
+            batch["attention_mask"] = branch_mask(*found.values(), batch["position_ids"], self.config)
+        return batch
 
     def _known(self, ids: Tensor, row: int, begin: int, end: int) -> int:
         start = self.location.get(identity(ids[row, begin:end]), -1)
+        if start < 0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "location knows no start of some samples, whose noise is at random places; they have no response, or the batches "
+                "of lowest_loss_starts() were others (without attention_mask a sample is a row with its padding)",
+                stacklevel=2,
+            )
         return -1 if start < 0 else begin + start

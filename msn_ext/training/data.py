@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def _messages(row: dict, place: str) -> Messages:
         messages = [{"role": "user", "content": row["prompt"]}]
         if row.get("response") is not None:
             messages.append({"role": "assistant", "content": row["response"]})
-    if not messages:
+    if not messages or not isinstance(messages, list):
         raise ValueError(f"{place} has neither messages nor a prompt, but {', '.join(row) or 'nothing'}")
     for message in messages:
         if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
@@ -65,7 +66,8 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
         max_length: tokens that are kept, from the beginning.
 
     Returns:
-        ``input_ids`` and ``labels``; None where no label is left.
+        ``input_ids`` and ``labels``, up to where the template would write an answer in another way once another one follows
+        (with a warning); None where no label is left.
 
     Raises:
         ValueError: the chat template writes a prompt in another way once it is answered.
@@ -75,7 +77,10 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
     answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     for at in answers:
         prompt, whole = prompt_ids(tokenizer, messages[:at]), _text(tokenizer, messages[: at + 1])
-        if prompt[: len(ids)] != ids or whole[: len(prompt)] != prompt:
+        if prompt[: len(ids)] != ids:
+            warnings.warn("the chat template writes earlier answers in another way than the last; only first answers are learned", stacklevel=2)
+            break
+        if whole[: len(prompt)] != prompt:
             raise ValueError(
                 "the chat template does not begin an answered conversation as it begins the question, so that labels have "
                 f"no place; the conversation begins {messages[0]['content'][:60]!r}"
@@ -104,7 +109,7 @@ def _text(tokenizer, messages: Messages) -> list[int]:
     ids: list[int] = []
     for at, message in enumerate(messages):
         ids += tokenizer(message["content"], add_special_tokens=at == 0)["input_ids"]
-        ids += [tokenizer.eos_token_id] if message["role"] == "assistant" else []
+        ids += [tokenizer.eos_token_id] if message["role"] == "assistant" and tokenizer.eos_token_id is not None else []
     return ids
 
 

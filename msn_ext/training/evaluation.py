@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .collator import NoisyCollator
-from .layouts import NO_LABEL
+from .layouts import ANNOTATIONS, NO_LABEL, branch_mask
 
 SEGMENTS = 12
 TOP = 10
@@ -40,12 +40,16 @@ def noise_accuracy(
     """Next-token loss on clean text and accuracy behind noise, with the same noise every time.
 
     Args:
-        model: takes the branch layout.
+        model: where it takes the branch layout, up to 12 segments of a sample are asked about in one pass; where not, one
+            in place, in a pass of its own.
         samples: ``input_ids`` and ``labels``, held out from training.
         collate: makes a batch of them.
-        length: noise tokens of a segment; up to 12 segments a sample.
+        length: noise tokens of a segment.
     """
-    noisy = NoisyCollator(collate, length=length, segments=SEGMENTS, layout="branch", seed=0, config=model.config)
+    try:
+        noisy = NoisyCollator(collate, length=length, segments=SEGMENTS, layout="branch", seed=0, config=model.config)
+    except ValueError:
+        noisy = NoisyCollator(collate, length=length, seed=0)
     noisy.annotate = True
     # Behind 0, 1, … noise tokens: labels, right ones, right among ten; and the loss behind none.
     counts, loss = torch.zeros(length + 1, 3, dtype=torch.float64), 0.0
@@ -54,25 +58,36 @@ def noise_accuracy(
     try:
         starts = range(0, len(samples), batch_size)
         for at in tqdm(starts, desc="evaluation", unit="batch", leave=False, disable=not progress):
-            batch = {name: x.to(model.device) for name, x in noisy(samples[at : at + batch_size]).items()}
-            depth, labels = batch.pop("noise_depth")[:, :-1], batch.pop("labels")[:, 1:]
-            del batch["noise_before"]
-            live = labels != NO_LABEL
-            said, right, depth = model(**batch).logits[:, :-1][live].float(), labels[live], depth[live]
-            counts += _counts(said, right, depth, length)
-            loss += float(torch.nn.functional.cross_entropy(said[depth == 0], right[depth == 0], reduction="sum"))
+            for batch, depth in _passes(noisy, samples[at : at + batch_size], model.device):
+                labels, depth = batch.pop("labels")[:, 1:], depth[:, :-1]
+                live = (labels != NO_LABEL) & (depth >= 0)
+                said, right, depth = model(**batch).logits[:, :-1][live].float(), labels[live], depth[live]
+                counts += _counts(said, right, depth, length)
+                loss += float(torch.nn.functional.cross_entropy(said[depth == 0], right[depth == 0], reduction="sum"))
     finally:
         model.train(training)
     shares = (counts[:, 1:] / counts[:, :1]).tolist()
     clean = int(counts[0, 0])
-    return NoiseAccuracy(loss / clean, shares[0][0], [a for a, _ in shares[1:]], [b for _, b in shares[1:]], clean)
+    return NoiseAccuracy(loss / max(clean, 1), shares[0][0], [a for a, _ in shares[1:]], [b for _, b in shares[1:]], clean)
+
+
+def _passes(noisy: NoisyCollator, samples: list[dict], device) -> list[tuple[dict, Tensor]]:
+    """Batches for the model, and behind how many noise tokens their columns are, int64 [B, T']; -1: they do not count."""
+    batch = {name: x.to(device) for name, x in noisy(samples).items()}
+    depth, before, document = (batch.pop(name, None) for name in ANNOTATIONS)
+    if document is not None:
+        batch["attention_mask"] = branch_mask(depth, before, document, batch["position_ids"], noisy.config)
+        return [(batch, depth)]
+    with noisy.paused():
+        clean = {name: x.to(device) for name, x in noisy(samples).items()}
+    return [(clean, torch.zeros_like(depth)), (batch, torch.where(depth > 0, depth, -1))]
 
 
 def _counts(said: Tensor, right: Tensor, depth: Tensor, length: int) -> Tensor:
     """Per depth: labels, right ones, right ones among the likeliest ten."""
     best = said.topk(min(TOP, said.shape[-1]), -1).indices == right[:, None]
-    found = torch.stack([torch.ones_like(right, dtype=torch.float64), best[:, 0], best.any(1)], 1).double()
-    return torch.zeros(length + 1, 3, dtype=torch.float64).index_add(0, depth.cpu(), found.cpu())
+    found = torch.stack([torch.ones_like(best[:, 0]), best[:, 0], best.any(1)], 1).cpu().double()
+    return torch.zeros(length + 1, 3, dtype=torch.float64).index_add(0, depth.cpu(), found)
 
 
 def new_trigrams(answers: list[list[int]]) -> float:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 NO_LABEL = -100
 PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # of kernels without a mask
-ANNOTATIONS = ("noise_depth", "noise_before")
+ANNOTATIONS = ("noise_depth", "noise_before", "noise_document")
 """Of a batch, int64 [B, T']: i at the i-th noise token of a segment and 0 at clean ones; the column of the token that the
-noise token comes behind, -1 at clean ones."""
+noise token comes behind, -1 at clean ones; and with branches, whose mask is made of these, which sample of its row a token
+belongs to, from 1 on, 0 at padding."""
 # Families whose clean part is compared with the text alone in python_tests/test_collator.py.
 TESTED = frozenset(
     "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 deepseek_v2 deepseek_v3 "
@@ -56,8 +57,9 @@ def replace(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor) -> di
     return batch | {"input_ids": ids, "noise_depth": depth, "noise_before": before}
 
 
-def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor, config) -> dict:
-    """The clean text, and behind it every segment as a branch that only sees the text before its start and itself.
+def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor) -> dict:
+    """The clean text, and behind it every segment as a branch that shall only see the text before its start and itself
+    (:func:`branch_mask`); ``attention_mask`` [B, T'] says what is no padding.
 
     Of a branch each token stands at the position of the token that it replaces, and its label is the clean token
     behind that one. A label stands one place behind the token that shall predict it, as models shift them; so
@@ -70,14 +72,18 @@ def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor, config
             f"layout='branch' does not know what {', '.join(others)} {list(ids.shape)} would be at the branches; leave it out "
             "of the batch"
         )
+    same = documents[1:, 0] == documents[:-1, 0]
+    if (gaps := same & (documents[1:, 1] > documents[:-1, 2])).any():
+        row = int(documents[1:][gaps][0, 0])
+        raise ValueError(f"attention_mask has a gap in row {row}; layout='branch' expects padding at the ends of a row only")
     (batch_size, width), length = ids.shape, noise.shape[2]
     rows, columns, tokens, depths = _placed(documents, starts, noise)
     document, segment, _ = (noise >= 0).nonzero(as_tuple=True)
     # Segments of a row stand behind the text one after the other.
     used = starts >= 0
-    number = torch.zeros_like(starts)
-    number[used] = _count_within(documents[:, 0][used.nonzero(as_tuple=True)[0]])
-    at = width + number[document, segment] * length + depths
+    place = torch.zeros_like(starts)
+    place[used] = _count_within(documents[:, 0][used.nonzero(as_tuple=True)[0]])
+    at = width + place[document, segment] * length + depths
     total = int(at.max()) + 2 if len(at) else width + 1
 
     def widened(x: Tensor, value: int) -> Tensor:
@@ -95,22 +101,37 @@ def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor, config
     depth, before = torch.zeros_like(new_ids), torch.full_like(new_ids, -1)
     depth[rows, at], before[rows, at] = depths + 1, torch.where(depths == 0, columns, at) - 1
 
-    # Who sees what: the text as usual; a branch the text before its start, and itself so far.
-    sees = torch.zeros(batch_size, total, total, dtype=torch.bool, device=ids.device)
-    causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril()
-    for row, begin, end in documents.tolist():
-        sees[row, begin:end, begin:end] = causal[: end - begin, : end - begin]
-    column = torch.arange(total, device=ids.device)
-    text = (column >= documents[document, 1, None]) & (column < starts[document, segment, None])
-    sees[rows, at] = text
-    for back in range(length):
-        own = depths >= back
-        sees[rows[own], at[own], at[own] - back] = True
-    sees[:, column, column] = True  # padding, so that no row is empty
-    masks = _masks(sees[:, None], new_positions, config)
+    sample = torch.zeros_like(new_ids)
+    number = _count_within(documents[:, 0]) + 1
+    for (row, begin, end), n in zip(documents.tolist(), number.tolist()):
+        sample[row, begin:end] = n
+    sample[rows, at] = number[document]
     kept = {name: value for name, value in batch.items() if name not in PACKING}
-    changed = {"input_ids": new_ids, "labels": new_labels, "position_ids": new_positions}
-    return kept | changed | {"attention_mask": masks, "noise_depth": depth, "noise_before": before}
+    changed = {"input_ids": new_ids, "labels": new_labels, "position_ids": new_positions, "attention_mask": (sample > 0).long()}
+    return kept | changed | {"noise_depth": depth, "noise_before": before, "noise_document": sample}
+
+
+def branch_mask(depth: Tensor, before: Tensor, document: Tensor, positions: Tensor, config) -> Tensor | dict[str, Tensor]:
+    """Who sees what in a batch of :func:`branch`: the text as usual; a branch the text before its start, and itself so far.
+
+    Args:
+        depth, before, document: :data:`ANNOTATIONS`, int64 [B, T'].
+        positions: int64 [B, T'].
+
+    Returns:
+        As the model's attention takes it: bool, or for "eager" float32 to be added, [B, 1, T', T']; for a model with windows,
+        which count positions, a dict of them by kind of layer.
+    """
+    column = torch.arange(depth.shape[1], device=depth.device).expand_as(depth)
+    noisy = depth > 0
+    first = torch.where(noisy, column - depth + 1, -1)  # of a branch, which tells branches apart; -1: the text
+    last = torch.where(noisy, before.gather(1, first.clamp(min=0)), column)  # what it sees of the text
+    same, own = (x[:, :, None] == x[:, None, :] for x in (document, first))
+    text = (first < 0)[:, None, :] & (column[:, None, :] <= last[:, :, None])
+    branches = own & noisy[:, None, :] & (column[:, None, :] <= column[:, :, None])
+    sees = same & (document > 0)[:, :, None] & (text | branches)
+    sees |= torch.eye(depth.shape[1], dtype=torch.bool, device=depth.device)  # padding, so that no row is empty
+    return _masks(sees[:, None], positions, config)
 
 
 def check_branches(config) -> None:
@@ -155,5 +176,5 @@ def _placed(documents: Tensor, starts: Tensor, noise: Tensor) -> tuple[Tensor, T
 
 def _count_within(groups: Tensor) -> Tensor:
     """For every entry of an ascending tensor, how many equal ones stand before it."""
-    at = torch.arange(len(groups), device=groups.device)
+    groups, at = groups.contiguous(), torch.arange(len(groups), device=groups.device)
     return at - torch.searchsorted(groups, groups)
