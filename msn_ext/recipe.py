@@ -28,6 +28,7 @@ from .training.evaluation import new_trigrams, noise_accuracy
 from .training.layouts import NO_LABEL
 
 NOISE_WEIGHT, SETTLING = 0.3, 2 / 3
+LORA_RATE, FULL_RATE = 1e-3, 2e-5
 CIRCLING = 16
 """So many trigrams in a row that an answer has had before: from there on it goes round in circles."""
 DECODED = 16  # questions that accept lengths are measured on
@@ -35,10 +36,24 @@ DRAFTS = {"paper": lambda: "paper", "auto@64": lambda: BestFirst(64), "auto@8": 
 
 
 def split(conversations: list, held_out: int, seed: int = 0) -> tuple[list, list]:
-    """Shuffled, in two: what is learned, and ``held_out`` at most a fifth for the figures."""
+    """Shuffled, in two: what is learned, and ``held_out`` at most a fifth for the figures; no first question is in both."""
     shuffled = random.Random(seed).sample(conversations, len(conversations))
     held_out = min(held_out, len(shuffled) // 5)
-    return shuffled[held_out:], shuffled[:held_out]
+    held = shuffled[:held_out]
+    asked = {_key(question_of(messages)) for messages in held}
+    return [messages for messages in shuffled[held_out:] if _key(question_of(messages)) not in asked], held
+
+
+def askable(
+    model, tokenizer, conversations: list[Messages], max_length: int, max_new_tokens: int
+) -> tuple[list[Messages], int]:
+    """Those that begin with a question which leaves room for an answer, in a sample of ``max_length`` tokens and in the
+    model's context; and ``max_new_tokens``, or half of the context if that is less."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or max_length + max_new_tokens
+    max_new_tokens = min(max_new_tokens, context // 2)
+    room = min(max_length, context - max_new_tokens)
+    asked = [(question_of(messages), messages) for messages in conversations]
+    return [messages for question, messages in asked if question and len(prompt_ids(tokenizer, question)) < room], max_new_tokens
 
 
 def self_distill(
@@ -59,7 +74,7 @@ def self_distill(
         Per question ``messages`` (without answer), ``tokens`` (the answer, int), ``response`` (its text) and ``ended``
         (it is complete), in the order of the questions.
     """
-    questions = [_question(messages) for messages in conversations]
+    questions = [question_of(messages) for messages in conversations]
     done = {_key(row["messages"]): row for row in _whole_lines(path)}
     missing = {key: messages for messages in questions if (key := _key(messages)) not in done}
     prompts = {key: prompt_ids(tokenizer, messages) for key, messages in missing.items()}
@@ -89,7 +104,7 @@ def self_distill(
     return [done[_key(messages)] for messages in questions]
 
 
-def _question(messages: Messages) -> Messages:
+def question_of(messages: Messages) -> Messages:
     """What comes before the first answer."""
     answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     return messages[: answers[0]] if answers else messages
@@ -157,7 +172,7 @@ def mean_accept_length(
     tokens = passes = 0
     answers = []
     for messages in tqdm(questions, desc="accept length", unit="prompt", leave=False, disable=not progress):
-        ids = torch.tensor([prompt_ids(tokenizer, _question(messages))], device=model.device)
+        ids = torch.tensor([prompt_ids(tokenizer, question_of(messages))], device=model.device)
         options = dict(do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
         out = generate(model, ids, draft=draft(), **options)
         answers.append(out.sequences[0, ids.shape[1] :].tolist())
@@ -176,7 +191,8 @@ def figures(model, tokenizer, samples: list[dict], questions: list[Messages], le
 
 
 def pad_of(tokenizer) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    """What fills rows up; masked, so that any token will do."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 class _Bar(TrainerCallback):
@@ -211,7 +227,7 @@ def train(
     location: str | Starts = "random",
     noise_weight: float | None = None,
     lora_rank: int = 16,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     epochs: float = 1.0,
     max_steps: int = -1,
     batch_size: int = 4,
@@ -228,6 +244,7 @@ def train(
         output: for checkpoints, and in the end the adapter or model, and the tokenizer.
         layout, length, segments, content, location: of :func:`msn_ext.add_noise`; layout None: no noise, plain
             fine-tuning, for comparison.
+        learning_rate: None: 1e-3 for an adapter, 2e-5 for all weights (the paper's).
         noise_weight: of a label behind noise, where a clean one counts 1; a tenth of it in the last third of the steps,
             so that what the model says on clean text settles. None: for branches 0.3; in place 1 throughout, as the paper.
 
@@ -236,6 +253,8 @@ def train(
     """
     if not samples:
         raise ValueError("samples is empty; expected conversations with answers that fit into the length")
+    if learning_rate is None:
+        learning_rate = LORA_RATE if lora_rank else FULL_RATE
     if lora_rank:
         from peft import LoraConfig, get_peft_model
 
@@ -248,6 +267,7 @@ def train(
         max_steps=max_steps, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,
         logging_steps=5, save_steps=save_steps, save_total_limit=2, disable_tqdm=True,
     )  # fmt: skip
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # or the Trainer splits batches over all that it sees
     trainer = _Trainer(model, arguments, Collate(pad_of(tokenizer)), train_dataset=samples)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -256,7 +276,7 @@ def train(
     if layout is not None:
         settings = dict(layout=layout, length=length, segments=segments, content=content, location=location, seed=seed)
         add_noise(trainer, loss_weights=_weights(layout, noise_weight), **settings)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+    trainer.train(resume_from_checkpoint=last_checkpoint(output))
     trainer.save_model(str(output))
     tokenizer.save_pretrained(str(output))
     return model, trainer.state.log_history
@@ -296,9 +316,10 @@ def _weights(layout: str, noise_weight: float | None):
     return lambda done: (1.0, noise_weight if done < SETTLING else noise_weight / 10)
 
 
-def _last_checkpoint(output: Path) -> str | None:
+def last_checkpoint(output: Path) -> str | None:
     """The last one that is whole: the Trainer writes its state last, and may have been killed before."""
-    for folder in sorted(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[-1]), reverse=True):
+    numbered = [folder for folder in output.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
+    for folder in sorted(numbered, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), reverse=True):
         try:
             json.loads((folder / "trainer_state.json").read_text())
             return str(folder)

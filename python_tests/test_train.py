@@ -100,6 +100,15 @@ def test_a_template_that_rewrites_the_question_is_refused():
         encode(tokenizer, CHAT, 1000)
 
 
+def test_earlier_answers_that_a_template_rewrites_are_left_out():
+    """As Qwen 3's does, which takes thoughts out of all answers but the last."""
+    template = TEMPLATE.replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' and loop.last %}(thinks){% endif %}{{ m['content'] }}")
+    tokenizer = byte_tokenizer(template)
+    with pytest.warns(UserWarning, match="only first answers are learned"):
+        sample = encode(tokenizer, CHAT, 1000)
+    assert learned(tokenizer, sample) == ["(thinks)A1<eos>"]
+
+
 def test_conversations_are_read(tmp_path):
     rows = [{"messages": CHAT}, {"prompt": "Q", "response": "A", "more": 1}, {"prompt": "Q"}]
     text = "\n".join(map(json.dumps, rows)) + "\n\n"
@@ -250,6 +259,80 @@ def test_a_model_learns_to_guess(folder, data, tmp_path, capsys):
     assert json.loads((output / "figures.json").read_text())["after"] == after
     assert cli.main(command(folder, data, output, "--epochs", "7")) == 1
     assert "holds a run with --epochs 6.0, now it is 7.0" in capsys.readouterr().err
+
+
+def test_what_went_wrong_may_be_corrected(folder, data, tmp_path, capsys, monkeypatch):
+    """Until there is a checkpoint; answers that are there are not asked for again."""
+    output, answers = tmp_path / "out", ["--self-distill", "--max-new-tokens", "9", "--max-steps", "2"]
+
+    def out_of_memory(*arguments, **settings):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recipe, "train", out_of_memory)
+        assert cli.main(command(folder, data, output, *answers)) == 1
+    written = (output / "answers.jsonl").read_text()
+    assert cli.main(command(folder, data, output, *answers[:2], "10", *answers[3:])) == 1
+    assert "holds a run with --max-new-tokens 9, now it is 10" in capsys.readouterr().err
+    (output / "checkpoint-old").mkdir()  # the user's
+    assert cli.main(command(folder, data, output, *answers, "--batch-size", "2", "--length", "3")) == 0
+    assert (output / "answers.jsonl").read_text() == written
+    figures = json.loads((output / "figures.json").read_text())
+    assert len(figures["before"]["top1"]) == len(figures["after"]["top1"]) == 3
+
+
+def test_changed_data_is_not_gone_on_with(folder, data, tmp_path, capsys):
+    file, output = tmp_path / "data.jsonl", tmp_path / "out"
+    shutil.copy(data, file)
+    assert cli.main(command(folder, str(file), output, "--max-steps", "1")) == 0
+    file.write_text(file.read_text().replace("one", "two"))
+    assert cli.main(command(folder, str(file), output, "--max-steps", "1")) == 1
+    assert "holds a run with content of --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["replace", "none"])
+def test_families_without_branches_are_trained_in_place(data, tmp_path, capsys, layout):
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    path = tmp_path / "olmo"
+    Olmo2ForCausalLM(Olmo2Config(**tiny_llama().config.to_diff_dict() | {"model_type": "olmo2"})).save_pretrained(path)
+    byte_tokenizer(TEMPLATE).save_pretrained(path)
+    assert cli.main(command(str(path), data, tmp_path / "branch")) == 1
+    assert "layout='replace'" in capsys.readouterr().err and not (tmp_path / "branch").exists()
+    assert cli.main(command(str(path), data, tmp_path / "out", "--layout", layout, "--max-steps", "3")) == 0
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert len(figures["after"]["top1"]) == 4 and figures["after"]["loss"] != figures["before"]["loss"]
+
+
+def test_questions_without_room_or_words_are_left_out(folder, tmp_path, capsys):
+    odd = [
+        {"prompt": "x" * 600},
+        {"messages": [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]},
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, odd + DATA[:20])))
+    for more in ([], ["--self-distill"]):
+        options = ["--max-steps", "1", "--max-new-tokens", "9", *more]
+        assert cli.main(command(folder, str(file), tmp_path / f"out{len(more)}", *options)) == 0, capsys.readouterr().err
+        assert "2 conversations begin without a question" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option, value", [("--length", "65"), ("--segments", "257"), ("--seed", "-1"), ("--lora-rank", "-1")])
+def test_ranges_are_told_before_anything_is_done(folder, data, tmp_path, capsys, option, value):
+    assert cli.main(command(folder, data, tmp_path / "out", option, value)) == 2
+    assert f"'{value}' is not a number from" in capsys.readouterr().err
+
+
+def test_the_gpu_is_chosen_elsewhere(folder, data, tmp_path, capsys):
+    assert cli.main(command(folder, data, tmp_path / "out", "--device", "cuda:1")) == 1
+    assert "CUDA_VISIBLE_DEVICES" in capsys.readouterr().err
+
+
+def test_no_question_is_learned_and_held_out():
+    conversations = [[{"role": "user", "content": word}, {"role": "assistant", "content": str(n)}] for n in range(3) for word in WORDS]
+    learned, held = recipe.split(conversations, 4)
+    assert len(held) == 4 and learned
+    assert not {messages[0]["content"] for messages in learned} & {messages[0]["content"] for messages in held}
 
 
 @pytest.mark.parametrize("more", [["--layout", "replace"], ["--content", "self"], ["--layout", "none"], ["--lora-rank", "0"], ["--bf16", "--self-distill", "--max-new-tokens", "9"]])

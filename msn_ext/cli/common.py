@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 
@@ -200,6 +201,10 @@ def checked_prompt(text: str) -> str:
 
 def positive_int(text: str) -> int:
     return number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def from_to(least: int, most: int):
+    return functools.partial(number, kind=int, holds=lambda value: least <= value <= most, expected=f"a number from {least} to {most}")
 
 
 def positive_float(text: str) -> float:

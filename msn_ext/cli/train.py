@@ -1,14 +1,15 @@
 """``msn train``: noisy fine-tuning, from a file to a model with better guesses."""
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 import time
 
-from .common import CommandError, add_device_option, load, one_line, positive_float, positive_int
+from .common import CommandError, add_device_option, from_to, load, one_line, positive_float, positive_int
 
-SETTINGS = "settings.json"
+SETTINGS, ANSWERS, FIGURES = "settings.json", "answers.jsonl", "figures.json"
 
 
 def add(subparsers) -> None:
@@ -33,8 +34,8 @@ def add(subparsers) -> None:
     parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="tokens of an answer of its own (default: 256)")
     noise = parser.add_argument_group("noise")
     noise.add_argument("--layout", choices=("branch", "replace", "none"), default="branch", help="(default: branch)")
-    noise.add_argument("--length", type=positive_int, default=4, metavar="N", help="noise tokens of a segment (default: 4)")
-    noise.add_argument("--segments", type=positive_int, metavar="N", help="of noise in a sample (default: 24 branches, 1 in place)")
+    noise.add_argument("--length", type=from_to(1, 64), default=4, metavar="N", help="noise tokens of a segment (default: 4)")
+    noise.add_argument("--segments", type=from_to(1, 256), metavar="N", help="of noise in a sample (default: 24 branches, 1 in place)")
     noise.add_argument("--content", choices=("ahead", "random", "mixed", "self"), default="ahead", help="(default: ahead)")
     noise.add_argument(
         "--noise-weight",
@@ -44,8 +45,10 @@ def add(subparsers) -> None:
         "for branches; in place 1 throughout, as in the paper)",
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--lora-rank", type=int, default=16, metavar="R", help="0: all weights (default: 16)")
-    training.add_argument("--learning-rate", type=positive_float, default=1e-3, metavar="X", help="(default: 1e-3)")
+    training.add_argument("--lora-rank", type=from_to(0, 1024), default=16, metavar="R", help="0: all weights (default: 16)")
+    training.add_argument(
+        "--learning-rate", type=positive_float, metavar="X", help="(default: 1e-3 for an adapter, 2e-5 for all weights)"
+    )
     training.add_argument("--epochs", type=positive_float, default=1.0, metavar="N", help="(default: 1)")
     training.add_argument("--max-steps", type=positive_int, default=-1, metavar="N", help="stop after so many steps")
     training.add_argument("--batch-size", type=positive_int, default=4, metavar="N", help="samples of a step (default: 4)")
@@ -53,7 +56,7 @@ def add(subparsers) -> None:
     training.add_argument("--save-steps", type=positive_int, default=50, metavar="N", help="between checkpoints (default: 50)")
     training.add_argument("--held-out", type=positive_int, default=32, metavar="N", help="samples for the figures (default: 32)")
     training.add_argument("--bf16", action="store_true", help="compute in bfloat16 (the weights stay float32)")
-    training.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    training.add_argument("--seed", type=from_to(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
     add_device_option(parser)
     parser.set_defaults(run=run)
 
@@ -74,46 +77,58 @@ def run(arguments) -> int:
 
     from msn_ext import recipe
     from msn_ext.training.data import read_conversations
+    from msn_ext.training.layouts import check_branches
     from msn_ext.tuning import draw
 
+    if (arguments.device or "").startswith("cuda:") and arguments.device != "cuda:0":
+        raise CommandError(f"--device {arguments.device}: a Trainer takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES instead")
     output = Path(os.path.expanduser(arguments.output))
-    _check_settings(arguments, output)
     try:
         files = [read_conversations(os.path.expanduser(path)) for path in arguments.data]
     except OSError as error:
         where = f"--data {error.filename}: {error.strerror}" if error.filename else f"--data: {one_line(error)}"
         raise CommandError(where) from error
     conversations = draw(files, arguments.samples or sum(map(len, files)))
-    learned, held = recipe.split(conversations, arguments.held_out, arguments.seed)
-    if not held:
-        raise CommandError(f"--data has {len(conversations)} conversations; expected 5 or more, some of which are held out")
-
+    settings = _settings(arguments, conversations)
+    _check_settings(settings, output, begun=recipe.last_checkpoint(output) is not None)
     progress = sys.stderr.isatty()
     model, tokenizer, _ = load(arguments.model, "float32", arguments.device)
+    if arguments.layout == "branch":
+        check_branches(model.config.get_text_config(decoder=True))
+    usable, max_new_tokens = recipe.askable(model, tokenizer, conversations, arguments.max_length, arguments.max_new_tokens)
+    if len(usable) < len(conversations):
+        print(f"{len(conversations) - len(usable):,} conversations begin without a question, or with one that leaves no room", flush=True)
+    learned, held = recipe.split(usable, arguments.held_out, arguments.seed)
+    if not held:
+        raise CommandError(f"--data has {len(usable)} conversations; expected 5 or more, some of which are held out")
     started = time.time()
     with quiet_transformers():
         questions = held
         if arguments.self_distill:
-            _keep_settings(arguments, output)
-            answerer = model.to(torch.bfloat16) if arguments.bf16 else model
-            options = dict(max_new_tokens=arguments.max_new_tokens, progress=progress)
-            rows = recipe.self_distill(answerer, tokenizer, held + learned, output / "answers.jsonl", **options)
+            _keep_settings(settings, output)
+            options = dict(max_new_tokens=max_new_tokens, progress=progress)
+            if arguments.bf16:
+                model.to(torch.bfloat16)
+            rows = recipe.self_distill(model, tokenizer, held + learned, output / ANSWERS, **options)
             held, learned = rows[: len(held)], rows[len(held) :]
             if arguments.bf16:  # what was rounded is read again
                 model, tokenizer, _ = load(arguments.model, "float32", arguments.device)
         samples, evaluated = (recipe.samples_of(tokenizer, rows, arguments.max_length) for rows in (learned, held))
         if not samples or not evaluated:
             raise CommandError("--data has no answers to learn; expected responses (or --self-distill)")
-        _keep_settings(arguments, output)
+        _keep_settings(settings, output)
         print(f"{len(samples):,} samples, {sum(map(_labels, samples)):,} tokens to learn; {len(evaluated)} held out", flush=True)
 
-        figures_file = output / "figures.json"
+        figures_file = output / FIGURES
         figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
         length = arguments.length
         if "before" not in figures:
             figures["before"] = recipe.figures(model, tokenizer, evaluated, questions, length, progress=progress)
             _write(figures_file, figures)
         print(_table(figures), flush=True)
+        if "after" in figures:
+            print(f"trained already, in {output}")
+            return 0
         segments = arguments.segments or (24 if arguments.layout == "branch" else 1)
         begun = time.time()
         trained, log = recipe.train(
@@ -138,29 +153,37 @@ def _labels(sample: dict) -> int:
     return sum(label >= 0 for label in sample["labels"])
 
 
-def _settings(arguments: argparse.Namespace) -> dict:
+def _settings(arguments: argparse.Namespace, conversations: list) -> dict:
     """What a run depends on."""
     free = {"run", "output", "device", "save_steps"}
-    return {name: value for name, value in vars(arguments).items() if name not in free}
+    settings = {name: value for name, value in vars(arguments).items() if name not in free}
+    content = json.dumps(conversations, ensure_ascii=False).encode()
+    return settings | {"content of --data": hashlib.blake2b(content, digest_size=8).hexdigest()}
 
 
-def _check_settings(arguments: argparse.Namespace, output) -> None:
-    """A run is gone on with only as it was begun."""
-    settings, file = _settings(arguments), output / SETTINGS
+def _check_settings(settings: dict, output, begun: bool) -> None:
+    """A run is gone on with only as it was begun: answers need the same model, a checkpoint needs all the same."""
+    file = output / SETTINGS
     before = json.loads(file.read_text()) if file.exists() else settings
-    for name in sorted(set(before) | set(settings)):
+    needed = set(before) | set(settings)
+    if not begun:
+        needed = {"model", "max_new_tokens", "bf16"} if (output / ANSWERS).exists() else set()
+    for name in sorted(needed):
         if before.get(name) != settings.get(name):
-            option = "--" + name.replace("_", "-")
+            option = name if " " in name else "--" + name.replace("_", "-")
             raise CommandError(
                 f"--output {output} holds a run with {option} {before.get(name)}, now it is {settings.get(name)}; "
                 "expected the same settings, or another folder"
             )
 
 
-def _keep_settings(arguments: argparse.Namespace, output) -> None:
-    """Once there is something to go on with: what was refused before may be corrected."""
+def _keep_settings(settings: dict, output) -> None:
+    """Once there is something to go on with; figures of other settings are forgotten."""
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / SETTINGS, _settings(arguments))
+    file = output / SETTINGS
+    if file.exists() and json.loads(file.read_text()) != settings:
+        (output / FIGURES).unlink(missing_ok=True)
+    _write(file, settings)
 
 
 def _write(file, content: dict) -> None:
