@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -202,7 +203,10 @@ class Results:
         self._path = path
         self.lines: list[dict] = []
         if path and path.exists():
-            self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            whole = path.read_bytes()
+            whole = whole[: whole.rfind(b"\n") + 1]  # of what was killed while it wrote, the last line is cut off
+            os.truncate(path, len(whole))
+            self.lines = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
 
     @property
     def rows(self) -> list[dict]:
@@ -212,7 +216,7 @@ class Results:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = [row] if self._path.exists() else [header, row]
+        fresh = [row] if self.lines else [header, row]
         self.lines += fresh
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in fresh)

@@ -114,6 +114,8 @@ def test_specbench_goes_on_where_a_file_ends_and_sums_up(specbench, tmp_path, mo
     options = ["--data", str(data), "--output", str(output), "--drafts", "paper,auto@8", "--new-tokens", "20"]
     assert specbench.main([*options, "--prompts", "2", "--check", "1"]) == 0
     first = output.read_text().splitlines()
+    with output.open("a") as file:
+        file.write('{"question": 4, "tok')  # killed here
     assert specbench.main(options) == 0
     lines = output.read_text().splitlines()
     assert lines[: len(first)] == first and len(lines) == 1 + sum(len(row["turns"]) for row in rows)
