@@ -3,7 +3,7 @@
 import math
 from itertools import cycle
 
-COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f", "#bcbd22", "#e377c2", "#000")
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f", "#bcbd22", "#e377c2", "#000", "#c5a400")
 
 
 def _picture(width: int, height: int, parts: list[str]) -> str:
@@ -29,15 +29,19 @@ def lines(title: str, unit: str, curves: dict[str, list[tuple[float, float]]]) -
         _, y = place(x0, value)
         parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{value:.3g}</text>')
-    for x in sorted({x for x, _ in points}):
+    ticks = sorted({x for x, _ in points})
+    for x in ticks[:: math.ceil(len(ticks) / 14)]:
         parts.append(f'<text x="{place(x, 0)[0]:.0f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
     parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">{unit}</text>')
-    ends: list[float] = []
-    for (name, curve), color in zip(sorted(curves.items(), key=lambda item: -item[1][-1][1]), cycle(COLORS)):
+    ordered = sorted(curves.items(), key=lambda item: -item[1][-1][1])
+    names: list[float] = []  # where they stand: not on each other, and within the picture
+    for _, curve in ordered:
+        names.append(max(place(*curve[-1])[1], names[-1] + 14 if names else top))
+    for at in reversed(range(len(names))):
+        names[at] = min(names[at], names[at + 1] - 14 if at + 1 < len(names) else height - bottom)
+    for (name, curve), y, color in zip(ordered, names, cycle(COLORS)):
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
-        x, y = place(*curve[-1])
-        y = max(y, ends[-1] + 14) if ends else y  # names do not lie on each other
-        ends.append(y)
+        x, _ = place(*curve[-1])
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
         parts.append(f'<text x="{x + 6:.0f}" y="{y + 4:.0f}" fill="{color}">{name}</text>')
     return _picture(width, height, parts)

@@ -119,10 +119,10 @@ def summarise(rows: list[dict]) -> str:
 
 def draw_plots(rows: list[dict], output: pathlib.Path) -> None:
     accuracy = {row["experiment"]: [(d + 1, 100 * value) for d, value in enumerate(row["top1"])] for row in rows}
-    chains = {row["experiment"]: [(n, row["MAT"][f"jacobi@{n}"]) for n in CHAINS] for row in rows}
+    chains = {row["experiment"]: [(n, row["MAT"][f"jacobi@{n}"] - 1) for n in CHAINS] for row in rows}
     losses = {row["experiment"]: [(e["step"], e["noise_loss"]) for e in row["log"] if "noise_loss" in e] for row in rows if "log" in row}
     (output / "accuracy.svg").write_text(lines("Right next token behind noise, %", "noise tokens before it", accuracy))
-    (output / "chains.svg").write_text(lines("Tokens per pass of a Jacobi chain", "guesses in the chain", chains))
+    (output / "chains.svg").write_text(lines("Tokens per pass of a Jacobi chain, beyond the first", "guesses in the chain", chains))
     if any(losses.values()):
         curves = {name: curve for name, curve in losses.items() if curve}
         (output / "losses.svg").write_text(lines("Loss behind noise while training", "step", curves))
