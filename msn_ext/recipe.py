@@ -91,7 +91,8 @@ def self_distill(
             ids = torch.tensor([[pad] * (width - len(prompts[key])) + prompts[key] for key in keys], device=model.device)
             mask = torch.tensor([[0] * (width - len(prompts[key])) + [1] * len(prompts[key]) for key in keys], device=model.device)
             out = generate(
-                model, ids, mask, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True, pad_token_id=pad
+                model, ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True,
+                pad_token_id=pad,
             )
             for key, row, gained in zip(keys, out.sequences[:, width:].tolist(), out.accept_lengths):
                 tokens = row[: int(gained.sum())]

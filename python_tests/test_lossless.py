@@ -10,11 +10,12 @@ import random
 import pytest
 import torch
 from families import FAMILIES, VOCAB, tiny_model
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
+from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 import msn_ext
 from msn_ext import Draft, DraftTree, generate
-from msn_ext.decoding import BestFirst, Corpus, Decoder, TreeDrafter, attention_for, greedy
+from msn_ext.decoding import BestFirst, Corpus, Decoder, TokenRecycling, TreeDrafter, attention_for, greedy
 from msn_ext.decoding.attention import KernelAttention, MaskAttention
 from msn_ext.decoding.best_first import SOURCES
 from msn_ext.decoding.processors import Texts
@@ -129,7 +130,7 @@ def test_equals_plain_decoding(family, seed):
     expected = model.generate(ids, attention_mask=mask, **settings).sequences
     named = rng.choice(["auto", "jacobi", "lookup", "suffix", "recycling", "lookahead", "none"])
     for draft in ("paper", random_tree(rng), RandomDrafter(rng), random_best_first(rng), named):
-        out = generate(model, ids, mask, draft=draft, **settings)
+        out = generate(model, ids, attention_mask=mask, draft=draft, **settings)
         assert torch.equal(out.sequences, expected), draft
         for row, accepts in zip(out.sequences, out.accept_lengths):
             new = int(accepts.sum())
@@ -165,7 +166,7 @@ def test_random_drafters_try_what_they_are_for():
     drafter = RandomDrafter(random.Random(0))
     model = tiny_model("llama", 3)
     ids, mask = prompts(random.Random(0), 3)
-    generate(model, ids, mask, draft=drafter, do_sample=False, max_new_tokens=60, eos_token_id=None, pad_token_id=0)
+    generate(model, ids, attention_mask=mask, draft=drafter, do_sample=False, max_new_tokens=60, eos_token_id=None, pad_token_id=0)
     trees = [verified.draft.parents for verified in drafter.seen if verified.draft.parents.dim() == 2]
     assert max(int(verified.accept_length.max()) for verified in drafter.seen) >= 3
     assert sum(bool(((tree[:, 1:-1] < 0) & (tree[:, 2:] >= 0)).any()) for tree in trees) > 5
@@ -234,14 +235,14 @@ def test_sampling_is_the_same_for_every_draft(family, settings):
         torch.manual_seed(7)
         outputs.append(
             generate(
-                model, ids, mask, draft=draft, do_sample=True, max_new_tokens=40, eos_token_id=[2], pad_token_id=0,
+                model, ids, attention_mask=mask, draft=draft, do_sample=True, max_new_tokens=40, eos_token_id=[2], pad_token_id=0,
                 return_dict_in_generate=True, **settings,
             )
         )  # fmt: skip
     assert all(torch.equal(out.sequences, outputs[0].sequences) for out in outputs)
     assert max(accepts.max() for out in outputs[1:] for accepts in out.accept_lengths) > 1
     torch.manual_seed(8)
-    other = generate(model, ids, mask, do_sample=True, max_new_tokens=40, pad_token_id=0, **settings)
+    other = generate(model, ids, attention_mask=mask, do_sample=True, max_new_tokens=40, pad_token_id=0, **settings)
     assert not torch.equal(other[:, : ids.shape[1] + 3], outputs[0].sequences[:, : ids.shape[1] + 3])
 
 
@@ -304,6 +305,20 @@ def test_custom_generate_is_the_same():
     assert torch.equal(chain, expected)
 
 
+@pytest.mark.parametrize("through_transformers", [False, True])
+def test_narrow_whole_numbers(through_transformers):
+    """int32 ids and ends of text, which tokenizers and users make."""
+    model = tiny_model("llama", 3)
+    ids = torch.tensor([[5, 9, 4, 7]], dtype=torch.int32)
+    settings = dict(do_sample=False, max_new_tokens=30, pad_token_id=0)
+    end = model.generate(ids, eos_token_id=None, **settings)[0, 13:14].int()
+    for options in (dict(eos_token_id=end), dict(stopping_criteria=[EosTokenCriteria(end)])):
+        expected = model.generate(ids, **settings, **options)
+        way = dict(custom_generate=generate) if through_transformers else {}
+        found = model.generate(ids, **settings, **options, **way) if way else generate(model, ids, **settings, **options)
+        assert torch.equal(found, expected) and found.dtype == expected.dtype and found.shape[1] < 34
+
+
 def test_greedy_takes_prefix_free_processors():
     model = tiny_model("llama", 5)
     ids = torch.tensor([[4, 5, 6]])
@@ -338,17 +353,35 @@ def test_processors_see_the_text_before_every_node(settings):
         options = plain | LOOKING_BACK[settings]
         expected = model.generate(ids, attention_mask=mask, **options).sequences
         for draft in ("auto", "paper", "recycling", random_tree(rng), RandomDrafter(rng), random_best_first(rng)):
-            out = generate(model, ids, mask, draft=draft, **options)
+            out = generate(model, ids, attention_mask=mask, draft=draft, **options)
             assert torch.equal(out.sequences, expected), draft
             longest = max(longest, *(int(accepts.max()) for accepts in out.accept_lengths))
         changed |= not torch.equal(model.generate(ids, attention_mask=mask, **plain).sequences, expected)
     assert changed and longest > 1, "settings that matter, and guesses that come true beside them"
 
 
+def test_masked_tokens_are_penalised_too():
+    """transformers' processor sees what a mask hides, whichever tokens they are; newer ones, made for a batch, leave it out."""
+    changed = False
+    for seed in range(6):
+        model = tiny_model("llama", seed)
+        ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(seed))
+        mask = torch.ones_like(ids)
+        mask[0, :6] = mask[1, :2] = 0
+        settings = dict(do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0)
+        texts = [model.generate(ids, attention_mask=mask, **settings)]
+        for penalty in (dict(logits_processor=[RepetitionPenaltyLogitsProcessor(3.0)]), dict(repetition_penalty=3.0)):
+            texts.append(model.generate(ids, attention_mask=mask, **penalty, **settings))
+            assert torch.equal(generate(model, ids, attention_mask=mask, **penalty, **settings), texts[-1])
+        changed |= not torch.equal(texts[0], texts[1])
+    assert changed
+
+
 @pytest.mark.parametrize("nodes", [1, 64, 65, 200])
 def test_a_nodes_text_has_the_same_tokens_however_it_is_asked_for(nodes):
     rng = random.Random(nodes)
     ids, mask = prompts(rng, 3)
+    ids = torch.where(mask == 0, torch.randint(3, VOCAB - 1, ids.shape), ids)  # masked tokens may be any
     offsets = (mask == 0).sum(1)
     history = torch.full((3, 30), VOCAB - 1)  # rubbish behind the text
     for b, offset in enumerate(offsets.tolist()):
@@ -356,12 +389,14 @@ def test_a_nodes_text_has_the_same_tokens_however_it_is_asked_for(nodes):
     parents = torch.tensor([[-1] + [rng.randrange(-1, i) for i in range(1, nodes)] for _ in range(3)], dtype=torch.int32)
     draft = Draft.of(torch.randint(VOCAB - 1, (3, nodes)), parents)
     draft.tokens[:, 0] = ids[:, -1]
-    texts = Texts(draft, history, mask.sum(1), ids, offsets, ids[:, 0])
-    found = [set(row) for begin in range(0, 3 * nodes, 64) for row in texts.tokens(slice(begin, begin + 64)).tolist()]
+    texts = Texts(draft, history, mask.sum(1), ids, offsets)
+    before = texts.before(VOCAB)
+    chunks = [texts.seen(before, slice(begin, begin + 64)) for begin in range(0, 3 * nodes, 64)]
+    found = [row.nonzero()[:, 0].tolist() for row in torch.cat(chunks)]
     named = 0
     for row, places, text in texts.by_depth():
         for place, tokens in zip(places.tolist(), text.tolist()):
-            assert row == place // nodes and tokens[: ids.shape[1]] == ids[row].tolist() and found[place] == set(tokens)
+            assert row == place // nodes and tokens[: ids.shape[1]] == ids[row].tolist() and found[place] == sorted(set(tokens))
             named += 1
     assert named == int((draft.depth >= 0).sum())
 
@@ -375,7 +410,7 @@ def test_sampling_looks_back_the_same_for_every_draft(settings):
     outputs = []
     for draft in (*DRAFTS, random_tree(rng), RandomDrafter(rng), random_best_first(rng)):
         torch.manual_seed(7)
-        outputs.append(generate(model, ids, mask, draft=draft, **options))
+        outputs.append(generate(model, ids, attention_mask=mask, draft=draft, **options))
     assert all(torch.equal(out, outputs[0]) for out in outputs)
 
 
@@ -405,6 +440,37 @@ def test_custom_stopping_criterion_inside_an_accepted_path():
     assert torch.equal(out, expected) and out.shape[1] == 13
 
 
+def test_a_maximum_of_the_users_takes_the_place_of_the_settings():
+    model, ids = tiny_model("llama", 2), torch.tensor([[5, 9, 4, 7]])
+    for most in (6, 50):
+        settings = dict(do_sample=False, max_new_tokens=20, eos_token_id=None)
+        expected = model.generate(ids, stopping_criteria=[MaxLengthCriteria(most)], **settings)
+        assert expected.shape[1] == most
+        assert torch.equal(generate(model, ids, stopping_criteria=[MaxLengthCriteria(most)], **settings), expected)
+
+
+@pytest.mark.parametrize("end", [None, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_a_criterion_ends(seed, end):
+    """With an end of text they are padded; without one they go on until the last row has ended, as in plain decoding."""
+    rng = random.Random(seed)
+    model = tiny_model("llama", seed)
+    ids, mask = prompts(rng, 3)
+    settings = dict(do_sample=False, max_new_tokens=50, eos_token_id=end, pad_token_id=0, return_dict_in_generate=True)
+    free = model.generate(ids, attention_mask=mask, **settings).sequences
+    stops = [int(row[ids.shape[1] + at]) for row, at in zip(free, (3, 9, 20))]
+
+    def meets(input_ids, scores, **kwargs):
+        return torch.isin(input_ids[:, -1], torch.tensor(stops[: 1 + seed % 3]))
+
+    expected = model.generate(ids, attention_mask=mask, stopping_criteria=[meets], **settings).sequences
+    for draft in ("auto", "paper", random_tree(rng), RandomDrafter(rng)):
+        out = generate(model, ids, attention_mask=mask, draft=draft, stopping_criteria=[meets], **settings)
+        assert torch.equal(out.sequences, expected)
+        lengths = [int(accepts.sum()) for accepts in out.accept_lengths]
+        assert max(lengths) == expected.shape[1] - ids.shape[1] and (end or len(set(lengths)) == 1)
+
+
 def test_stop_strings_as_in_plain_decoding():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -421,6 +487,17 @@ def test_stop_strings_as_in_plain_decoding():
         expected = model.generate(ids, stop_strings=free[at], **settings)
         assert torch.equal(generate(model, ids, stop_strings=free[at], **settings), expected)
         assert expected.shape[1] <= 4 + at + 1
+        model.generation_config.stop_strings = [free[at]]
+        given = GenerationConfig(**{key: value for key, value in settings.items() if key != "tokenizer"})
+        assert torch.equal(generate(model, ids, **settings), expected)
+        assert torch.equal(generate(model, ids, generation_config=given, tokenizer=tokenizer), expected)
+        for nothing in (None, []):
+            assert generate(model, ids, stop_strings=nothing, **settings).shape[1] > expected.shape[1]
+        model.generation_config.stop_strings = ["never"]
+        given.stop_strings = [free[at]]
+        assert torch.equal(generate(model, ids, generation_config=given, tokenizer=tokenizer), expected)
+        assert given.stop_strings == [free[at]], "the user's own is left alone"
+        model.generation_config.stop_strings = None
 
 
 class Recorder:
@@ -434,15 +511,17 @@ class Recorder:
         self.ended += 1
 
 
-@pytest.mark.parametrize("through_transformers", [False, True])
+@pytest.mark.parametrize("through_transformers", [False, True, "partial"])
 def test_streamer_gets_the_prompt_and_every_pass(through_transformers):
     import functools
 
     model, streamer = tiny_model("llama", 2), Recorder()
     ids = torch.tensor([[5, 9, 4, 7]])
     settings = dict(do_sample=False, max_new_tokens=30, eos_token_id=None, return_dict_in_generate=True)
-    if through_transformers:
+    if through_transformers == "partial":
         out = model.generate(ids, custom_generate=functools.partial(generate, streamer=streamer), **settings)
+    elif through_transformers:
+        out = model.generate(ids, custom_generate=generate, streamer=streamer, **settings)
     else:
         out = generate(model, ids, streamer=streamer, **settings)
     assert torch.equal(streamer.puts[0], ids) and streamer.ended == 1
@@ -461,6 +540,57 @@ def test_streamer_ends_when_decoding_fails():
     with pytest.raises(RuntimeError, match="reader went away"):
         generate(tiny_model("llama", 2), torch.tensor([[5]]), streamer=streamer, max_new_tokens=30, eos_token_id=None, do_sample=False)
     assert streamer.ended == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "qwen3"])
+def test_autocast(family):
+    """Trees attend under autocast as everything else does: tokens are the best ones within rounding."""
+    model = tiny_model(family, 3, torch.float32)
+    ids = torch.tensor([[5, 9, 4, 7]])
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        out = generate(model, ids, draft="paper", do_sample=False, max_new_tokens=40, eos_token_id=None)
+        logits = model(out[:, :-1]).logits[0, 3:].float()
+    chosen = logits.gather(1, out[0, 4:, None]).squeeze(1)
+    assert out.shape[1] == 44 and (logits.max(1).values - chosen).max() <= 0.05 * logits.abs().max()
+
+
+@pytest.mark.parametrize("draft", [*DRAFTS, lambda: BestFirst(16), lambda: TreeDrafter(DraftTree.paper()), TokenRecycling])
+def test_inference_mode(draft):
+    """Inside and outside of it, with one drafter, and with a model that was made in it."""
+    draft = draft if isinstance(draft, str) else draft()
+    settings = dict(do_sample=False, max_new_tokens=20, eos_token_id=None)
+    with torch.inference_mode():
+        made_inside, inside = tiny_model("llama", 2), torch.tensor([[5, 9, 4, 7]])
+        expected = made_inside.generate(inside, **settings)
+    for model in (made_inside, tiny_model("llama", 2)):
+        with torch.inference_mode():
+            assert torch.equal(generate(model, inside, attention_mask=torch.ones_like(inside), draft=draft, **settings), expected)
+        for ids in (inside, inside.clone()):
+            assert torch.equal(generate(model, ids, draft=draft, **settings), expected)
+
+
+def test_inference_mode_and_buffers_that_change():
+    with torch.inference_mode():
+        model, ids = tiny_model("phi3-longrope", 2), torch.tensor([[5, 9, 4, 7]])
+        expected = model.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=None)
+        assert torch.equal(generate(model, ids, do_sample=False, max_new_tokens=20, eos_token_id=None), expected)
+    assert torch.equal(generate(model, ids, do_sample=False, max_new_tokens=20, eos_token_id=None), expected)
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_default_device_is_left_out(draft):
+    """What the host needs is on the host, wherever else tensors are made."""
+    model, ids = tiny_model("llama", 2), torch.tensor([[5, 9, 4, 7]])
+    settings = dict(do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0)
+    expected = model.generate(ids, **settings)
+    DraftTree.tensors.cache_clear()
+    torch.set_default_device("meta")
+    try:
+        found = generate(model, ids, draft=draft, **settings)
+        generate(model, ids, draft=draft, **(settings | dict(do_sample=True)))
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
 
 
 def test_two_threads_share_a_model():

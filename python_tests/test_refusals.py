@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import tiny_model
+from families import FAMILIES, tiny_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,6 +73,35 @@ def test_a_filled_cache(llama):
     llama(IDS[:, :2], past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values is not empty"):
         generate(llama, IDS, past_key_values=cache, max_new_tokens=4, pad_token_id=0)
+    with pytest.raises(ValueError, match="past_key_values is a DynamicCache; expected None"):
+        generate(llama, IDS, past_key_values=DynamicCache(config=llama.config), max_new_tokens=4, pad_token_id=0)
+
+
+def test_positions(llama):
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    counted = torch.tensor([[7, 0, 1], [0, 1, 2]])  # at padding they may be any
+    settings = dict(do_sample=False, max_new_tokens=20, pad_token_id=0)
+    expected = llama.generate(IDS, attention_mask=mask, **settings)
+    assert torch.equal(generate(llama, IDS, attention_mask=mask, position_ids=counted, **settings), expected)
+    generate(llama, IDS[:1], position_ids=torch.tensor([[0, 1, 2]]), **settings)
+    counted[1, 1] = 5
+    for way in (generate, lambda model, *args, **options: model.generate(*args, custom_generate=generate, **options)):
+        with pytest.raises(ValueError, match="position_ids has another number than 1 in row 1, column 1"):
+            way(llama, IDS, attention_mask=mask, position_ids=counted, **settings)
+    with pytest.raises(ValueError, match=r"position_ids has shape \[2, 2\]; expected \[2, 3\]"):
+        generate(llama, IDS, attention_mask=mask, position_ids=counted[:, 1:], **settings)
+
+
+def test_a_drafter_in_use(llama):
+    """Its tables are those of one text: a call inside a call, or in another thread, has to have its own."""
+    drafter = TokenRecycling()
+
+    def again(input_ids, scores, **kwargs):
+        generate(llama, IDS, draft=drafter, max_new_tokens=4, pad_token_id=0)
+
+    with pytest.raises(ValueError, match="draft is a TokenRecycling that another call decodes with"):
+        generate(llama, IDS, draft=drafter, stopping_criteria=[again], max_new_tokens=4, pad_token_id=0)
+    generate(llama, IDS, draft=drafter, max_new_tokens=4, pad_token_id=0)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +115,12 @@ def test_a_filled_cache(llama):
         (IDS, torch.tensor([[1, 1, 0], [1, 1, 1]]), "0 behind a 1; expected left padding"),
         (IDS, torch.tensor([[1, 0, 1], [1, 1, 1]]), "0 behind a 1"),
         (IDS, torch.tensor([[0, 0, 0], [1, 1, 1]]), "masks a whole row"),
+        (torch.tensor([[3, 0, 4]]), None, "0 behind a 1; .*; where none is given, transformers masks every token 0"),
     ],
 )
 def test_inputs(llama, input_ids, mask, message):
     with pytest.raises(ValueError, match=message):
-        generate(llama, input_ids, mask, max_new_tokens=4, pad_token_id=0)
+        generate(llama, input_ids, attention_mask=mask, max_new_tokens=4, pad_token_id=0)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +155,22 @@ def _model(model_type, auto=AutoModelForCausalLM, **settings):
 SMALL = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
 
 
+def _checkpointing_model():
+    model = tiny_model("llama", 0)
+    model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def _windowed(family):
+    """With a window that transformers applies to its cache alone."""
+    model_type, settings = FAMILIES[family]
+    FAMILIES["windowed"] = model_type, settings | dict(sliding_window=16)
+    try:
+        return tiny_model("windowed", 0)
+    finally:
+        del FAMILIES["windowed"]
+
+
 def _spread_model():
     model = tiny_model("llama", 0)
     model.lm_head.to("meta")
@@ -145,8 +191,26 @@ def _spread_model():
         ),
         (lambda: _model("t5", AutoModelForSeq2SeqLM, vocab_size=24, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), "encoder-decoder"),
         (_spread_model, r"spread over several devices \(cpu, meta\)"),
+        (_checkpointing_model, r"gradient checkpointing in training mode keeps no cache; call model.eval\(\)"),
+        (lambda: _windowed("llama"), "sliding_window is 16, which cuts its cache, but it attends without one"),
+        (lambda: _windowed("gptj"), "sliding_window is 16, which cuts its cache, but it attends without one"),
+        (
+            lambda: _model(
+                "llama4_text", head_dim=8, intermediate_size=16, intermediate_size_mlp=16, num_local_experts=2, num_key_value_heads=2,
+                **SMALL,
+            ),
+            "it has layers of chunked_attention; expected full_attention or sliding_attention",
+        ),
+        (
+            lambda: _model(
+                "qwen2_moe", intermediate_size=16, num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+                num_key_value_heads=2, use_sliding_window=True, sliding_window=32, max_window_layers=2, **SMALL,
+            ),
+            r"layer \d attends with sliding_window=0, and its configuration says 32",
+        ),
     ],
-    ids=["mamba", "mpt", "bloom", "falcon-alibi", "gpt_neo", "rope-dynamic", "t5", "several devices"],
+    ids=["mamba", "mpt", "bloom", "falcon-alibi", "gpt_neo", "rope-dynamic", "t5", "several devices",
+         "checkpointing", "llama-window", "gptj-window", "chunks", "mask-window"],
 )  # fmt: skip
 def test_models(make, message):
     with pytest.raises(ValueError, match=f"cannot be decoded with a draft tree: .*({message})"):
@@ -166,6 +230,8 @@ def test_an_unknown_family_is_probed(monkeypatch):
     ids = torch.tensor([[3, 4, 5]])
     settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
     assert torch.equal(generate(good, ids, **settings), good.generate(ids, **settings))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # what is tried is tried at the model's own precision
+        generate(_model("granite", intermediate_size=16, initializer_range=0.5, **SMALL), ids, **settings)
 
     wrong = _model("granite", intermediate_size=16, **SMALL)
     forward = type(wrong.model).forward

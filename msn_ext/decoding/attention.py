@@ -19,11 +19,16 @@ IMPLEMENTATION = "msn_tree"
 
 @dataclass
 class TreeContext:
-    """What attention has to know of the tree being checked (shapes as in ``ops.tree_attention``)."""
+    """What attention has to know of the tree being checked (shapes as in ``ops.tree_attention``).
+
+    Attributes:
+        windows: where layers note the sliding window that they ask for, by number; None: they do not.
+    """
 
     lengths: Tensor
     offsets: Tensor
     ancestors: Tensor
+    windows: dict[int, int] | None = None
 
 
 _active = threading.local()
@@ -36,6 +41,10 @@ def _tree_attention_forward(
     tree: TreeContext | None = getattr(_active, "tree", None)
     if tree is None:
         raise RuntimeError("this model is being decoded by msn_ext in another thread; wait for it or use a copy")
+    if tree.windows is not None:
+        tree.windows[getattr(module, "layer_idx", len(tree.windows))] = sliding_window or 0
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:  # as around SDPA
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     out = ops.tree_attention(
         query,
         key,

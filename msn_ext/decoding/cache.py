@@ -84,6 +84,14 @@ class TreeCache(Cache):
     def nbytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
+    def fit(self, slots: int, most: int) -> bool:
+        """Double the fixed slots, up to ``most``, where they are fewer than ``slots``; whether everything moved."""
+        if slots <= self._fixed:
+            return False
+        self._fixed = max(slots, min(2 * self._fixed, most))
+        self._reserve(self._fixed)
+        return True
+
     def clear(self) -> None:
         """Forget everything; NaN would come through a dense mask."""
         for layer in self.layers:

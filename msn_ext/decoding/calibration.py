@@ -72,16 +72,16 @@ def fit(records: list[Record], prior: Tensor, rounds: int = 60) -> tuple[Tensor,
             listed.setdefault(token, [bias]).append(factor)
         came.append(len(candidates) + list(listed).index(truth) if truth in listed else -1)
         candidates += [(node, places) for places in listed.values()]
-    owner = torch.tensor([node for node, _ in candidates])
-    sizes = torch.tensor([len(places) for _, places in candidates])
-    places = torch.tensor([place for _, listed in candidates for place in listed])
-    candidate = torch.arange(len(candidates)).repeat_interleave(sizes)
-    came = torch.tensor(came)
+    owner = torch.tensor([node for node, _ in candidates], device="cpu")
+    sizes = torch.tensor([len(places) for _, places in candidates], device="cpu")
+    places = torch.tensor([place for _, listed in candidates for place in listed], device="cpu")
+    candidate = torch.arange(len(candidates), device="cpu").repeat_interleave(sizes)
+    came = torch.tensor(came, device="cpu")
     hit = came >= 0
 
     def likelihood(weights: Tensor) -> Tensor:
-        scores = torch.zeros(len(candidates), dtype=torch.float64).index_add(0, candidate, weights[places])
-        total = torch.ones(len(came), dtype=torch.float64).index_add(0, owner, scores.exp())
+        scores = weights.new_zeros(len(candidates)).index_add(0, candidate, weights[places])
+        total = weights.new_ones(len(came)).index_add(0, owner, scores.exp())
         return (scores[came.clamp(min=0)] * hit).sum() - total.log().sum()
 
     start = prior.double().log()

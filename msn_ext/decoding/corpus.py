@@ -133,7 +133,7 @@ class Corpus:
 def _checked(document: Sequence[int] | Tensor, vocabulary: int, name: str) -> Tensor:
     """int32 [n] on the CPU."""
     try:
-        tokens = torch.as_tensor(document)
+        tokens = torch.as_tensor(document, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is no sequence of tokens: {error}") from error
     if tokens.dim() == 1 and not len(tokens):
@@ -156,7 +156,7 @@ def _slots(tokens: int) -> int:
 
 def _index(tokens: Tensor, progress: bool) -> Tensor:
     """int32 [8, S]: the heads of all tokens, chunk by chunk."""
-    heads = torch.zeros(1, len(SUFFIXES), _slots(len(tokens)), dtype=torch.int32)
+    heads = torch.zeros(1, len(SUFFIXES), _slots(len(tokens)), dtype=torch.int32, device="cpu")
     with tqdm(
         total=len(tokens), unit=" tokens", unit_scale=True, desc="indexing", leave=False, disable=not progress
     ) as bar:
@@ -167,7 +167,7 @@ def _index(tokens: Tensor, progress: bool) -> Tensor:
             first = max(0, begin - SUFFIXES[-1])
             heads -= first
             chunk = tokens[first : begin + CHUNK].long()
-            ops.index_suffixes(heads, chunk[None], torch.tensor([begin - first]), torch.tensor([len(chunk)]))
+            ops.index_suffixes(heads, chunk[None], chunk.new_tensor([begin - first]), chunk.new_tensor([len(chunk)]))
             bar.update(first + len(chunk) - begin)
         heads += first
     return heads[0]

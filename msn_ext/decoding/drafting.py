@@ -127,6 +127,8 @@ class TreeDrafter:
         self._batch, self._device = batch, device
         self._top_k = min(self._tree.top_k, vocabulary)
         self._seed = torch.tensor([self._seed_value], device=device)
+        # Held here, since recordings read them; the trees' own are forgotten when others come.
+        self._shapes = {tree: tree.tensors(device) for tree in (self._tree, self._chain)}
         self._candidates, self._nothing = self._none(self.max_depth, self._top_k), self._none(0)
 
     def _none(self, *shape: int) -> Tensor:
@@ -143,7 +145,7 @@ class TreeDrafter:
             retrieved, _ = ops.lookup_ngram(history, lengths, MAX_NGRAM, tree.retrieval_length)
         else:
             retrieved = self._nothing
-        shape = tree.tensors(self._device)
+        shape = self._shapes[tree]
         tokens = ops.fill_tree(self._candidates, retrieved, history, lengths, shape.depth, shape.rank, self._seed)
         return Draft.shaped(tokens, shape)
 

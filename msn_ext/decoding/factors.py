@@ -36,7 +36,7 @@ def from_tables(given: dict, name: str) -> Tensor:
     parts = []
     for table, shape in SHAPES.items():
         try:
-            values = torch.tensor(given.get(table, []), dtype=torch.float64)
+            values = torch.tensor(given.get(table, []), dtype=torch.float64, device="cpu")
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: {table} is no table of numbers: {error}") from error
         check(values, shape, f"{name}: {table}")
@@ -55,5 +55,5 @@ def check(values: Tensor, shape: tuple[int, ...], name: str) -> None:
 def tables(factors: Tensor) -> dict[str, list]:
     """What :func:`from_tables` takes, three digits each."""
     sizes = [math.prod(shape) for shape in SHAPES.values()]
-    rounded = torch.tensor([float(f"{x:.3g}") for x in factors.tolist()], dtype=torch.float64)
+    rounded = torch.tensor([float(f"{x:.3g}") for x in factors.tolist()], dtype=torch.float64, device="cpu")
     return {name: part.view(shape).tolist() for (name, shape), part in zip(SHAPES.items(), rounded.split(sizes))}

@@ -19,14 +19,17 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as hooks
 from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.generation import TopHLogitsWarper
 
 from msn_ext import ops
 from msn_ext.ops.reference import MAX_NODES
 
 from .drafting import Drafter
 from .processors import at_once
-from .step import Decoder, Gained, Targets
+from .step import Decoder, Gained, Targets, longrope_boundary
+from .tree import DraftTree
 from .verification import Sampler
 
 logger = logging.getLogger("msn_ext")
@@ -69,7 +72,10 @@ class CudaRecording:
 
     def __init__(self, step: Callable[[], Gained], pool, stream: torch.cuda.Stream):
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(stream.device)),  # which a failure would leave switched
+            torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             self.gained = step()
 
     def replay(self) -> None:
@@ -106,14 +112,18 @@ class Recorder:
         shapes = tuple((x.shape, x.dtype) for x in tensors)
         slots = self._host.setdefault(shapes, [])
         if len(slots) < 2:
-            slots.append([torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors])
+            slots.append([torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True) for x in tensors])
         else:
             slots.append(slots.pop(0))
         for to, x in zip(slots[-1], tensors):
             to.copy_(x, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return slots[-1], event.synchronize
+
+    def wait(self) -> None:
+        """Until all that was launched has run."""
+        torch.cuda.current_stream(self._device).synchronize()
 
 
 PLAIN = int, float, bool, str, type(None)
@@ -153,12 +163,19 @@ class Replay:
         """As :meth:`.step.Decoder.begin`."""
         self.decoder.begin(*prompt)
         self._read_at = None
-        if self._allocations != self.decoder.drafter.allocations:
-            self._recordings.clear()
-            self._warm.clear()
+        if self.decoder.make_room() or self._allocations != self.decoder.drafter.allocations:
+            self._forget()
+
+    def _forget(self) -> None:
+        """What was recorded: something that it reads lies elsewhere now."""
+        self.recorder.wait()
+        self._recordings.clear()
+        self._warm.clear()
 
     def step(self) -> Late:
         """Launches one step; nothing waits for it yet."""
+        if self.decoder.make_room():
+            self._forget()
         drafter = self.decoder.drafter
         nodes = drafter.plan()
         usual = self._refused or nodes in self._recordings  # takes the time that such a step takes
@@ -191,12 +208,17 @@ class Replay:
         if self._refused or nodes not in self._warm:
             self._warm.add(nodes)
             return False
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # of weights, which would be read where they no longer are
         try:
-            recording = self.recorder.record(self.decoder.step)
+            with _recording:  # one at a time: torch's allocator knows of one
+                recording = self.recorder.record(self.decoder.step)
         except RuntimeError as error:
             self._refused = True
             logger.warning("msn_ext decodes without CUDA graphs: a step of this model cannot be recorded: %s", error)
             return False
+        finally:
+            torch.set_autocast_cache_enabled(cached)
         self._recordings[nodes] = recording, self.decoder.drafter.report
         self._allocations = self.decoder.drafter.allocations
         if len(self._recordings) > RECORDINGS:
@@ -216,6 +238,7 @@ class Eager:
 
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, OrderedDict[tuple, list[Replay]]] = weakref.WeakKeyDictionary()
 _guard = threading.Lock()
+_recording = threading.Lock()
 
 
 def why_eager(device: torch.device, drafter: Drafter, processors: LogitsProcessorList) -> str | None:
@@ -227,11 +250,27 @@ def why_eager(device: torch.device, drafter: Drafter, processors: LogitsProcesso
     if not (isinstance(drafter, Plannable) and "plan" in vars(type(drafter))):
         return f"{type(drafter).__name__} may ask the device while it drafts"
     for processor in processors:
+        if type(processor) is TopHLogitsWarper:
+            return "TopHLogitsWarper asks the device"
         if not at_once(processor):
             return f"{type(processor).__name__} looks at the text before"
         if not all(isinstance(value, PLAIN) for value in vars(processor).values()):
             return f"{type(processor).__name__}, which is applied, has more than plain settings"
     return None
+
+
+def _ways(model: PreTrainedModel, device: torch.device) -> int:
+    """What else a step computes by beside the values of weights: settings, hooks and adapters, hashed."""
+    ways: list = [torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)]
+    ways += *hooks._global_forward_pre_hooks, None, *hooks._global_forward_hooks
+    for module in model.modules():
+        ways += *module._forward_pre_hooks, None, *module._forward_hooks, module.training, id(vars(module).get("forward"))
+        if isinstance(module, PreTrainedModel):
+            ways.append(module.config._attn_implementation)
+        if isinstance(getattr(type(module), "disable_adapters", None), property):  # a layer of PEFT's
+            adapters = "disable_adapters", "active_adapter", "merged_adapters", "scaling"
+            ways.append(repr([getattr(module, name, None) for name in adapters]))
+    return hash(tuple(ways))
 
 
 def room_for(tokens: int) -> int:
@@ -259,38 +298,52 @@ def steps(
     """
     prompt = input_ids, offsets, max_new_tokens, eos_token_ids
     reason = why_eager(input_ids.device, drafter, processors)
+    if reason is None and longrope_boundary(model.config.get_text_config(decoder=True), *prompt[:3]):
+        reason = "rope_type='longrope' changes its factors on the way"
 
     def make(room: int | None = None) -> Decoder:
         return Decoder(model, attention, input_ids, offsets, drafter, targets, processors, *prompt[2:], room=room)
 
-    if reason is None:
-        room = room_for(input_ids.shape[1] + max_new_tokens)
-        key = (*input_ids.shape[:1], room, eos_token_ids.shape, draft if isinstance(draft, str) else id(draft), type(attention))
-        key += (hash(tuple((x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))),)
-        key += (type(targets), *((type(processor), *sorted(vars(processor).items())) for processor in processors))
-        with _guard:
-            kept = _kept.setdefault(model, OrderedDict())
-            replay = kept[key].pop() if kept.get(key) else None
-        if replay is None:
-            replay = Replay(make(room), RECORDERS[input_ids.device.type](input_ids.device))
-        else:
-            if isinstance(draft, str) and hasattr(replay.decoder.drafter, "forget"):
-                replay.decoder.drafter.forget()
-            if isinstance(targets, Sampler):
-                replay.decoder.targets.begin(targets)
-            replay.begin(*prompt)
-        reason = replay.decoder.changes_course
     if reason is not None:
         logger.info("msn_ext decodes without CUDA graphs: %s", reason)
         yield Eager(make())
         return
-    yield replay
+    room = room_for(input_ids.shape[1] + max_new_tokens)
+    by = draft if isinstance(draft, (str, DraftTree)) else id(draft)
+    key = (*input_ids.shape[:1], room, eos_token_ids.shape, by, type(attention), _ways(model, input_ids.device))
+    key += (hash(tuple((x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))),)
+    key += (type(targets), *((type(processor), *sorted(vars(processor).items())) for processor in processors))
+    with _guard:
+        kept = _kept.setdefault(model, OrderedDict())
+        replay = _take(kept, key)
+    if replay is None:
+        replay = Replay(make(room), RECORDERS[input_ids.device.type](input_ids.device))
+    else:
+        if isinstance(draft, str) and hasattr(replay.decoder.drafter, "forget"):
+            replay.decoder.drafter.forget()
+        if isinstance(targets, Sampler):
+            replay.decoder.targets.begin(targets)
+        replay.begin(*prompt)
+    try:
+        yield replay
+    finally:
+        replay.recorder.wait()  # it may be dropped now, with a step under way
     with _guard:  # not after an error: its state is anybody's guess
         kept.setdefault(key, []).append(replay)
         kept.move_to_end(key)
         while sum(map(len, kept.values())) > KEPT or _bytes(kept) > replay.recorder.memory:
-            oldest = next(iter(kept))
-            kept[oldest].pop() if kept[oldest] else kept.pop(oldest)
+            _take(kept, next(iter(kept)))
+
+
+def _take(kept: OrderedDict[tuple, list[Replay]], key: tuple) -> Replay | None:
+    """One of those that are kept by a key, which goes with the last of them."""
+    replays = kept.get(key)
+    if not replays:
+        return None
+    replay = replays.pop()
+    if not replays:
+        del kept[key]
+    return replay
 
 
 def _bytes(kept: OrderedDict[tuple, list[Replay]]) -> int:

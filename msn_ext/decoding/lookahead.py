@@ -50,9 +50,9 @@ class Lookahead:
         self._pools = [{} for _ in range(batch)]
 
     def first(self, history: Tensor, lengths: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self._seed)
+        generator = torch.Generator("cpu").manual_seed(self._seed)
         width = self._window + self._ngram - 3
-        draws = torch.rand(self._batch, width, generator=generator).to(self._device)
+        draws = torch.rand(self._batch, width, generator=generator, device="cpu").to(self._device)
         self._levels = [history.gather(1, (draws * lengths[:, None]).long())]
         return self._levels[0]
 
@@ -68,10 +68,10 @@ class Lookahead:
         first_guess, length = tokens.shape[1], self._ngram - 1
         entries = [[*pool.get(token, ())] for pool, token in zip(self._pools, root[:, 0].tolist())]
         widest = max(map(len, entries))
-        parents = torch.tensor(shape, dtype=torch.int32).repeat(self._batch, 1)
+        parents = torch.tensor(shape, dtype=torch.int32, device="cpu").repeat(self._batch, 1)
         guesses = root.new_zeros(self._batch, widest, length)
-        chains = torch.full((self._batch, widest, length), -1, dtype=torch.int32)
-        below = torch.arange(widest * length, dtype=torch.int32).view(widest, length) + first_guess - 1
+        chains = parents.new_full((self._batch, widest, length), -1)
+        below = torch.arange(widest * length, dtype=torch.int32, device="cpu").view(widest, length) + first_guess - 1
         below[:, 0] = 0
         for b, row in enumerate(entries):
             if row:

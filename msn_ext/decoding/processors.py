@@ -90,8 +90,7 @@ class Texts:
     Attributes:
         draft: of B rows and N nodes.
         history, lengths: as a :class:`.drafting.Drafter` has them, before the draft was checked.
-        prompts: int64 [B, P], of which the first ``offsets`` [B] of a row are padding.
-        first: int64 [B], the first column of ``prompts``, where recorded steps find it.
+        prompts: int64 [B, P or more], of which the first ``offsets`` [B] of a row are padding.
     """
 
     draft: Draft
@@ -99,23 +98,30 @@ class Texts:
     lengths: Tensor
     prompts: Tensor
     offsets: Tensor
-    first: Tensor
 
-    def tokens(self, places: slice) -> Tensor:
-        """The tokens of the texts up to some of the B * N nodes, in any order and number, int64 [R, …]."""
+    def before(self, vocabulary: int) -> Tensor:
+        """Which tokens the texts have up to the root, padding included: bool [B, vocabulary + 1], the last column rubbish."""
+        text = torch.cat([self.prompts, self.history], dim=1)
+        columns = [torch.arange(x.shape[1], device=text.device) for x in (self.prompts, self.history)]
+        there = torch.cat([columns[0] < self.offsets[:, None], columns[1] < self.lengths[:, None]], dim=1)
+        found = torch.zeros(len(text), vocabulary + 1, dtype=torch.bool, device=text.device)
+        return found.scatter_(1, torch.where(there, text, vocabulary).clamp_(max=vocabulary), True)
+
+    def seen(self, before: Tensor, places: slice) -> Tensor:
+        """The same up to some of the B * N nodes, bool [R, vocabulary]."""
         batch, nodes = self.draft.tokens.shape
-        node = torch.arange(batch * nodes, device=self.first.device)[places]
+        node = torch.arange(batch * nodes, device=before.device)[places]
         row, node = node // nodes, node % nodes
-        columns = torch.arange(self.history.shape[1], device=self.first.device)
-        text = torch.where(columns < self.lengths[:, None], self.history, self.first[:, None])
         bits = self.draft.ancestors.expand(batch, nodes, -1)[row, node]
         bits = (bits[..., None] >> torch.arange(64, device=bits.device) & 1).flatten(1)[:, :nodes]
-        return torch.cat([text[row], torch.where(bits > 0, self.draft.tokens[row], self.first[row, None])], dim=1)
+        rubbish = before.shape[1] - 1
+        behind = torch.where(bits > 0, self.draft.tokens[row], rubbish).clamp_(max=rubbish)
+        return before[row].scatter_(1, behind, True)[:, :rubbish]
 
     def by_depth(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Row by row and depth by depth: the row, the places of its nodes among all B * N, int64 [R], and the texts up to them,
         int64 [R, L], as transformers has them, with padding in front. Waits for the device; padding nodes have none."""
-        device, shape = self.first.device, self.draft.tokens.shape
+        device, shape = self.history.device, self.draft.tokens.shape
         lengths, offsets = self.lengths.tolist(), self.offsets.tolist()
         rows = zip(*(x.expand(shape).tolist() for x in (self.draft.tokens, self.draft.parents, self.draft.depth)))
         for b, (tokens, parents, depths) in enumerate(rows):
@@ -134,15 +140,24 @@ def processed(logits: Tensor, processors: LogitsProcessorList, texts: Texts) -> 
     """Places of nodes among all B * N, and their logits as the processors leave them, float32 [R, V]."""
     logits = logits.flatten(0, 1)
     if not all(map(at_once, processors)):
+        last = None
         for row, places, text in texts.by_depth():
-            yield places, _of_row(processors, row)(text, logits[places].float())
+            if row != last:
+                last, own = row, _of_row(processors, row)
+            yield places, own(text, logits[places].float())
         return
-    asked = any(type(processor) not in PREFIX_FREE for processor in processors)
+    before = None if all(type(processor) in PREFIX_FREE for processor in processors) else texts.before(logits.shape[-1])
     for begin in range(0, len(logits), ROWS):
         places = slice(begin, begin + ROWS)
-        some = logits[places].float()
-        text = texts.tokens(places) if asked else some.new_zeros(len(some), 1, dtype=torch.int64)
-        yield places, processors(text, some)
+        scores = logits[places].float()
+        text = scores.new_zeros(len(scores), 1, dtype=torch.int64)
+        for processor in processors:
+            if type(processor) is RepetitionPenaltyLogitsProcessor:
+                penalised = torch.where(scores < 0, scores * processor.penalty, scores / processor.penalty)
+                scores = torch.where(texts.seen(before, places), penalised, scores)
+            else:
+                scores = processor(text, scores)
+        yield places, scores
 
 
 def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:

@@ -48,8 +48,8 @@ class TokenRecycling:
             self._matrix = torch.zeros(vocabulary, width, dtype=torch.int64, device=device)
         self._shape = self._tree.tensors(device)
         # Per depth: the nodes there, their parents, their ranks.
-        depths, parents = torch.tensor(self._tree.depths), torch.tensor(self._tree.parents)
-        ranks = torch.tensor(self._tree.ranks).clamp(max=width - 1)
+        depths, parents, ranks = (torch.tensor(x, device="cpu") for x in (self._tree.depths, self._tree.parents, self._tree.ranks))
+        ranks = ranks.clamp(max=width - 1)
         layers = ((depths == depth).nonzero()[:, 0] for depth in range(1, self.max_depth + 1))
         self._layers = [tuple(x.to(device) for x in (nodes, parents[nodes], ranks[nodes])) for nodes in layers]
 

@@ -24,7 +24,31 @@ from .verification import as_compared, greedy
 REREADING = {"phi3", "phimoe", "phi4_multimodal"}
 """Families that read the text anew where 'longrope' switches its factors."""
 
+AT_FIRST = 1536
+"""Slots behind the prompt that a cache of fixed slots begins with; they double as they are used up."""
+
 Targets = Callable[[Tensor, Tensor, LogitsProcessorList, Texts], Tensor]
+
+
+def longrope_boundary(config, input_ids: Tensor, offsets: Tensor, max_new_tokens: int) -> int:
+    """The slot where 'longrope' switches its factors for the whole batch; 0: not on the way.
+
+    Raises:
+        ValueError: it lies on the way of several rows.
+    """
+    if "longrope" not in rope_types(config):
+        return 0
+    batch, prompt = input_ids.shape
+    boundary = config.rope_parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    boundary += int(offsets.min())
+    if not prompt - 1 < boundary < prompt + max_new_tokens:
+        return 0
+    if batch > 1:
+        raise ValueError(
+            f"rope_type='longrope' changes its factors at {boundary} tokens, in the middle of this batch, and rows "
+            "that grow at their own pace would not switch together; generate row by row, or stop before"
+        )
+    return boundary
 
 
 @dataclass
@@ -63,8 +87,8 @@ class Decoder:
         processors: of the logits, as :func:`.processors.followed` gives them.
         max_new_tokens: tokens to gain per row, exactly unless an end-of-text token comes first.
         eos_token_ids: int64 [E]; what ends a row.
-        room: slots of the cache, all of them from the beginning, so that every step has the same shapes;
-            None: as many as are needed, by and by.
+        room: slots for the text, all of them from the beginning, so that every step has the same shapes, until
+            :meth:`make_room` gives the cache more of them; None: as many as are needed, by and by.
     """
 
     def __init__(
@@ -85,11 +109,13 @@ class Decoder:
         self.drafter, self._attention = drafter, attention
         self.targets, self._processors = targets, processors
         self._config = model.config.get_text_config(decoder=True)
-        self._cache = TreeCache(self._config, fixed=room)
+        self._room = room
+        self._cache = TreeCache(self._config, fixed=room and min(room, prompt + AT_FIRST))
         self._forwards_all_logits = not model._supports_logits_to_keep()
         self._history = input_ids.new_zeros(batch, room or prompt + max_new_tokens + MAX_NODES)
+        self._prompts = input_ids.new_zeros(batch, room or prompt)
         self._offsets, self._eos = offsets.clone(), eos_token_ids.clone()
-        self._lengths, self._prompt_lengths, self._remaining, self._last_position, self._first = offsets.new_empty(5, batch).unbind()
+        self._lengths, self._prompt_lengths, self._remaining, self._last_position = offsets.new_empty(4, batch).unbind()
         self.begin(input_ids, offsets, max_new_tokens, eos_token_ids)
 
     @property
@@ -101,7 +127,7 @@ class Decoder:
         batch, prompt = input_ids.shape
         device = input_ids.device
         self._input_ids = input_ids
-        self._first.copy_(input_ids[:, 0])
+        self._prompts[:, :prompt] = input_ids
         self._offsets.copy_(offsets)
         self._eos.copy_(eos_token_ids)
         self._cache.clear()
@@ -117,26 +143,13 @@ class Decoder:
         self._last_position.copy_((self._lengths + max_new_tokens - 2).clamp(min=0))
         # Slots of the longest row before its root, a bound that needs no word from the device.
         self._longest = prompt - 1
-        self._final = prompt + max_new_tokens
-        self._shallow_until = self._longrope_boundary()
+        self._shallow_until = longrope_boundary(self._config, input_ids, offsets, max_new_tokens)
         # transformers forgets the cache of these when the factors switch, and reads the text anew.
         self._rereads = self._shallow_until and self._config.model_type in REREADING and not bool(offsets.any())
 
-    def _longrope_boundary(self) -> int:
-        """The slot where 'longrope' switches its factors for the whole batch; 0: not on the way."""
-        if "longrope" not in rope_types(self._config):
-            return 0
-        parameters = self._config.rope_parameters
-        boundary = parameters.get("original_max_position_embeddings") or self._config.max_position_embeddings
-        boundary += int(self._offsets.min())
-        if not self._longest < boundary < self._final:
-            return 0
-        if self._input_ids.shape[0] > 1:
-            raise ValueError(
-                f"rope_type='longrope' changes its factors at {boundary} tokens, in the middle of this batch, and rows "
-                "that grow at their own pace would not switch together; generate row by row, or stop before"
-            )
-        return boundary
+    def make_room(self) -> bool:
+        """Give the cache more slots where this step, behind one that nobody has read, might not fit; whether it moved."""
+        return self._cache.fit(min(self._room, self._longest + 2 * MAX_NODES), self._room)
 
     def _straddles(self, depth: int) -> bool:
         """Whether a draft of this depth might reach across the longrope boundary: then nothing is drafted."""
@@ -216,7 +229,7 @@ class Decoder:
             checked = ops.verify_logits(as_compared(logits), draft.tokens, draft.parents)
             guesses, targets, accepted, path, _, continuation = checked
         else:
-            texts = Texts(draft, self._history, self._lengths, self._input_ids, self._offsets, self._first)
+            texts = Texts(draft, self._history, self._lengths, self._prompts, self._offsets)
             targets = self.targets(logits, positions, self._processors, texts)
             accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._cache.commit(prefix, path, accepted)
@@ -230,13 +243,6 @@ class Decoder:
     @property
     def cache_bytes(self) -> int:
         return self._cache.nbytes
-
-    @property
-    def changes_course(self) -> str | None:
-        """Why steps differ in more than the values of tensors; None: they do not."""
-        if self._shallow_until:
-            return "rope_type='longrope' changes its factors on the way"
-        return None
 
     def advance(self, longest_gain: int) -> None:
         """Tell the decoder how many tokens the longest row has gained in all (the host's bound)."""

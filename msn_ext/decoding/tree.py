@@ -127,8 +127,8 @@ class DraftTree:
     @lru_cache(maxsize=64)  # noqa: B019  # trees are small, frozen and few
     def tensors(self, device: torch.device) -> TreeTensors:
         """The tree's tensors on ``device``, made once."""
-        parents = torch.tensor(self.parents, dtype=torch.int32)
+        parents = torch.tensor(self.parents, dtype=torch.int32, device="cpu")
         ancestors, depth = ops.tree_ancestors(parents)
-        rank = torch.tensor(self.ranks, dtype=torch.int32)
+        rank = torch.tensor(self.ranks, dtype=torch.int32, device="cpu")
         return TreeTensors(*(x.to(device) for x in (parents, rank, depth, ancestors)))
 
