@@ -122,15 +122,21 @@ def branch_mask(depth: Tensor, before: Tensor, document: Tensor, positions: Tens
         As the model's attention takes it: bool, or for "eager" float32 to be added, [B, 1, T', T']; for a model with windows,
         which count positions, a dict of them by kind of layer.
     """
-    column = torch.arange(depth.shape[1], device=depth.device).expand_as(depth)
-    noisy = depth > 0
-    first = torch.where(noisy, column - depth + 1, -1)  # of a branch, which tells branches apart; -1: the text
-    last = torch.where(noisy, before.gather(1, first.clamp(min=0)), column)  # what it sees of the text
-    same, own = (x[:, :, None] == x[:, None, :] for x in (document, first))
-    text = (first < 0)[:, None, :] & (column[:, None, :] <= last[:, :, None])
-    branches = own & noisy[:, None, :] & (column[:, None, :] <= column[:, :, None])
-    sees = same & (document > 0)[:, :, None] & (text | branches)
-    sees |= torch.eye(depth.shape[1], dtype=torch.bool, device=depth.device)  # padding, so that no row is empty
+    width = depth.shape[1]
+    column, live = torch.arange(width, device=depth.device).expand_as(depth), document > 0
+    # Of the text a token sees the columns from its sample's first one to the last before its branch, or to itself.
+    anchor = torch.where(depth > 0, before.gather(1, (column - depth + 1).clamp(max=width - 1)), column)
+    opens = torch.ones_like(live)
+    opens[:, 1:] = document[:, 1:] != document[:, :-1]
+    begin = torch.where(opens, column, 0).cummax(1).values.gather(1, anchor.clamp(min=0))
+    begin, end = torch.where(live, begin, 0), torch.where(live, anchor + 1, 0)
+    below = column[:1] < torch.arange(width + 1, device=depth.device)[:, None]  # rows of it are copied, which is fast
+    sees = below[end]
+    if bool(begin.any()):
+        sees &= ~below[begin]
+    # Of its branch those so far; itself anyway, so that no row is empty.
+    for back in range(max(1, int(depth.max()))):
+        sees.scatter_(2, torch.where(depth > back, column - back, column)[..., None], True)
     return _masks(sees[:, None], positions, config)
 
 
