@@ -67,7 +67,7 @@ def unmarked(batch: dict, config) -> tuple[torch.Tensor, torch.Tensor]:
     """Takes what says where the noise is out of a batch, so that a model takes the rest; gives depth and before."""
     depth, before, document = (batch.pop(name, None) for name in ANNOTATIONS)
     if document is not None:
-        batch["attention_mask"] = branch_mask(depth, before, document, batch["position_ids"], config)
+        batch["attention_mask"] = branch_mask(depth, before, document, batch["position_ids"], config, int(depth.max()))
     return depth, before
 
 

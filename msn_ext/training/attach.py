@@ -154,7 +154,7 @@ class NoisyLoss:
             hooks = [model.register_forward_hook(lambda model, given, outputs: said.append(outputs))]
             if document is not None:
                 # Not before: trainers and losses read attention_mask as [B, T'].
-                mask = branch_mask(depth, before, document, inputs["position_ids"], self._collator.config)
+                mask = branch_mask(depth, before, document, inputs["position_ids"], self._collator.config, self._collator.length)
                 hooks.append(model.register_forward_pre_hook(functools.partial(self._with_mask, mask), with_kwargs=True))
             try:
                 if self._collator.content == "self":
@@ -197,7 +197,7 @@ class NoisyLoss:
         losses, right = found
         noisy = noisy[live]
         parts = [losses.detach() * ~noisy, ~noisy, losses.detach() * noisy, noisy, right & noisy]
-        sums = torch.stack([part.sum().float() for part in parts]).cpu().double()
+        sums = torch.stack([part.sum(dtype=torch.float32) for part in parts])
         self._sums = sums if self._sums is None else self._sums + sums
         if not weighted or not len(losses):
             return loss

@@ -165,7 +165,7 @@ class NoisyCollator:
             return batch
         found = {name: batch.pop(name, None) for name in ANNOTATIONS}
         if self.layout == "branch":
-            batch["attention_mask"] = branch_mask(*found.values(), batch["position_ids"], self.config)
+            batch["attention_mask"] = branch_mask(*found.values(), batch["position_ids"], self.config, self.length)
         return batch
 
     def _known(self, ids: Tensor, row: int, begin: int, end: int) -> int:

@@ -76,7 +76,7 @@ def _passes(noisy: NoisyCollator, samples: list[dict], device) -> list[tuple[dic
     batch = {name: x.to(device) for name, x in noisy(samples).items()}
     depth, before, document = (batch.pop(name, None) for name in ANNOTATIONS)
     if document is not None:
-        batch["attention_mask"] = branch_mask(depth, before, document, batch["position_ids"], noisy.config)
+        batch["attention_mask"] = branch_mask(depth, before, document, batch["position_ids"], noisy.config, noisy.length)
         return [(batch, depth)]
     with noisy.paused():
         clean = {name: x.to(device) for name, x in noisy(samples).items()}

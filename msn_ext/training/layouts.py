@@ -111,12 +111,15 @@ def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor) -> dic
     return kept | changed | {"noise_depth": depth, "noise_before": before, "noise_document": sample}
 
 
-def branch_mask(depth: Tensor, before: Tensor, document: Tensor, positions: Tensor, config) -> Tensor | dict[str, Tensor]:
+def branch_mask(
+    depth: Tensor, before: Tensor, document: Tensor, positions: Tensor, config, length: int
+) -> Tensor | dict[str, Tensor]:
     """Who sees what in a batch of :func:`branch`: the text as usual; a branch the text before its start, and itself so far.
 
     Args:
         depth, before, document: :data:`ANNOTATIONS`, int64 [B, T'].
         positions: int64 [B, T'].
+        length: of the longest branch, or more; a GPU is not asked for it.
 
     Returns:
         As the model's attention takes it: bool, or for "eager" float32 to be added, [B, 1, T', T']; for a model with windows,
@@ -132,10 +135,10 @@ def branch_mask(depth: Tensor, before: Tensor, document: Tensor, positions: Tens
     begin, end = torch.where(live, begin, 0), torch.where(live, anchor + 1, 0)
     below = column[:1] < torch.arange(width + 1, device=depth.device)[:, None]  # rows of it are copied, which is fast
     sees = below[end]
-    if bool(begin.any()):
+    if sees.is_cuda or bool(begin.any()):
         sees &= ~below[begin]
     # Of its branch those so far; itself anyway, so that no row is empty.
-    for back in range(max(1, int(depth.max()))):
+    for back in range(max(1, length)):
         sees.scatter_(2, torch.where(depth > back, column - back, column)[..., None], True)
     return _masks(sees[:, None], positions, config)
 
