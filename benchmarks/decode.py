@@ -4,9 +4,9 @@
     python benchmarks/decode.py --prompts 40 --new-tokens 128 --drafts paper --output results.jsonl
     python benchmarks/decode.py --model PATH_OR_ID --device cuda --dtype bfloat16
 
-Prompts are taken in turn from every category of a Spec-Bench file (`--data question.jsonl`), first turns, greedy. Every prompt is decoded by `model.generate` and by
-every draft, one after the other in one process, so the ratios compare like with like whatever else
-the machine does. With --output, a line is appended per prompt and draft; what stands there already
+Prompts are taken in turn from every category of a Spec-Bench file (`--data question.jsonl`), first
+turns, greedy. Every prompt is decoded by `model.generate` and by every draft, one after the other in
+one process, so the ratios compare like with like whatever else the machine does. With --output, a line is appended per prompt and draft; what stands there already
 is not run again.
 
 Where an output differs from plain decoding, the text up to there is fed to the model and the gap
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -32,6 +31,7 @@ folder = sys.path.pop(0)  # transformers looks for a package "kernels", which ke
 import transformers  # noqa: E402
 
 import msn_ext  # noqa: E402
+from msn_ext.documents import whole_rows  # noqa: E402
 from msn_ext.generation import DRAFTS, _drafter  # noqa: E402
 
 sys.path.insert(0, folder)
@@ -201,12 +201,7 @@ class Results:
 
     def __init__(self, path: pathlib.Path | None):
         self._path = path
-        self.lines: list[dict] = []
-        if path and path.exists():
-            whole = path.read_bytes()
-            whole = whole[: whole.rfind(b"\n") + 1]  # of what was killed while it wrote, the last line is cut off
-            os.truncate(path, len(whole))
-            self.lines = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
+        self.lines: list[dict] = whole_rows(path) if path else []
 
     @property
     def rows(self) -> list[dict]:

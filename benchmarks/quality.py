@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> int:
     row = {"name": options.name}
     if options.data:
         drawn = draw([read_conversations(path) for path in options.data], options.skip + options.held_out)
-        held = [messages for messages in drawn[options.skip :] if messages not in drawn[: options.skip]]
+        held = recipe.unasked(drawn[options.skip :], drawn[: options.skip])
         file = options.output / "held-out.jsonl"
         answers = recipe.self_distill(answerer, tokenizer, held, file, max_new_tokens=options.max_new_tokens)
         samples = recipe.samples_of(tokenizer, answers, options.max_length)

@@ -71,10 +71,8 @@ def source_file() -> Path:
 
 @contextlib.contextmanager
 def quiet_transformers(bars: bool = False):
-    """Keep transformers' warnings and (unless ``bars``) progress bars off the terminal, then restore both.
-
-    Python's own warnings go unseen where they tell its callers about a name of the future.
-    """
+    """Keep transformers' warnings, also of names that will go, and (unless ``bars``) progress bars off the terminal, then restore
+    both."""
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 def lines(path: str) -> Iterator[tuple[int, str]]:
@@ -44,6 +46,24 @@ def rows(path: str) -> Iterator[tuple[str, dict]]:
         if line.strip():
             place = f"{path}: line {number}"
             yield place, row(line, place)
+
+
+def whole_rows(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines that somebody may have been killed writing: a last line that is cut off is removed.
+
+    Raises:
+        ValueError: it is damaged otherwise; names the file.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)
+    try:
+        return [json.loads(line) for line in content[:end].split(b"\n")[:-1]]  # str.splitlines knows other ends of lines
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to begin anew") from error
 
 
 def documents(path: str) -> Iterator[str]:

@@ -229,6 +229,14 @@ def _check_positions(position_ids: Tensor | None, input_ids: Tensor, offsets: Te
         )
 
 
+def _own_buffers(model: PreTrainedModel) -> None:
+    """Of a model made under ``torch.inference_mode()``: rotary embeddings may change theirs in place."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_inference():
+                setattr(module, name, buffer.clone())
+
+
 _busy: set[int] = set()
 _busy_guard = threading.Lock()
 
@@ -268,10 +276,7 @@ def _decode(
     attention_mask, position_ids, past_key_values = (
         model_kwargs.pop(name, None) for name in ("attention_mask", "position_ids", "past_key_values")
     )
-    for module in model.modules():  # rotary embeddings may change theirs in place
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_inference():
-                setattr(module, name, buffer.clone())
+    _own_buffers(model)
     given, pad = given or input_ids.device, generation_config._pad_token_tensor
     input_ids, pad = input_ids.to(model.device, torch.int64), None if pad is None else int(pad)
     drafter = _drafter(draft, model)
@@ -280,9 +285,7 @@ def _decode(
     processors = followed(logits_processor, input_ids.shape[0])
     if unknown := {name for name, value in model_kwargs.items() if value is not None} - _PREPARED:
         raise ValueError(f"{', '.join(sorted(unknown))}: msn_ext.generate does not support model inputs beside input_ids")
-    if past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise ValueError("past_key_values is not empty; msn_ext.generate starts from the prompt's tokens")
-    if getattr(past_key_values, "_is_user_defined", False):
+    if past_key_values is not None and (getattr(past_key_values, "_is_user_defined", False) or past_key_values.get_seq_length()):
         raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; expected None: msn_ext.generate fills its own")
     if streamer is not None and input_ids.shape[0] != 1:
         raise ValueError(f"streamer needs a batch of one; input_ids has {input_ids.shape[0]} rows")

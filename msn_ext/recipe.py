@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .decoding import BestFirst
+from .documents import whole_rows
 from .generation import generate
 from .training import Starts, add_noise
 from .training.data import Collate, Messages, encode, prompt_ids
@@ -40,20 +42,24 @@ def split(conversations: list, held_out: int, seed: int = 0) -> tuple[list, list
     shuffled = random.Random(seed).sample(conversations, len(conversations))
     held_out = min(held_out, len(shuffled) // 5)
     held = shuffled[:held_out]
-    asked = {_key(question_of(messages)) for messages in held}
-    return [messages for messages in shuffled[held_out:] if _key(question_of(messages)) not in asked], held
+    return unasked(shuffled[held_out:], held), held
 
 
-def askable(
-    model, tokenizer, conversations: list[Messages], max_length: int, max_new_tokens: int
-) -> tuple[list[Messages], int]:
-    """Those that begin with a question which leaves room for an answer, in a sample of ``max_length`` tokens and in the
-    model's context; and ``max_new_tokens``, or half of the context if that is less."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or max_length + max_new_tokens
-    max_new_tokens = min(max_new_tokens, context // 2)
-    room = min(max_length, context - max_new_tokens)
+def unasked(conversations: list[Messages], others: list[Messages]) -> list[Messages]:
+    """Those whose first question none of the others has."""
+    asked = {_key(question_of(messages)) for messages in others}
+    return [messages for messages in conversations if _key(question_of(messages)) not in asked]
+
+
+def askable(tokenizer, conversations: list[Messages], room: int) -> list[Messages]:
+    """Those that begin with a question, of fewer than ``room`` tokens."""
     asked = [(question_of(messages), messages) for messages in conversations]
-    return [messages for question, messages in asked if question and len(prompt_ids(tokenizer, question)) < room], max_new_tokens
+    return [messages for question, messages in asked if question and len(prompt_ids(tokenizer, question)) < room]
+
+
+def context_of(model) -> int:
+    """Tokens that a model reads at most, as its configuration says."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize
 
 
 def self_distill(
@@ -75,7 +81,7 @@ def self_distill(
         (it is complete), in the order of the questions.
     """
     questions = [question_of(messages) for messages in conversations]
-    done = {_key(row["messages"]): row for row in _whole_lines(path)}
+    done = {_key(row["messages"]): row for row in whole_rows(path)}
     missing = {key: messages for messages in questions if (key := _key(messages)) not in done}
     prompts = {key: prompt_ids(tokenizer, messages) for key, messages in missing.items()}
     # Of one length, as far as can be: a batch takes as long as its longest row.
@@ -113,21 +119,6 @@ def question_of(messages: Messages) -> Messages:
 
 def _key(messages: Messages) -> str:
     return hashlib.blake2b(json.dumps(messages, ensure_ascii=False).encode(), digest_size=16).hexdigest()
-
-
-def _whole_lines(path: Path) -> list[dict]:
-    """The rows of a file of which the last one may be cut off; that one is removed."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        with open(path, "r+b") as file:
-            file.truncate(end)
-    try:
-        return [json.loads(line) for line in content[:end].split(b"\n")[:-1]]  # str.splitlines knows other ends of lines
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to ask for its answers again") from error
 
 
 def before_circling(tokens: list[int]) -> list[int]:

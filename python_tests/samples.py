@@ -7,8 +7,6 @@ from cases import seeded
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from msn_ext.training.layouts import ANNOTATIONS, branch_mask
-
 NONE = -100
 
 
@@ -61,14 +59,6 @@ def flatten(rows: list[dict]) -> dict:
         "labels": torch.cat([torch.cat([row["labels"][:1] * 0 + NONE, row["labels"][1:]]) for row in rows])[None],
         "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
     }
-
-
-def unmarked(batch: dict, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Takes what says where the noise is out of a batch, so that a model takes the rest; gives depth and before."""
-    depth, before, document = (batch.pop(name, None) for name in ANNOTATIONS)
-    if document is not None:
-        batch["attention_mask"] = branch_mask(depth, before, document, batch["position_ids"], config, int(depth.max()))
-    return depth, before
 
 
 def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:

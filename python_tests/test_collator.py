@@ -7,12 +7,13 @@ import pytest
 import torch
 from cases import assert_equal
 from families import FAMILIES, VOCAB, tiny_model
-from samples import NONE, Pad, flatten, sample, samples, unmarked
+from samples import NONE, Pad, flatten, sample, samples
 
 from msn_ext import NoisyCollator, lowest_loss_starts
 from msn_ext.training.attach import guess
-from msn_ext.training.layouts import TESTED, documents_of
+from msn_ext.training.layouts import TESTED, documents_of, unmark
 
+LENGTH = 4  # of a segment, where nothing else is said
 CONFIG = tiny_model("llama", 0).config
 
 
@@ -253,7 +254,7 @@ def test_the_clean_part_is_as_without_branches(family, attention, form):
     model.set_attn_implementation(attention)
     rows = samples(3, VOCAB)
     batch = annotated(FORMS[form], layout="branch", segments=5, config=model.config)(rows)
-    depth, _ = unmarked(batch, model.config)
+    depth, _ = unmark(batch, model.config, LENGTH)
     inner = FORMS[form](rows)
     width = inner["input_ids"].shape[1]
     assert_equal(batch["input_ids"][:, :width], inner["input_ids"])
@@ -278,7 +279,7 @@ def test_a_branch_is_the_paper_s_sample_up_to_its_end(family):
     clean = Pad()(rows)
     width = clean["input_ids"].shape[1]
     batch = annotated(Pad(), layout="branch", segments=6, config=model.config)(rows)
-    depth, before = unmarked(batch, model.config)
+    depth, before = unmark(batch, model.config, LENGTH)
     logits = model(**batch).logits
     segments = (depth == 1).nonzero().tolist()
     assert len(segments) == 12
@@ -320,7 +321,7 @@ def test_own_guesses_begin_wrong_and_go_on_as_the_model_does(layout):
         row["input_ids"][15] = said[14]
         row["labels"][15] = said[14]
     batch = annotated(Pad(), layout=layout, segments=2 if layout == "replace" else 9, content="self", config=model.config)(rows)
-    depth, before = unmarked(batch, model.config)
+    depth, before = unmark(batch, model.config, LENGTH)
     logits = model(**{name: x for name, x in batch.items() if name != "labels"}).logits
     found = guess(model, batch, depth, before, torch.empty(0, dtype=torch.int64))
     assert_equal(found[depth == 0], batch["input_ids"][depth == 0])
@@ -340,7 +341,7 @@ def test_own_guesses_begin_wrong_and_go_on_as_the_model_does(layout):
 def test_kept_tokens_are_no_guesses():
     model, rows = tiny_model("llama", 4), samples(4, VOCAB)
     batch = annotated(Pad(), segments=3, content="self", config=model.config)(rows)
-    depth, before = unmarked(batch, model.config)
+    depth, before = unmark(batch, model.config, LENGTH)
     keep = torch.arange(0, VOCAB, 2)
     usual, found = (guess(model, batch, depth, before, k)[depth > 0] for k in (keep[:0], keep))
     assert (usual % 2 == 0).any() and not (found % 2 == 0).any()

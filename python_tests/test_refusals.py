@@ -71,7 +71,7 @@ def test_options_in_a_generation_config(llama):
 def test_a_filled_cache(llama):
     cache = DynamicCache(config=llama.config)
     llama(IDS[:, :2], past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values is not empty"):
+    with pytest.raises(ValueError, match="past_key_values is a DynamicCache; expected None"):
         generate(llama, IDS, past_key_values=cache, max_new_tokens=4, pad_token_id=0)
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache; expected None"):
         generate(llama, IDS, past_key_values=DynamicCache(config=llama.config), max_new_tokens=4, pad_token_id=0)

@@ -320,7 +320,7 @@ def test_questions_without_room_or_words_are_left_out(folder, tmp_path, capsys):
 @pytest.mark.parametrize("option, value", [("--length", "65"), ("--segments", "257"), ("--seed", "-1"), ("--lora-rank", "-1")])
 def test_ranges_are_told_before_anything_is_done(folder, data, tmp_path, capsys, option, value):
     assert cli.main(command(folder, data, tmp_path / "out", option, value)) == 2
-    assert f"'{value}' is not a number from" in capsys.readouterr().err
+    assert f"'{value}' is not a whole number from" in capsys.readouterr().err
 
 
 def test_the_gpu_is_chosen_elsewhere(folder, data, tmp_path, capsys):

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCAB, tiny_model
-from samples import NONE, Pad, samples, unmarked
+from samples import NONE, Pad, samples
 
 from msn_ext import NoisyCollator, add_noise
+from msn_ext.training.layouts import unmark
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 ROWS = samples(24, VOCAB)
+LENGTH = 4  # of a segment
 
 
 def arguments(folder, **settings) -> transformers.TrainingArguments:
@@ -78,7 +80,7 @@ def test_logged_losses_are_those_of_the_labels(tmp_path):
     right, total = 0, [0.0, 0]
     with torch.no_grad():
         for batch in trainer.get_train_dataloader():
-            depth = unmarked(batch, trainer.model.config)[0][:, :-1]
+            depth = unmark(batch, trainer.model.config, LENGTH)[0][:, :-1]
             said, labels = trainer.model(**batch).logits[:, :-1], batch["labels"][:, 1:]
             loss = torch.nn.functional.cross_entropy(said.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
             for name, chosen in (("clean", depth == 0), ("noise", depth > 0)):
@@ -117,7 +119,7 @@ def test_loss_weights_weigh_the_gradients(tmp_path, weights, accumulate):
     batches = list(trainer.get_train_dataloader())
     count = sum(int((batch["labels"][:, 1:] != NONE).sum()) for batch in batches)
     for batch in batches:
-        depth = unmarked(batch, model.config)[0][:, :-1]
+        depth = unmark(batch, model.config, LENGTH)[0][:, :-1]
         labels = batch.pop("labels")[:, 1:]
         said = model(**batch).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(said.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)

@@ -204,7 +204,7 @@ def positive_int(text: str) -> int:
 
 
 def from_to(least: int, most: int):
-    return functools.partial(number, kind=int, holds=lambda value: least <= value <= most, expected=f"a number from {least} to {most}")
+    return functools.partial(number, kind=int, holds=lambda value: least <= value <= most, expected=f"a whole number from {least} to {most}")
 
 
 def positive_float(text: str) -> float:

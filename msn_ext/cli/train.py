@@ -31,7 +31,7 @@ def add(subparsers) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="for checkpoints, the adapter and the figures")
     parser.add_argument("--samples", type=positive_int, metavar="N", help="conversations, as many of each file (default: all)")
     parser.add_argument("--self-distill", action="store_true", help="learn the model's own answers to the first questions")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="tokens of an answer of its own (default: 256)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="of an answer of its own (default: 256)")
     noise = parser.add_argument_group("noise")
     noise.add_argument("--layout", choices=("branch", "replace", "none"), default="branch", help="(default: branch)")
     noise.add_argument("--length", type=from_to(1, 64), default=4, metavar="N", help="noise tokens of a segment (default: 4)")
@@ -95,9 +95,12 @@ def run(arguments) -> int:
     model, tokenizer, _ = load(arguments.model, "float32", arguments.device)
     if arguments.layout == "branch":
         check_branches(model.config.get_text_config(decoder=True))
-    usable, max_new_tokens = recipe.askable(model, tokenizer, conversations, arguments.max_length, arguments.max_new_tokens)
+    context = recipe.context_of(model)
+    max_new_tokens = min(arguments.max_new_tokens, context // 2)
+    usable = recipe.askable(tokenizer, conversations, min(arguments.max_length, context - max_new_tokens))
     if len(usable) < len(conversations):
-        print(f"{len(conversations) - len(usable):,} conversations begin without a question, or with one that leaves no room", flush=True)
+        left_out = len(conversations) - len(usable)
+        print(f"{left_out:,} conversations begin without a question, or with one that leaves no room", flush=True)
     learned, held = recipe.split(usable, arguments.held_out, arguments.seed)
     if not held:
         raise CommandError(f"--data has {len(usable)} conversations; expected 5 or more, some of which are held out")

@@ -138,7 +138,6 @@ class NoisyLoss:
     def __init__(self, collator: NoisyCollator, weights: Callable[[], Weights]):
         self._collator, self._weights = collator, weights
         self._sums: Tensor | None = None  # loss, labels behind clean; loss, labels, right ones behind noise
-        self._warned = False
 
     def around(self, compute_loss):
         """``compute_loss`` of a trainer for batches that say where their noise is."""
@@ -190,9 +189,7 @@ class NoisyLoss:
         if found is None:
             if weighted:
                 raise ValueError("loss_weights need the logits of the model, which this trainer's loss does without; leave them at (1, 1)")
-            if not self._warned:
-                self._warned = True
-                warnings.warn("the trainer's loss does without logits of the model: the losses behind noise are not logged", stacklevel=2)
+            warnings.warn("the trainer's loss does without logits of the model: the losses behind noise are not logged", stacklevel=2)
             return loss
         losses, right = found
         noisy = noisy[live]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msn_ext import ops
 
-from .layouts import ANNOTATIONS, branch, branch_mask, check_branches, documents_of, replace
+from .layouts import branch, check_branches, documents_of, replace, unmark
 
 LAYOUTS = ("replace", "branch")
 CONTENTS = {"ahead": 0.0, "random": 1.0, "mixed": 0.5, "self": 0.0}
@@ -60,6 +60,7 @@ class NoisyCollator:
     Attributes:
         annotate: whether batches say where their noise is (:data:`.layouts.ANNOTATIONS`), and leave the mask of branches to be
             made of it on the model's device. Off, since models do not take it.
+        config, keep: of the model's text; int64 [k], of ``keep_token_ids``.
 
     Raises:
         ValueError: an argument is none of the above, or a batch lacks labels.
@@ -102,7 +103,6 @@ class NoisyCollator:
         # In shared memory: workers that live on from epoch to epoch see both change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._paused = torch.zeros((), dtype=torch.bool).share_memory_()
-        self._warned = False
         self.annotate = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -132,10 +132,7 @@ class NoisyCollator:
                 f"inner gave a batch without {' and '.join(sorted(missing))}, but {', '.join(map(str, batch))}; "
                 "expected labels, -100 where a token is no part of a response"
             )
-        noisy = self.add_noise(dict(batch))
-        if type(batch) is dict:
-            return noisy
-        given = copy.copy(batch)  # such as a BatchEncoding, with what it can do
+        noisy, given = self.add_noise(dict(batch)), copy.copy(batch)  # which may be a BatchEncoding, with what that can do
         for name in set(given) - set(noisy):
             del given[name]
         given.update(noisy)
@@ -161,17 +158,13 @@ class NoisyCollator:
             batch = replace(batch, documents, starts, noise)
         else:
             batch = branch(batch, documents, starts, noise)
-        if self.annotate:
-            return batch
-        found = {name: batch.pop(name, None) for name in ANNOTATIONS}
-        if self.layout == "branch":
-            batch["attention_mask"] = branch_mask(*found.values(), batch["position_ids"], self.config, self.length)
+        if not self.annotate:
+            unmark(batch, self.config, self.length)
         return batch
 
     def _known(self, ids: Tensor, row: int, begin: int, end: int) -> int:
         start = self.location.get(identity(ids[row, begin:end]), -1)
-        if start < 0 and not self._warned:
-            self._warned = True
+        if start < 0:
             warnings.warn(
                 "location knows no start of some samples, whose noise is at random places; they have no response, or the batches "
                 "of lowest_loss_starts() were others (without attention_mask a sample is a row with its padding)",

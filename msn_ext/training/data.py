@@ -78,7 +78,8 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
     for at in answers:
         prompt, whole = prompt_ids(tokenizer, messages[:at]), _text(tokenizer, messages[: at + 1])
         if prompt[: len(ids)] != ids:
-            warnings.warn("the chat template writes earlier answers in another way than the last; only first answers are learned", stacklevel=2)
+            message = "the chat template writes earlier answers in another way than the last; only first answers are learned"
+            warnings.warn(message, stacklevel=2)
             break
         if whole[: len(prompt)] != prompt:
             raise ValueError(

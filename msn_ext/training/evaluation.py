@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .collator import NoisyCollator
-from .layouts import ANNOTATIONS, NO_LABEL, branch_mask
+from .layouts import NO_LABEL, unmark
 
 SEGMENTS = 12
 TOP = 10
@@ -74,9 +74,8 @@ def noise_accuracy(
 def _passes(noisy: NoisyCollator, samples: list[dict], device) -> list[tuple[dict, Tensor]]:
     """Batches for the model, and behind how many noise tokens their columns are, int64 [B, T']; -1: they do not count."""
     batch = {name: x.to(device) for name, x in noisy(samples).items()}
-    depth, before, document = (batch.pop(name, None) for name in ANNOTATIONS)
-    if document is not None:
-        batch["attention_mask"] = branch_mask(depth, before, document, batch["position_ids"], noisy.config, noisy.length)
+    depth, _ = unmark(batch, noisy.config, noisy.length)
+    if noisy.layout == "branch":
         return [(batch, depth)]
     with noisy.paused():
         clean = {name: x.to(device) for name, x in noisy(samples).items()}

@@ -143,6 +143,15 @@ def branch_mask(
     return _masks(sees[:, None], positions, config)
 
 
+def unmark(batch: dict, config, length: int) -> tuple[Tensor, Tensor]:
+    """Make a batch with :data:`ANNOTATIONS` one that a model takes, in place, with the mask of branches where there are any; gives
+    what said how deep in noise its tokens are, and behind which column."""
+    depth, before, document = (batch.pop(name, None) for name in ANNOTATIONS)
+    if document is not None:
+        batch["attention_mask"] = branch_mask(depth, before, document, batch["position_ids"], config, length)
+    return depth, before
+
+
 def check_branches(config) -> None:
     """Raise ValueError where a model cannot take the branch layout's mask."""
     attention = config._attn_implementation
