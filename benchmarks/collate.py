@@ -1,9 +1,10 @@
-"""How many tokens a second NoisyCollator adds noise to, on one core: what a data loader's worker would wait for.
+"""How many tokens a second NoisyCollator adds noise to, on one core: what a data loader's worker
+would wait for.
 
     python benchmarks/collate.py --json out.json
 
-Batches of 32 samples of 1024 tokens, 300 of them a prompt; the time of the collator that it wraps is a line of its own,
-and not in the others. Medians of 15 batches.
+Batches of 32 samples of 1024 tokens, 300 of them a prompt; the time of the collator that it wraps
+is a line of its own, and not in the others. Medians of 15 batches.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-folder = sys.path.pop(0)  # transformers looks for a package "kernels", which kernels.py beside this file is not
+folder = sys.path.pop(
+    0
+)  # transformers looks for a package "kernels", which kernels.py beside this file is not
 from transformers import LlamaConfig  # noqa: E402
 
 from msn_ext import NoisyCollator  # noqa: E402
@@ -38,17 +41,23 @@ def tokens_per_second(collate, samples: list) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    ids = torch.randint(VOCABULARY, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(
+        VOCABULARY, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     samples = [{"input_ids": row, "labels": [-100] * PROMPT + row[PROMPT:]} for row in ids]
     inner = Collate(pad_token_id=2)
     batch, config = inner(samples), LlamaConfig(attn_implementation="sdpa")
     found = {"the wrapped collator": tokens_per_second(inner, samples)}
     for layout, segments in LAYOUTS:
-        noisy = NoisyCollator(lambda _: batch, layout=layout, segments=segments, seed=0, config=config)
+        noisy = NoisyCollator(
+            lambda _: batch, layout=layout, segments=segments, seed=0, config=config
+        )
         found[f"{layout}, {segments} segments of 4"] = tokens_per_second(noisy, samples)
     for name, value in found.items():
         print(f"{name:<28}{value / 1e6:8.2f} million tokens/s")

@@ -1,13 +1,14 @@
-"""Decoding a real model, plain transformers and msn_ext side by side: MAT, tokens/s, speed-up, exactness.
+"""Decoding a real model, plain transformers and msn_ext side by side: MAT, tokens/s, speed-up,
+exactness.
 
     python benchmarks/decode.py                              # 12 Spec-Bench prompts, the demo model
     python benchmarks/decode.py --prompts 40 --new-tokens 128 --drafts paper --output results.jsonl
     python benchmarks/decode.py --model PATH_OR_ID --device cuda --dtype bfloat16
 
 Prompts are taken in turn from every category of a Spec-Bench file (`--data question.jsonl`), first
-turns, greedy. Every prompt is decoded by `model.generate` and by every draft, one after the other in
-one process, so the ratios compare like with like whatever else the machine does. With --output, a line is appended per prompt and draft; what stands there already
-is not run again.
+turns, greedy. Every prompt is decoded by `model.generate` and by every draft, one after the other
+in one process, so the ratios compare like with like whatever else the machine does. With --output,
+a line is appended per prompt and draft; what stands there already is not run again.
 
 Where an output differs from plain decoding, the text up to there is fed to the model and the gap
 between its two likeliest tokens is reported: a near-tie may flip, since a tree changes the order in
@@ -27,7 +28,9 @@ import time
 import torch
 from tqdm import tqdm
 
-folder = sys.path.pop(0)  # transformers looks for a package "kernels", which kernels.py beside this file is not
+folder = sys.path.pop(
+    0
+)  # transformers looks for a package "kernels", which kernels.py beside this file is not
 import transformers  # noqa: E402
 
 import msn_ext  # noqa: E402
@@ -36,19 +39,30 @@ from msn_ext.generation import DRAFTS, _drafter  # noqa: E402
 
 sys.path.insert(0, folder)
 
-SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "bench" / "specbench_dev.jsonl"
+SHARED = (
+    pathlib.Path(__file__).resolve().parent.parent.parent
+    / "shared"
+    / "data"
+    / "bench"
+    / "specbench_dev.jsonl"
+)
 CATEGORIES = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
 NEAR_TIE = 1e-3
 
 
 def load_prompts(path: pathlib.Path, count: int) -> list[tuple[str, int, str]]:
-    """(category, question id, text): the first prompts of each category in turn, ``count`` in all."""
+    """(category, question id, text): ``count`` prompts, the first of each category in turn."""
     groups: dict[str, list] = {category: [] for category in CATEGORIES}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         category = row["category"] if row["category"] in groups else "mt_bench"
         groups[category].append((category, row["question_id"], row["turns"][0]))
-    in_turn = [group[i] for i in range(max(map(len, groups.values()))) for group in groups.values() if i < len(group)]
+    in_turn = [
+        group[i]
+        for i in range(max(map(len, groups.values())))
+        for group in groups.values()
+        if i < len(group)
+    ]
     return sorted(in_turn[:count], key=lambda prompt: CATEGORIES.index(prompt[0]))
 
 
@@ -98,9 +112,12 @@ class DraftTime:
         return timed
 
 
-def run(model, inputs, draft: str, new_tokens: int) -> tuple[list[int], list[int], float, float, float]:
-    """New tokens, accept lengths (one a forward pass), seconds, and those inside the model and the drafter (on a GPU,
-    where steps are recorded, nobody can tell: NaN)."""
+def run(
+    model, inputs, draft: str, new_tokens: int
+) -> tuple[list[int], list[int], float, float, float]:
+    """New tokens, accept lengths (one a forward pass), seconds, and those inside the model and the
+    drafter (on a GPU, where steps are recorded, nobody can tell: NaN).
+    """
     settings = dict(do_sample=False, max_new_tokens=new_tokens, return_dict_in_generate=True)
     gpu, ours = model.device.type == "cuda", draft != "transformers"
     if gpu:
@@ -126,7 +143,10 @@ def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> 
     bar = tqdm(total=len(prompts) * (len(drafts) + 1), unit="run", disable=None)
     for category, question, text in prompts:
         inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
         ).to(model.device)
         plain: list[int] = []
         for draft in ("transformers", *drafts):
@@ -134,14 +154,27 @@ def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> 
             row = done.get((question, draft))
             if row is None:
                 new, accepts, seconds, inside, drafting = run(model, inputs, draft, new_tokens)
-                row = dict(category=category, question=question, draft=draft, prompt=inputs["input_ids"].shape[1])
-                row |= dict(tokens=new, accept_lengths=accepts, seconds=round(seconds, 4), model_seconds=round(inside, 4))
+                row = dict(
+                    category=category,
+                    question=question,
+                    draft=draft,
+                    prompt=inputs["input_ids"].shape[1],
+                )
+                row |= dict(
+                    tokens=new,
+                    accept_lengths=accepts,
+                    seconds=round(seconds, 4),
+                    model_seconds=round(inside, 4),
+                )
                 row["drafting_seconds"] = round(drafting, 4)
                 row |= dict(flip_at=None, gap=None)
                 if draft != "transformers" and new != plain:
-                    at = next(i for i, (a, b) in enumerate(zip(new + [-1], plain + [-1])) if a != b)
+                    at = next(i for i, (a, b) in enumerate(zip([*new, -1], [*plain, -1])) if a != b)
                     prefix = torch.tensor([plain[:at]], dtype=torch.int64, device=model.device)
-                    row |= dict(flip_at=at, gap=top_two_gap(model, torch.cat([inputs["input_ids"], prefix], 1)))
+                    row |= dict(
+                        flip_at=at,
+                        gap=top_two_gap(model, torch.cat([inputs["input_ids"], prefix], 1)),
+                    )
                 save(row)
             if draft == "transformers":
                 plain = row["tokens"]
@@ -152,11 +185,14 @@ def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> 
 
 
 def summarise(rows: list[dict], drafts: list[str]) -> str:
-    """One line per draft and category: MAT, tokens/s and speed-up over plain transformers; "other" is the
-    share of the time that is not spent in the model's forward, "drafting" what of it is spent in the drafter."""
+    """One line per draft and category: MAT, tokens/s and speed-up over plain transformers; "other"
+    is the share of the time that is not spent in the model's forward, "drafting" what of it is
+    spent in the drafter.
+    """
     seconds = {(r["question"], r["draft"]): r["seconds"] for r in rows}
     lines = [
-        f"{'draft':<14}{'category':<16}{'prompts':>8}{'MAT':>7}{'tok/s':>9}{'plain tok/s':>13}{'speed-up':>10}"
+        f"{'draft':<14}{'category':<16}{'prompts':>8}{'MAT':>7}"
+        f"{'tok/s':>9}{'plain tok/s':>13}{'speed-up':>10}"
         f"{'other':>8}{'drafting':>10}{'flips':>7}"
     ]
     for draft in drafts:
@@ -171,10 +207,12 @@ def summarise(rows: list[dict], drafts: list[str]) -> str:
             plain_tokens = sum(len(plain_rows[r["question"]]["tokens"]) for r in part)
             plain_rate = plain_tokens / sum(seconds[r["question"], "transformers"] for r in part)
             flips = sum(r["flip_at"] is not None for r in part)
+            other = 1 - sum(r["model_seconds"] for r in part) / spent
+            drafting = sum(r.get("drafting_seconds", float("nan")) for r in part) / spent
             lines.append(
-                f"{draft:<14}{category:<16}{len(part):>8}{tokens / passes:>7.2f}{tokens / spent:>9.1f}{plain_rate:>13.1f}"
-                f"{tokens / spent / plain_rate:>9.2f}x{1 - sum(r['model_seconds'] for r in part) / spent:>8.1%}"
-                f"{sum(r.get('drafting_seconds', float('nan')) for r in part) / spent:>10.1%}{flips:>7}"
+                f"{draft:<14}{category:<16}{len(part):>8}{tokens / passes:>7.2f}"
+                f"{tokens / spent:>9.1f}{plain_rate:>13.1f}{tokens / spent / plain_rate:>9.2f}x"
+                f"{other:>8.1%}{drafting:>10.1%}{flips:>7}"
             )
     return "\n".join(lines)
 
@@ -182,9 +220,16 @@ def summarise(rows: list[dict], drafts: list[str]) -> str:
 def conditions(model, program: str, arguments) -> dict:
     """What the figures depend on, for the record."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parent,
     )
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if model.device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
     return dict(
         command=f"python benchmarks/{program} " + " ".join(arguments),
         commit=commit.stdout.strip() or "unknown",
@@ -197,7 +242,9 @@ def conditions(model, program: str, arguments) -> dict:
 
 
 class Results:
-    """JSON lines: the conditions, then rows; every row is written at once. Without a path nothing is kept."""
+    """JSON lines: the conditions, then rows; every row is written at once. Without a path nothing
+    is kept.
+    """
 
     def __init__(self, path: pathlib.Path | None):
         self._path = path
@@ -223,21 +270,31 @@ def load_model(options):
 
         model, tokenizer = load_model()
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=getattr(torch, options.dtype)
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     return model.to(options.device, getattr(torch, options.dtype)).eval(), tokenizer
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="path or id; the demo model where none is named")
-    parser.add_argument("--data", type=pathlib.Path, default=SHARED, help="a Spec-Bench question file")
+    parser.add_argument(
+        "--data", type=pathlib.Path, default=SHARED, help="a Spec-Bench question file"
+    )
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--drafts", default="paper,lookup,none", help="comma-separated")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "float16", "bfloat16"])
-    parser.add_argument("--output", type=pathlib.Path, help="JSON lines: conditions, then one line per run")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float64", "float32", "float16", "bfloat16"]
+    )
+    parser.add_argument(
+        "--output", type=pathlib.Path, help="JSON lines: conditions, then one line per run"
+    )
     options = parser.parse_args(arguments)
     if not options.data.is_file():
         parser.error(f"--data {options.data}: no such file; expected Spec-Bench's question.jsonl")
@@ -256,9 +313,14 @@ def main(arguments: list[str]) -> int:
     print(summarise(rows, drafts))
     flips = [row for row in rows if row["flip_at"] is not None]
     for row in flips:
-        print(f"differs: {row['draft']}, question {row['question']}, token {row['flip_at']}, top-2 logit gap {row['gap']:.2e}")
+        print(
+            f"differs: {row['draft']}, question {row['question']}, token {row['flip_at']}, top-2"
+            f" logit gap {row['gap']:.2e}"
+        )
     compared = sum(row["draft"] != "transformers" for row in rows)
-    print(f"{compared - len(flips)} of {compared} outputs equal plain decoding, {len(flips)} differ")
+    print(
+        f"{compared - len(flips)} of {compared} outputs equal plain decoding, {len(flips)} differ"
+    )
     exact = options.dtype in ("float32", "float64")
     return int(exact and any(row["gap"] >= NEAR_TIE for row in flips))
 

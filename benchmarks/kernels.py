@@ -12,9 +12,9 @@ mask, with enable_gqa or repeat_interleave, whichever is faster (the column says
 
 Bytes are what an op must move at least, each tensor once (the ``bytes`` of each case below); GB/s
 is bytes / median; "of copy" is its share of the bandwidth of a large Tensor.copy_ measured in the
-same run. On CUDA a call is recorded as a CUDA graph, so that no launch is waited for, and timed with CUDA
-events around its replay (what cannot be recorded is timed as it is called); FlexAttention, compiled, with a
-block mask is timed there for the largest contexts.
+same run. On CUDA a call is recorded as a CUDA graph, so that no launch is waited for, and timed
+with CUDA events around its replay (what cannot be recorded is timed as it is called);
+FlexAttention, compiled, with a block mask is timed there for the largest contexts.
 """
 
 import argparse
@@ -100,7 +100,9 @@ def tree_ancestors(parents):
 
 
 def attention(q, k, v, mask):
-    """Matrix product, softmax, matrix product; the query heads of a group side by side, nothing repeated."""
+    """Matrix product, softmax, matrix product; the query heads of a group side by side, nothing
+    repeated.
+    """
     batch, heads, n, dim = q.shape
     kv_heads = k.shape[1]
     scores = q.reshape(batch, kv_heads, -1, dim) @ k.transpose(-1, -2) * dim**-0.5
@@ -131,7 +133,9 @@ def flex(q, k, v, mask):
     from torch.nn.attention.flex_attention import create_block_mask
 
     seen = mask.contiguous()
-    blocks = create_block_mask(lambda b, h, i, j: seen[i, j], None, None, q.shape[2], k.shape[2], device=q.device)
+    blocks = create_block_mask(
+        lambda b, h, i, j: seen[i, j], None, None, q.shape[2], k.shape[2], device=q.device
+    )
     return lambda: compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=True).transpose(1, 2)
 
 
@@ -167,7 +171,7 @@ def commit_kv(caches, lengths, path, accept_length):
 
 
 def lookup_ngram(history, lengths, max_ngram, length):
-    batch, capacity = history.shape
+    capacity = history.shape[1]
     ends = torch.arange(capacity, device=history.device)
     back = torch.arange(1, max_ngram + 1, device=history.device)[:, None]
     suffix = history.gather(1, (lengths[:, None] - back.T).clamp(min=0))
@@ -196,25 +200,34 @@ def fill_tree(candidates, retrieved, history, lengths, depth, rank, seed):
     depth, row = depth.long().expand(batch, n), torch.arange(batch, device=history.device)[:, None]
     nodes = torch.arange(n, device=history.device)
     place = (depth - 1).clamp(min=0)
-    table = torch.cat([F.pad(retrieved, (0, depths - retrieved.shape[1]), value=-1)[..., None], candidates], -1)
+    table = torch.cat(
+        [F.pad(retrieved, (0, depths - retrieved.shape[1]), value=-1)[..., None], candidates], -1
+    )
     tokens = table.flatten(1).gather(1, place.clamp(max=depths - 1) * (ranks + 1) + rank.long() + 1)
     tokens = torch.where(depth <= depths, tokens, -1)
-    bits = splitmix64(splitmix64(splitmix64(seed ^ splitmix64(row)) ^ (lengths[:, None] + depth)) ^ nodes)
+    bits = splitmix64(
+        splitmix64(splitmix64(seed ^ splitmix64(row)) ^ (lengths[:, None] + depth)) ^ nodes
+    )
     noise = history.gather(1, ((bits >> 1) & (2**63 - 1)) % lengths[:, None])
     tokens = torch.where(tokens >= 0, tokens, noise)
     return torch.where(depth > 0, tokens, history.gather(1, lengths[:, None] - 1))
 
 
-# ---- the cases: inputs, bytes ---------------------------------------------------------------------
+# ---- the cases: inputs, bytes
+# ---------------------------------------------------------------------
 
 
 def random_tree(nodes: int, device: str) -> torch.Tensor:
     """Parents of a tree about as deep and as wide as the paper's."""
     rng = random.Random(nodes)
-    return torch.tensor([-1, *(rng.randrange(i // 3, i) for i in range(1, nodes))], dtype=torch.int32, device=device)
+    return torch.tensor(
+        [-1, *(rng.randrange(i // 3, i) for i in range(1, nodes))], dtype=torch.int32, device=device
+    )
 
 
-def ancestors_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
+def ancestors_cases(
+    model: Model, nodes: list[int], contexts: list[int], device: str
+) -> Iterator[Case]:
     """4 N read (parents); 8 N W + 4 N written (bits, depth)."""
     for n in nodes:
         parents = random_tree(n, device)
@@ -227,8 +240,12 @@ def ancestors_cases(model: Model, nodes: list[int], contexts: list[int], device:
         )
 
 
-def attention_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
-    """2 H_kv (length + N) D read (keys and values, once each), 2 H N D (queries, output), of the dtype."""
+def attention_cases(
+    model: Model, nodes: list[int], contexts: list[int], device: str
+) -> Iterator[Case]:
+    """2 H_kv (length + N) D read (keys and values, once each), 2 H N D (queries, output), of the
+    dtype.
+    """
     for context in contexts:
         for n in nodes:
             shape = (1, model.kv_heads, context + n + 64, model.head_size)
@@ -253,17 +270,25 @@ def attention_cases(model: Model, nodes: list[int], contexts: list[int], device:
                 lambda: ops.tree_attention(q, k, v, lengths, ancestors),
                 lambda: attention(q, k_seen, v_seen, mask),
                 others,
-                lambda got, expected: torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance),
+                lambda got, expected: torch.testing.assert_close(
+                    got, expected, rtol=tolerance, atol=tolerance
+                ),
             )
 
 
-def verify_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
-    """20 N read (tokens, targets, parents); 16 N + 16 written (path, continuation, accept length, bonus)."""
+def verify_cases(
+    model: Model, nodes: list[int], contexts: list[int], device: str
+) -> Iterator[Case]:
+    """20 N read (tokens, targets, parents); 16 N + 16 written (path, continuation, accept length,
+    bonus).
+    """
     for n in nodes:
         parents = random_tree(n, device)
         reach = ancestor_matrix(parents)
         generator = torch.Generator().manual_seed(n)
-        tokens, targets = (torch.randint(2, (1, n), generator=generator).to(device) for _ in range(2))
+        tokens, targets = (
+            torch.randint(2, (1, n), generator=generator).to(device) for _ in range(2)
+        )
         yield Case(
             f"N={n}",
             36 * n + 16,
@@ -272,8 +297,12 @@ def verify_cases(model: Model, nodes: list[int], contexts: list[int], device: st
         )
 
 
-def logits_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
-    """The logits and 12 N read (tokens, parents); 56 N + 16 written (guesses, target, path, continuation, …)."""
+def logits_cases(
+    model: Model, nodes: list[int], contexts: list[int], device: str
+) -> Iterator[Case]:
+    """The logits and 12 N read (tokens, parents); 56 N + 16 written (guesses, target, path,
+    continuation, …).
+    """
     for n in nodes:
         parents = random_tree(n, device)
         reach = ancestor_matrix(parents)
@@ -291,12 +320,18 @@ def logits_cases(model: Model, nodes: list[int], contexts: list[int], device: st
             n * model.vocabulary * model.dtype.itemsize + 68 * n + 16,
             lambda: ops.verify_logits(logits, tokens, parents),
             parts,
-            check=lambda got, expected: torch.testing.assert_close(got[1:], expected[1:]),  # of guesses, equals may swap
+            check=lambda got, expected: torch.testing.assert_close(
+                got[1:], expected[1:]
+            ),  # of guesses, equals may swap
         )
 
 
-def commit_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
-    """Keys and values of all layers: 2 x 2 layers H_kv D of the dtype, read and written, per moved node."""
+def commit_cases(
+    model: Model, nodes: list[int], contexts: list[int], device: str
+) -> Iterator[Case]:
+    """Keys and values of all layers: 2 x 2 layers H_kv D of the dtype, read and written, per moved
+    node.
+    """
     context = contexts[len(contexts) // 2]
     for n in nodes:
         kept = min(4, n)
@@ -304,8 +339,13 @@ def commit_cases(model: Model, nodes: list[int], contexts: list[int], device: st
         path[0, :kept] = torch.linspace(0, n - 1, kept).long().to(device)
         moved = int((path[0, :kept] != torch.arange(kept, device=device)).sum())
         shape = (1, model.kv_heads, context + n, model.head_size)
-        caches = [torch.randn(shape, device=device).to(model.dtype) for _ in range(2 * model.layers)]
-        lengths, accepted = torch.tensor([context], device=device), torch.tensor([kept], device=device)
+        caches = [
+            torch.randn(shape, device=device).to(model.dtype) for _ in range(2 * model.layers)
+        ]
+        lengths, accepted = (
+            torch.tensor([context], device=device),
+            torch.tensor([kept], device=device),
+        )
 
         def committed(commit):
             """What a commit makes of copies of the tree's slots."""
@@ -315,14 +355,19 @@ def commit_cases(model: Model, nodes: list[int], contexts: list[int], device: st
 
         yield Case(
             f"N={n} context={context} layers={model.layers}",
-            4 * model.layers * model.kv_heads * model.head_size * model.dtype.itemsize * moved + 8 * kept,
+            4 * model.layers * model.kv_heads * model.head_size * model.dtype.itemsize * moved
+            + 8 * kept,
             lambda: ops.commit_kv(caches, lengths, path, accepted),
             lambda: commit_kv(caches, lengths, path, accepted),
-            check=lambda *_: torch.testing.assert_close(committed(ops.commit_kv), committed(commit_kv), rtol=0, atol=0),
+            check=lambda *_: torch.testing.assert_close(
+                committed(ops.commit_kv), committed(commit_kv), rtol=0, atol=0
+            ),
         )
 
 
-def lookup_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
+def lookup_cases(
+    model: Model, nodes: list[int], contexts: list[int], device: str
+) -> Iterator[Case]:
     """8 length read (the text); 8 (R + 1) written (tokens, matched)."""
     for context in contexts:
         generator = torch.Generator().manual_seed(context)
@@ -365,31 +410,42 @@ def top_guesses(logits):
     return (best.indices * 16 + levels).int()
 
 
-def guesses_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
+def guesses_cases(
+    model: Model, nodes: list[int], contexts: list[int], device: str
+) -> Iterator[Case]:
     """N V read, of the dtype; 32 N written."""
     for n in nodes:
         generator = torch.Generator().manual_seed(n)
         logits = torch.randn(n, model.vocabulary, generator=generator)
-        logits[:, 100:200] += torch.rand(n, 100, generator=generator).cumsum(1) / 4  # without ties at the top
+        logits[:, 100:200] += (
+            torch.rand(n, 100, generator=generator).cumsum(1) / 4
+        )  # without ties at the top
         logits = logits.to(device, model.dtype)
         yield Case(
             f"N={n}",
             n * model.vocabulary * model.dtype.itemsize + 32 * n,
             lambda: ops.top_guesses(logits),
             lambda: top_guesses(logits),
-            check=lambda got, expected: torch.testing.assert_close(got[:, :3] >> 4, expected[:, :3] >> 4)
-            if model.dtype == torch.float32
-            else None,
+            check=lambda got, expected: (
+                torch.testing.assert_close(got[:, :3] >> 4, expected[:, :3] >> 4)
+                if model.dtype == torch.float32
+                else None
+            ),
         )
 
 
 class Knowledge:
-    """The tables of best-first drafting behind a text of ``context`` tokens, a Markov chain that repeats itself, and
-    of a corpus of ``corpus`` tokens of the same chain."""
+    """The tables of best-first drafting behind a text of ``context`` tokens, a Markov chain that
+    repeats itself, and of a corpus of ``corpus`` tokens of the same chain.
+    """
 
     def __init__(self, model: Model, context: int, device: str, corpus: int = 0):
         generator = torch.Generator().manual_seed(context)
-        follows = torch.randint(model.vocabulary, (model.vocabulary, 4), generator=generator).remainder(1500).tolist()
+        follows = (
+            torch.randint(model.vocabulary, (model.vocabulary, 4), generator=generator)
+            .remainder(1500)
+            .tolist()
+        )
 
         def walk(length: int) -> list[int]:
             text = [1]
@@ -400,20 +456,35 @@ class Knowledge:
         text = walk(context + 64)
         self.history = torch.tensor([text], device=device)
         self.lengths = torch.tensor([context], device=device)
-        self.heads = torch.zeros(1, 8, min(1 << (context - 1).bit_length(), 1 << 17), dtype=torch.int32, device=device)
+        self.heads = torch.zeros(
+            1, 8, min(1 << (context - 1).bit_length(), 1 << 17), dtype=torch.int32, device=device
+        )
         ops.index_suffixes(self.heads, self.history, torch.zeros_like(self.lengths), self.lengths)
         self.contexts = torch.zeros(3, 1 << 16, 9, dtype=torch.int32, device=device)
         logits = torch.randn(1, 256, 1500, generator=generator).mul(3)
         self.guesses = ops.top_guesses(logits.to(device))
         self.chain = torch.arange(-1, 255, dtype=torch.int32, device=device)
-        for start in range(max(0, context - 2048), context - 256, 256):  # what a model said along the text
+        for start in range(
+            max(0, context - 2048), context - 256, 256
+        ):  # what a model said along the text
             tokens = self.history[:, start : start + 256].contiguous()
             path = torch.arange(256, device=device)[None]
             ops.remember_guesses(
-                self.contexts, self.history, torch.full_like(self.lengths, start + 1), tokens, self.chain, path, self.guesses
+                self.contexts,
+                self.history,
+                torch.full_like(self.lengths, start + 1),
+                tokens,
+                self.chain,
+                path,
+                self.guesses,
             )
         self.denoised = self.guesses[:, :6].contiguous()
-        self.factors = torch.rand(reference.FACTORS, generator=generator, dtype=torch.float64).mul(9).add(0.1).to(device)
+        self.factors = (
+            torch.rand(reference.FACTORS, generator=generator, dtype=torch.float64)
+            .mul(9)
+            .add(0.1)
+            .to(device)
+        )
         nothing = torch.zeros(8, 0, dtype=torch.int32, device=device)
         self.corpus = nothing[0], nothing
         if corpus:
@@ -432,7 +503,9 @@ def index_cases(model: Model, nodes: list[int], contexts: list[int], device: str
         )
 
 
-def remember_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
+def remember_cases(
+    model: Model, nodes: list[int], contexts: list[int], device: str
+) -> Iterator[Case]:
     """52 N read (tokens, parents, path, guesses), 3 x 36 N written."""
     known = Knowledge(model, contexts[-1], device)
     for n in nodes:
@@ -443,13 +516,16 @@ def remember_cases(model: Model, nodes: list[int], contexts: list[int], device: 
         yield Case(
             f"N={n}",
             52 * n + 108 * n,
-            lambda: ops.remember_guesses(known.contexts, known.history, known.lengths, tokens, parents, path, guesses),
+            lambda: ops.remember_guesses(
+                known.contexts, known.history, known.lengths, tokens, parents, path, guesses
+            ),
         )
 
 
 def draft_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
-    """24 N written; what is read depends on what is found: counted are 3 rows of 36 and 8 places of 4 bytes a node,
-    8 places more with a corpus."""
+    """24 N written; what is read depends on what is found: counted are 3 rows of 36 and 8 places of
+    4 bytes a node, 8 places more with a corpus.
+    """
     for context, size in ((contexts[0], 0), (LONG, 0), (contexts[0], CORPUS)):
         known = Knowledge(model, context, device, size)
         for n in nodes:
@@ -457,14 +533,22 @@ def draft_cases(model: Model, nodes: list[int], contexts: list[int], device: str
                 f"N={n} context={context}" + (f" corpus={size}" if size else ""),
                 24 * n + (3 * 36 + (16 if size else 8) * 4) * n,
                 lambda: ops.draft_tree(
-                    known.history, known.lengths, known.denoised, known.contexts, known.heads, *known.corpus, known.factors,
-                    n, 20, 0.05,
+                    known.history,
+                    known.lengths,
+                    known.denoised,
+                    known.contexts,
+                    known.heads,
+                    *known.corpus,
+                    known.factors,
+                    n,
+                    20,
+                    0.05,
                 ),
-            )  # fmt: skip
+            )
 
 
 def noise_cases(model: Model, nodes: list[int], contexts: list[int], device: str) -> Iterator[Case]:
-    """A batch of 32 samples of 1024 tokens, half of them responses: 16 a token read (ids, labels)."""
+    """32 samples of 1024 tokens, half of them responses: 16 bytes a token read (ids, labels)."""
     samples, tokens = 32, 1024
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocabulary, (samples, tokens), generator=generator).to(device)
@@ -497,7 +581,8 @@ CASES = {
 }
 
 
-# ---- measuring ------------------------------------------------------------------------------------
+# ---- measuring
+# ------------------------------------------------------------------------------------
 
 
 class Timer:
@@ -515,7 +600,9 @@ class Timer:
         return [self._once(call) for _ in range(self.repeats)]
 
     def _recorded(self, call: Callable) -> Callable:
-        """The replay of a graph of the call; the call itself where it asks the device, which a graph cannot."""
+        """The replay of a graph of the call; the call itself where it asks the device, which a
+        graph cannot.
+        """
         stream, recording = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         try:
             stream.wait_stream(torch.cuda.current_stream())
@@ -568,12 +655,21 @@ def measure(op: str, model: Model, case: Case, timer: Timer, bandwidth: float) -
     }
 
 
-# ---- reporting ------------------------------------------------------------------------------------
+# ---- reporting
+# ------------------------------------------------------------------------------------
 
 
 def git_commit() -> str:
     """The checkout's commit; "unknown" outside one."""
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    describe = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -602,7 +698,9 @@ def environment(device: str, bandwidth: float) -> dict:
     }
 
 
-HEADER = "op, model, size, µs, quartiles, KB, GB/s, of copy, eager µs, ×, other µs, ×, other".split(", ")
+HEADER = (
+    "op, model, size, µs, quartiles, KB, GB/s, of copy, eager µs, ×, other µs, ×, other"
+).split(", ")
 
 
 def table_row(row: dict) -> list[str]:
@@ -630,7 +728,10 @@ def print_table(rows: list[dict]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells)]
     text_columns = {0, 1, 2, 12}
     for line in cells:
-        aligned = (c.ljust(w) if i in text_columns else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
+        aligned = (
+            c.ljust(w) if i in text_columns else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths))
+        )
         print("  ".join(aligned).rstrip())
 
 
@@ -639,7 +740,9 @@ def picture(about: dict, rows: list[dict]) -> str:
     lines = []
     for row in rows:
         copied = row["bytes"] / about["copy_bytes_per_second"]
-        taken = {"a copy": copied} if copied > 1e-6 else {}  # less is no time that a call could take
+        taken = (
+            {"a copy": copied} if copied > 1e-6 else {}
+        )  # less is no time that a call could take
         taken |= {"msn_ext": row["seconds"]}
         taken |= {"eager PyTorch": row["eager_seconds"]} if row["eager_seconds"] else {}
         taken |= {row["other"].split()[0]: row["other_seconds"]} if row["other"] else {}
@@ -649,10 +752,19 @@ def picture(about: dict, rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where msn_ext has its kernels")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cuda where msn_ext has its kernels"
+    )
     parser.add_argument("--ops", nargs="+", choices=list(CASES), default=list(CASES), metavar="OP")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats, under a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE, and a picture beside it")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer sizes and repeats, under a minute"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write everything to FILE, and a picture beside it",
+    )
     options = parser.parse_args()
     have_cuda = torch.cuda.is_available() and msn_ext.build_info()["cuda"]
     device = options.device or ("cuda" if have_cuda else "cpu")
@@ -670,13 +782,20 @@ def main() -> None:
     for model in MODELS[device]:
         for op in options.ops:
             for case in CASES[op](model, nodes, contexts, device):
-                print(f"\r{op} {model.name} {case.size}".ljust(70), end="", file=sys.stderr, flush=True)
+                print(
+                    f"\r{op} {model.name} {case.size}".ljust(70),
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 with torch.inference_mode():
                     rows.append(measure(op, model, case, timer, bandwidth))
     print("\r".ljust(71), end="\r", file=sys.stderr, flush=True)
     print_table(rows)
     if options.json:
-        options.json.write_text(json.dumps({"environment": about, "results": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"environment": about, "results": rows}, indent=1) + "\n"
+        )
         options.json.with_suffix(".svg").write_text(picture(about, rows), encoding="utf-8")
 
 

@@ -18,11 +18,16 @@ def last_level_cache(device: str) -> int:
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     units = {"K": 2**10, "M": 2**20}
-    return max((int(s[:-1]) * units[s[-1]] for s in (path.read_text().strip() for path in sizes)), default=32 * 2**20)
+    return max(
+        (int(s[:-1]) * units[s[-1]] for s in (path.read_text().strip() for path in sizes)),
+        default=32 * 2**20,
+    )
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes read and written per second by Tensor.copy_ of eight times the last-level cache: the median of nine."""
+    """Bytes read and written per second by Tensor.copy_ of eight times the last-level cache: the
+    median of nine.
+    """
     source = torch.ones(8 * last_level_cache(device), dtype=torch.uint8, device=device)
     target, seconds = torch.empty_like(source), []
     for _ in range(10):

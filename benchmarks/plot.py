@@ -3,13 +3,29 @@
 import math
 from itertools import cycle
 
-COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f", "#bcbd22", "#e377c2", "#000", "#c5a400")
+COLORS = (
+    "#1f77b4",
+    "#d62728",
+    "#2ca02c",
+    "#9467bd",
+    "#ff7f0e",
+    "#8c564b",
+    "#17becf",
+    "#7f7f7f",
+    "#bcbd22",
+    "#e377c2",
+    "#000",
+    "#c5a400",
+)
 
 
 def _picture(width: int, height: int, parts: list[str]) -> str:
     body = "\n".join(parts)
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif"'
+        f' font-size="12">\n{body}\n</svg>\n'
+    )
 
 
 def lines(title: str, unit: str, curves: dict[str, list[tuple[float, float]]]) -> str:
@@ -27,12 +43,20 @@ def lines(title: str, unit: str, curves: dict[str, list[tuple[float, float]]]) -
     for step in range(5):
         value = y1 * step / 4
         _, y = place(x0, value)
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>'
+        )
         parts.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{value:.3g}</text>')
     ticks = sorted({x for x, _ in points})
     for x in ticks[:: math.ceil(len(ticks) / 14)]:
-        parts.append(f'<text x="{place(x, 0)[0]:.0f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
-    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">{unit}</text>')
+        parts.append(
+            f'<text x="{place(x, 0)[0]:.0f}" y="{height - bottom + 18}"'
+            f' text-anchor="middle">{x:g}</text>'
+        )
+    parts.append(
+        f'<text x="{(left + width - right) / 2}" y="{height - 10}"'
+        f' text-anchor="middle">{unit}</text>'
+    )
     ordered = sorted(curves.items(), key=lambda item: -item[1][-1][1])
     names: list[float] = []  # where they stand: not on each other, and within the picture
     for _, curve in ordered:
@@ -48,8 +72,9 @@ def lines(title: str, unit: str, curves: dict[str, list[tuple[float, float]]]) -
 
 
 def times(title: str, rows: list[tuple[str, dict[str, float]]]) -> str:
-    """A line per row, its name before it, and on it a dot per time: seconds (from nanoseconds on) by what took them, on a
-    logarithmic scale."""
+    """A line per row, its name before it, and on it a dot per time: seconds (from nanoseconds on)
+    by what took them, on a logarithmic scale.
+    """
     kinds = {kind: None for _, row in rows for kind in row}
     colors = dict(zip(kinds, cycle(COLORS)))
     seconds = [value for _, row in rows for value in row.values()]
@@ -66,9 +91,14 @@ def times(title: str, rows: list[tuple[str, dict[str, float]]]) -> str:
         parts.append(f'<text x="{left + 140 * at + 9}" y="44" fill="{color}">{kind}</text>')
     for power in range(low, high + 1):
         x = across(10.0**power)
-        parts.append(f'<line x1="{x:.0f}" x2="{x:.0f}" y1="{top - 8}" y2="{height - 25}" stroke="#ddd"/>')
+        parts.append(
+            f'<line x1="{x:.0f}" x2="{x:.0f}" y1="{top - 8}" y2="{height - 25}" stroke="#ddd"/>'
+        )
         unit = {0: "s", 1: "ms", 2: "µs", 3: "ns"}[-(power // 3)]
-        parts.append(f'<text x="{x:.0f}" y="{height - 8}" text-anchor="middle">{10 ** (power % 3)} {unit}</text>')
+        parts.append(
+            f'<text x="{x:.0f}" y="{height - 8}" text-anchor="middle">{10 ** (power % 3)}'
+            f" {unit}</text>"
+        )
     for at, (name, row) in enumerate(rows):
         y = top + line * at + 4
         parts.append(f'<text x="10" y="{y + 4}">{name}</text>')

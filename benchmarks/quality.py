@@ -1,16 +1,20 @@
-"""Whether training for decoding costs quality: loss on held-out answers, GSM8K, HumanEval; one model a call.
+"""Whether training for decoding costs quality: loss on held-out answers, GSM8K, HumanEval; one
+model a call.
 
-    python benchmarks/quality.py --name base --data prompts.jsonl … --skip 400 --gsm8k gsm8k_dev.jsonl \\
-        --humaneval humaneval_dev.jsonl --output DIR                                # the demo model as published
-    python benchmarks/quality.py --name branch --model TRAINED … --output DIR       # what msn train left, or any model
-    python benchmarks/quality.py --summary DIR
+    python benchmarks/quality.py --name base --data prompts.jsonl … --skip 400 --gsm8k
+        gsm8k_dev.jsonl \\ --humaneval humaneval_dev.jsonl --output DIR
+        # the demo model as published
+    python benchmarks/quality.py --name branch --model TRAINED … --output DIR       # what msn train
+    left, or any model python benchmarks/quality.py --summary DIR
 
---data and --skip are the files and the number of samples of msn train or training.py: --held-out conversations behind those are
-held out. The first model of DIR answers them, so let it be the one before training; the loss of all is that of its answers.
-Tasks are asked in the chat template, greedily, without examples. GSM8K: the last number of an answer is compared with the reference's.
-HumanEval: the first block of code, or the whole answer, is run with the task's tests in a process of its own, with limits on
-time, memory and the size of files, in an empty folder (the code is a model's: run this where it can do no harm). DIR keeps all
-answers and a line of results.jsonl per model; what is there is not asked again.
+--data and --skip are the files and the number of samples of msn train or training.py: --held-out
+conversations behind those are held out. The first model of DIR answers them, so let it be the one
+before training; the loss of all is that of its answers. Tasks are asked in the chat template,
+greedily, without examples. GSM8K: the last number of an answer is compared with the reference's.
+HumanEval: the first block of code, or the whole answer, is run with the task's tests in a process
+of its own, with limits on time, memory and the size of files, in an empty folder (the code is a
+model's: run this where it can do no harm). DIR keeps all answers and a line of results.jsonl per
+model; what is there is not asked again.
 """
 
 import argparse
@@ -27,7 +31,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-folder = sys.path.pop(0)  # transformers looks for a package "kernels", which kernels.py beside this file is not
+folder = sys.path.pop(
+    0
+)  # transformers looks for a package "kernels", which kernels.py beside this file is not
 from msn_ext import recipe  # noqa: E402
 from msn_ext.cli.common import load  # noqa: E402
 from msn_ext.documents import rows  # noqa: E402
@@ -58,7 +64,10 @@ def gsm8k_right(row: dict, answer: str) -> bool:
 
 
 def humaneval_question(row: dict) -> str:
-    return f"Complete this Python function. Answer with the whole function in a block of code.\n\n```python\n{row['prompt'].strip()}\n```"
+    return (
+        "Complete this Python function. Answer with the whole function in a block of"
+        f" code.\n\n```python\n{row['prompt'].strip()}\n```"
+    )
 
 
 def program_of(row: dict, answer: str) -> str:
@@ -67,7 +76,10 @@ def program_of(row: dict, answer: str) -> str:
     code = block[1] if block else answer
     whole = re.search(rf"^def {re.escape(row['entry_point'])}\b", code, re.M)
     before = row["prompt"].split(f"\ndef {row['entry_point']}(")[0] if whole else row["prompt"]
-    return f"{before}\n{code}\n{row['test']}\ncheck({row['entry_point']})\nraise SystemExit({PASSED})\n"
+    return (
+        f"{before}\n{code}\n{row['test']}\ncheck({row['entry_point']})\nraise"
+        f" SystemExit({PASSED})\n"
+    )
 
 
 def _limits() -> None:
@@ -82,10 +94,16 @@ def humaneval_right(row: dict, answer: str) -> bool:
         pathlib.Path(empty, "program.py").write_text(program_of(row, answer), encoding="utf-8")
         try:
             run = subprocess.run(
-                [sys.executable, "-I", "program.py"], cwd=empty, env={"PATH": os.environ.get("PATH", "")}, timeout=2 * SECONDS,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_limits,
+                [sys.executable, "-I", "program.py"],
+                cwd=empty,
+                env={"PATH": os.environ.get("PATH", "")},
+                timeout=2 * SECONDS,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                preexec_fn=_limits,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         except subprocess.TimeoutExpired:
             return False
     return run.returncode == PASSED
@@ -102,7 +120,9 @@ def summarise(models: list[dict]) -> str:
     """A line a model; behind a share its binomial standard error."""
     lines = [f"{'':<14}{'loss':>8}{'next token':>12}" + "".join(f"{task:>18}" for task in TASKS)]
     for row in models:
-        line = f"{row['name']:<14}" + (f"{row['loss']:>8.4f}{row['accuracy']:>12.1%}" if "loss" in row else " " * 20)
+        line = f"{row['name']:<14}" + (
+            f"{row['loss']:>8.4f}{row['accuracy']:>12.1%}" if "loss" in row else " " * 20
+        )
         for task in TASKS:
             if task in row:
                 right, asked = row[task]
@@ -115,11 +135,20 @@ def summarise(models: list[dict]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", help="of the model, in the results")
-    parser.add_argument("--model", help="a folder or a hub id; the demo model as published where none is named")
+    parser.add_argument(
+        "--model", help="a folder or a hub id; the demo model as published where none is named"
+    )
     parser.add_argument("--data", nargs="+", default=[], help="as of msn train")
-    parser.add_argument("--skip", type=int, default=0, help="conversations of --data that were trained on or looked at")
+    parser.add_argument(
+        "--skip",
+        type=int,
+        default=0,
+        help="conversations of --data that were trained on or looked at",
+    )
     parser.add_argument("--held-out", type=int, default=300, help="conversations behind those")
     parser.add_argument("--max-length", type=int, default=400, help="tokens of a held-out sample")
     for task in TASKS:
@@ -127,10 +156,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--questions", type=int, help="of each task, the first ones (default: all)")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"], help="of answers; losses are float32's")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=["float32", "float16", "bfloat16"],
+        help="of answers; losses are float32's",
+    )
     parser.add_argument("--device")
     parser.add_argument("--output", type=pathlib.Path)
-    parser.add_argument("--summary", type=pathlib.Path, help="print the table of such a folder and stop")
+    parser.add_argument(
+        "--summary", type=pathlib.Path, help="print the table of such a folder and stop"
+    )
     options = parser.parse_args(arguments)
     if options.summary:
         print(summarise(Results(options.summary / "results.jsonl").rows))
@@ -144,10 +180,14 @@ def main(arguments: list[str]) -> int:
     answerer = copy.deepcopy(model).to(getattr(torch, options.dtype))
     row = {"name": options.name}
     if options.data:
-        drawn = draw([read_conversations(path) for path in options.data], options.skip + options.held_out)
+        drawn = draw(
+            [read_conversations(path) for path in options.data], options.skip + options.held_out
+        )
         held = recipe.unasked(drawn[options.skip :], drawn[: options.skip])
         file = options.output / "held-out.jsonl"
-        answers = recipe.self_distill(answerer, tokenizer, held, file, max_new_tokens=options.max_new_tokens)
+        answers = recipe.self_distill(
+            answerer, tokenizer, held, file, max_new_tokens=options.max_new_tokens
+        )
         samples = recipe.samples_of(tokenizer, answers, options.max_length)
         found = noise_accuracy(model, samples, Collate(recipe.pad_of(tokenizer)))
         row |= {"loss": found.loss, "accuracy": found.accuracy, "held out": len(samples)}
@@ -158,7 +198,12 @@ def main(arguments: list[str]) -> int:
         conversations = [[{"role": "user", "content": question(item)}] for item in asked]
         file = options.output / f"{options.name}-{task}.jsonl"
         answers = recipe.self_distill(
-            answerer, tokenizer, conversations, file, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+            answerer,
+            tokenizer,
+            conversations,
+            file,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
         )
         with ThreadPoolExecutor(os.cpu_count()) as jobs:
             verdicts = list(jobs.map(right, asked, [answer["response"] for answer in answers]))

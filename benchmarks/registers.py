@@ -1,4 +1,5 @@
-"""Registers, spills and static shared memory of every CUDA kernel, as ptxas reports them; needs nvcc, no GPU.
+"""Registers, spills and static shared memory of every CUDA kernel, as ptxas reports them; needs
+nvcc, no GPU.
 
     python benchmarks/registers.py                           # sm_80, sm_90 and sm_100
     python benchmarks/registers.py --architectures 90 --output registers.txt
@@ -18,20 +19,32 @@ from concurrent.futures import ThreadPoolExecutor
 CUDA = pathlib.Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 NVCC = os.environ.get("CUDACXX", "nvcc")
 UNFUSED = {"draft_tree"}  # as in CMakeLists.txt
-ENTRY = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+ENTRY = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used"
+    r" (\d+) registers(?:.*?(\d+) bytes smem)?"
+)
 
 
 def kernel_name(mangled: str) -> str:
     """What a person would call an instance: its name and template arguments."""
     demangled = subprocess.run(["c++filt", mangled], capture_output=True, text=True).stdout.strip()
-    found = re.search(r"(\w+_kernel)(<.*?>)?\(", demangled.replace("msn::cuda::", "").replace("(anonymous namespace)::", ""))
+    found = re.search(
+        r"(\w+_kernel)(<.*?>)?\(",
+        demangled.replace("msn::cuda::", "").replace("(anonymous namespace)::", ""),
+    )
     return re.sub(r"\((?:int|bool)\)", "", found[1] + (found[2] or "")) if found else mangled
 
 
 def report(source: pathlib.Path, architecture: str) -> dict[str, tuple[int, int, int]]:
     """Per kernel: registers, bytes spilled, bytes of static shared memory."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["-std=c++17", "-O3", "-Xptxas=-v", f"-arch=sm_{architecture}", *(["-fmad=false"] if source.stem in UNFUSED else [])]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "-Xptxas=-v",
+            f"-arch=sm_{architecture}",
+            *(["-fmad=false"] if source.stem in UNFUSED else []),
+        ]
         command = [NVCC, *flags, "-c", str(source), "-o", str(pathlib.Path(folder, "out.o"))]
         run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
@@ -46,7 +59,9 @@ def report(source: pathlib.Path, architecture: str) -> dict[str, tuple[int, int,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--architectures", default="80,90,100", help="comma-separated")
     parser.add_argument("--output", type=pathlib.Path, help="also write the table to a file")
     options = parser.parse_args()
@@ -54,16 +69,30 @@ def main() -> int:
     sources = sorted(CUDA.glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as jobs:
         tasks = {(s, a): jobs.submit(report, s, a) for s in sources for a in architectures}
-    lines = [f"{'kernel':<52}" + "".join(f"{'sm_' + a:>8}" for a in architectures) + f"{'shared':>9}{'spilled':>9}"]
+    lines = [
+        f"{'kernel':<52}"
+        + "".join(f"{'sm_' + a:>8}" for a in architectures)
+        + f"{'shared':>9}{'spilled':>9}"
+    ]
     spilled = 0
     for source in sources:
         reports = [tasks[source, a].result() for a in architectures]
         for name in reports[0]:
             registers, spills, shared = zip(*(found[name] for found in reports))
             spilled += sum(spills)
-            lines.append(f"{name:<52}" + "".join(f"{r:>8}" for r in registers) + f"{max(shared):>9}{max(spills):>9}")
-    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout.split("release ")[-1].split(",")[0]
-    lines.append(f"registers by architecture; static shared memory and spills in bytes; CUDA {version}")
+            lines.append(
+                f"{name:<52}"
+                + "".join(f"{r:>8}" for r in registers)
+                + f"{max(shared):>9}{max(spills):>9}"
+            )
+    version = (
+        subprocess.run([NVCC, "--version"], capture_output=True, text=True)
+        .stdout.split("release ")[-1]
+        .split(",")[0]
+    )
+    lines.append(
+        f"registers by architecture; static shared memory and spills in bytes; CUDA {version}"
+    )
     print("\n".join(lines))
     if options.output:
         options.output.write_text("\n".join(lines) + "\n")

@@ -1,8 +1,9 @@
-"""Every op once or twice on CUDA with small inputs, compared with the CPU op: what gpu.sh runs under
-compute-sanitizer. Inputs are made and results compared on the CPU, so that almost every kernel the
-sanitizer sees is ours.
+"""Every op once or twice on CUDA with small inputs, compared with the CPU op: what gpu.sh runs
+under compute-sanitizer. Inputs are made and results compared on the CPU, so that almost every
+kernel the sanitizer sees is ours.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize_ops.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python
+    benchmarks/sanitize_ops.py
 """
 
 import argparse
@@ -29,9 +30,13 @@ def rand_trees(n: int) -> torch.Tensor:
 def on(device, value):
     if isinstance(value, torch.Tensor):
         # The whole storage, byte by byte: keeps the strides and the offset, and runs no kernel.
-        memory = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).to(device, copy=True)
+        memory = (
+            torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).to(device, copy=True)
+        )
         view = torch.empty(0, dtype=value.dtype, device=device)
-        return view.set_(memory.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+        return view.set_(
+            memory.untyped_storage(), value.storage_offset(), value.shape, value.stride()
+        )
     return [on(device, x) for x in value] if isinstance(value, list) else value
 
 
@@ -44,7 +49,9 @@ def compare(name: str, device: str, op, *args, tolerance: float = 0.0, **kwargs)
             raise SystemExit(f"{name}: {device} differs from cpu")
         expected, result = expected.double(), result.double()
         if tolerance and not ((result - expected).abs() <= tolerance * (1 + expected.abs())).all():
-            raise SystemExit(f"{name}: {device} differs from cpu by up to {(result - expected).abs().max():.3g}")
+            raise SystemExit(
+                f"{name}: {device} differs from cpu by up to {(result - expected).abs().max():.3g}"
+            )
     print(f"{name}: same as on the CPU", flush=True)
 
 
@@ -53,10 +60,26 @@ def check_tree(n: int, device: str) -> None:
     tokens, targets = (torch.randint(0, 3, (BATCH, n)) for _ in range(2))
     compare(f"tree_ancestors N={n}", device, ops.tree_ancestors, parents, validate=False)
     compare(f"verify_tree N={n}", device, ops.verify_tree, tokens, targets, parents)
-    compare(f"verify_tree N={n}, one tree", device, ops.verify_tree, tokens, targets, parents[1].clone())
+    compare(
+        f"verify_tree N={n}, one tree", device, ops.verify_tree, tokens, targets, parents[1].clone()
+    )
     path = ops.verify_tree(tokens, targets, parents)[1]
-    text = [torch.zeros(BATCH, 40 + n, dtype=torch.int64), torch.tensor([0, 40, 7]), torch.tensor([99, 0, 2])]
-    compare(f"advance_text N={n}", device, ops.advance_text, *text, targets, path, (path >= 0).sum(1), torch.tensor([2]), 3)
+    text = [
+        torch.zeros(BATCH, 40 + n, dtype=torch.int64),
+        torch.tensor([0, 40, 7]),
+        torch.tensor([99, 0, 2]),
+    ]
+    compare(
+        f"advance_text N={n}",
+        device,
+        ops.advance_text,
+        *text,
+        targets,
+        path,
+        (path >= 0).sum(1),
+        torch.tensor([2]),
+        3,
+    )
     broken = parents.clone()
     broken[:, n // 2] = n + 5
     dead = parents.clone()
@@ -71,7 +94,10 @@ def check_drafting(n: int, device: str) -> None:
     history = torch.randint(0, 5, (BATCH, 3000))
     lengths = torch.tensor([3000, 1, 777])
     compare("lookup_ngram", device, ops.lookup_ngram, history, lengths, 4, 9)
-    depth, rank = torch.randint(0, 7, (BATCH, n), dtype=torch.int32), torch.randint(-1, 5, (n,), dtype=torch.int32)
+    depth, rank = (
+        torch.randint(0, 7, (BATCH, n), dtype=torch.int32),
+        torch.randint(-1, 5, (n,), dtype=torch.int32),
+    )
     sources = [torch.randint(-1, 50, (BATCH, 5, 4)), torch.randint(-1, 50, (BATCH, 5)), history]
     shape = [depth, rank, torch.tensor([7])]
     compare(f"fill_tree N={n}", device, ops.fill_tree, *sources, lengths, *shape)
@@ -81,18 +107,35 @@ def check_drafting(n: int, device: str) -> None:
 
 
 def check_best_first(n: int, device: str) -> None:
-    tokens, targets, parents = torch.randint(0, 9, (BATCH, n)), torch.randint(0, 9, (BATCH, n)), rand_trees(n)
+    tokens, targets, parents = (
+        torch.randint(0, 9, (BATCH, n)),
+        torch.randint(0, 9, (BATCH, n)),
+        rand_trees(n),
+    )
     logits = torch.randn(BATCH, n, 300)
     logits[:, :, 7] = logits[:, :, 3]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         compare(f"top_guesses N={n} {str(dtype)[6:]}", device, ops.top_guesses, logits.to(dtype))
-        compare(f"verify_logits N={n} {str(dtype)[6:]}", device, ops.verify_logits, logits.to(dtype), tokens, parents)
+        compare(
+            f"verify_logits N={n} {str(dtype)[6:]}",
+            device,
+            ops.verify_logits,
+            logits.to(dtype),
+            tokens,
+            parents,
+        )
     history, lengths = torch.randint(0, 9, (BATCH, 3000)), torch.tensor([3000, 1, 777])
     outside = torch.tensor([FAR, -FAR, 0])
-    heads, contexts = torch.zeros(BATCH, 8, 512, dtype=torch.int32), torch.zeros(3, 512, 9, dtype=torch.int32)
+    heads, contexts = (
+        torch.zeros(BATCH, 8, 512, dtype=torch.int32),
+        torch.zeros(3, 512, 9, dtype=torch.int32),
+    )
     heads_there, contexts_there = on(device, heads), on(device, contexts)
     start = torch.tensor([0, 0, 700])
-    path, guesses = ops.verify_tree(tokens, targets, parents)[1], ops.top_guesses(torch.randn(BATCH, n, 9))
+    path, guesses = (
+        ops.verify_tree(tokens, targets, parents)[1],
+        ops.top_guesses(torch.randn(BATCH, n, 9)),
+    )
     draft = [history, lengths, tokens, parents, path, guesses]
     ops.index_suffixes(heads, history, start, lengths)
     ops.index_suffixes(heads_there, *on(device, [history, start, lengths]))
@@ -106,21 +149,51 @@ def check_best_first(n: int, device: str) -> None:
     tables = [guesses[:, :5].contiguous(), contexts, heads, corpus.int(), corpus_heads[0], factors]
     compare(f"draft_tree N={n}", device, ops.draft_tree, history, lengths, *tables, n, 9, 0.05)
     ops.index_suffixes(heads_there, *on(device, [history, outside, outside]))
-    ops.remember_guesses(contexts_there, *on(device, [history, outside, tokens, parents + n, path + FAR, guesses]))
+    ops.remember_guesses(
+        contexts_there, *on(device, [history, outside, tokens, parents + n, path + FAR, guesses])
+    )
     ops.draft_tree(*on(device, [history, outside, *tables]), n, 9, 0.05)
     tables[4] = torch.randint(-(2**31), 2**31, corpus_heads[0].shape).int()  # of a damaged file
-    compare(f"draft_tree N={n}, damaged corpus", device, ops.draft_tree, history, lengths, *tables, n, 9, 0.05)
+    compare(
+        f"draft_tree N={n}, damaged corpus",
+        device,
+        ops.draft_tree,
+        history,
+        lengths,
+        *tables,
+        n,
+        9,
+        0.05,
+    )
 
 
 def check_noise(n: int, device: str) -> None:
-    """``n`` tokens a document, two of them in a row; no document, row or start outside is written for."""
+    """``n`` tokens a document, two of them in a row; no document, row or start outside is written
+    for.
+    """
     columns = 2 * n + 7
     tokens = torch.randint(0, 50, (BATCH, columns))
     labels = torch.where(torch.rand(BATCH, columns) < 0.7, tokens, -100)
-    documents = torch.tensor([[row, begin, begin + n] for row in range(BATCH) for begin in (0, n + 7)])
+    documents = torch.tensor(
+        [[row, begin, begin + n] for row in range(BATCH) for begin in (0, n + 7)]
+    )
     keep, starts = torch.tensor([3, 9]), torch.full((2 * BATCH, 5), -1)
     for apart in (True, False):
-        compare(f"draw_noise N={n}", device, ops.draw_noise, tokens, labels, documents, keep, starts, 7, 4, 0.3, 50, apart)
+        compare(
+            f"draw_noise N={n}",
+            device,
+            ops.draw_noise,
+            tokens,
+            labels,
+            documents,
+            keep,
+            starts,
+            7,
+            4,
+            0.3,
+            50,
+            apart,
+        )
     documents[0, 0], documents[1, 1:], starts[2, 1] = FAR, torch.tensor([-FAR, FAR]), FAR
     ops.draw_noise(*on(device, [tokens, labels, documents, keep, starts]), 7, 4, 0.3, 50)
 
@@ -128,7 +201,10 @@ def check_noise(n: int, device: str) -> None:
 def check_commit(n: int, device: str) -> None:
     slots = 20 + n
     caches = [torch.randn(BATCH, 2, slots, 64).half() for _ in range(66)]
-    caches += [torch.randn(BATCH, slots, 3, 10).transpose(1, 2), torch.randn(BATCH, 2, slots, 9)[..., 1:8].bfloat16()]
+    caches += [
+        torch.randn(BATCH, slots, 3, 10).transpose(1, 2),
+        torch.randn(BATCH, 2, slots, 9)[..., 1:8].bfloat16(),
+    ]
     caches += [torch.randint(0, 99, (BATCH, 2, 5, slots), dtype=torch.uint8).transpose(2, 3)]
     path = torch.full((BATCH, n), -1)
     accepted = torch.tensor([min(n, k) for k in (1, 6, 40)])
@@ -149,9 +225,15 @@ def check_commit(n: int, device: str) -> None:
 def check_attention(n: int, device: str) -> None:
     lengths, offsets = torch.tensor([45, 3, 0]), torch.tensor([5, 0, 0])
     ancestors, _ = ops.tree_ancestors(rand_trees(n))
-    cases = [(torch.float16, 64, 64, 4, {}), (torch.float32, 20, 7, 3, {"window": 9, "softcap": 5.0})]
+    cases = [
+        (torch.float16, 64, 64, 4, {}),
+        (torch.float32, 20, 7, 3, {"window": 9, "softcap": 5.0}),
+    ]
     if n <= 70:
-        cases += [(torch.bfloat16, 256, 200, 2, {"offsets": offsets}), (torch.float16, 128, 128, 1, {"offsets": offsets, "window": 4})]
+        cases += [
+            (torch.bfloat16, 256, 200, 2, {"offsets": offsets}),
+            (torch.float16, 128, 128, 1, {"offsets": offsets, "window": 4}),
+        ]
     for dtype, dim, v_dim, heads, options in cases:
         q = torch.randn(BATCH, n, heads, dim).to(dtype).transpose(1, 2)
         kv_heads = 2 if heads == 4 else 1
@@ -163,18 +245,41 @@ def check_attention(n: int, device: str) -> None:
             v[b, :, seen] = torch.randn(kv_heads, *v[b, 0, seen].shape).to(dtype)
         sinks = torch.randn(heads).to(dtype)
         name = f"tree_attention N={n} {str(dtype)[6:]} D={dim},{v_dim}"
-        compare(name, device, ops.tree_attention, q, k, v, lengths, ancestors, sinks=sinks, tolerance=TOLERANCE[dtype], **options)
+        compare(
+            name,
+            device,
+            ops.tree_attention,
+            q,
+            k,
+            v,
+            lengths,
+            ancestors,
+            sinks=sinks,
+            tolerance=TOLERANCE[dtype],
+            **options,
+        )
         outside = on(device, torch.tensor([FAR, -FAR, 48 + n]))
-        ops.tree_attention(*on(device, [q, k, v]), outside, on(device, ancestors))  # reads no slot outside
+        ops.tree_attention(
+            *on(device, [q, k, v]), outside, on(device, ancestors)
+        )  # reads no slot outside
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", help="what is compared with the CPU")
     device = parser.parse_args().device
     torch.manual_seed(0)
     for n in NODES:
-        for check in (check_tree, check_drafting, check_best_first, check_noise, check_commit, check_attention):
+        for check in (
+            check_tree,
+            check_drafting,
+            check_best_first,
+            check_noise,
+            check_commit,
+            check_attention,
+        ):
             check(n, device)
     if device == "cuda":
         torch.cuda.synchronize()

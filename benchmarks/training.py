@@ -1,18 +1,22 @@
-"""Ways to train for decoding, compared: what the paper's tables 1, 3 and 4 and its figure 4 ask, at a small scale.
+"""Ways to train for decoding, compared: what the paper's tables 1, 3 and 4 and its figure 4 ask, at
+a small scale.
 
-    python benchmarks/training.py --data prompts.jsonl … --samples 900 --output DIR     # hours on a CPU, minutes on a GPU
-    python benchmarks/training.py --summary DIR                                         # its table and plots, nothing run
+    python benchmarks/training.py --data prompts.jsonl … --samples 900 --output DIR     # hours on a
+    CPU, minutes on a GPU python benchmarks/training.py --summary DIR
+    # its table and plots, nothing run
 
-Everything is trained from the same weights on the same self-distilled answers, in the same order: plain fine-tuning
-(sft), noise in place (replace) and branches (branch), for L = 1, 4, 8 noise tokens a segment; noise in place where
-the loss is lowest (replace-4-ppl); the model's own guesses as noise (branch-4-self); and sft and replace for as many
-tokens as the branches compute (…-compute). A branch run has 96 noise tokens a sample, whatever L. Measured on held-out
-answers: next-token loss, accuracy behind 1 to 8 noise tokens, and, replayed as specbench.py does, tokens per pass (MAT) of
-the paper's tree, of best-first trees, and of Jacobi chains of 1 to 8 guesses. The text is the same for all, whatever they
-would have said: a model that has learned to repeat itself would seem fast on its own.
+Everything is trained from the same weights on the same self-distilled answers, in the same order:
+plain fine-tuning (sft), noise in place (replace) and branches (branch), for L = 1, 4, 8 noise
+tokens a segment; noise in place where the loss is lowest (replace-4-ppl); the model's own guesses
+as noise (branch-4-self); and sft and replace for as many tokens as the branches compute
+(…-compute). A branch run has 96 noise tokens a sample, whatever L. Measured on held-out answers:
+next-token loss, accuracy behind 1 to 8 noise tokens, and, replayed as specbench.py does, tokens per
+pass (MAT) of the paper's tree, of best-first trees, and of Jacobi chains of 1 to 8 guesses. The
+text is the same for all, whatever they would have said: a model that has learned to repeat itself
+would seem fast on its own.
 
-DIR keeps the answers, a folder of checkpoints an experiment, and a line of results.jsonl for each that is done; the same
-command goes on where it was interrupted.
+DIR keeps the answers, a folder of checkpoints an experiment, and a line of results.jsonl for each
+that is done; the same command goes on where it was interrupted.
 """
 
 import argparse
@@ -26,7 +30,9 @@ from dataclasses import asdict
 
 import torch
 
-folder = sys.path.pop(0)  # transformers looks for a package "kernels", which kernels.py beside this file is not
+folder = sys.path.pop(
+    0
+)  # transformers looks for a package "kernels", which kernels.py beside this file is not
 from msn_ext import recipe  # noqa: E402
 from msn_ext.ops.reference import MAX_NODES  # noqa: E402
 from msn_ext.training import NoisyCollator, lowest_loss_starts  # noqa: E402
@@ -49,8 +55,13 @@ REPLAYED = 12  # answers
 
 
 def experiments() -> dict[str, dict]:
-    """Settings of :func:`msn_ext.recipe.train` by name; ``compute``: as many tokens as the branches of L = 4."""
-    branch = {length: dict(layout="branch", length=length, segments=NOISE // length) for length in (1, 4, 8)}
+    """Settings of :func:`msn_ext.recipe.train` by name; ``compute``: as many tokens as the branches
+    of L = 4.
+    """
+    branch = {
+        length: dict(layout="branch", length=length, segments=NOISE // length)
+        for length in (1, 4, 8)
+    }
     replace = {length: dict(layout="replace", length=length, segments=1) for length in (1, 4, 8)}
     return {
         "base": {},
@@ -71,9 +82,15 @@ def experiments() -> dict[str, dict]:
 def compute_ratio(samples: list[dict], collate, config, batch_size: int) -> float:
     """Tokens that a branch run computes for one of a run in place, over an epoch's batches."""
     noisy = NoisyCollator(collate, layout="branch", segments=NOISE // 4, seed=0, config=config)
-    order = list(recipe.ByLength([len(sample["input_ids"]) for sample in samples], batch_size, seed=0))
-    batches = [[samples[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
-    return sum(noisy(batch)["input_ids"].numel() for batch in batches) / sum(collate(batch)["input_ids"].numel() for batch in batches)
+    order = list(
+        recipe.ByLength([len(sample["input_ids"]) for sample in samples], batch_size, seed=0)
+    )
+    batches = [
+        [samples[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)
+    ]
+    return sum(noisy(batch)["input_ids"].numel() for batch in batches) / sum(
+        collate(batch)["input_ids"].numel() for batch in batches
+    )
 
 
 @torch.no_grad()
@@ -83,56 +100,103 @@ def accept_lengths(model, held: list[dict]) -> dict[str, float]:
     gained = {draft: [] for draft in DRAFTS}
     for sample in tqdm(held[:REPLAYED], desc="accept length", unit="answer", leave=False):
         prompt = sample["labels"].count(NO_LABEL)
-        for draft, lengths in replay_all(DRAFTS, model, sample["input_ids"], prompt, scratch).items():
+        for draft, lengths in replay_all(
+            DRAFTS, model, sample["input_ids"], prompt, scratch
+        ).items():
             gained[draft] += lengths
     return {draft: sum(lengths) / len(lengths) for draft, lengths in gained.items()}
 
 
-def run(name: str, settings: dict, model, tokenizer, samples, held, options, work: pathlib.Path) -> dict:
+def run(
+    name: str, settings: dict, model, tokenizer, samples, held, options, work: pathlib.Path
+) -> dict:
     model, settings = copy.deepcopy(model), dict(settings)
     collate = Collate(recipe.pad_of(tokenizer))
     row = {"experiment": name, "settings": dict(settings), "samples": len(samples)}
     start = time.time()
     if settings:
-        ratio = compute_ratio(samples, collate, model.config, options.batch_size) if settings.pop("compute", False) else 1.0
+        ratio = (
+            compute_ratio(samples, collate, model.config, options.batch_size)
+            if settings.pop("compute", False)
+            else 1.0
+        )
         if settings.get("location") == "ppl":
-            settings["location"] = lowest_loss_starts(model, samples, collate, length=settings["length"])
+            settings["location"] = lowest_loss_starts(
+                model, samples, collate, length=settings["length"]
+            )
         epochs = options.epochs * ratio
         trained, log = recipe.train(
-            model, tokenizer, samples, work, epochs=epochs, bf16=options.bf16, batch_size=options.batch_size, **settings
+            model,
+            tokenizer,
+            samples,
+            work,
+            epochs=epochs,
+            bf16=options.bf16,
+            batch_size=options.batch_size,
+            **settings,
         )
         model = trained.merge_and_unload()
         row |= {"epochs": epochs, "log": [entry for entry in log if "loss" in entry]}
     row["training seconds"] = round(time.time() - start)
-    row["peak bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of all experiments so far
+    row["peak bytes"] = (
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )  # of all experiments so far
     row |= asdict(noise_accuracy(model.eval(), held, collate, length=DEEPEST))
     return row | {"MAT": accept_lengths(model.to(torch.bfloat16) if options.bf16 else model, held)}
 
 
 def summarise(rows: list[dict]) -> str:
-    table = [f"{'':<20}{'loss':>8}" + "".join(f"{'top-1 @' + str(d):>11}" for d in (1, 2, 4, 8)) + "".join(f"{n:>10}" for n in rows[0]["MAT"])]
+    table = [
+        f"{'':<20}{'loss':>8}"
+        + "".join(f"{'top-1 @' + str(d):>11}" for d in (1, 2, 4, 8))
+        + "".join(f"{n:>10}" for n in rows[0]["MAT"])
+    ]
     for row in rows:
         accuracy = "".join(f"{100 * row['top1'][d - 1]:>10.1f}%" for d in (1, 2, 4, 8))
-        table.append(f"{row['experiment']:<20}{row['loss']:>8.4f}{accuracy}" + "".join(f"{x:>10.2f}" for x in row["MAT"].values()))
+        table.append(
+            f"{row['experiment']:<20}{row['loss']:>8.4f}{accuracy}"
+            + "".join(f"{x:>10.2f}" for x in row["MAT"].values())
+        )
     return "\n".join(table)
 
 
 def draw_plots(rows: list[dict], output: pathlib.Path) -> None:
-    accuracy = {row["experiment"]: [(d + 1, 100 * value) for d, value in enumerate(row["top1"])] for row in rows}
-    chains = {row["experiment"]: [(n, row["MAT"][f"jacobi@{n}"] - 1) for n in CHAINS] for row in rows}
-    losses = {row["experiment"]: [(e["step"], e["noise_loss"]) for e in row["log"] if "noise_loss" in e] for row in rows if "log" in row}
-    (output / "accuracy.svg").write_text(lines("Right next token behind noise, %", "noise tokens before it", accuracy))
-    (output / "chains.svg").write_text(lines("Tokens per pass of a Jacobi chain, beyond the first", "guesses in the chain", chains))
+    accuracy = {
+        row["experiment"]: [(d + 1, 100 * value) for d, value in enumerate(row["top1"])]
+        for row in rows
+    }
+    chains = {
+        row["experiment"]: [(n, row["MAT"][f"jacobi@{n}"] - 1) for n in CHAINS] for row in rows
+    }
+    losses = {
+        row["experiment"]: [(e["step"], e["noise_loss"]) for e in row["log"] if "noise_loss" in e]
+        for row in rows
+        if "log" in row
+    }
+    (output / "accuracy.svg").write_text(
+        lines("Right next token behind noise, %", "noise tokens before it", accuracy)
+    )
+    (output / "chains.svg").write_text(
+        lines("Tokens per pass of a Jacobi chain, beyond the first", "guesses in the chain", chains)
+    )
     if any(losses.values()):
         curves = {name: curve for name, curve in losses.items() if curve}
-        (output / "losses.svg").write_text(lines("Loss behind noise while training", "step", curves))
+        (output / "losses.svg").write_text(
+            lines("Loss behind noise while training", "step", curves)
+        )
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="path or id; the demo model where none is named")
-    parser.add_argument("--data", nargs="+", default=[], help="as of msn train; the answers are the model's own")
-    parser.add_argument("--output", type=pathlib.Path, help="folder for answers, checkpoints and results")
+    parser.add_argument(
+        "--data", nargs="+", default=[], help="as of msn train; the answers are the model's own"
+    )
+    parser.add_argument(
+        "--output", type=pathlib.Path, help="folder for answers, checkpoints and results"
+    )
     parser.add_argument("--samples", type=int, default=900)
     parser.add_argument("--held-out", type=int, default=48)
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -142,7 +206,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", help="comma-separated experiments (default: all)")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--summary", type=pathlib.Path, help="print the table of such a folder, draw its plots and stop")
+    parser.add_argument(
+        "--summary",
+        type=pathlib.Path,
+        help="print the table of such a folder, draw its plots and stop",
+    )
     options = parser.parse_args(arguments)
     output = options.summary or options.output
     if output is None or not (options.summary or options.data):
@@ -155,7 +223,9 @@ def main(arguments: list[str]) -> int:
     chosen = experiments()
     if options.only:
         if unknown := set(options.only.split(",")) - set(chosen):
-            parser.error(f"--only has {', '.join(sorted(unknown))}; expected some of {', '.join(chosen)}")
+            parser.error(
+                f"--only has {', '.join(sorted(unknown))}; expected some of {', '.join(chosen)}"
+            )
         chosen = {name: chosen[name] for name in options.only.split(",")}
 
     options.dtype = "float32"
@@ -163,14 +233,26 @@ def main(arguments: list[str]) -> int:
     files = [read_conversations(os.path.expanduser(path)) for path in options.data]
     learned, held = recipe.split(draw(files, options.samples), options.held_out)
     answerer = copy.deepcopy(model).to(torch.bfloat16) if options.bf16 else model
-    rows = recipe.self_distill(answerer, tokenizer, held + learned, output / "answers.jsonl", max_new_tokens=options.max_new_tokens)
-    samples, evaluated = (recipe.samples_of(tokenizer, part, options.max_length) for part in (rows[len(held) :], rows[: len(held)]))
+    rows = recipe.self_distill(
+        answerer,
+        tokenizer,
+        held + learned,
+        output / "answers.jsonl",
+        max_new_tokens=options.max_new_tokens,
+    )
+    samples, evaluated = (
+        recipe.samples_of(tokenizer, part, options.max_length)
+        for part in (rows[len(held) :], rows[: len(held)])
+    )
     header = conditions(model, "training.py", arguments)
     done = {row["experiment"] for row in results.rows}
     for name, settings in chosen.items():
         if name not in done:
             print(f"== {name}", flush=True)
-            results.save(header, run(name, settings, model, tokenizer, samples, evaluated, options, output / name))
+            results.save(
+                header,
+                run(name, settings, model, tokenizer, samples, evaluated, options, output / name),
+            )
     print(summarise(results.rows))
     draw_plots(results.rows, output)
     return 0

@@ -19,9 +19,12 @@ enum Source : int32_t { kDenoised = 1, kAdjacent = 2, kSuffix = 4, kNoise = 8 };
 
 // The factors: where each table begins; its dimensions behind it.
 constexpr int kBiasAt = 0;  // [highest order known here, longest suffix known here + 1 or 0]
-constexpr int kDenoisedAt = kBiasAt + (kOrders + 1) * (kSuffixes + 1);  // [depth <= 2, any order known, level]
-constexpr int kAdjacentAt = kDenoisedAt + 3 * 2 * kLevels;              // [order, highest order known here, level]
-constexpr int kSuffixAt = kAdjacentAt + kOrders * (kOrders + 1) * kLevels;  // [n-gram, rank <= 2, highest order]
+constexpr int kDenoisedAt =
+    kBiasAt + (kOrders + 1) * (kSuffixes + 1);  // [depth <= 2, any order known, level]
+constexpr int kAdjacentAt =
+    kDenoisedAt + 3 * 2 * kLevels;  // [order, highest order known here, level]
+constexpr int kSuffixAt =
+    kAdjacentAt + kOrders * (kOrders + 1) * kLevels;  // [n-gram, rank <= 2, highest order]
 constexpr int kFactors = kSuffixAt + kSuffixes * 3 * (kOrders + 1);
 
 // Tokens that may be listed behind a context, each in a slot of its own: the denoised guesses, the
@@ -29,35 +32,46 @@ constexpr int kFactors = kSuffixAt + kSuffixes * 3 * (kOrders + 1);
 constexpr int kListed = kGuesses * (1 + kOrders) + kSuffixes;
 
 // 1, 2, 3, 4, 6, 8, 12, 16: a byte each, since an array would lie on a GPU thread's stack.
-MSN_HD int suffix_length(int index) { return static_cast<int>(0x100c080604030201ull >> (8 * index) & 0xff); }
+MSN_HD int suffix_length(int index) {
+  return static_cast<int>(0x100c080604030201ull >> (8 * index) & 0xff);
+}
 
 // A guess is a token and its level of probability among the kGuesses, in one number; -1: none.
-MSN_HD int32_t pack_guess(int64_t token, int level) { return static_cast<int32_t>(token * 16 + level); }
+MSN_HD int32_t pack_guess(int64_t token, int level) {
+  return static_cast<int32_t>(token * 16 + level);
+}
 MSN_HD int64_t guess_token(int32_t guess) { return guess >> 4; }
 MSN_HD int guess_level(int32_t guess) { return guess & 15; }
 MSN_HD int level_of(double probability) {
-  constexpr double edges[kLevels - 1] = {0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 0.985};
+  constexpr double edges[kLevels - 1] = {0.02, 0.05, 0.1, 0.2,  0.35, 0.5,
+                                         0.65, 0.8,  0.9, 0.96, 0.985};
   int level = 0;
   for (int i = 0; i < kLevels - 1; ++i) level += probability >= edges[i];
   return level;
 }
 
-// The hash of a context and one more token before it (contexts are read from the newest token back).
-MSN_HD uint64_t extend_hash(uint64_t hash, int64_t token) { return splitmix64(hash ^ static_cast<uint64_t>(token)); }
+// The hash of a context and one more token before it (contexts are read from the newest token
+// back).
+MSN_HD uint64_t extend_hash(uint64_t hash, int64_t token) {
+  return splitmix64(hash ^ static_cast<uint64_t>(token));
+}
 // Tells contexts in one slot of a table apart; 0 is an empty slot.
-MSN_HD int32_t hash_check(uint64_t hash) { return static_cast<int32_t>(static_cast<uint32_t>(hash >> 32) | 1u); }
+MSN_HD int32_t hash_check(uint64_t hash) {
+  return static_cast<int32_t>(static_cast<uint32_t>(hash >> 32) | 1u);
+}
 
-// The tokens up to and including `node`, newest first: its path, then the text, of which the root is
-// the end. Returns how many there are, at most `most`.
-MSN_HD int context_of(const int64_t* tokens, const int32_t* parents, int node, const int64_t* history, int64_t length,
-                      int most, int64_t* context) {
+// The tokens up to and including `node`, newest first: its path, then the text, of which the root
+// is the end. Returns how many there are, at most `most`.
+MSN_HD int context_of(const int64_t* tokens, const int32_t* parents, int node,
+                      const int64_t* history, int64_t length, int most, int64_t* context) {
   int count = 0;
   for (; node > 0 && count < most; node = parent_of(parents, node)) context[count++] = tokens[node];
   for (int64_t at = length - 1; at >= 0 && count < most; --at) context[count++] = history[at];
   return count;
 }
 
-// Everything that drafting may read about one row. The contexts, the corpus and its heads are all rows'.
+// Everything that drafting may read about one row. The contexts, the corpus and its heads are all
+// rows'.
 struct Sources {
   const int32_t* denoised;  // [depths, kGuesses]
   int64_t depths;
@@ -78,38 +92,43 @@ struct Sources {
 struct Known {
   const int32_t* guesses[kOrders];  // null: nothing
   int highest;                      // order that is known, + 1; 0: none
-  int64_t next[kSuffixes];          // token behind the n-gram's last place, in the text, else in the corpus; -1:
-                                    // none, or a longer one has it
-  int rank[kSuffixes];              // among the different tokens, from the longest n-gram on
-  int longest;                      // n-gram that is known, + 1; 0: none
+  int64_t next[kSuffixes];  // token behind the n-gram's last place, in the text, else in the
+                            // corpus; -1: none, or a longer one has it
+  int rank[kSuffixes];  // among the different tokens, from the longest n-gram on
+  int longest;          // n-gram that is known, + 1; 0: none
 };
 
-// Where the n newest tokens of a context, of this hash, stood last in a text, by its heads of this n:
-// the place behind them, inside the text whatever the heads hold; 0: nowhere.
+// Where the n newest tokens of a context, of this hash, stood last in a text, by its heads of this
+// n: the place behind them, inside the text whatever the heads hold; 0: nowhere.
 template <typename Token>
-MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* heads, int64_t slots, uint64_t hash,
-                          const int64_t* context, int n) {
+MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* heads, int64_t slots,
+                          uint64_t hash, const int64_t* context, int n) {
   if (slots <= 0) return 0;
   const int64_t end = heads[hash % static_cast<uint64_t>(slots)];
   if (end < n || end >= length) return 0;
   bool same = true;
-  for (int i = 0; i < n; ++i) same &= text[end - 1 - i] == context[i];  // all of them: loads that do not wait for each other
+  for (int i = 0; i < n; ++i)
+    same &= text[end - 1 - i] == context[i];  // all of them: loads that do not wait for each other
   return same ? end : 0;
 }
 
-// The guesses that are remembered behind the n newest tokens of a context, of this hash; null: none.
+// The guesses that are remembered behind the n newest tokens of a context, of this hash; null:
+// none.
 MSN_HD const int32_t* remembered(const Sources& from, uint64_t hash, int n) {
   if (from.slots <= 0) return nullptr;
-  const int64_t slot = (n - 1) * from.slots + static_cast<int64_t>(hash % static_cast<uint64_t>(from.slots));
+  const int64_t slot =
+      (n - 1) * from.slots + static_cast<int64_t>(hash % static_cast<uint64_t>(from.slots));
   const int32_t* row = from.contexts + slot * (1 + kGuesses);
   return row[0] == hash_check(hash) ? row + 1 : nullptr;
 }
 
-// The token behind the last place of a context's n-gram of this level and hash, in the text, else in the corpus,
-// which n-grams of `tokens` alone are looked up in; -1: none.
-MSN_HD int64_t following(const Sources& from, const int64_t* context, uint64_t hash, bool tokens, int level) {
+// The token behind the last place of a context's n-gram of this level and hash, in the text, else
+// in the corpus, which n-grams of `tokens` alone are looked up in; -1: none.
+MSN_HD int64_t following(const Sources& from, const int64_t* context, uint64_t hash, bool tokens,
+                         int level) {
   const int n = suffix_length(level);
-  int64_t end = last_place(from.history, from.length, from.heads + level * from.head_slots, from.head_slots, hash, context, n);
+  int64_t end = last_place(from.history, from.length, from.heads + level * from.head_slots,
+                           from.head_slots, hash, context, n);
   if (end > 0) return from.history[end];
   if (!tokens) return -1;
   const int32_t* heads = from.corpus_heads + level * from.corpus_slots;

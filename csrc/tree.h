@@ -147,10 +147,12 @@ MSN_HD uint64_t bits_from(const uint64_t* words, int n_words, int from, int64_t 
   return found;
 }
 
-// Of the 64 keys from `key` on (counted from the row's first: the prefix, then the nodes), those that a
-// node with these ancestor bits may see, as bits: the prefix from `start` on, and of its ancestors and itself,
-// which are one deeper each, those from position `start` on. `end`: keys that exist.
-MSN_HD uint64_t visible_keys(const uint64_t* words, int n_words, int64_t key, int64_t prefix, int64_t end, int64_t start) {
+// Of the 64 keys from `key` on (counted from the row's first: the prefix, then the nodes), those
+// that a node with these ancestor bits may see, as bits: the prefix from `start` on, and of its
+// ancestors and itself, which are one deeper each, those from position `start` on. `end`: keys that
+// exist.
+MSN_HD uint64_t visible_keys(const uint64_t* words, int n_words, int64_t key, int64_t prefix,
+                             int64_t end, int64_t start) {
   const auto below = [key](int64_t limit) {  // the keys before `limit`
     const int64_t count = limit - key;
     return count <= 0 ? 0 : count >= kWordBits ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
@@ -161,7 +163,8 @@ MSN_HD uint64_t visible_keys(const uint64_t* words, int n_words, int64_t key, in
   return seen;
 }
 
-// The tiles of a row's keys that each block of a split computes: the same number, the last one fewer.
+// The tiles of a row's keys that each block of a split computes: the same number, the last one
+// fewer.
 struct Split {
   int tiles;   // of a block
   int blocks;  // that have any; at least one, so that a row without keys is written too

@@ -1,10 +1,12 @@
 """Several tokens per forward pass from Hugging Face causal language models, with unchanged output.
 
-``generate`` decodes, and gives an ``MSNGenerateOutput`` if asked; ``BestFirst`` drafts what is most probable, also from a
-``Corpus``, ``DraftTree`` is the shape of a fixed draft (arXiv 2406.17404, section 3.3), a ``Drafter`` a source of guesses of your
-own, which gives a ``Draft`` and is shown what was ``Verified``. ``NoisyCollator`` puts noise into training batches (section 3.1),
-``add_noise`` puts it into a trainer that is there already, ``lowest_loss_starts`` finds places for it (appendix A);
-``build_info()`` says what this installation was built with; the kernels are in ``msn_ext.ops``.
+``generate`` decodes, and gives an ``MSNGenerateOutput`` if asked; ``BestFirst`` drafts what is most
+probable, also from a ``Corpus``, ``DraftTree`` is the shape of a fixed draft (arXiv 2406.17404,
+section 3.3), a ``Drafter`` a source of guesses of your own, which gives a ``Draft`` and is shown
+what was ``Verified``. ``NoisyCollator`` puts noise into training batches (section 3.1),
+``add_noise`` puts it into a trainer that is there already, ``lowest_loss_starts`` finds places for
+it (appendix A); ``build_info()`` says what this installation was built with; the kernels are in
+``msn_ext.ops``.
 """
 
 import importlib
@@ -25,7 +27,9 @@ __all__ = [
 ]
 
 # Imported when first used, so that `msn --help` need not wait for torch and transformers.
-_HOMES = dict.fromkeys(("BestFirst", "Corpus", "Draft", "DraftTree", "Drafter", "Verified"), "decoding")
+_HOMES = dict.fromkeys(
+    ("BestFirst", "Corpus", "Draft", "DraftTree", "Drafter", "Verified"), "decoding"
+)
 _HOMES |= dict.fromkeys(("MSNGenerateOutput", "generate"), "generation")
 _HOMES |= dict.fromkeys(("NoisyCollator", "add_noise", "lowest_loss_starts"), "training")
 

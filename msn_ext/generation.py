@@ -12,8 +12,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria, StopStringCriteria
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MaxLengthCriteria,
+    StopStringCriteria,
+)
 
 from . import profile
 from .decoding import (
@@ -94,10 +105,10 @@ def generate(
     """Generate what ``model.generate`` would, several tokens per forward pass.
 
     Every pass checks a tree of guesses and keeps the longest path that the model itself would have
-    taken (arXiv 2406.17404, section 3.3). Greedy output is that of ``model.generate(do_sample=False)``;
-    sampled output has exactly the model's distribution, and for a seed (``torch.manual_seed``) it is the
-    same whatever the draft; below float64 both but for near-ties. Also usable as
-    ``model.generate(**inputs, custom_generate=msn_ext.generate)``.
+    taken (arXiv 2406.17404, section 3.3). Greedy output is that of
+    ``model.generate(do_sample=False)``; sampled output has exactly the model's distribution, and
+    for a seed (``torch.manual_seed``) it is the same whatever the draft; below float64 both but for
+    near-ties. Also usable as ``model.generate(**inputs, custom_generate=msn_ext.generate)``.
 
     Args:
         model: a decoder-only transformers model.
@@ -110,8 +121,8 @@ def generate(
             :class:`DraftTree` or a :class:`Drafter`.
         tokenizer: needed with ``stop_strings``.
         streamer: gets the prompt, then the tokens of each forward pass, then ``end()`` (batch 1).
-        generation_config, generation_kwargs: as for ``model.generate``; among them ``attention_mask`` [B, P], 0 at padding
-            (None: as ``model.generate`` infers it).
+        generation_config, generation_kwargs: as for ``model.generate``; among them
+            ``attention_mask`` [B, P], 0 at padding (None: as ``model.generate`` infers it).
         logits_processor: only kinds that depend on nothing but the text before and the logits.
         stopping_criteria: asked after every token, row by row, with scores None.
 
@@ -135,36 +146,61 @@ def generate(
             prompted=prompted,
             **generation_kwargs,
         )
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-        came = f"{tuple(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+    if (
+        not isinstance(input_ids, torch.Tensor)
+        or input_ids.dim() != 2
+        or input_ids.dtype not in (torch.int64, torch.int32)
+    ):
+        came = (
+            f"{tuple(input_ids.shape)} {input_ids.dtype}"
+            if isinstance(input_ids, torch.Tensor)
+            else type(input_ids).__name__
+        )
         raise ValueError(f"input_ids is {came}; expected an int64 tensor [batch, length]")
     if input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected at least one row and one token")
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}; expected at least one row and one token"
+        )
     attention_mask = generation_kwargs.get("attention_mask")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; expected {list(input_ids.shape)}")
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}; expected"
+            f" {list(input_ids.shape)}"
+        )
 
-    given = [getattr(config, "stop_strings", None) for config in (generation_config, model.generation_config)]
+    given = [
+        getattr(config, "stop_strings", None)
+        for config in (generation_config, model.generation_config)
+    ]
     stop_strings = generation_kwargs.get("stop_strings", given[0] or given[1])
     if stop_strings is not None:
-        # transformers refuses to make this criterion for a custom decoding method; None here goes before both configs.
+        # transformers refuses to make this criterion for a custom decoding method; None here goes
+        # before both configs.
         generation_kwargs["stop_strings"] = None
     if stop_strings:
         if tokenizer is None:
-            raise ValueError("tokenizer is None; expected the model's tokenizer, which stop_strings needs")
-        stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), StopStringCriteria(tokenizer, stop_strings)])
+            raise ValueError(
+                "tokenizer is None; expected the model's tokenizer, which stop_strings needs"
+            )
+        stopping_criteria = StoppingCriteriaList(
+            [*(stopping_criteria or []), StopStringCriteria(tokenizer, stop_strings)]
+        )
     return model.generate(
         input_ids.to(model.device, torch.int64),
         generation_config=generation_config,
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
-        custom_generate=functools.partial(_decode, draft=draft, streamer=streamer, given=input_ids.device),
+        custom_generate=functools.partial(
+            _decode, draft=draft, streamer=streamer, given=input_ids.device
+        ),
         **generation_kwargs,
     )
 
 
 def _callers_streamer():
-    """The streamer of the ``model.generate`` that calls us back, which hands it to no custom decoding method."""
+    """The streamer of the ``model.generate`` that calls us back, which hands it to no custom
+    decoding method.
+    """
     frame, code = sys._getframe(1), inspect.unwrap(GenerationMixin.generate).__code__
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
@@ -182,8 +218,8 @@ def _drafter(draft: str | DraftTree | Drafter, model: PreTrainedModel) -> Drafte
         return draft
     names = ", ".join(repr(name) for name in DRAFTS)
     raise ValueError(
-        f"draft is {draft!r}; expected {names}, a DraftTree or a Drafter (an object with max_depth, start, first, "
-        "propose and observe)"
+        f"draft is {draft!r}; expected {names}, a DraftTree or a Drafter (an object with max_depth,"
+        " start, first, propose and observe)"
     )
 
 
@@ -191,7 +227,10 @@ def _check_config(config: GenerationConfig) -> None:
     for name, neutral in _NEUTRAL.items():
         value = getattr(config, name, None)
         if value not in neutral:
-            raise ValueError(f"{name} is {value!r}; msn_ext.generate does not support it (expected {neutral[-1]!r})")
+            raise ValueError(
+                f"{name} is {value!r}; msn_ext.generate does not support it (expected"
+                f" {neutral[-1]!r})"
+            )
 
 
 def _padding(input_ids: Tensor, attention_mask: Tensor | None, pad: int | None) -> Tensor:
@@ -200,15 +239,19 @@ def _padding(input_ids: Tensor, attention_mask: Tensor | None, pad: int | None) 
         return input_ids.new_zeros(input_ids.shape[0])
     mask = attention_mask.to(input_ids.device).bool()
     if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
-        message = "attention_mask has a 0 behind a 1; expected left padding only (padding_side='left')"
+        message = (
+            "attention_mask has a 0 behind a 1; expected left padding only (padding_side='left')"
+        )
         if pad is not None and torch.equal(mask, input_ids != pad):
             message += (
-                f"; where none is given, transformers masks every token {pad}, pad_token_id: if it is to be read, "
-                "give attention_mask=torch.ones_like(input_ids)"
+                f"; where none is given, transformers masks every token {pad}, pad_token_id: if it"
+                " is to be read, give attention_mask=torch.ones_like(input_ids)"
             )
         raise ValueError(message)
     if not bool(mask[:, -1].all()):
-        raise ValueError("attention_mask masks a whole row; expected at least one token in every row")
+        raise ValueError(
+            "attention_mask masks a whole row; expected at least one token in every row"
+        )
     return (~mask).sum(1)
 
 
@@ -218,19 +261,23 @@ def _check_positions(position_ids: Tensor | None, input_ids: Tensor, offsets: Te
         return
     batch, prompt = input_ids.shape
     if position_ids.shape[-2:] not in ((1, prompt), (batch, prompt)):
-        raise ValueError(f"position_ids has shape {list(position_ids.shape)}; expected {[batch, prompt]}")
+        raise ValueError(
+            f"position_ids has shape {list(position_ids.shape)}; expected {[batch, prompt]}"
+        )
     counted = torch.arange(prompt, device=offsets.device) - offsets[:, None]
     wrong = (position_ids.to(offsets.device) != counted) & (counted >= 0)
     if bool(wrong.any()):
         *_, row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"position_ids has another number than {int(counted[row, column])} in row {row}, column {column}; "
-            "msn_ext.generate counts the tokens that attention_mask does not mask"
+            f"position_ids has another number than {int(counted[row, column])} in row {row}, column"
+            f" {column}; msn_ext.generate counts the tokens that attention_mask does not mask"
         )
 
 
 def _own_buffers(model: PreTrainedModel) -> None:
-    """Of a model made under ``torch.inference_mode()``: rotary embeddings may change theirs in place."""
+    """Of a model made under ``torch.inference_mode()``: rotary embeddings may change theirs in
+    place.
+    """
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_inference():
@@ -246,7 +293,10 @@ def _alone(drafter: Drafter) -> Iterator[None]:
     """Within: nobody else decodes with ``drafter``."""
     with _busy_guard:
         if id(drafter) in _busy:
-            raise ValueError(f"draft is a {type(drafter).__name__} that another call decodes with; expected one of its own")
+            raise ValueError(
+                f"draft is a {type(drafter).__name__} that another call decodes with; expected one"
+                " of its own"
+            )
         _busy.add(id(drafter))
     try:
         yield
@@ -271,10 +321,12 @@ def _decode(
 ):
     """The decoding loop, called by ``GenerationMixin.generate`` with everything prepared.
 
-    ``prompted``: the streamer has the prompt. ``given``: where the result goes; None: where ``input_ids`` are.
+    ``prompted``: the streamer has the prompt. ``given``: where the result goes; None: where
+    ``input_ids`` are.
     """
     attention_mask, position_ids, past_key_values = (
-        model_kwargs.pop(name, None) for name in ("attention_mask", "position_ids", "past_key_values")
+        model_kwargs.pop(name, None)
+        for name in ("attention_mask", "position_ids", "past_key_values")
     )
     _own_buffers(model)
     given, pad = given or input_ids.device, generation_config._pad_token_tensor
@@ -284,25 +336,45 @@ def _decode(
     _check_config(generation_config)
     processors = followed(logits_processor, input_ids.shape[0])
     if unknown := {name for name, value in model_kwargs.items() if value is not None} - _PREPARED:
-        raise ValueError(f"{', '.join(sorted(unknown))}: msn_ext.generate does not support model inputs beside input_ids")
-    if past_key_values is not None and (getattr(past_key_values, "_is_user_defined", False) or past_key_values.get_seq_length()):
-        raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; expected None: msn_ext.generate fills its own")
+        raise ValueError(
+            f"{', '.join(sorted(unknown))}: msn_ext.generate does not support model inputs beside"
+            " input_ids"
+        )
+    if past_key_values is not None and (
+        getattr(past_key_values, "_is_user_defined", False) or past_key_values.get_seq_length()
+    ):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}; expected None:"
+            " msn_ext.generate fills its own"
+        )
     if streamer is not None and input_ids.shape[0] != 1:
         raise ValueError(f"streamer needs a batch of one; input_ids has {input_ids.shape[0]} rows")
     offsets = _padding(input_ids, attention_mask, pad)
     _check_positions(position_ids, input_ids, offsets)
-    criteria = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+    criteria = [
+        c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)
+    ]
     # A user's criterion takes the place of transformers' own, which has the config's max_length.
     lengths = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
     max_new_tokens = min(lengths or [generation_config.max_length]) - input_ids.shape[1]
     if max_new_tokens < 1:
-        raise ValueError(f"max_length leaves {max_new_tokens} tokens behind a prompt of {input_ids.shape[1]}; expected 1 or more")
+        raise ValueError(
+            f"max_length leaves {max_new_tokens} tokens behind a prompt of {input_ids.shape[1]};"
+            " expected 1 or more"
+        )
 
     eos = [c.eos_token_id.flatten() for c in stopping_criteria if type(c) is EosTokenCriteria]
     eos = torch.cat(eos).to(input_ids.device, torch.int64) if eos else input_ids.new_empty(0)
-    # Without an end-of-text token transformers pads nothing: rows that a criterion ended go on until the last one has.
-    together = len(input_ids) > 1 and criteria and not any(hasattr(c, "eos_token_id") for c in stopping_criteria)
-    ends = torch.full((len(input_ids),), max_new_tokens, device="cpu")  # tokens of a row when a criterion ended it
+    # Without an end-of-text token transformers pads nothing: rows that a criterion ended go on
+    # until the last one has.
+    together = (
+        len(input_ids) > 1
+        and criteria
+        and not any(hasattr(c, "eos_token_id") for c in stopping_criteria)
+    )
+    ends = torch.full(
+        (len(input_ids),), max_new_tokens, device="cpu"
+    )  # tokens of a row when a criterion ended it
     if generation_config.do_sample:
         targets = Sampler(int(torch.randint(2**63 - 1, (), device="cpu")), input_ids.device)
     else:
@@ -310,7 +382,10 @@ def _decode(
     passes: list[Tensor] = []  # what each pass gained, int64 [B]
     totals = torch.zeros(input_ids.shape[0], dtype=torch.int64, device="cpu")
     prompt = input_ids, offsets, max_new_tokens, eos
-    with _alone(drafter), steps(model, attention, draft, drafter, targets, processors, *prompt) as run:
+    with (
+        _alone(drafter),
+        steps(model, attention, draft, drafter, targets, processors, *prompt) as run,
+    ):
         decoder = run.decoder
         try:
             if streamer is not None and not prompted:
@@ -319,10 +394,15 @@ def _decode(
             while True:
                 following = run.step() if run.ahead and not criteria else None
                 gained = gained.read()
-                counts, remaining, invalid = gained.status  # all that the host reads, drafters that look at the clock apart
+                counts, remaining, invalid = (
+                    gained.status
+                )  # all that the host reads, drafters that look at the clock apart
                 if invalid.any():
                     row = int(invalid.argmax())
-                    raise ValueError(f"the model's probabilities for row {row} hold NaN or infinity; no token can be drawn")
+                    raise ValueError(
+                        f"the model's probabilities for row {row} hold NaN or infinity; no token"
+                        " can be drawn"
+                    )
                 if criteria:
                     _ask_criteria(criteria, decoder, counts, remaining, totals, ends, together)
                 passes.append(counts)
@@ -340,18 +420,30 @@ def _decode(
         sequences = decoder.sequences(longest, pad or 0).to(given)
     if not generation_config.return_dict_in_generate:
         return sequences
-    counts = torch.stack([torch.zeros_like(totals), *passes], dim=1).cumsum(1).clamp(max=longest).diff(dim=1)
+    counts = (
+        torch.stack([torch.zeros_like(totals), *passes], dim=1)
+        .cumsum(1)
+        .clamp(max=longest)
+        .diff(dim=1)
+    )
     accept_lengths = tuple(row[row > 0] for row in counts)
     return MSNGenerateOutput(sequences=sequences, accept_lengths=accept_lengths)
 
 
 def _ask_criteria(
-    criteria: list, decoder: Decoder, counts: Tensor, remaining: Tensor, totals: Tensor, ends: Tensor, together: bool
+    criteria: list,
+    decoder: Decoder,
+    counts: Tensor,
+    remaining: Tensor,
+    totals: Tensor,
+    ends: Tensor,
+    together: bool,
 ) -> None:
     """Ask after every token that a pass gained, up to the first one that ends its row.
 
-    ``counts`` and ``remaining`` [B] are the pass's, ``totals`` [B] what came before, ``ends`` [B] where rows ended, all on the
-    host. ``together``: it is written down there; else the row is cut, and ``counts`` and ``remaining`` corrected.
+    ``counts`` and ``remaining`` [B] are the pass's, ``totals`` [B] what came before, ``ends`` [B]
+    where rows ended, all on the host. ``together``: it is written down there; else the row is cut,
+    and ``counts`` and ``remaining`` corrected.
     """
     for b in counts.nonzero().flatten().tolist():
         if totals[b] >= ends[b]:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 
 def cache_root() -> Path:
-    """The folder of converted models and profiles: ``$MSN_CACHE``, else ``msn_ext`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """The folder of converted models and profiles: ``$MSN_CACHE``, else ``msn_ext`` in
+    ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """
     if os.environ.get("MSN_CACHE"):
         return Path(os.environ["MSN_CACHE"]).expanduser()
     if os.environ.get("XDG_CACHE_HOME"):

@@ -1,7 +1,7 @@
 """What is known of a model on a machine: how long a step takes by its tokens, and its own factors.
 
-``msn tune`` writes a profile; ``draft="auto"`` reads it. One file per shape of model, device and dtype,
-so a fine-tuned model shares its base model's.
+``msn tune`` writes a profile; ``draft="auto"`` reads it. One file per shape of model, device and
+dtype, so a fine-tuned model shares its base model's.
 """
 
 from __future__ import annotations
@@ -57,9 +57,15 @@ class Profile:
             tables = content["factors"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no profile: {error!r}") from error
-        if not times or not all(tokens >= 1 and 0 < seconds < float("inf") for tokens, seconds in times.items()):
+        if not times or not all(
+            tokens >= 1 and 0 < seconds < float("inf") for tokens, seconds in times.items()
+        ):
             raise ValueError(f"{path} is no profile: times is {times}; expected seconds by tokens")
-        return cls(times, None if tables is None else factors.from_tables(tables, str(path)), content.get("about", {}))
+        return cls(
+            times,
+            None if tables is None else factors.from_tables(tables, str(path)),
+            content.get("about", {}),
+        )
 
 
 def machine(device: torch.device) -> str:
@@ -85,14 +91,20 @@ _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def auto(model, corpus: Corpus | None = None) -> BestFirst:
-    """Best-first drafting for a model: by its profile, and by what this process has seen of its steps."""
+    """Best-first drafting for a model: by its profile, and by what this process has seen of its
+    steps.
+    """
     known, key = _known.setdefault(model, {}), (str(model.device), model.dtype)
     if key not in known:
         profile = None
         try:
             if (path := profile_path(model)).exists():
                 profile = Profile.load(path)
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home directory
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # RuntimeError: there is no home directory
             warnings.warn(f"drafting goes on without a profile: {error}", stacklevel=2)
         times = StepTimes(profile.times if profile else None, model.device.type)
         known[key] = times, profile.factors if profile else None

@@ -1,7 +1,8 @@
-"""Noisy fine-tuning, from a file to a model with better guesses: what ``msn train`` does, step by step.
+"""Noisy fine-tuning, from a file to a model with better guesses: what ``msn train`` does, step by
+step.
 
-The engine is transformers' Trainer, the adapter PEFT's; what is added is :func:`msn_ext.add_noise`, answers of the
-model itself, and figures before and after.
+The engine is transformers' Trainer, the adapter PEFT's; what is added is :func:`msn_ext.add_noise`,
+answers of the model itself, and figures before and after.
 """
 
 from __future__ import annotations
@@ -32,13 +33,20 @@ from .training.layouts import NO_LABEL
 NOISE_WEIGHT, SETTLING = 0.3, 2 / 3
 LORA_RATE, FULL_RATE = 1e-3, 2e-5
 CIRCLING = 16
-"""So many trigrams in a row that an answer has had before: from there on it goes round in circles."""
+"""So many trigrams in a row that an answer has had before: from there on it goes round in circles.
+"""
 DECODED = 16  # questions that accept lengths are measured on
-DRAFTS = {"paper": lambda: "paper", "auto@64": lambda: BestFirst(64), "auto@8": lambda: BestFirst(8)}
+DRAFTS = {
+    "paper": lambda: "paper",
+    "auto@64": lambda: BestFirst(64),
+    "auto@8": lambda: BestFirst(8),
+}
 
 
 def split(conversations: list, held_out: int, seed: int = 0) -> tuple[list, list]:
-    """Shuffled, in two: what is learned, and ``held_out`` at most a fifth for the figures; no first question is in both."""
+    """Shuffled, in two: what is learned, and ``held_out`` at most a fifth for the figures; no first
+    question is in both.
+    """
     shuffled = random.Random(seed).sample(conversations, len(conversations))
     held_out = min(held_out, len(shuffled) // 5)
     held = shuffled[:held_out]
@@ -54,12 +62,19 @@ def unasked(conversations: list[Messages], others: list[Messages]) -> list[Messa
 def askable(tokenizer, conversations: list[Messages], room: int) -> list[Messages]:
     """Those that begin with a question, of fewer than ``room`` tokens."""
     asked = [(question_of(messages), messages) for messages in conversations]
-    return [messages for question, messages in asked if question and len(prompt_ids(tokenizer, question)) < room]
+    return [
+        messages
+        for question, messages in asked
+        if question and len(prompt_ids(tokenizer, question)) < room
+    ]
 
 
 def context_of(model) -> int:
     """Tokens that a model reads at most, as its configuration says."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize
+    return (
+        getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        or sys.maxsize
+    )
 
 
 def self_distill(
@@ -74,11 +89,12 @@ def self_distill(
 ) -> list[dict]:
     """The model's own greedy answers to the first questions, so that training keeps what it says.
 
-    The answers lie in ``path``, a line each, and are not asked for again: an interrupted run goes on.
+    The answers lie in ``path``, a line each, and are not asked for again: an interrupted run goes
+    on.
 
     Returns:
-        Per question ``messages`` (without answer), ``tokens`` (the answer, int), ``response`` (its text) and ``ended``
-        (it is complete), in the order of the questions.
+        Per question ``messages`` (without answer), ``tokens`` (the answer, int), ``response`` (its
+        text) and ``ended`` (it is complete), in the order of the questions.
     """
     questions = [question_of(messages) for messages in conversations]
     done = {_key(row["messages"]): row for row in whole_rows(path)}
@@ -88,23 +104,48 @@ def self_distill(
     order = sorted(missing, key=lambda key: len(prompts[key]))
     path.parent.mkdir(parents=True, exist_ok=True)
     pad = pad_of(tokenizer)
-    with open(path, "a", encoding="utf-8") as file, tqdm(
-        total=len(questions), initial=len(questions) - len(order), unit="answer", desc="self-distill", disable=not progress
-    ) as bar:
+    with (
+        open(path, "a", encoding="utf-8") as file,
+        tqdm(
+            total=len(questions),
+            initial=len(questions) - len(order),
+            unit="answer",
+            desc="self-distill",
+            disable=not progress,
+        ) as bar,
+    ):
         for at in range(0, len(order), batch_size):
             keys = order[at : at + batch_size]
             width = max(len(prompts[key]) for key in keys)
-            ids = torch.tensor([[pad] * (width - len(prompts[key])) + prompts[key] for key in keys], device=model.device)
-            mask = torch.tensor([[0] * (width - len(prompts[key])) + [1] * len(prompts[key]) for key in keys], device=model.device)
+            ids = torch.tensor(
+                [[pad] * (width - len(prompts[key])) + prompts[key] for key in keys],
+                device=model.device,
+            )
+            mask = torch.tensor(
+                [[0] * (width - len(prompts[key])) + [1] * len(prompts[key]) for key in keys],
+                device=model.device,
+            )
             out = generate(
-                model, ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True,
+                model,
+                ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
                 pad_token_id=pad,
             )
-            for key, row, gained in zip(keys, out.sequences[:, width:].tolist(), out.accept_lengths):
+            for key, row, gained in zip(
+                keys, out.sequences[:, width:].tolist(), out.accept_lengths
+            ):
                 tokens = row[: int(gained.sum())]
                 ended = tokens[-1:] == [tokenizer.eos_token_id]
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
-                done[key] = {"messages": missing[key], "response": text, "tokens": tokens, "ended": ended}
+                done[key] = {
+                    "messages": missing[key],
+                    "response": text,
+                    "tokens": tokens,
+                    "ended": ended,
+                }
                 file.write(json.dumps(done[key], ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(keys))
@@ -118,11 +159,14 @@ def question_of(messages: Messages) -> Messages:
 
 
 def _key(messages: Messages) -> str:
-    return hashlib.blake2b(json.dumps(messages, ensure_ascii=False).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        json.dumps(messages, ensure_ascii=False).encode(), digest_size=16
+    ).hexdigest()
 
 
 def before_circling(tokens: list[int]) -> list[int]:
-    """An answer up to where it begins to repeat itself at length, as small models do under greedy decoding.
+    """An answer up to where it begins to repeat itself at length, as small models do under greedy
+    decoding.
 
     Learned, the rest would teach to repeat, and repetition passes for fast decoding.
     """
@@ -137,8 +181,9 @@ def before_circling(tokens: list[int]) -> list[int]:
 
 
 def samples_of(tokenizer, rows: list, max_length: int) -> list[dict]:
-    """Training samples of conversations, or of rows of :func:`self_distill`, those only :func:`before_circling`; without
-    those that have no label left."""
+    """Training samples of conversations, or of rows of :func:`self_distill`, those only
+    :func:`before_circling`; without those that have no label left.
+    """
     samples = []
     for row in rows:
         if isinstance(row, dict):
@@ -153,17 +198,24 @@ def samples_of(tokenizer, rows: list, max_length: int) -> list[dict]:
 
 
 def mean_accept_length(
-    model, tokenizer, questions: list[Messages], draft, max_new_tokens: int = 64, progress: bool = True
+    model,
+    tokenizer,
+    questions: list[Messages],
+    draft,
+    max_new_tokens: int = 64,
+    progress: bool = True,
 ) -> tuple[float, float]:
-    """Tokens per forward pass of greedy decoding (MAT), the prompt's pass included, and what share of the answers'
-    trigrams is new.
+    """Tokens per forward pass of greedy decoding (MAT), the prompt's pass included, and what share
+    of the answers' trigrams is new.
 
     Args:
         draft: makes a ``draft=`` for every question.
     """
     tokens = passes = 0
     answers = []
-    for messages in tqdm(questions, desc="accept length", unit="prompt", leave=False, disable=not progress):
+    for messages in tqdm(
+        questions, desc="accept length", unit="prompt", leave=False, disable=not progress
+    ):
         ids = torch.tensor([prompt_ids(tokenizer, question_of(messages))], device=model.device)
         options = dict(do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
         out = generate(model, ids, draft=draft(), **options)
@@ -172,26 +224,52 @@ def mean_accept_length(
     return tokens / passes, new_trigrams(answers)
 
 
-def figures(model, tokenizer, samples: list[dict], questions: list[Messages], length: int, progress: bool = True) -> dict:
-    """What is compared: of :class:`.training.evaluation.NoiseAccuracy` behind up to ``length`` noise tokens; by draft the
-    accept lengths of some questions (``MAT``); and, since they are high, too, where a model repeats itself, what share of
-    the answers' trigrams is new to the answer (``new``)."""
-    found = asdict(noise_accuracy(model, samples, Collate(pad_of(tokenizer)), length=length, progress=progress))
+def figures(
+    model,
+    tokenizer,
+    samples: list[dict],
+    questions: list[Messages],
+    length: int,
+    progress: bool = True,
+) -> dict:
+    """What is compared: of :class:`.training.evaluation.NoiseAccuracy` behind up to ``length``
+    noise tokens; by draft the accept lengths of some questions (``MAT``); and, since they are high,
+    too, where a model repeats itself, what share of the answers' trigrams is new to the answer
+    (``new``).
+    """
+    found = asdict(
+        noise_accuracy(model, samples, Collate(pad_of(tokenizer)), length=length, progress=progress)
+    )
     asked = questions[:DECODED]
-    decoded = {name: mean_accept_length(model, tokenizer, asked, draft, progress=progress) for name, draft in DRAFTS.items()}
-    return found | {"MAT": {name: mat for name, (mat, _) in decoded.items()}, "new": min(new for _, new in decoded.values())}
+    decoded = {
+        name: mean_accept_length(model, tokenizer, asked, draft, progress=progress)
+        for name, draft in DRAFTS.items()
+    }
+    return found | {
+        "MAT": {name: mat for name, (mat, _) in decoded.items()},
+        "new": min(new for _, new in decoded.values()),
+    }
 
 
 def pad_of(tokenizer) -> int:
     """What fills rows up; masked, so that any token will do."""
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    return next(
+        (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None),
+        0,
+    )
 
 
 class _Bar(TrainerCallback):
     """A progress bar with both losses and the accuracy behind noise."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", smoothing=0.05)
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            smoothing=0.05,
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         self._bar.update(state.global_step - self._bar.n)
@@ -199,8 +277,10 @@ class _Bar(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "clean_loss" in logs:
             shown = {"loss": logs["clean_loss"], "behind noise": logs.get("noise_loss", 0.0)}
-            self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}
-                                  | {"right": f"{100 * logs.get('noise_accuracy', 0.0):.0f} %"})  # fmt: skip
+            self._bar.set_postfix(
+                {name: f"{value:.3f}" for name, value in shown.items()}
+                | {"right": f"{100 * logs.get('noise_accuracy', 0.0):.0f} %"}
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         self._bar.close()
@@ -234,39 +314,67 @@ def train(
         model: trained in place; with ``lora_rank`` (0: all weights) it gets an adapter.
         samples: of :func:`samples_of`.
         output: for checkpoints, and in the end the adapter or model, and the tokenizer.
-        layout, length, segments, content, location: of :func:`msn_ext.add_noise`; layout None: no noise, plain
-            fine-tuning, for comparison.
+        layout, length, segments, content, location: of :func:`msn_ext.add_noise`; layout None: no
+            noise, plain fine-tuning, for comparison.
         learning_rate: None: 1e-3 for an adapter, 2e-5 for all weights (the paper's).
-        noise_weight: of a label behind noise, where a clean one counts 1; a tenth of it in the last third of the steps,
-            so that what the model says on clean text settles. None: for branches 0.3; in place 1 throughout, as the paper.
+        noise_weight: of a label behind noise, where a clean one counts 1; a tenth of it in the last
+            third of the steps, so that what the model says on clean text settles. None: for
+            branches 0.3; in place 1 throughout, as the paper.
 
     Returns:
         The trained model (with ``lora_rank`` a PEFT model) and the trainer's log, a dict per entry.
     """
     if not samples:
-        raise ValueError("samples is empty; expected conversations with answers that fit into the length")
+        raise ValueError(
+            "samples is empty; expected conversations with answers that fit into the length"
+        )
     if learning_rate is None:
         learning_rate = LORA_RATE if lora_rank else FULL_RATE
     if lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        adapter = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapter = LoraConfig(
+            r=lora_rank,
+            lora_alpha=2 * lora_rank,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
         torch.manual_seed(seed)
         model = get_peft_model(model, adapter)
     arguments = TrainingArguments(
-        output_dir=str(output), report_to=[], seed=seed, use_cpu=model.device.type == "cpu", bf16=bf16,
-        per_device_train_batch_size=batch_size, num_train_epochs=epochs,
-        max_steps=max_steps, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,
-        logging_steps=5, save_steps=save_steps, save_total_limit=2, disable_tqdm=True,
-    )  # fmt: skip
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # or the Trainer splits batches over all that it sees
+        output_dir=str(output),
+        report_to=[],
+        seed=seed,
+        use_cpu=model.device.type == "cpu",
+        bf16=bf16,
+        per_device_train_batch_size=batch_size,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        logging_steps=5,
+        save_steps=save_steps,
+        save_total_limit=2,
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(
+        arguments.n_gpu, 1
+    )  # or the Trainer splits batches over all that it sees
     trainer = _Trainer(model, arguments, Collate(pad_of(tokenizer)), train_dataset=samples)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if progress:
         trainer.add_callback(_Bar())
     if layout is not None:
-        settings = dict(layout=layout, length=length, segments=segments, content=content, location=location, seed=seed)
+        settings = dict(
+            layout=layout,
+            length=length,
+            segments=segments,
+            content=content,
+            location=location,
+            seed=seed,
+        )
         add_noise(trainer, loss_weights=_weights(layout, noise_weight), **settings)
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     trainer.save_model(str(output))
@@ -276,13 +384,18 @@ def train(
 
 class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
-        return ByLength([len(sample["input_ids"]) for sample in self.train_dataset], self.args.train_batch_size, self.args.seed)
+        return ByLength(
+            [len(sample["input_ids"]) for sample in self.train_dataset],
+            self.args.train_batch_size,
+            self.args.seed,
+        )
 
 
 class ByLength(Sampler):
     """Batches of like lengths, which have little padding, others in every epoch.
 
-    As transformers' own, but the order depends on the seed and the epoch alone, so that a run that goes on has it, too.
+    As transformers' own, but the order depends on the seed and the epoch alone, so that a run that
+    goes on has it, too.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
@@ -296,7 +409,9 @@ class ByLength(Sampler):
 
     def __iter__(self):
         generator = torch.Generator().manual_seed((self._seed << 20) + self._epoch)
-        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+        return iter(
+            get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
+        )
 
 
 def _weights(layout: str, noise_weight: float | None):
@@ -309,9 +424,17 @@ def _weights(layout: str, noise_weight: float | None):
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The last one that is whole: the Trainer writes its state last, and may have been killed before."""
-    numbered = [folder for folder in output.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
-    for folder in sorted(numbered, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), reverse=True):
+    """The last one that is whole: the Trainer writes its state last, and may have been killed
+    before.
+    """
+    numbered = [
+        folder
+        for folder in output.glob("checkpoint-*")
+        if folder.name.removeprefix("checkpoint-").isdecimal()
+    ]
+    for folder in sorted(
+        numbered, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), reverse=True
+    ):
         try:
             json.loads((folder / "trainer_state.json").read_text())
             return str(folder)

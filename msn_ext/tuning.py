@@ -1,7 +1,10 @@
-"""Measuring a model on this machine for ``draft="auto"``: seconds of a step by its size, and its own factors."""
+"""Measuring a model on this machine for ``draft="auto"``: seconds of a step by its size, and its
+own factors.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import time
@@ -31,22 +34,35 @@ def measure_step_times(
 ) -> dict[int, float]:
     """Seconds of a whole step, drafting to commit, by the nodes of its tree; batch 1.
 
-    The sizes take turns, so that whatever else the machine does meets all alike; the first two rounds warm up (and
-    record, where decoding does: :mod:`.decoding.graph`), and of the others the median counts.
+    The sizes take turns, so that whatever else the machine does meets all alike; the first two
+    rounds warm up (and record, where decoding does: :mod:`.decoding.graph`), and of the others the
+    median counts.
 
     Args:
         context: tokens of the text before the first step, at most half of what the model can take.
     """
     config = model.config.get_text_config(decoder=True)
-    context = max(1, min(context, (getattr(config, "max_position_embeddings", None) or 2 * context) // 2))
+    context = max(
+        1, min(context, (getattr(config, "max_position_embeddings", None) or 2 * context) // 2)
+    )
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
-    text = torch.randint(config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)).to(model.device)
+    text = torch.randint(
+        config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)
+    ).to(model.device)
     drafter = BestFirst(budget=1)
     no_padding, no_end = text.new_zeros(1), text.new_empty(0)
     prompt = text, no_padding, context, no_end
     with (
-        steps(model, attention_for(model), drafter, drafter, greedy, LogitsProcessorList(), *prompt) as run,
-        tqdm(total=ROUNDS * len(sizes), unit="step", desc="step times", leave=False, disable=not progress) as bar,
+        steps(
+            model, attention_for(model), drafter, drafter, greedy, LogitsProcessorList(), *prompt
+        ) as run,
+        tqdm(
+            total=ROUNDS * len(sizes),
+            unit="step",
+            desc="step times",
+            leave=False,
+            disable=not progress,
+        ) as bar,
     ):
         gained = int(run.decoder.prefill().read().status[0])
         for _ in range(ROUNDS):
@@ -60,11 +76,14 @@ def measure_step_times(
     return {size: statistics.median(taken[WARM_UP:]) for size, taken in seconds.items()}
 
 
-def learn_factors(model, prompts: list[Tensor], prior: Tensor, progress: bool = True) -> tuple[Tensor, dict]:
+def learn_factors(
+    model, prompts: list[Tensor], prior: Tensor, progress: bool = True
+) -> tuple[Tensor, dict]:
     """The factors under which the model's own answers to some prompts are likeliest.
 
     Args:
-        prompts: int64 [1, P], fifty or more, such as will be asked; each gets an answer of up to 128 tokens.
+        prompts: int64 [1, P], fifty or more, such as will be asked; each gets an answer of up to
+        128 tokens.
         prior: float64 [348], where it begins and stays near for want of evidence.
 
     Returns:
@@ -72,28 +91,45 @@ def learn_factors(model, prompts: list[Tensor], prior: Tensor, progress: bool = 
     """
     records: list[Record] = []
     asked = 0
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
+    room = (
+        getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        or 1 << 30
+    )
     for prompt in tqdm(prompts, unit="prompt", desc="factors", leave=False, disable=not progress):
         length = prompt.shape[1]
         if not 0 < length < room:
             continue  # nothing to ask, or no room for an answer
         asked += 1
         drafter, new_tokens = Recorder(records, budget=64, factors=prior), min(128, room - length)
-        generate(model, prompt.to(model.device), draft=drafter, do_sample=False, max_new_tokens=new_tokens)
+        generate(
+            model,
+            prompt.to(model.device),
+            draft=drafter,
+            do_sample=False,
+            max_new_tokens=new_tokens,
+        )
     if not any(entries for _, entries, _ in records):
-        raise ValueError(f"prompts gave no answers to learn from; {asked} of {len(prompts)} fit into the model's context")
+        raise ValueError(
+            f"prompts gave no answers to learn from; {asked} of {len(prompts)} fit into the model's"
+            " context"
+        )
     fitted, before, after = fit(records, prior)
     return fitted, {"prompts": asked, "nodes": len(records), "before": before, "after": after}
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: JSON lines with ``prompt`` or ``turns`` (the first counts), or plain lines.
+    """The prompts of a file: JSON lines with ``prompt`` or ``turns`` (the first counts), or plain
+    lines.
 
     Raises:
         OSError: it cannot be opened.
         ValueError: it is damaged or holds no prompt; names the file and the line.
     """
-    prompts = [_prompt(line.strip(), f"{path}: line {number}") for number, line in lines(path) if line.strip()]
+    prompts = [
+        _prompt(line.strip(), f"{path}: line {number}")
+        for number, line in lines(path)
+        if line.strip()
+    ]
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts
@@ -106,32 +142,47 @@ def _prompt(line: str, place: str) -> str:
     turns = fields.get("turns")
     prompt = fields.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
     if not isinstance(prompt, str):
-        raise ValueError(f"{place} has neither a prompt nor turns that are text, but {', '.join(fields)}")
+        raise ValueError(
+            f"{place} has neither a prompt nor turns that are text, but {', '.join(fields)}"
+        )
     return prompt
 
 
 def draw(files: list[list], count: int) -> list:
     """``count`` of their entries, as many from every file as can be, the same ones every time."""
     shuffled = [random.Random(0).sample(prompts, len(prompts)) for prompts in files]
-    in_turn = [prompts[i] for i in range(max(map(len, shuffled), default=0)) for prompts in shuffled if i < len(prompts)]
+    in_turn = [
+        prompts[i]
+        for i in range(max(map(len, shuffled), default=0))
+        for prompts in shuffled
+        if i < len(prompts)
+    ]
     return in_turn[:count]
 
 
-def tune(model, prompts: list[Tensor], context: int = 256, progress: bool = True) -> tuple[Profile, Path]:
-    """Measure a model, learn its factors from ``prompts`` if there are any, and keep both where "auto" looks.
+def tune(
+    model, prompts: list[Tensor], context: int = 256, progress: bool = True
+) -> tuple[Profile, Path]:
+    """Measure a model, learn its factors from ``prompts`` if there are any, and keep both where
+    "auto" looks.
 
     Factors of an earlier profile are kept where no prompts are given.
     """
     path = profile_path(model)
     earlier = None
     if path.exists():
-        try:
+        with contextlib.suppress(ValueError):  # it is replaced
             earlier = Profile.load(path)
-        except ValueError:
-            pass  # it is replaced
     times = measure_step_times(model, context, progress=progress)
-    about = {"model": model.config._name_or_path or model.config.model_type, "device": machine(model.device)}
-    about |= {"dtype": str(model.dtype).removeprefix("torch."), "context": context, "torch": torch.__version__}
+    about = {
+        "model": model.config._name_or_path or model.config.model_type,
+        "device": machine(model.device),
+    }
+    about |= {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "context": context,
+        "torch": torch.__version__,
+    }
     found = Profile(times, about=about)
     if prompts:
         found.save(path)  # whatever becomes of the prompts

@@ -33,7 +33,10 @@ def trees(draw, rows: int = 1) -> list[list[int]]:
         nodes = draw(st.integers(1, 12))
         return [[-1, *(draw(st.integers(-1, i - 1)) for i in range(1, nodes))] for _ in range(rows)]
     nodes = draw(st.sampled_from(SIZES) | st.integers(1, 256))
-    return [build_tree(draw(st.sampled_from(KINDS)), nodes, draw(st.integers(0, 999))) for _ in range(rows)]
+    return [
+        build_tree(draw(st.sampled_from(KINDS)), nodes, draw(st.integers(0, 999)))
+        for _ in range(rows)
+    ]
 
 
 @st.composite
@@ -65,7 +68,7 @@ def seeded(seed: int) -> torch.Generator:
 
 @contextlib.contextmanager
 def one_thread():
-    """Thousands of tiny torch ops spend their time waiting for a second thread on a busy machine."""
+    """Thousands of tiny torch ops would wait for a second thread on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

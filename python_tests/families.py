@@ -24,9 +24,19 @@ _COMMON = dict(
 )
 _MOE = dict(num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.0)
 _MLA = dict(
-    kv_lora_rank=12, q_lora_rank=10, qk_rope_head_dim=8, qk_nope_head_dim=6, v_head_dim=10, n_routed_experts=4,
-    n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, num_key_value_heads=4, **_MOE,
-)  # fmt: skip
+    kv_lora_rank=12,
+    q_lora_rank=10,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=6,
+    v_head_dim=10,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    num_key_value_heads=4,
+    **_MOE,
+)
 
 # name -> (model_type, settings)
 FAMILIES = {
@@ -44,13 +54,28 @@ FAMILIES = {
             hidden_size=32,
             original_max_position_embeddings=40,
             rope_parameters=dict(
-                rope_type="longrope", rope_theta=10000.0, long_factor=[2.0] * 4, short_factor=[1.0] * 4,
-                original_max_position_embeddings=40, factor=12.8,
+                rope_type="longrope",
+                rope_theta=10000.0,
+                long_factor=[2.0] * 4,
+                short_factor=[1.0] * 4,
+                original_max_position_embeddings=40,
+                factor=12.8,
             ),
         ),
     ),
-    "gemma2": ("gemma2", dict(sliding_window=10, query_pre_attn_scalar=8, attn_logit_softcapping=5.0)),
-    "gemma3": ("gemma3_text", dict(sliding_window=7, query_pre_attn_scalar=8, num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    "gemma2": (
+        "gemma2",
+        dict(sliding_window=10, query_pre_attn_scalar=8, attn_logit_softcapping=5.0),
+    ),
+    "gemma3": (
+        "gemma3_text",
+        dict(
+            sliding_window=7,
+            query_pre_attn_scalar=8,
+            num_hidden_layers=3,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
     "gpt2": ("gpt2", dict(n_embd=16, n_layer=2, n_head=4, n_positions=512)),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", dict(ffn_dim=24, word_embed_proj_dim=16)),
@@ -62,7 +87,7 @@ FAMILIES = {
     "qwen3_moe": ("qwen3_moe", dict(num_experts=4, decoder_sparse_step=1, **_MOE)),
     "gptj": ("gptj", dict(n_embd=16, n_layer=2, n_head=4, n_positions=512, rotary_dim=4)),
     "codegen": ("codegen", dict(n_embd=16, n_layer=2, n_head=4, n_positions=512, rotary_dim=4)),
-}  # fmt: skip
+}
 
 
 def tiny_model(family: str, seed: int, dtype=torch.float64):
@@ -70,7 +95,9 @@ def tiny_model(family: str, seed: int, dtype=torch.float64):
     model_type, settings = FAMILIES[family]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **(_COMMON | settings))
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype).eval()
+    model = (
+        AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype).eval()
+    )
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.5)

@@ -2,8 +2,8 @@
 
 Rows are plain Python lists. A node's keys are listed slot by slot and attended to as in plain
 decoding; a tree is verified level by level from the root; an n-gram is found by measuring every
-end; a commit is read from a snapshot; what is known is kept by context in a dict, or searched for in
-the text. No masks, no bit words, no batches, and no hashes but to lay out a table.
+end; a commit is read from a snapshot; what is known is kept by context in a dict, or searched for
+in the text. No masks, no bit words, no batches, and no hashes but to lay out a table.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 
 
 def path(parents: list[int], node: int) -> list[int]:
-    """The live nodes from the root down to ``node``; empty where ``node`` is padding or below it."""
+    """The live nodes from the root down to ``node``; empty at padding and below it."""
     if node == 0:
         return [0]
     if parents[node] == -1:
@@ -38,7 +38,9 @@ def argmax(row: list[float]) -> int:
 
 
 def _descend(parents: list[int], start: int, follow) -> list[int]:
-    """From ``start`` down, level by level, to the smallest node of the last level; without ``start``."""
+    """From ``start`` down, level by level, to the smallest node of the last level; without
+    ``start``.
+    """
     levels = [[start]]
     while levels[-1]:
         above = set(levels[-1])
@@ -48,15 +50,21 @@ def _descend(parents: list[int], start: int, follow) -> list[int]:
     return down[down.index(start) + 1 :]
 
 
-def verify(tokens: list[int], targets: list[int], parents: list[int]) -> tuple[int, list[int], int, list[int]]:
+def verify(
+    tokens: list[int], targets: list[int], parents: list[int]
+) -> tuple[int, list[int], int, list[int]]:
     """Accept length, path, bonus token and continuation of one row, the lists without padding."""
     accepted = [0, *_descend(parents, 0, lambda i: tokens[i] == targets[parents[i]])]
     continuation = _descend(parents, accepted[-1], lambda i: True)
     return len(accepted), accepted, targets[accepted[-1]], continuation
 
 
-def allowed_slots(parents: list[int], node: int, length: int, offset: int = 0, window: int = 0) -> list[int]:
-    """The cache slots ``node`` attends to, in the order in which plain decoding would have met them."""
+def allowed_slots(
+    parents: list[int], node: int, length: int, offset: int = 0, window: int = 0
+) -> list[int]:
+    """The cache slots ``node`` attends to, in the order in which plain decoding would have met
+    them.
+    """
     own = path(parents, node)
     if not own:
         return []
@@ -65,7 +73,17 @@ def allowed_slots(parents: list[int], node: int, length: int, offset: int = 0, w
 
 
 def attention(
-    q, k_cache, v_cache, lengths, parents, *, offsets=None, scale=None, window=0, softcap=0.0, sinks=None
+    q,
+    k_cache,
+    v_cache,
+    lengths,
+    parents,
+    *,
+    offsets=None,
+    scale=None,
+    window=0,
+    softcap=0.0,
+    sinks=None,
 ) -> torch.Tensor:
     """float64 [B, N, H, D_v]; ``parents`` is one list a row."""
     q, k_cache, v_cache = (x.detach().cpu().double() for x in (q, k_cache, v_cache))
@@ -88,7 +106,9 @@ def attention(
             total = weights.sum(-1, keepdim=True)
             if sinks is not None:
                 total = total + torch.exp(sinks.detach().cpu().double().view(kv_heads, -1, 1) - top)
-            out[b, node] = torch.einsum("hgs,hsd->hgd", weights / total, v_cache[b, :, slots]).reshape(heads, -1)
+            out[b, node] = torch.einsum(
+                "hgs,hsd->hgd", weights / total, v_cache[b, :, slots]
+            ).reshape(heads, -1)
     return out
 
 
@@ -114,7 +134,7 @@ def lookup(text: list[int], max_ngram: int, length: int) -> tuple[list[int], int
 
 
 class SplitMix64:
-    """The generator as published (Steele, Lea, Flood 2014): a Weyl sequence and a mixing function."""
+    """The generator as published (Steele, Lea, Flood 2014): a Weyl sequence, then a mix."""
 
     def __init__(self, seed: int):
         self.state = seed % 2**64
@@ -147,7 +167,11 @@ def fill(
     """The tokens of one row's tree."""
     tokens = []
     for node, (d, r) in enumerate(zip(depth, rank)):
-        column = retrieved if r == -1 else [level[r] if 0 <= r < len(level) else -1 for level in candidates]
+        column = (
+            retrieved
+            if r == -1
+            else [level[r] if 0 <= r < len(level) else -1 for level in candidates]
+        )
         if node == 0 or d < 1:
             tokens.append(text[-1])
         elif d <= len(column) and column[d - 1] >= 0:
@@ -162,15 +186,20 @@ NGRAMS = [1, 2, 3, 4, 6, 8, 12, 16]
 
 
 def top(row: torch.Tensor) -> tuple[list[int], list[range]]:
-    """The eight likeliest tokens and the levels that each may have, as far as rounding lets that be said."""
+    """The eight likeliest tokens and the levels that each may have, as far as rounding lets that be
+    said.
+    """
     values, tokens = torch.sort(row.double(), descending=True, stable=True)
     chances = values[:8].softmax(0).nan_to_num(0).tolist()
-    levels = [[sum(edge <= p + slack for edge in EDGES) for slack in (-1e-12, 1e-12)] for p in chances]
+    levels = [
+        [sum(edge <= p + slack for edge in EDGES) for slack in (-1e-12, 1e-12)] for p in chances
+    ]
     return tokens[:8].tolist(), [range(low, high + 1) for low, high in levels]
 
 
 def places(text: list[int], size: int, known: int = 1) -> dict[tuple[int, ...], int]:
-    """Where every n-gram of ``size`` tokens last ended, from the place ``known`` on; the newest come last.
+    """Where every n-gram of ``size`` tokens last ended, from the place ``known`` on; the newest
+    come last.
 
     What is negative is no token.
     """
@@ -223,15 +252,28 @@ def memory_table(memory: dict[tuple[int, ...], list[int]], slots: int) -> list[l
     table = [[[0] * 9 for _ in range(slots)] for _ in range(3)]
     for context, guesses in memory.items():
         check = (hashed(context) // 2**32 | 1).to_bytes(4, "little")
-        table[len(context) - 1][hashed(context) % slots] = [int.from_bytes(check, "little", signed=True), *guesses]
+        table[len(context) - 1][hashed(context) % slots] = [
+            int.from_bytes(check, "little", signed=True),
+            *guesses,
+        ]
     return table
 
 
 class Draft:
-    """One row's best-first tree, chosen from all that might come next, which is listed anew for every node."""
+    """One row's best-first tree, chosen from all that might come next, which is listed anew for
+    every node.
+    """
 
     def __init__(
-        self, text, denoised, memory, suffixes: bool, documents, factors: torch.Tensor, max_depth: int, foresight: float
+        self,
+        text,
+        denoised,
+        memory,
+        suffixes: bool,
+        documents,
+        factors: torch.Tensor,
+        max_depth: int,
+        foresight: float,
     ):
         self.text, self.denoised, self.memory = text, denoised, memory
         self.texts = [[text]] * suffixes + [documents]  # where to look, the first place first
@@ -243,12 +285,19 @@ class Draft:
         self.max_depth, self.foresight = max_depth, foresight
 
     def _followers(self, context: list[int]) -> list[tuple[int, int]]:
-        """(index of the n-gram, token) of the different tokens behind the ends of a context, longest first."""
+        """(index of the n-gram, token) of the different tokens behind the ends of a context,
+        longest first.
+        """
         found = {}
         for level, size in reversed(list(enumerate(NGRAMS))):
             ngram = context[-size:]
             for texts in self.texts:
-                behind = [text[e] for text in texts for e in range(size, len(text)) if text[e - size : e] == ngram]
+                behind = [
+                    text[e]
+                    for text in texts
+                    for e in range(size, len(text))
+                    if text[e - size : e] == ngram
+                ]
                 if behind:
                     found.setdefault(behind[-1], level)
                     break
@@ -266,7 +315,9 @@ class Draft:
             table = self.of_denoised[min(depth, 2)][bool(recalled)]
             listed += [(guess // 16, table[guess % 16], 1)] if guess >= 0 else []
         for n, guesses in recalled.items():
-            listed += [(g // 16, self.of_memory[n - 1][highest][g % 16], 2) for g in guesses if g >= 0]
+            listed += [
+                (g // 16, self.of_memory[n - 1][highest][g % 16], 2) for g in guesses if g >= 0
+            ]
         for rank, (level, token) in enumerate(followers):
             listed.append((token, self.of_suffix[level][min(rank, 2)][highest], 4))
 
@@ -280,7 +331,9 @@ class Draft:
         }
 
     def _children(self, nodes: list[tuple], parent: int) -> list[tuple]:
-        """(value, -parent, -place, token, probability, sources) of everything that may follow a node."""
+        """(value, -parent, -place, token, probability, sources) of everything that may follow a
+        node.
+        """
         above = [parent]
         while above[0] > 0:
             above.insert(0, nodes[above[0]][1])
@@ -304,11 +357,18 @@ class Draft:
         return children
 
     def nodes(self, count: int) -> list[tuple[int, int, float, int]]:
-        """(token, parent, probability, sources) of the ``count`` best nodes, or as many as there are."""
+        """(token, parent, probability, sources) of the ``count`` best nodes, or as many as there
+        are.
+        """
         nodes = [(self.text[-1], -1, 1.0, 0)]
         while len(nodes) < count:
             taken = {(parent, token) for token, parent, _, _ in nodes}
-            waiting = [c for i in range(len(nodes)) for c in self._children(nodes, i) if (i, c[3]) not in taken]
+            waiting = [
+                c
+                for i in range(len(nodes))
+                for c in self._children(nodes, i)
+                if (i, c[3]) not in taken
+            ]
             if not waiting:
                 break
             _, parent, _, token, probability, sources = max(waiting)

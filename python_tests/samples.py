@@ -11,7 +11,7 @@ NONE = -100
 
 
 def sample(tokens: int, prompt: int, vocabulary: int = 24, seed: int = 0) -> dict:
-    """Random tokens (3 and above: the others have a meaning), the first ``prompt`` without labels."""
+    """Random tokens (3 and above: others have a meaning), the first ``prompt`` without labels."""
     ids = torch.randint(3, vocabulary, (tokens,), generator=seeded(seed))
     labels = ids.clone()
     labels[:prompt] = NONE
@@ -56,7 +56,9 @@ def flatten(rows: list[dict]) -> dict:
     """Padding-free: one row, told apart by positions."""
     return {
         "input_ids": torch.cat([row["input_ids"] for row in rows])[None],
-        "labels": torch.cat([torch.cat([row["labels"][:1] * 0 + NONE, row["labels"][1:]]) for row in rows])[None],
+        "labels": torch.cat(
+            [torch.cat([row["labels"][:1] * 0 + NONE, row["labels"][1:]]) for row in rows]
+        )[None],
         "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
     }
 
@@ -64,7 +66,9 @@ def flatten(rows: list[dict]) -> dict:
 def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A token per byte, 256 is the end: every character beyond ASCII is several tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate([*alphabet, "<eos>"])}, []))
+    tokenizer = Tokenizer(
+        models.BPE({character: i for i, character in enumerate([*alphabet, "<eos>"])}, [])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<eos>"])

@@ -1,9 +1,12 @@
-"""CUDA graphs for the CPU: a step recorded as the list of its operations, and replayed without its Python.
+"""CUDA graphs for the CPU: a step recorded as the list of its operations, and replayed without its
+Python.
 
-What a graph repeats on a GPU, the same kernels on the same memory, a tape repeats here. So whatever a step does in Python
-only, asks the device for, or keeps at another place of memory shows as an error or as a wrong result.
+What a graph repeats on a GPU, the same kernels on the same memory, a tape repeats here. So whatever
+a step does in Python only, asks the device for, or keeps at another place of memory shows as an
+error or as a wrong result.
 """
 
+from typing import ClassVar
 from unittest import mock
 
 import torch
@@ -24,7 +27,12 @@ class Recording(TorchDispatchMode):
         self.replays = 0
         try:
             # As transformers asks, which leaves its own questions to the device out then.
-            with mock.patch("transformers.utils.import_utils.is_cuda_stream_capturing", return_value=True), self:
+            with (
+                mock.patch(
+                    "transformers.utils.import_utils.is_cuda_stream_capturing", return_value=True
+                ),
+                self,
+            ):
                 self.gained = step()
         finally:
             for storage, content in self._before.values():
@@ -34,7 +42,9 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         masks = any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args[1:]))
         plain = func is torch.ops.aten.index.Tensor and not masks  # indexed by numbers
-        if torch.Tag.data_dependent_output in func.tags or (torch.Tag.dynamic_output_shape in func.tags and not plain):
+        if torch.Tag.data_dependent_output in func.tags or (
+            torch.Tag.dynamic_output_shape in func.tags and not plain
+        ):
             raise RuntimeError(f"{func} asks the device, which a recording cannot")
         written = []
         for at, argument in enumerate(func._schema.arguments):
@@ -66,7 +76,7 @@ class Recording(TorchDispatchMode):
 class Recorder:
     """As :class:`msn_ext.decoding.graph.Recorder`; counts what was recorded and run."""
 
-    made: list = []
+    made: ClassVar[list] = []
     memory = 1 << 30
 
     def __init__(self, device):

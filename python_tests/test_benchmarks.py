@@ -21,7 +21,9 @@ def test_kernels_quick_run_writes_complete_json(tmp_path):
     file = tmp_path / "kernels.json"
     options = ["--quick", "--device", "cpu", "--ops", "verify_tree", "--json", str(file)]
     command = [str(BENCHMARKS / "kernels.py"), *options]
-    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    run = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(file.read_text())
     about, results = report["environment"], report["results"]
@@ -37,14 +39,23 @@ def test_kernels_quick_run_writes_complete_json(tmp_path):
         assert 0 < row["share_of_copy"] < 1
         assert row["size"] in run.stdout
     dots = ElementTree.parse(file.with_suffix(".svg")).iter("{http://www.w3.org/2000/svg}circle")
-    assert len(list(dots)) == 2 + 2 * len(results), "of every case the op and eager PyTorch, and a legend"
+    assert len(list(dots)) == 2 + 2 * len(results), (
+        "of every case the op and eager PyTorch, and a legend"
+    )
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CUDACXX", "nvcc")) is None, reason="no nvcc")
 def test_no_kernel_spills(tmp_path):
     """As ptxas reports it for one architecture; the committed table has three, and every kernel."""
     file = tmp_path / "registers.txt"
-    command = [sys.executable, str(BENCHMARKS / "registers.py"), "--architectures", "90", "--output", str(file)]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "registers.py"),
+        "--architectures",
+        "90",
+        "--output",
+        str(file),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr
     kernels = [line.rsplit(maxsplit=3)[0] for line in file.read_text().splitlines()[1:-1]]
@@ -54,16 +65,32 @@ def test_no_kernel_spills(tmp_path):
 
 def test_steps_are_timed_next_to_transformers(tmp_path):
     file = tmp_path / "steps.jsonl"
-    options = ["--shape", "tiny", "--context", "20", "--nodes", "1,16", "--batch", "1,2", "--output", str(file)]
+    options = [
+        "--shape",
+        "tiny",
+        "--context",
+        "20",
+        "--nodes",
+        "1,16",
+        "--batch",
+        "1,2",
+        "--output",
+        str(file),
+    ]
     command = [sys.executable, str(BENCHMARKS / "steps.py"), *options]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     header, *rows = map(json.loads, file.read_text().splitlines())
     assert "steps.py" in header["command"] and header["commit"]
     ways = ["1 one by one", "16 one by one", "transformers eager"]
-    assert [(row["batch"], row["way"]) for row in rows] == [(batch, way) for batch in (1, 2) for way in ways]
+    assert [(row["batch"], row["way"]) for row in rows] == [
+        (batch, way) for batch in (1, 2) for way in ways
+    ]
     for row in rows:
-        assert min(row["all"]) <= row["seconds"] <= max(row["all"]) and 0 < row["limit"] < row["seconds"]
+        assert (
+            min(row["all"]) <= row["seconds"] <= max(row["all"])
+            and 0 < row["limit"] < row["seconds"]
+        )
         assert row["way"] in run.stdout
 
 
@@ -83,10 +110,18 @@ def test_replay_gives_what_decoding_gives(specbench, end):
     gains = []
     for seed in range(3):
         ids = torch.randint(3, VOCAB, (1, 5 + seed), generator=torch.Generator().manual_seed(seed))
-        settings = dict(do_sample=False, max_new_tokens=50, eos_token_id=end, pad_token_id=0, return_dict_in_generate=True)
+        settings = dict(
+            do_sample=False,
+            max_new_tokens=50,
+            eos_token_id=end,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
         text = model.generate(ids, **settings).sequences[0].tolist()
         with torch.no_grad():
-            replayed = specbench.replay_all(list(specbench.DRAFTS), model, text, ids.shape[1], scratch)
+            replayed = specbench.replay_all(
+                list(specbench.DRAFTS), model, text, ids.shape[1], scratch
+            )
         assert list(replayed) == list(specbench.DRAFTS) and bool((scratch == -torch.inf).all())
         for name, accept_lengths in replayed.items():
             out = generate(model, ids, draft=specbench.make_drafter(name), **settings)
@@ -106,12 +141,26 @@ def test_specbench_goes_on_where_a_file_ends_and_sums_up(specbench, tmp_path, mo
             return "".join(chr(97 + token) for token in tokens)
 
     data, output = tmp_path / "questions.jsonl", tmp_path / "results.jsonl"
-    rows = [{"question_id": i, "category": c, "turns": ["abcabc"[i % 3 :]] * t} for i, (c, t) in enumerate(zip("wwqwq", (2, 1, 1, 2, 1)))]
+    rows = [
+        {"question_id": i, "category": c, "turns": ["abcabc"[i % 3 :]] * t}
+        for i, (c, t) in enumerate(zip("wwqwq", (2, 1, 1, 2, 1)))
+    ]
     for row in rows:
         row["category"] = {"w": "writing", "q": "qa"}[row["category"]]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(specbench, "load_model", lambda options: (tiny_model("llama", 3), Letters()))
-    options = ["--data", str(data), "--output", str(output), "--drafts", "paper,auto@8", "--new-tokens", "20"]
+    monkeypatch.setattr(
+        specbench, "load_model", lambda options: (tiny_model("llama", 3), Letters())
+    )
+    options = [
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        "--drafts",
+        "paper,auto@8",
+        "--new-tokens",
+        "20",
+    ]
     assert specbench.main([*options, "--prompts", "2", "--check", "1"]) == 0
     first = output.read_text().splitlines()
     with output.open("a") as file:
@@ -120,20 +169,37 @@ def test_specbench_goes_on_where_a_file_ends_and_sums_up(specbench, tmp_path, mo
     lines = output.read_text().splitlines()
     assert lines[: len(first)] == first and len(lines) == 1 + sum(len(row["turns"]) for row in rows)
     seen = [(row["category"], row["question"], row["turn"]) for row in map(json.loads, lines[1:])]
-    assert seen == [("mt_bench", 0, 0), ("mt_bench", 0, 1), ("qa", 2, 0), ("mt_bench", 1, 0), ("qa", 4, 0), ("mt_bench", 3, 0), ("mt_bench", 3, 1)]
+    assert seen == [
+        ("mt_bench", 0, 0),
+        ("mt_bench", 0, 1),
+        ("qa", 2, 0),
+        ("mt_bench", 1, 0),
+        ("qa", 4, 0),
+        ("mt_bench", 3, 0),
+        ("mt_bench", 3, 1),
+    ]
     capsys.readouterr()
     assert specbench.main(["--summary", str(output)]) == 0
     table = capsys.readouterr().out
     tokens = sum(len(json.loads(line)["tokens"]) for line in lines[1:])
     passes = sum(len(json.loads(line)["accept_lengths"]["auto@8"]) for line in lines[1:])
-    assert f"{tokens / passes:.2f}" in next(line for line in table.splitlines() if line.startswith("auto@8"))
+    assert f"{tokens / passes:.2f}" in next(
+        line for line in table.splitlines() if line.startswith("auto@8")
+    )
     assert "check on 1 turns: auto@8" in table
     other = tmp_path / "other.jsonl"
-    assert specbench.main([*options[:2], "--output", str(other), "--drafts", "auto@8", "--new-tokens", "20"]) == 0
+    assert (
+        specbench.main(
+            [*options[:2], "--output", str(other), "--drafts", "auto@8", "--new-tokens", "20"]
+        )
+        == 0
+    )
     capsys.readouterr()
     assert specbench.main(["--summary", str(output), str(other)]) == 0
     table = capsys.readouterr().out
-    assert f"{2 * len(lines[1:])} turns" in table and "auto@8" in table and "\npaper" not in table, "what both files have"
+    assert (
+        f"{2 * len(lines[1:])} turns" in table and "auto@8" in table and "\npaper" not in table
+    ), "what both files have"
     with pytest.raises(SystemExit):
         specbench.main(["--summary", str(tmp_path / "none.jsonl")])
     assert "none.jsonl holds no results" in capsys.readouterr().err
@@ -148,16 +214,28 @@ def quality(monkeypatch):
 
 
 TASK = {
-    "prompt": "from typing import List\n\n\ndef helper(number):\n    return -number\n\n\ndef largest(numbers: List[int]) -> int:\n    \"\"\" The largest number. \"\"\"\n",
+    "prompt": (
+        "from typing import List\n\n\ndef helper(number):\n    return -number\n\n\ndef"
+        ' largest(numbers: List[int]) -> int:\n    """ The largest number. """\n'
+    ),
     "entry_point": "largest",
-    "test": "def check(candidate):\n    assert candidate([1, 3, 2]) == 3\n    assert candidate([-5]) == -5\n",
+    "test": (
+        "def check(candidate):\n    assert candidate([1, 3, 2]) == 3\n    assert candidate([-5]) =="
+        " -5\n"
+    ),
 }
 
 
 @pytest.mark.parametrize(
     "answer, right",
     [
-        ("Here it is:\n```python\ndef largest(numbers: List[int]) -> int:\n    return max(numbers)\n```\nIt works.", True),
+        (
+            (
+                "Here it is:\n```python\ndef largest(numbers: List[int]) -> int:\n    return"
+                " max(numbers)\n```\nIt works."
+            ),
+            True,
+        ),
         ("```\nimport math\n\ndef largest(numbers):\n    return max(numbers)", True),
         ("    return max(numbers)\n", True),
         ("```python\ndef largest(numbers):\n    return -min(map(helper, numbers))\n```", True),
@@ -167,7 +245,17 @@ TASK = {
         ("```python\ndef largest(numbers):\n    return bytearray(1 << 34)\n```", False),
         ("```python\nimport sys\nsys.exit(0)\n```", False),
     ],
-    ids=["block", "open block", "body", "helper", "wrong", "other name", "no code", "too large", "exits"],
+    ids=[
+        "block",
+        "open block",
+        "body",
+        "helper",
+        "wrong",
+        "other name",
+        "no code",
+        "too large",
+        "exits",
+    ],
 )
 def test_humaneval_answers_are_run(quality, answer, right):
     assert quality.humaneval_right(TASK, answer) is right
@@ -175,7 +263,9 @@ def test_humaneval_answers_are_run(quality, answer, right):
 
 def test_a_program_that_does_not_end_is_stopped(quality, monkeypatch):
     monkeypatch.setattr(quality, "SECONDS", 1)
-    assert not quality.humaneval_right(TASK, "```python\ndef largest(numbers):\n    while True:\n        pass\n```")
+    assert not quality.humaneval_right(
+        TASK, "```python\ndef largest(numbers):\n    while True:\n        pass\n```"
+    )
 
 
 @pytest.mark.parametrize(

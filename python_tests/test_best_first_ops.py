@@ -1,4 +1,6 @@
-"""The ops of best-first drafting against their specification (msn_ext.ops.reference) and the oracle."""
+"""The ops of best-first drafting against their specification (msn_ext.ops.reference) and the
+oracle.
+"""
 
 import dataclasses
 import itertools
@@ -32,14 +34,21 @@ NOTHING = [-1] * 8
 
 
 def specified(op: str, **arguments):
-    """What the specification says: the outputs and, where the op works in place, the changed table."""
+    """The specification's outputs and, where the op works in place, the changed table."""
     device = next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
-    copies = {name: x.detach().cpu().clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    copies = {
+        name: x.detach().cpu().clone() if isinstance(x, torch.Tensor) else x
+        for name, x in arguments.items()
+    }
     with one_thread():
         outputs = getattr(reference, op)(**copies)
     if outputs is None:
         outputs = next(iter(copies.values()))
-    return outputs.to(device) if isinstance(outputs, torch.Tensor) else tuple(x.to(device) for x in outputs)
+    return (
+        outputs.to(device)
+        if isinstance(outputs, torch.Tensor)
+        else tuple(x.to(device) for x in outputs)
+    )
 
 
 def guess(token: int, level: int = 0) -> int:
@@ -64,24 +73,34 @@ def on(device: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def special_bits(dtype: torch.dtype) -> list[int]:
-    """Zeros, infinities, the least and the largest NaN and the smallest number, all with both signs."""
-    sign, infinity = (torch.tensor(x, dtype=dtype).view(STORAGE[dtype]).item() for x in (-0.0, float("inf")))
+    """Zeros, infinities, the least and the largest NaN and the smallest number, all with both
+    signs.
+    """
+    sign, infinity = (
+        torch.tensor(x, dtype=dtype).view(STORAGE[dtype]).item() for x in (-0.0, float("inf"))
+    )
     patterns = [0, 1, infinity, infinity + 1, -sign - 1]
     return [*patterns, *(sign + x for x in patterns)]
 
 
-def random_logits(values: str, rows: int, vocabulary: int, dtype, specials: int, seed: int) -> torch.Tensor:
+def random_logits(
+    values: str, rows: int, vocabulary: int, dtype, specials: int, seed: int
+) -> torch.Tensor:
     source, storage = seeded(seed), STORAGE[dtype]
     if values == "any bits":
         limits = torch.iinfo(storage)
-        bits = torch.randint(limits.min, limits.max, (rows, vocabulary), generator=source).to(storage)
+        bits = torch.randint(limits.min, limits.max, (rows, vocabulary), generator=source).to(
+            storage
+        )
     else:
         scale = {"normal": 3.0, "ties": 1.0, "constant": 0.0}[values]
         numbers = torch.randn(rows, vocabulary, generator=source, dtype=torch.float64) * scale
         bits = (numbers.round() if values == "ties" else numbers).to(dtype).view(storage)
     patterns = special_bits(dtype)
     for _ in range(specials if bits.numel() else 0):
-        row, token, which = (int(torch.randint(n, (), generator=source)) for n in (rows, vocabulary, len(patterns)))
+        row, token, which = (
+            int(torch.randint(n, (), generator=source)) for n in (rows, vocabulary, len(patterns))
+        )
         bits[row, token] = patterns[which]
     return bits.view(dtype)
 
@@ -99,7 +118,9 @@ def lay_out(x: torch.Tensor, place: str) -> torch.Tensor:
         "every other": lambda: x.new_full((rows, 2 * vocabulary), nan)[:, ::2],
         "transposed": lambda: x.new_full((vocabulary, rows), nan).t(),
     }[place]()
-    view.view(STORAGE[x.dtype]).copy_(x.view(STORAGE[x.dtype]))  # so that every NaN stays the one it is
+    view.view(STORAGE[x.dtype]).copy_(
+        x.view(STORAGE[x.dtype])
+    )  # so that every NaN stays the one it is
     return view
 
 
@@ -148,16 +169,22 @@ def test_guesses_of_large_vocabularies(device, dtype, vocabulary):
     check_guesses(random_logits("normal", 2, vocabulary, on(device, dtype), 0, 1).to(device))
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (2, 1, 3, 7), (1, 2, 1, 2, 7), (0, 7), (2, 0, 7)])
+@pytest.mark.parametrize(
+    "shape", [(7,), (3, 7), (2, 3, 7), (2, 1, 3, 7), (1, 2, 1, 2, 7), (0, 7), (2, 0, 7)]
+)
 def test_guesses_take_any_leading_dimensions(device, shape):
     logits = torch.randn(shape, generator=seeded(0)).to(device)
     assert check_guesses(logits).shape == (logits.numel() // 7, 8)
     assert ops.top_guesses(logits).shape == (*shape[:-1], 8)
 
 
-@pytest.mark.parametrize("equal, level", [(1, 11), (2, 6), (3, 4), (4, 4), (5, 4), (6, 3), (7, 3), (8, 3), (9, 3)])
+@pytest.mark.parametrize(
+    "equal, level", [(1, 11), (2, 6), (3, 4), (4, 4), (5, 4), (6, 3), (7, 3), (8, 3), (9, 3)]
+)
 def test_a_probability_on_an_edge_has_the_level_above_it(device, equal, level):
-    """One of two equals has 0.5 and one of five 0.2, which are edges; the lowest tokens of equals come first."""
+    """One of two equals has 0.5 and one of five 0.2, which are edges; the lowest tokens of equals
+    come first.
+    """
     logits = torch.full((20,), -float("inf"), device=device)
     logits[2 : 2 + equal] = 3.0
     found = check_guesses(logits)[0].tolist()
@@ -200,18 +227,26 @@ SLOTS = [1, 2, 7, 64, 1000]
 @st.composite
 def texts(draw, longest: int = 60) -> list[int]:
     """Few different tokens, often repeating; what the tokens are does not matter."""
-    tokens = draw(st.sampled_from([range(1), range(3), range(50), [0, 2**27, 2**62, -1, -(2**63), 2**63 - 1]]))
+    tokens = draw(
+        st.sampled_from([range(1), range(3), range(50), [0, 2**27, 2**62, -1, -(2**63), 2**63 - 1]])
+    )
     rng = random.Random(draw(st.integers(0, 999)))
     text = [rng.choice(tokens) for _ in range(draw(st.integers(1, longest)))]
     period = draw(st.integers(1, longest))
-    return [rng.choice(tokens) if rng.random() < 0.02 else text[i % period] for i in range(len(text))]
+    return [
+        rng.choice(tokens) if rng.random() < 0.02 else text[i % period] for i in range(len(text))
+    ]
 
 
-def histories(rows: list[list[int]], device: str, behind: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def histories(
+    rows: list[list[int]], device: str, behind: int = 3
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, C] and [B]; behind each text lies the text again, which would count if it were read."""
     width = max(map(len, rows), default=0) + behind
     history = [(row * width)[:width] for row in rows]
-    return integers(history, device).view(len(rows), width), integers([len(row) for row in rows], device)
+    return integers(history, device).view(len(rows), width), integers(
+        [len(row) for row in rows], device
+    )
 
 
 def no_places(batch: int, slots: int, device: str) -> torch.Tensor:
@@ -220,7 +255,9 @@ def no_places(batch: int, slots: int, device: str) -> torch.Tensor:
 
 @given(rows=st.lists(texts(), min_size=0, max_size=3), slots=st.sampled_from(SLOTS), data=st.data())
 def test_suffixes_of_random_texts(device, rows, slots, data):
-    """At once, and in two pieces, of which the first may be empty and the second may begin too early or too late."""
+    """At once, and in two pieces, of which the first may be empty and the second may begin too
+    early or too late.
+    """
     history, lengths = histories(rows, device)
     arguments = {"history": history, "start": torch.zeros_like(lengths), "lengths": lengths}
     heads = no_places(len(rows), slots, device)
@@ -231,7 +268,9 @@ def test_suffixes_of_random_texts(device, rows, slots, data):
     until = integers([data.draw(st.integers(0, len(row))) for row in rows], device)
     pieces = torch.zeros_like(heads)
     ops.index_suffixes(pieces, history, torch.zeros_like(until), until)
-    assert pieces.tolist() == [oracle.places_table(row[:size], slots) for row, size in zip(rows, until.tolist())]
+    assert pieces.tolist() == [
+        oracle.places_table(row[:size], slots) for row, size in zip(rows, until.tolist())
+    ]
     ops.index_suffixes(pieces, history, until, lengths)
     assert_equal(pieces, heads)
     ops.index_suffixes(pieces, history, lengths, lengths)
@@ -244,12 +283,18 @@ def test_suffixes_from_a_place_on_leave_the_places_before_it_alone(device, rows,
     """Whatever stands in the table stays, unless an n-gram behind ``start`` takes its slot."""
     history, lengths = histories(rows, device)
     start = integers([data.draw(st.integers(0, len(row) + 3)) for row in rows], device)
-    heads = torch.randint(-(2**31), 2**31, (len(rows), 8, slots), generator=seeded(1)).int().to(device)
-    expected = specified("index_suffixes", heads=heads, history=history, start=start, lengths=lengths)
+    heads = (
+        torch.randint(-(2**31), 2**31, (len(rows), 8, slots), generator=seeded(1)).int().to(device)
+    )
+    expected = specified(
+        "index_suffixes", heads=heads, history=history, start=start, lengths=lengths
+    )
     by_oracle = heads.clone()
     for b, (row, begin) in enumerate(zip(rows, start.tolist())):
         for level, size in enumerate(oracle.NGRAMS):
-            for ngram, end in sorted(oracle.places(row, size, begin).items(), key=lambda item: item[1]):
+            for ngram, end in sorted(
+                oracle.places(row, size, begin).items(), key=lambda item: item[1]
+            ):
                 by_oracle[b, level, oracle.hashed(ngram) % slots] = end
     ops.index_suffixes(heads, history, start, lengths)
     assert_equal(heads, expected)
@@ -279,7 +324,9 @@ def test_suffixes_take_strided_texts_no_slots_and_no_text(device):
 
 
 def test_suffixes_would_notice_a_changed_token(device):
-    """Negative control: a changed token shows in its row, unless it is the last one or lies behind the text."""
+    """Negative control: a changed token shows in its row, unless it is the last one or lies behind
+    the text.
+    """
     text = list(range(20))
     history, lengths = histories([text, text], device)
     before = no_places(2, 4096, device)
@@ -309,9 +356,17 @@ class Pass:
     @classmethod
     def random(cls, texts, parents, vocabulary: int, rng: random.Random) -> "Pass":
         """Verified trees behind the texts, with few enough tokens that something is accepted."""
-        tokens, targets = ([[rng.randrange(vocabulary) for _ in row] for row in parents] for _ in range(2))
+        tokens, targets = (
+            [[rng.randrange(vocabulary) for _ in row] for row in parents] for _ in range(2)
+        )
         paths = [oracle.verify(*row)[1] for row in zip(tokens, targets, parents)]
-        return cls(texts, tokens, parents, paths, [[random_guesses(vocabulary, rng) for _ in row] for row in parents])
+        return cls(
+            texts,
+            tokens,
+            parents,
+            paths,
+            [[random_guesses(vocabulary, rng) for _ in row] for row in parents],
+        )
 
     def arguments(self, device: str) -> dict:
         batch, nodes = len(self.texts), len(self.parents[0])
@@ -343,18 +398,27 @@ def no_contexts(slots: int, device: str) -> torch.Tensor:
     return torch.zeros(3, slots, 9, dtype=torch.int32, device=device)
 
 
-def corpus_of(documents: list[list[int]], slots: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def corpus_of(
+    documents: list[list[int]], slots: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[T] and [8, slots]"""
     corpus = [token for document in documents for token in [-1, *document]][1:]
     heads = no_places(1, slots, device)
     if corpus:
-        ops.index_suffixes(heads, integers([corpus], device), integers([0], device), integers([len(corpus)], device))
+        ops.index_suffixes(
+            heads,
+            integers([corpus], device),
+            integers([0], device),
+            integers([len(corpus)], device),
+        )
     return tree_tensor(corpus, device), heads[0]
 
 
 @dataclasses.dataclass
 class Known:
-    """All that draft_tree reads. The tables are made by the ops; without slots a source is left out."""
+    """All that draft_tree reads. The tables are made by the ops; without slots a source is left
+    out.
+    """
 
     batch: int = 2
     vocabulary: int = 4
@@ -370,10 +434,15 @@ class Known:
     def __post_init__(self):
         rng = random.Random(self.seed)
         self.texts = [self._text(rng) for _ in range(self.batch)]
-        self.denoised = [[random_guesses(self.vocabulary, rng) for _ in range(self.depths)] for _ in self.texts]
+        self.denoised = [
+            [random_guesses(self.vocabulary, rng) for _ in range(self.depths)] for _ in self.texts
+        ]
         self.observed = []
         for i in range(self.passes if self.texts else 0):
-            parents = [build_tree(rng.choice(["random", "deep", "padded"]), 9, self.seed + i) for _ in self.texts]
+            parents = [
+                build_tree(rng.choice(["random", "deep", "padded"]), 9, self.seed + i)
+                for _ in self.texts
+            ]
             texts = [text[: rng.randint(1, len(text))] for text in self.texts]
             self.observed.append(Pass.random(texts, parents, self.vocabulary, rng))
         draw = {
@@ -388,7 +457,10 @@ class Known:
     def _text(self, rng: random.Random) -> list[int]:
         size = rng.randint(1, self.longest)
         text = [rng.randrange(self.vocabulary) for _ in range(size)]
-        return [rng.choice(text) if rng.random() < 0.05 else text[i % rng.choice([3, 17, size])] for i in range(size)]
+        return [
+            rng.choice(text) if rng.random() < 0.05 else text[i % rng.choice([3, 17, size])]
+            for i in range(size)
+        ]
 
     def _document(self, rng: random.Random) -> list[int]:
         """Some of what the texts say, and something else."""
@@ -398,7 +470,10 @@ class Known:
     def arguments(self, device: str) -> dict:
         history, lengths = histories(self.texts, device)
         corpus, corpus_heads = corpus_of(self.corpus, self.head_slots, device)
-        contexts, heads = no_contexts(self.slots, device), no_places(self.batch, self.head_slots, device)
+        contexts, heads = (
+            no_contexts(self.slots, device),
+            no_places(self.batch, self.head_slots, device),
+        )
         for observed in self.observed:
             ops.remember_guesses(contexts, **observed.arguments(device))
         ops.index_suffixes(heads, history, torch.zeros_like(lengths), lengths)
@@ -423,16 +498,26 @@ class Known:
         """Whether every context and n-gram has a slot of its own."""
         whole = arguments["corpus"].tolist()
         ngrams, of_corpus = (
-            sum(len(oracle.places(text, size)) for text in texts for size in oracle.NGRAMS) for texts in (self.texts, [whole])
+            sum(len(oracle.places(text, size)) for text in texts for size in oracle.NGRAMS)
+            for texts in (self.texts, [whole])
         )
         return int((arguments["contexts"][..., 0] != 0).sum()) == len(self.memory()) and (
             self.head_slots == 0
-            or int((arguments["heads"] != 0).sum()) == ngrams
-            and int((arguments["corpus_heads"] != 0).sum()) == of_corpus
+            or (
+                int((arguments["heads"] != 0).sum()) == ngrams
+                and int((arguments["corpus_heads"] != 0).sum()) == of_corpus
+            )
         )
 
-    def check(self, nodes: int, max_depth: int, foresight: float, device: str, by_oracle: bool = True) -> None:
-        arguments = {**self.arguments(device), "nodes": nodes, "max_depth": max_depth, "foresight": foresight}
+    def check(
+        self, nodes: int, max_depth: int, foresight: float, device: str, by_oracle: bool = True
+    ) -> None:
+        arguments = {
+            **self.arguments(device),
+            "nodes": nodes,
+            "max_depth": max_depth,
+            "foresight": foresight,
+        }
         got = ops.draft_tree(**arguments)
         assert_equal(got, specified("draft_tree", **arguments))
         if not by_oracle or not self.is_told_apart(arguments):
@@ -441,7 +526,16 @@ class Known:
         tokens, parents, probability, sources = (x.tolist() for x in got)
         for b, (text, denoised) in enumerate(zip(self.texts, self.denoised)):
             documents = self.corpus if self.head_slots else []
-            draft = oracle.Draft(text, denoised, memory, self.head_slots > 0, documents, factors, max_depth, foresight)
+            draft = oracle.Draft(
+                text,
+                denoised,
+                memory,
+                self.head_slots > 0,
+                documents,
+                factors,
+                max_depth,
+                foresight,
+            )
             row = draft.nodes(nodes)
             row += [(text[-1], -1, 0.0, 0)] * (nodes - len(row))
             assert list(zip(tokens[b], parents[b], probability[b], sources[b])) == row
@@ -497,7 +591,9 @@ def test_remembering_random_passes(device, data):
 @pytest.mark.parametrize("nodes", [1, 2, 63, 64, 65, 255, 256])
 def test_remembering_trees_of_every_size(device, nodes):
     parents = [build_tree(kind, nodes) for kind in ("random", "chain", "padded")]
-    check_remembered([Pass.random([[1], [2, 1], [0, 2, 1, 1]], parents, 3, random.Random(nodes))], 61, device)
+    check_remembered(
+        [Pass.random([[1], [2, 1], [0, 2, 1, 1]], parents, 3, random.Random(nodes))], 61, device
+    )
 
 
 def remembered(observed: Pass, context: list[int], device: str) -> list[int] | None:
@@ -508,12 +604,23 @@ def remembered(observed: Pass, context: list[int], device: str) -> list[int] | N
 
 
 def test_the_accepted_path_and_later_rows_have_the_last_word(device):
-    """Nodes 1 to 3 of both rows have token 5 behind token 4: whichever is accepted stays, else the last."""
+    """Nodes 1 to 3 of both rows have token 5 behind token 4: whichever is accepted stays, else the
+    last.
+    """
     guesses = [[only(guess(10 * b + i)) for i in range(4)] for b in range(2)]
     draft = [[4, 5, 5, 5]] * 2, [[-1, 0, 0, 0]] * 2
-    for paths, last in [([[0], [0, 1]], 11), ([[0], [0, 2]], 12), ([[0, 3], [0]], 13), ([[0, 1], [0]], 13)]:
+    for paths, last in [
+        ([[0], [0, 1]], 11),
+        ([[0], [0, 2]], 12),
+        ([[0, 3], [0]], 13),
+        ([[0, 1], [0]], 13),
+    ]:
         observed = Pass([[4], [4]], *draft, paths, guesses)
-        assert remembered(observed, [5], device) == remembered(observed, [4, 5], device) == only(guess(last))
+        assert (
+            remembered(observed, [5], device)
+            == remembered(observed, [4, 5], device)
+            == only(guess(last))
+        )
         assert remembered(observed, [4], device) == only(guess(10))
 
 
@@ -527,9 +634,17 @@ def test_padding_and_what_is_below_it_is_not_remembered(device):
 
 @given(seed=st.integers(0, 999), slots=st.sampled_from([7, 512]))
 def test_remembering_reads_nothing_but_its_own(device, seed, slots):
-    """The root's token is the text's end; padding, gaps in the path and what lies behind the text do not count."""
+    """The root's token is the text's end; padding, gaps in the path and what lies behind the text
+    do not count.
+    """
     rng = random.Random(seed)
-    texts, parents = [[1], [0, 2, 2, 1]], [build_tree("padded", 20, seed), build_tree("random", 20, seed)]
+    texts, parents = (
+        [[1], [0, 2, 2, 1]],
+        [
+            build_tree("padded", 20, seed),
+            build_tree("random", 20, seed),
+        ],
+    )
     arguments = Pass.random(texts, parents, 3, rng).arguments(device)
     before, after = no_contexts(slots, device), no_contexts(slots, device)
     ops.remember_guesses(before, **arguments)
@@ -549,10 +664,19 @@ def test_remembering_reads_nothing_but_its_own(device, seed, slots):
 
 def test_remembering_would_notice_a_change(device):
     """Negative control: every token, parent and guess of a live node counts."""
-    observed = Pass([[1, 2]], [[2, 3, 4, 5]], [[-1, 0, 1, 1]], [[0, 1]], [[only(guess(i)) for i in range(4)]])
+    observed = Pass(
+        [[1, 2]], [[2, 3, 4, 5]], [[-1, 0, 1, 1]], [[0, 1]], [[only(guess(i)) for i in range(4)]]
+    )
     before = check_remembered([observed], 512, device)
-    changes = [("tokens", node, 9) for node in (1, 2, 3)] + [("parents", 2, 0), ("parents", 3, 2), ("parents", 1, -1)]
-    changes += [("guesses", node, [guess(9)] * 8) for node in range(4)] + [("history", 0, 9), ("history", 1, 9)]
+    changes = [("tokens", node, 9) for node in (1, 2, 3)] + [
+        ("parents", 2, 0),
+        ("parents", 3, 2),
+        ("parents", 1, -1),
+    ]
+    changes += [("guesses", node, [guess(9)] * 8) for node in range(4)] + [
+        ("history", 0, 9),
+        ("history", 1, 9),
+    ]
     for name, at, value in changes:
         arguments = observed.arguments(device)
         arguments[name][0, at] = torch.tensor(value, dtype=arguments[name].dtype)
@@ -567,7 +691,11 @@ def test_remembering_takes_strides_no_slots_and_no_rows(device):
     before, after = no_contexts(64, device), no_contexts(64, device)
     ops.remember_guesses(before, **arguments)
     apart = {
-        name: x.repeat_interleave(2, 0)[::2] if x.dim() == 1 else x.transpose(0, 1).contiguous().transpose(0, 1)
+        name: (
+            x.repeat_interleave(2, 0)[::2]
+            if x.dim() == 1
+            else x.transpose(0, 1).contiguous().transpose(0, 1)
+        )
         for name, x in arguments.items()
     }
     ops.remember_guesses(after, **apart)
@@ -581,7 +709,9 @@ def test_remembering_takes_strides_no_slots_and_no_rows(device):
 def test_malformed_parents_are_not_remembered(device, malformed):
     parents, first = malformed
     nodes = len(parents)
-    observed = Pass([[1]], [[1] * nodes], [parents], [[0]], [[only(guess(i)) for i in range(nodes)]])
+    observed = Pass(
+        [[1]], [[1] * nodes], [parents], [[0]], [[only(guess(i)) for i in range(nodes)]]
+    )
     contexts, arguments = no_contexts(7, device), observed.arguments(device)
     if device == "cpu":
         with pytest.raises(ValueError, match=rf"parents\[{first}\] is {parents[first]};"):
@@ -591,7 +721,9 @@ def test_malformed_parents_are_not_remembered(device, malformed):
         as_padding = tree_tensor([[p if 0 <= p < i else -1 for i, p in enumerate(parents)]], device)
         bounded(lambda: ops.remember_guesses(contexts, **arguments))
         expected = {**arguments, "parents": as_padding}
-        assert_equal(contexts, specified("remember_guesses", contexts=no_contexts(7, device), **expected))
+        assert_equal(
+            contexts, specified("remember_guesses", contexts=no_contexts(7, device), **expected)
+        )
 
 
 # ---- draft_tree ----------------------------------------------------------------------------------
@@ -622,11 +754,15 @@ def test_drafts_of_much_knowledge(device, seed, factors, documents):
 
 @pytest.mark.parametrize("places", [1, 2, 3, 4, 8])
 def test_every_ngram_may_have_a_follower_of_its_own(device, places):
-    """The end of the text stood there before: its last 16 tokens, its last 12, ..., each before another token."""
+    """The end of the text stood there before: its last 16 tokens, its last 12, ..., each before
+    another token.
+    """
     end = list(range(16))
     known = Known(1, 30, depths=0, passes=2, head_slots=1 << 16)
     sizes = oracle.NGRAMS[-places:]
-    known.texts = [[t for size in reversed(sizes) for t in (99, *end[-size:], 2**40 + size)] + [99, *end]]
+    known.texts = [
+        [t for size in reversed(sizes) for t in (99, *end[-size:], 2**40 + size)] + [99, *end]
+    ]
     arguments = known.arguments(device)
     assert known.is_told_apart(arguments)
     known.check(places + 2, 1, 0.0, device)
@@ -636,7 +772,9 @@ def test_every_ngram_may_have_a_follower_of_its_own(device, places):
 
 @pytest.mark.parametrize("of_text", [*range(9)])
 def test_the_corpus_is_asked_for_the_ngrams_that_the_text_does_not_have(device, of_text):
-    """The text has the shorter n-grams of its end, the corpus all of them: each answers for its own."""
+    """The text has the shorter n-grams of its end, the corpus all of them: each answers for its
+    own.
+    """
     end, short = list(range(16)), oracle.NGRAMS[:of_text]
     known = Known(1, 30, depths=0, passes=0, head_slots=1 << 16)
     known.texts = [[t for size in reversed(short) for t in (99, *end[-size:], 100 + size)] + end]
@@ -647,7 +785,10 @@ def test_the_corpus_is_asked_for_the_ngrams_that_the_text_does_not_have(device, 
     tokens, _, _, sources = ops.draft_tree(**arguments, nodes=60, max_depth=1, foresight=0.0)
     expected = [100 + size if size in short else 200 + size for size in oracle.NGRAMS]
     assert sorted(tokens[sources == 4].tolist()) == sorted(expected)
-    for name in ("corpus", "corpus_heads"):  # negative control: without either there are only the text's
+    for name in (
+        "corpus",
+        "corpus_heads",
+    ):  # negative control: without either there are only the text's
         tokens, _, _, sources = ops.draft_tree(
             **{**arguments, name: arguments[name][..., :0]}, nodes=60, max_depth=1, foresight=0.0
         )
@@ -655,7 +796,9 @@ def test_the_corpus_is_asked_for_the_ngrams_that_the_text_does_not_have(device, 
 
 
 def test_documents_do_not_continue_each_other(device):
-    """Neither is the next one's beginning behind the end of one, nor is what stands between them a guess or a match."""
+    """Neither is the next one's beginning behind the end of one, nor is what stands between them a
+    guess or a match.
+    """
     known = Known(1, depths=0, slots=0, head_slots=64, passes=0)
     for text, corpus, expected in [
         ([1, 2, 3], [[9, 1, 2, 3], [4, 5]], set()),
@@ -690,8 +833,18 @@ def test_without_a_corpus_a_draft_is_what_it_was(device, known, foresight):
     assert arguments["corpus"].numel() == 0
     expected = ops.draft_tree(**arguments, **options)
     tokens, heads = corpus_of([text * 2 for text in known.texts] or [[1]], 64, device)
-    for corpus, corpus_heads in [(tokens[:0], heads), (tokens, heads[:, :0]), (tokens * 0 - 1, heads), (tokens, heads * 0)]:
-        assert_equal(ops.draft_tree(**{**arguments, "corpus": corpus, "corpus_heads": corpus_heads}, **options), expected)
+    for corpus, corpus_heads in [
+        (tokens[:0], heads),
+        (tokens, heads[:, :0]),
+        (tokens * 0 - 1, heads),
+        (tokens, heads * 0),
+    ]:
+        assert_equal(
+            ops.draft_tree(
+                **{**arguments, "corpus": corpus, "corpus_heads": corpus_heads}, **options
+            ),
+            expected,
+        )
 
 
 @pytest.mark.parametrize("foresight", [0.0, 0.05, 1.0])
@@ -708,7 +861,9 @@ def test_drafts_of_many_guesses(device, factors):
 
 
 @pytest.mark.parametrize("factors", ["random", "ones", "extreme"])
-@pytest.mark.parametrize("depths, slots, head_slots", [*itertools.product([0, 3], [0, 1 << 14], [0, 1 << 13])])
+@pytest.mark.parametrize(
+    "depths, slots, head_slots", [*itertools.product([0, 3], [0, 1 << 14], [0, 1 << 13])]
+)
 @pytest.mark.parametrize("foresight", [0.0, 0.05])
 def test_drafts_of_some_sources(device, depths, slots, head_slots, factors, foresight):
     known = Known(3, 4, depths=depths, slots=slots, head_slots=head_slots, factors=factors)
@@ -740,7 +895,9 @@ def test_a_draft_of_nothing_is_the_root_and_with_foresight_noise_behind_it(devic
 def test_a_draft_in_numbers(device):
     """Two guesses behind the root, 0.6 and 0.3, and one with 0.5 behind either."""
     factors = torch.ones(FACTORS, dtype=torch.float64)
-    factors[36:60].view(2, 12)[:, 1:3] = torch.tensor([6.0, 3.0])  # denoised, depth 0, levels 1 and 2
+    factors[36:60].view(2, 12)[:, 1:3] = torch.tensor(
+        [6.0, 3.0]
+    )  # denoised, depth 0, levels 1 and 2
     denoised = [[only(guess(1, 1), guess(2, 2)), only(guess(7))]]
     arguments = {
         "history": integers([[5]], device),
@@ -756,18 +913,50 @@ def test_a_draft_in_numbers(device):
         return [x[0].tolist() for x in ops.draft_tree(**arguments, **options)]
 
     tokens, parents, probability, sources = draft(nodes=6, max_depth=9, foresight=0.0)
-    assert tokens == [5, 1, 2, 7, 7, 5] and parents == [-1, 0, 0, 1, 2, -1]  # of equals, the one behind the root
-    assert probability == pytest.approx([1, 0.6, 0.3, 0.3, 0.15, 0]) and sources == [0, 1, 1, 1, 1, 0]
+    assert tokens == [5, 1, 2, 7, 7, 5] and parents == [
+        -1,
+        0,
+        0,
+        1,
+        2,
+        -1,
+    ]  # of equals, the one behind the root
+    assert probability == pytest.approx([1, 0.6, 0.3, 0.3, 0.15, 0]) and sources == [
+        0,
+        1,
+        1,
+        1,
+        1,
+        0,
+    ]
     tokens, parents, probability, _ = draft(nodes=5, max_depth=2, foresight=0.2)
     assert tokens == [5, 1, 7, 2, 7] and parents == [-1, 0, 1, 0, 3]  # 7 is worth 0.3 + 0.2 * 0.6
     assert probability == pytest.approx([1, 0.6, 0.3, 0.3, 0.15])
     tokens, parents, probability, sources = draft(nodes=7, max_depth=9, foresight=1.0)
-    assert tokens == [5, 1, 7, 2, 7, 5, 5] and parents == [-1, 0, 1, 0, 3, 2, 4]  # noise: 5 is all the text
-    assert probability == pytest.approx([1, 0.6, 0.3, 0.3, 0.15, 0, 0]) and sources == [0, 1, 1, 1, 1, 8, 8]
+    assert tokens == [5, 1, 7, 2, 7, 5, 5] and parents == [
+        -1,
+        0,
+        1,
+        0,
+        3,
+        2,
+        4,
+    ]  # noise: 5 is all the text
+    assert probability == pytest.approx([1, 0.6, 0.3, 0.3, 0.15, 0, 0]) and sources == [
+        0,
+        1,
+        1,
+        1,
+        1,
+        8,
+        8,
+    ]
 
 
 def worked_example(device: str) -> dict:
-    """Behind 1 2 3 1 2: 8, denoised and remembered behind the 2, and 3, remembered and behind the earlier 1 2."""
+    """Behind 1 2 3 1 2: 8, denoised and remembered behind the 2, and 3, remembered and behind the
+    earlier 1 2.
+    """
     factors = torch.ones(FACTORS, dtype=torch.float64)
     bias, denoised, remembered, suffix = factors.split([36, 72, 144, 96])
     bias.view(4, 9)[1, 2] = 2
@@ -785,7 +974,9 @@ def worked_example(device: str) -> dict:
         "denoised": tree_tensor([[only(guess(8, 11)), only(guess(6, 5))]], device),
         "contexts": contexts,
         "heads": heads,
-        **dict(zip(("corpus", "corpus_heads"), corpus_of([[7, 2, 1], [5, 1, 2, 4, 4]], 1024, device))),
+        **dict(
+            zip(("corpus", "corpus_heads"), corpus_of([[7, 2, 1], [5, 1, 2, 4, 4]], 1024, device))
+        ),
         "factors": factors.to(device),
         "nodes": 4,
         "max_depth": 1,
@@ -794,10 +985,14 @@ def worked_example(device: str) -> dict:
 
 
 def test_scores_are_the_products_of_the_factors(device):
-    tokens, parents, probability, sources = (x[0].tolist() for x in ops.draft_tree(**worked_example(device)))
+    tokens, parents, probability, sources = (
+        x[0].tolist() for x in ops.draft_tree(**worked_example(device))
+    )
     scores = {3: 2 * 7 * 11, 8: 2 * 3 * 5}
     assert tokens == [2, 3, 8, 2] and parents == [-1, 0, 0, -1] and sources == [0, 2 + 4, 1 + 2, 0]
-    assert probability == pytest.approx([1, *(score / (1 + sum(scores.values())) for score in scores.values()), 0])
+    assert probability == pytest.approx(
+        [1, *(score / (1 + sum(scores.values())) for score in scores.values()), 0]
+    )
 
 
 def test_a_draft_would_notice_a_changed_factor(device):
@@ -822,28 +1017,47 @@ def test_a_draft_would_notice_a_changed_entry(device):
     def changes(name: str, at, value) -> bool:
         changed = arguments[name].clone()
         changed[at] = value
-        return any(not torch.equal(x, y) for x, y in zip(before, ops.draft_tree(**{**arguments, name: changed})))
+        return any(
+            not torch.equal(x, y)
+            for x, y in zip(before, ops.draft_tree(**{**arguments, name: changed}))
+        )
 
     assert changes("contexts", (0, slot, 0), 1)  # another context has the slot
-    assert changes("contexts", (0, slot, 1), guess(4, 4)) and changes("contexts", (0, slot, 2), guess(8, 4))
-    assert changes("contexts", (0, slot, 8), guess(4)) and not changes("contexts", (0, slot, 8), -77)
-    assert not changes("contexts", (0, (slot + 1) % 64), 77) and not changes("contexts", (slice(1, 3),), 77)
+    assert changes("contexts", (0, slot, 1), guess(4, 4)) and changes(
+        "contexts", (0, slot, 2), guess(8, 4)
+    )
+    assert changes("contexts", (0, slot, 8), guess(4)) and not changes(
+        "contexts", (0, slot, 8), -77
+    )
+    assert not changes("contexts", (0, (slot + 1) % 64), 77) and not changes(
+        "contexts", (slice(1, 3),), 77
+    )
     assert changes("heads", (0, 1, place), 0) and not changes("heads", (0, 7), 3)
     for wrong in (1, 3, 4, 5, 6, -1, *EXTREMES):  # not the n-gram, or outside the text
         assert changes("heads", (0, 1, place), wrong)
     assert changes("denoised", (0, 0, 0), -1) and changes("denoised", (0, 0, 1), guess(8, 11))
     assert not changes("denoised", (0, 1), guess(8, 11))  # behind max_depth
-    assert changes("history", (0, 2), 4) and changes("history", (0, 0), 4) and changes("history", (0, 1), 4)
+    assert (
+        changes("history", (0, 2), 4)
+        and changes("history", (0, 0), 4)
+        and changes("history", (0, 1), 4)
+    )
     assert changes("history", (0, 3), 4) and changes("history", (0, 4), 4)
     assert not changes("history", (0, slice(5, None)), 4)
 
     arguments["factors"] = torch.arange(1.0, FACTORS + 1, dtype=torch.float64, device=device)
-    arguments["history"] = integers([[6, 7, 5, 1, 2]], device)  # whose end is in the corpus only, before a 4
+    arguments["history"] = integers(
+        [[6, 7, 5, 1, 2]], device
+    )  # whose end is in the corpus only, before a 4
     before = ops.draft_tree(**arguments)
     ends = {size: oracle.hashed((5, 1, 2)[3 - size :]) % 1024 for size in (1, 2, 3)}
     assert all(arguments["corpus_heads"][size - 1, slot] == 7 for size, slot in ends.items())
-    assert changes("corpus", 7, 3) and changes("corpus", 6, 9) and changes("corpus", slice(None), -1)
-    assert changes("corpus", 4, 9) and changes("corpus", 5, 9)  # a shorter n-gram weighs something else
+    assert (
+        changes("corpus", 7, 3) and changes("corpus", 6, 9) and changes("corpus", slice(None), -1)
+    )
+    assert changes("corpus", 4, 9) and changes(
+        "corpus", 5, 9
+    )  # a shorter n-gram weighs something else
     assert not changes("corpus", 8, 9) and not changes("corpus", slice(0, 4), 3)
     for wrong in (0, 1, 3, 5, 6, 9, -1, *EXTREMES):
         assert changes("corpus_heads", (2, ends[3]), wrong)
@@ -852,15 +1066,23 @@ def test_a_draft_would_notice_a_changed_entry(device):
 
 @given(known=knowledge(), foresight=st.sampled_from(FORESIGHT), junk=st.integers(0, 999))
 def test_drafts_survive_any_tables(device, known, foresight, junk):
-    """Junk in every table is taken for what the specification takes it for, levels and tokens out of range included."""
-    known = dataclasses.replace(known, slots=min(known.slots, 64), head_slots=min(known.head_slots, 64))
+    """Junk in every table is taken for what the specification takes it for, levels and tokens out
+    of range included.
+    """
+    known = dataclasses.replace(
+        known, slots=min(known.slots, 64), head_slots=min(known.head_slots, 64)
+    )
     arguments = {**known.arguments(device), "nodes": 12, "max_depth": 4, "foresight": foresight}
     source = seeded(junk)
 
     def chance(table: torch.Tensor) -> torch.Tensor:
         return torch.rand(table.shape, generator=source).to(device)
 
-    tables = arguments["denoised"], arguments["contexts"][..., 1:], arguments["heads"]  # no context is forgotten
+    tables = (
+        arguments["denoised"],
+        arguments["contexts"][..., 1:],
+        arguments["heads"],
+    )  # no context is forgotten
     for table in (*tables, arguments["corpus"], arguments["corpus_heads"]):
         noise = torch.randint(-(2**31), 2**31, table.shape, generator=source).int().to(device)
         noise = torch.where(chance(table) < 0.5, noise, noise % 50)
@@ -868,24 +1090,34 @@ def test_drafts_survive_any_tables(device, known, foresight, junk):
     assert_equal(ops.draft_tree(**arguments), specified("draft_tree", **arguments))
 
 
-@given(known=knowledge(), max_depth=st.sampled_from([1, 3, 9]), foresight=st.sampled_from(FORESIGHT))
+@given(
+    known=knowledge(), max_depth=st.sampled_from([1, 3, 9]), foresight=st.sampled_from(FORESIGHT)
+)
 def test_fewer_nodes_are_the_first_of_more(device, known, max_depth, foresight):
     arguments = {**known.arguments(device), "max_depth": max_depth, "foresight": foresight}
     most = ops.draft_tree(**arguments, nodes=256)
     for nodes in (1, 2, 3, 17, 64, 100, 255):
-        assert_equal(ops.draft_tree(**arguments, nodes=nodes), tuple(x[:, :nodes].contiguous() for x in most))
+        assert_equal(
+            ops.draft_tree(**arguments, nodes=nodes), tuple(x[:, :nodes].contiguous() for x in most)
+        )
 
 
-@given(known=knowledge(), max_depth=st.sampled_from([0, 1, 3, 9]), foresight=st.sampled_from(FORESIGHT))
+@given(
+    known=knowledge(), max_depth=st.sampled_from([0, 1, 3, 9]), foresight=st.sampled_from(FORESIGHT)
+)
 def test_a_draft_is_a_tree_of_shrinking_probability(device, known, max_depth, foresight):
     arguments = known.arguments(device)
     draft = ops.draft_tree(**arguments, nodes=100, max_depth=max_depth, foresight=foresight)
     _, depth = ops.tree_ancestors(draft[1])
-    for text, tokens, parents, p, sources, depths in zip(known.texts, *(x.tolist() for x in (*draft, depth))):
+    for text, tokens, parents, p, sources, depths in zip(
+        known.texts, *(x.tolist() for x in (*draft, depth))
+    ):
         live = sum(d >= 0 for d in depths)
         assert max(depths) <= max_depth and min(depths[:live]) == 0
         assert (tokens[0], parents[0], p[0], sources[0]) == (text[-1], -1, 1.0, 0)
-        assert list(zip(tokens, parents, p, sources))[live:] == [(text[-1], -1, 0.0, 0)] * (100 - live)
+        assert list(zip(tokens, parents, p, sources))[live:] == [(text[-1], -1, 0.0, 0)] * (
+            100 - live
+        )
         for node in range(live):
             children = [i for i in range(node + 1, live) if parents[i] == node]
             assert len({tokens[i] for i in children}) == len(children)
@@ -893,21 +1125,35 @@ def test_a_draft_is_a_tree_of_shrinking_probability(device, known, max_depth, fo
             assert sum(p[i] for i in children) <= p[node] * (1 + 1e-12)
             if known.factors != "extreme" and p[node] > 0:
                 assert sum(p[i] for i in children) < p[node]
-        assert all(1 <= s <= 7 or (s == 8 and q == 0 and foresight > 0) for s, q in zip(sources[1:live], p[1:live]))
+        assert all(
+            1 <= s <= 7 or (s == 8 and q == 0 and foresight > 0)
+            for s, q in zip(sources[1:live], p[1:live])
+        )
         if foresight == 0:
             assert p == sorted(p, reverse=True) and min(p[:live]) > 0
 
 
 @given(known=knowledge(), max_depth=st.sampled_from([3, 256]), foresight=st.sampled_from(FORESIGHT))
 def test_the_draft_of_a_row_ignores_the_others_bit_for_bit(device, known, max_depth, foresight):
-    """Nor does it matter what lies behind the text or deeper than the tree, or how the arguments are strided."""
-    arguments = {**known.arguments(device), "nodes": 30, "max_depth": max_depth, "foresight": foresight}
+    """Nor does it matter what lies behind the text or deeper than the tree, or how the arguments
+    are strided.
+    """
+    arguments = {
+        **known.arguments(device),
+        "nodes": 30,
+        "max_depth": max_depth,
+        "foresight": foresight,
+    }
     together = ops.draft_tree(**arguments)
     per_row = ("history", "lengths", "denoised", "heads")
     for b in range(known.batch):
-        alone = ops.draft_tree(**{**arguments, **{name: arguments[name][b : b + 1] for name in per_row}})
+        alone = ops.draft_tree(
+            **{**arguments, **{name: arguments[name][b : b + 1] for name in per_row}}
+        )
         assert_equal(alone, tuple(x[b : b + 1] for x in together))
-    behind = torch.arange(arguments["history"].shape[1], device=device) >= arguments["lengths"][:, None]
+    behind = (
+        torch.arange(arguments["history"].shape[1], device=device) >= arguments["lengths"][:, None]
+    )
     arguments["history"].masked_fill_(behind, -(2**63))
     arguments["denoised"][:, max_depth:] = guess(1, 11)
     for name in ("history", "denoised", "contexts", "heads", "corpus_heads"):
@@ -919,7 +1165,9 @@ def test_the_draft_of_a_row_ignores_the_others_bit_for_bit(device, known, max_de
 
 @given(known=knowledge(), nodes=st.integers(2, 5))
 def test_a_draft_without_foresight_is_the_best_of_all_trees_of_its_size(device, known, nodes):
-    """Of all that can be chosen from the whole tree of guesses, none is accepted further on average."""
+    """Of all that can be chosen from the whole tree of guesses, none is accepted further on
+    average.
+    """
     known = dataclasses.replace(known, vocabulary=2)
     arguments = {**known.arguments(device), "max_depth": 3, "foresight": 0.0}
     _, parents, probability, _ = (x.tolist() for x in ops.draft_tree(**arguments, nodes=15))
@@ -929,15 +1177,21 @@ def test_a_draft_without_foresight_is_the_best_of_all_trees_of_its_size(device, 
         assume(len(live) >= nodes - 1)
         chosen = itertools.combinations(live, nodes - 1)
         whole = [c for c in chosen if all(parents[b][i] in (0, *c) for i in c)]
-        assert best[b] == pytest.approx(1 + max(sum(probability[b][i] for i in c) for c in whole), rel=1e-12)
+        assert best[b] == pytest.approx(
+            1 + max(sum(probability[b][i] for i in c) for c in whole), rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("foresight", [0.0, 0.05, 1.0])
 def test_the_sum_of_the_probabilities_is_the_expected_accept_length(device, foresight):
-    """Models that continue every node as the draft supposes, 20,000 of them; the bound is six standard errors."""
+    """Models that continue every node as the draft supposes, 20,000 of them; the bound is six
+    standard errors.
+    """
     samples, nodes = 20_000, 40
     arguments = Known(1, 5, factors="few").arguments(device)
-    tokens, parents, probability, _ = ops.draft_tree(**arguments, nodes=nodes, max_depth=9, foresight=foresight)
+    tokens, parents, probability, _ = ops.draft_tree(
+        **arguments, nodes=nodes, max_depth=9, foresight=foresight
+    )
     targets = torch.full((samples, nodes), -7)
     for node, p in enumerate(probability[0].tolist()):
         children = (parents[0] == node).nonzero().flatten().tolist()
@@ -946,7 +1200,9 @@ def test_the_sum_of_the_probabilities_is_the_expected_accept_length(device, fore
             weights = torch.cat([weights, 1 - weights.sum(0, True)])
             chosen = torch.multinomial(weights, samples, True, generator=seeded(node))
             targets[:, node] = torch.cat([tokens[0, children].cpu(), integers([-7])])[chosen]
-    accepted = ops.verify_tree(tokens.expand(samples, -1), targets.to(device), parents[0])[0].double()
+    accepted = ops.verify_tree(tokens.expand(samples, -1), targets.to(device), parents[0])[
+        0
+    ].double()
     error = accepted.std().item() / samples**0.5
     assert error > 0 and abs(accepted.mean().item() - probability.sum().item()) < 6 * error
 
@@ -957,10 +1213,13 @@ def test_a_draft_of_no_rows(device):
     assert shapes == [(0, 7)] * 4
 
 
-# ---- refusals: what test_ops.py does not have in its tables ---------------------------------------
+# ---- refusals: what test_ops.py does not have in its tables
+# ---------------------------------------
 
 
-@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 9e-10, 1.1e9])
+@pytest.mark.parametrize(
+    "factor", [float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 9e-10, 1.1e9]
+)
 @pytest.mark.parametrize("at", [0, 100, FACTORS - 1])
 def test_a_wrong_factor_is_refused_by_name(factor, at):
     arguments = worked_example("cpu")
@@ -990,7 +1249,9 @@ def test_a_vocabulary_that_guesses_cannot_hold_is_refused(device):
 
 
 def test_a_refused_call_has_changed_no_more_than_the_rows_before():
-    """In place, row by row: the second row is wrong, the first may be in the table already, the third is not."""
+    """In place, row by row: the second row is wrong, the first may be in the table already, the
+    third is not.
+    """
     texts, parents = [[1, 2, 3]] * 3, [build_tree("random", 5, seed) for seed in range(3)]
     arguments = Pass.random(texts, parents, 3, random.Random(0)).arguments("cpu")
     contexts, first = no_contexts(64, "cpu"), no_contexts(64, "cpu")

@@ -30,8 +30,16 @@ from msn_ext.cli import demo as demo_command
 CONTEXT = 96
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
 KEYS = {
-    "text", "new_tokens", "forward_passes", "mat", "tokens_per_second", "accept_lengths", "draft", "device", "dtype"
-}  # fmt: skip
+    "text",
+    "new_tokens",
+    "forward_passes",
+    "mat",
+    "tokens_per_second",
+    "accept_lengths",
+    "draft",
+    "device",
+    "dtype",
+}
 
 
 def save(folder, model):
@@ -45,10 +53,18 @@ def tiny(tmp_path_factory) -> str:
     """A random Llama that soon repeats itself, so that drafts get accepted."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.3,
-        bos_token_id=None, eos_token_id=None, pad_token_id=256,
-    )  # fmt: skip
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=256,
+    )
     return save(tmp_path_factory.mktemp("tiny"), LlamaForCausalLM(config))
 
 
@@ -58,15 +74,35 @@ def wrong_models(tmp_path_factory, tiny) -> dict[str, str]:
     root = tmp_path_factory.mktemp("wrong")
     small = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1}
     bart = BartConfig(
-        vocab_size=257, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=1, eos_token_id=2,
-        bos_token_id=0, decoder_start_token_id=2, forced_eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=257,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        pad_token_id=1,
+        eos_token_id=2,
+        bos_token_id=0,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
     folders = {
-        "mamba": save(root / "mamba", MambaForCausalLM(MambaConfig(**small, state_size=4, time_step_rank=4))),
+        "mamba": save(
+            root / "mamba", MambaForCausalLM(MambaConfig(**small, state_size=4, time_step_rank=4))
+        ),
         "bart": save(root / "bart", BartForConditionalGeneration(bart)),
     }
-    for name in ("nowhere", "a_file", "empty", "no_weights", "no_tokenizer", "broken_config", "unknown_type"):
+    for name in (
+        "nowhere",
+        "a_file",
+        "empty",
+        "no_weights",
+        "no_tokenizer",
+        "broken_config",
+        "unknown_type",
+    ):
         folders[name] = str(root / name)
         if name not in ("nowhere", "a_file"):
             (root / name).mkdir()
@@ -92,7 +128,8 @@ def generate_json(capsys, *arguments) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
-# ---- wrong inputs ----------------------------------------------------------------------------------
+# ---- wrong inputs
+# ----------------------------------------------------------------------------------
 
 ASK = ["generate", "--prompt", "hello"]
 WRONG = [
@@ -111,18 +148,38 @@ WRONG = [
     ([*ASK, "--dtype", "int3"], 2, "int3"),
     ([*ASK, "--device", "toaster"], 2, "expected cpu, cuda or cuda:N"),
     ([*ASK, "--device", "meta"], 2, "expected cpu, cuda or cuda:N"),
-    ([*ASK, "--corpus", "x", "--draft", "lookup"], 2, "--corpus needs --draft auto, which looks into it; --draft is lookup"),
+    (
+        [*ASK, "--corpus", "x", "--draft", "lookup"],
+        2,
+        "--corpus needs --draft auto, which looks into it; --draft is lookup",
+    ),
     ([*ASK, "--corpus", "{nowhere}"], 1, "nowhere: No such file or directory"),
     ([*ASK, "--corpus", "{a_file}"], 1, "a_file is no corpus"),
     (["corpus", "--output", "x"], 2, "FILE"),
     (["corpus", "{a_file}"], 2, "--output"),
     (["corpus", "{a_file}", "--output", "{empty}"], 2, "expected a file in a folder that exists"),
-    (["corpus", "{a_file}", "--output", "{nowhere}/x"], 2, "expected a file in a folder that exists"),
-    (["corpus", "{a_file}", "--output", "{a_file}"], 2, "one of the texts; it would be overwritten"),
-    (["corpus", "{nowhere}", "--output", "{empty}/x", "--model", "{tiny}"], 1, "nowhere: no such file"),
+    (
+        ["corpus", "{a_file}", "--output", "{nowhere}/x"],
+        2,
+        "expected a file in a folder that exists",
+    ),
+    (
+        ["corpus", "{a_file}", "--output", "{a_file}"],
+        2,
+        "one of the texts; it would be overwritten",
+    ),
+    (
+        ["corpus", "{nowhere}", "--output", "{empty}/x", "--model", "{tiny}"],
+        1,
+        "nowhere: no such file",
+    ),
     (["corpus", "{empty}", "--output", "{empty}/x", "--model", "{tiny}"], 1, "empty: no such file"),
     (["corpus", "{a_file}", "--output", "{empty}/x", "--model", "{nowhere}"], 1, "no such folder"),
-    (["corpus", "{a_file}", "--output", "{empty}/x", "--model", "{no_tokenizer}"], 1, "tokenizer is missing"),
+    (
+        ["corpus", "{a_file}", "--output", "{empty}/x", "--model", "{no_tokenizer}"],
+        1,
+        "tokenizer is missing",
+    ),
     (["corpus", "{a_file}", "--output", "{empty}/x", "--model", "{unknown_type}"], 1, "perceptron"),
     ([*ASK, "--temperature", "0.7"], 2, "--temperature needs --do-sample"),
     ([*ASK, "--seed", "1"], 2, "--seed needs --do-sample"),
@@ -145,7 +202,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("arguments, code, part", WRONG, ids=[" ".join(case[0])[:60] for case in WRONG])
+@pytest.mark.parametrize(
+    "arguments, code, part", WRONG, ids=[" ".join(case[0])[:60] for case in WRONG]
+)
 def test_wrong_input_is_one_clear_line(arguments, code, part, tiny, wrong_models, capsys):
     arguments = [argument.format(tiny=tiny, **wrong_models) for argument in arguments]
     assert cli.main(arguments) == code
@@ -202,15 +261,32 @@ def test_interrupt_and_gone_reader(monkeypatch, capfd):
 def msn(*arguments, **options) -> subprocess.Popen:
     code = "import sys; from msn_ext.cli import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
 
 
 def test_ctrl_c_and_broken_pipe_in_a_process(tiny, tmp_path):
     """Both while text streams: no traceback, no complaint at interpreter exit."""
-    options = ["generate", "--model", tiny, "--raw", "--prompt", "ab", "--max-new-tokens", "90", "--draft", "none"]
+    options = [
+        "generate",
+        "--model",
+        tiny,
+        "--raw",
+        "--prompt",
+        "ab",
+        "--max-new-tokens",
+        "90",
+        "--draft",
+        "none",
+    ]
     processes = [msn(*options, cwd=tmp_path), msn(*options, cwd=tmp_path)]
-    for process, stop in zip(processes, (lambda p: p.send_signal(signal.SIGINT), lambda p: p.stdout.close())):
+    for process, stop in zip(
+        processes, (lambda p: p.send_signal(signal.SIGINT), lambda p: p.stdout.close())
+    ):
         process.stdout.read(1)
         stop(process)
     errors = [process.stderr.read() for process in processes]
@@ -219,18 +295,21 @@ def test_ctrl_c_and_broken_pipe_in_a_process(tiny, tmp_path):
     assert codes[0] in (130, 0) and codes[1] in (141, 0)  # 0: it was done before we were
 
 
-# ---- msn generate ----------------------------------------------------------------------------------
+# ---- msn generate
+# ----------------------------------------------------------------------------------
 
 
 def test_the_listed_drafts_are_those_of_generate():
     from msn_ext.generation import DRAFTS
 
-    assert common.DRAFTS == tuple(DRAFTS)
+    assert tuple(DRAFTS) == common.DRAFTS
 
 
 @pytest.mark.parametrize("draft", common.DRAFTS)
 def test_json(draft, tiny, capsys):
-    result = generate_json(capsys, "--model", tiny, "--prompt", "hello", "--max-new-tokens", "40", "--draft", draft)
+    result = generate_json(
+        capsys, "--model", tiny, "--prompt", "hello", "--max-new-tokens", "40", "--draft", draft
+    )
     assert set(result) == KEYS
     assert result["draft"] == draft and result["dtype"] == "float32"
     assert sum(result["accept_lengths"]) == result["new_tokens"] == 40
@@ -264,7 +343,17 @@ def test_raw_skips_the_chat_template(tiny):
 
 
 def test_a_seed_means_the_same_text(tiny, capsys):
-    options = ["--model", tiny, "--prompt", "hello", "--max-new-tokens", "30", "--do-sample", "--temperature", "0.9"]
+    options = [
+        "--model",
+        tiny,
+        "--prompt",
+        "hello",
+        "--max-new-tokens",
+        "30",
+        "--do-sample",
+        "--temperature",
+        "0.9",
+    ]
     texts = [generate_json(capsys, *options, "--seed", seed)["text"] for seed in "112"]
     assert texts[0] == texts[1] != texts[2]
 
@@ -294,8 +383,11 @@ def test_tune_measures_and_keeps(tiny, tmp_path, monkeypatch, capsys):
     path = out[-1].removeprefix("kept in ")
     assert out[1].split() == ["1", *out[1].split()[1:2], "1.00x"] and out[-2].split()[0] == "256"
     measured = Profile.load(tmp_path / path)
-    assert list(measured.times)[0] == 1 and measured.factors is None
-    assert cli.main(["tune", "--model", tiny, "--prompts", str(plain), str(rows), "--samples", "3"]) == 0
+    assert next(iter(measured.times)) == 1 and measured.factors is None
+    assert (
+        cli.main(["tune", "--model", tiny, "--prompts", str(plain), str(rows), "--samples", "3"])
+        == 0
+    )
     assert "factors from 3 prompts" in capsys.readouterr().out
     learned = Profile.load(tmp_path / path)
     assert learned.factors is not None and learned.about["factors"]["prompts"] == 3
@@ -327,7 +419,8 @@ def test_a_corpus_is_built_and_drafted_from(tiny, tmp_path, capsys, monkeypatch)
     monkeypatch.setenv("MSN_CACHE", str(tmp_path))
     options = ["--model", tiny, "--max-new-tokens", "60", "--raw", "--prompt", "hello"]
     plain = generate_json(capsys, *options)
-    # The weights are random, so an answer is hardly UTF-8: tokens that stand for no text are left out of its file.
+    # The weights are random, so an answer is hardly UTF-8: tokens that stand for no text are left
+    # out of its file.
     text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl.gz"
     text.write_text("hello" + plain["text"], encoding="utf-8")
     with gzip.open(rows, "wt", encoding="utf-8") as file:
@@ -337,7 +430,11 @@ def test_a_corpus_is_built_and_drafted_from(tiny, tmp_path, capsys, monkeypatch)
         assert cli.main(["corpus", *map(str, files), "--model", tiny, "--output", str(output)]) == 0
         words = capsys.readouterr().out.split()
         corpus = Corpus.load(output)
-        assert words[0] == str(len(corpus.tokens)) and words[2] == f"{output.stat().st_size:,}" and words[-1] == str(output)
+        assert (
+            words[0] == str(len(corpus.tokens))
+            and words[2] == f"{output.stat().st_size:,}"
+            and words[-1] == str(output)
+        )
         assert corpus.vocabulary == 257 and int((corpus.tokens < 0).sum()) == documents - 1
     result = generate_json(capsys, *options, "--corpus", str(output))
     assert set(result) == KEYS and result["text"] == plain["text"] and result["draft"] == "auto"
@@ -351,9 +448,21 @@ def test_a_corpus_drafts_by_the_profile(tiny, tmp_path, capsys, monkeypatch):
     from msn_ext import profile
 
     seen, auto = [], profile.auto
-    monkeypatch.setattr(profile, "auto", lambda *arguments: (seen.append(auto(*arguments)), seen[-1])[1])
+    monkeypatch.setattr(
+        profile, "auto", lambda *arguments: (seen.append(auto(*arguments)), seen[-1])[1]
+    )
     Corpus.build([[1, 2]], 257, progress=False).save(tmp_path / "x.corpus")
-    generate_json(capsys, "--model", tiny, "--prompt", "hello", "--max-new-tokens", "4", "--corpus", str(tmp_path / "x.corpus"))
+    generate_json(
+        capsys,
+        "--model",
+        tiny,
+        "--prompt",
+        "hello",
+        "--max-new-tokens",
+        "4",
+        "--corpus",
+        str(tmp_path / "x.corpus"),
+    )
     (drafter,) = seen
     assert drafter.budget is None and drafter.corpus.tokens.tolist() == [1, 2]
 
@@ -364,7 +473,10 @@ def test_a_corpus_drafts_by_the_profile(tiny, tmp_path, capsys, monkeypatch):
         ("", "documents hold no token"),
         ("{", "line 1 is no JSON"),
         ('\n{"text": "a"}\n[1]\n', "line 3 is no object, but [1]"),
-        ('{"question": "why?"}', "line 1 has neither text nor prompt or response that are text, but question"),
+        (
+            '{"question": "why?"}',
+            "line 1 has neither text nor prompt or response that are text, but question",
+        ),
         ('{"text": 5, "prompt": "a"}', "line 1 has neither text"),
         (b"\xff\xfe", "cannot be read"),
     ],
@@ -381,10 +493,13 @@ def test_documents_that_cannot_be_read(content, part, tiny, tmp_path, capsys):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("msn_ext", "CPU kernels", "CUDA kernels", torch.__version__))
+    assert all(
+        word in out for word in ("msn_ext", "CPU kernels", "CUDA kernels", torch.__version__)
+    )
 
 
-# ---- the demo's text and figures -------------------------------------------------------------------
+# ---- the demo's text and figures
+# -------------------------------------------------------------------
 
 
 def streamed(passes: list[list[int]], tokenizer=None, **options) -> str:
@@ -453,9 +568,17 @@ def test_histogram():
 def test_comparison():
     tokens = tokens_of("abcdef")
     plain = runs.Run(tokens, [1] * 6, 1.0)
-    text = demo_command.comparison(runs.Run(tokens, [1, 3, 2], 0.5), plain, "paper", "cpu", byte_tokenizer(TEMPLATE))
+    text = demo_command.comparison(
+        runs.Run(tokens, [1, 3, 2], 0.5), plain, "paper", "cpu", byte_tokenizer(TEMPLATE)
+    )
     assert "yes, all 6 tokens" in text and "2.00×" in text and "Slower" not in text
-    slow = demo_command.comparison(runs.Run(tokens, [1, 3, 2], 2.0), plain, "paper", "cpu", byte_tokenizer(TEMPLATE))
-    assert "0.50×" in slow and "a pass gains 2.00 tokens, but takes as long as 4.0 plain steps" in slow
-    other = demo_command.comparison(runs.Run(tokens_of("abXdef"), [6], 0.5), plain, "paper", "cpu", byte_tokenizer(TEMPLATE))
+    slow = demo_command.comparison(
+        runs.Run(tokens, [1, 3, 2], 2.0), plain, "paper", "cpu", byte_tokenizer(TEMPLATE)
+    )
+    assert (
+        "0.50×" in slow and "a pass gains 2.00 tokens, but takes as long as 4.0 plain steps" in slow
+    )
+    other = demo_command.comparison(
+        runs.Run(tokens_of("abXdef"), [6], 0.5), plain, "paper", "cpu", byte_tokenizer(TEMPLATE)
+    )
     assert "no, from token 3 of 6 on: 'X' here, 'c' in plain decoding" in other

@@ -1,4 +1,6 @@
-"""NoisyCollator: what becomes of a batch, for every layout and form of batch, and what a model makes of it."""
+"""NoisyCollator: what becomes of a batch, for every layout and form of batch, and what a model
+makes of it.
+"""
 
 import copy
 import pickle
@@ -31,7 +33,9 @@ def test_padding_belongs_to_no_document():
     sizes = [len(row["input_ids"]) for row in rows]
     width = max(sizes)
     assert documents_of(Pad()(rows)).tolist() == [[i, 0, n] for i, n in enumerate(sizes)]
-    assert documents_of(Pad("left")(rows)).tolist() == [[i, width - n, width] for i, n in enumerate(sizes)]
+    assert documents_of(Pad("left")(rows)).tolist() == [
+        [i, width - n, width] for i, n in enumerate(sizes)
+    ]
     batch = Pad()(rows)
     del batch["attention_mask"]
     assert documents_of(batch).tolist() == [[i, 0, width] for i in range(3)]
@@ -47,7 +51,9 @@ def test_packed_samples_are_told_apart():
     bounds = torch.cat([ends.new_zeros(1), ends]).int()
     by_bounds = {"input_ids": batch["input_ids"], "cu_seq_lens_q": bounds}
     assert documents_of(by_bounds).tolist() == expected
-    two = {name: torch.cat([x, x]) for name, x in batch.items()}  # two packed rows, the second with padding
+    two = {
+        name: torch.cat([x, x]) for name, x in batch.items()
+    }  # two packed rows, the second with padding
     two["attention_mask"] = torch.ones_like(two["input_ids"])
     two["attention_mask"][1, -3:] = 0
     shortened = [[1, begin, min(end, int(ends[-1]) - 3)] for _, begin, end in expected]
@@ -74,7 +80,9 @@ def test_replaced_tokens_are_noise_and_nothing_else_changes(inner):
     assert (noisy["input_ids"] != clean["input_ids"]).sum() > 40
     for row, begin, end in documents_of(clean).tolist():
         for at in (depth[row, begin:end] > 0).nonzero()[:, 0].tolist():
-            assert noisy["input_ids"][row, begin + at] in clean["input_ids"][row, begin : begin + at]
+            assert (
+                noisy["input_ids"][row, begin + at] in clean["input_ids"][row, begin : begin + at]
+            )
 
 
 def test_the_batch_of_the_inner_collator_is_left_alone():
@@ -124,7 +132,9 @@ def test_content_comes_from_the_text_or_the_vocabulary(content):
     noisy = annotated(Pad(), content=content, segments=3, config=CONFIG)(rows)
     special = noisy["input_ids"][noisy["noise_depth"] > 0] < 3  # the samples have none of these
     share = special.float().mean().item() * VOCAB / 3
-    assert share == pytest.approx({"ahead": 0.0, "mixed": 0.5, "random": 1.0}[content], abs=0.25 if content != "ahead" else 0)
+    assert share == pytest.approx(
+        {"ahead": 0.0, "mixed": 0.5, "random": 1.0}[content], abs=0.25 if content != "ahead" else 0
+    )
 
 
 # ---- what is drawn depends on seed, epoch and sample ---------------------------------------------
@@ -132,7 +142,9 @@ def test_content_comes_from_the_text_or_the_vocabulary(content):
 
 def noise_of(collator, rows) -> list:
     batch = collator(rows)
-    return [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    return [
+        row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])
+    ]
 
 
 def test_noise_depends_on_seed_epoch_and_sample_alone():
@@ -153,7 +165,15 @@ def test_noise_depends_on_seed_epoch_and_sample_alone():
     assert default == noise_of(NoisyCollator(Pad(), seed=77), rows)
 
 
-@pytest.mark.parametrize("workers, options", [(1, {}), (2, {}), (2, {"persistent_workers": True}), (2, {"multiprocessing_context": "spawn"})])
+@pytest.mark.parametrize(
+    "workers, options",
+    [
+        (1, {}),
+        (2, {}),
+        (2, {"persistent_workers": True}),
+        (2, {"multiprocessing_context": "spawn"}),
+    ],
+)
 def test_noise_does_not_depend_on_workers(workers, options):
     """Workers that live on learn of a new epoch, too."""
     rows = samples(10)
@@ -184,8 +204,13 @@ def test_paused_is_the_inner_collator():
 def test_workers_that_live_on_are_paused_too():
     rows = samples(8, VOCAB)
     collator = NoisyCollator(Pad(), seed=1)
-    loader = torch.utils.data.DataLoader(rows, 4, collate_fn=collator, num_workers=1, persistent_workers=True)
-    assert any((batch["input_ids"] != clean["input_ids"]).any() for batch, clean in zip(loader, (Pad()(rows[:4]), Pad()(rows[4:]))))
+    loader = torch.utils.data.DataLoader(
+        rows, 4, collate_fn=collator, num_workers=1, persistent_workers=True
+    )
+    assert any(
+        (batch["input_ids"] != clean["input_ids"]).any()
+        for batch, clean in zip(loader, (Pad()(rows[:4]), Pad()(rows[4:])))
+    )
     with collator.paused():
         for batch, clean in zip(loader, (Pad()(rows[:4]), Pad()(rows[4:])), strict=True):
             assert_equal(batch["input_ids"], clean["input_ids"])
@@ -197,7 +222,9 @@ def test_a_batch_stays_what_it_was():
 
     rows = samples(3, VOCAB)
     for layout in ("replace", "branch"):
-        collator = NoisyCollator(lambda rows: BatchEncoding(Pad()(rows)), layout=layout, seed=1, config=CONFIG)
+        collator = NoisyCollator(
+            lambda rows: BatchEncoding(Pad()(rows)), layout=layout, seed=1, config=CONFIG
+        )
         batch = collator(rows)
         assert isinstance(batch, BatchEncoding)
         plain = NoisyCollator(Pad(), layout=layout, seed=1, config=CONFIG)(rows)
@@ -218,10 +245,14 @@ def test_a_collator_can_be_pickled_and_copied():
 
 
 def loss_sum(model, batch) -> torch.Tensor:
-    """Cross-entropy summed over the labels, in the model's dtype (transformers takes its own in float32)."""
+    """Cross-entropy summed over the labels, in the model's dtype (transformers takes its own in
+    float32).
+    """
     batch = dict(batch)
     labels = batch.pop("labels")[:, 1:]
-    return torch.nn.functional.cross_entropy(model(**batch).logits[:, :-1][labels != NONE], labels[labels != NONE], reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        model(**batch).logits[:, :-1][labels != NONE], labels[labels != NONE], reduction="sum"
+    )
 
 
 def gradients(model, loss: torch.Tensor) -> list[torch.Tensor]:
@@ -244,7 +275,9 @@ FORMS = {"right": Pad(), "packed": flatten}
 ALL = [name for name in FAMILIES if name != "phi3-longrope"]
 
 
-@pytest.mark.parametrize("attention, form", [("sdpa", "right"), ("sdpa", "packed"), ("eager", "right")])
+@pytest.mark.parametrize(
+    "attention, form", [("sdpa", "right"), ("sdpa", "packed"), ("eager", "right")]
+)
 @pytest.mark.parametrize("family", ALL)
 def test_the_clean_part_is_as_without_branches(family, attention, form):
     """Logits, loss and gradients, in float64."""
@@ -273,7 +306,9 @@ def test_the_clean_part_is_as_without_branches(family, attention, form):
 
 @pytest.mark.parametrize("family", ALL)
 def test_a_branch_is_the_paper_s_sample_up_to_its_end(family):
-    """The same noise in place gives the same logits there, and both are asked for the same clean tokens."""
+    """The same noise in place gives the same logits there, and both are asked for the same clean
+    tokens.
+    """
     model = tiny_model(family, 2)
     rows = samples(2, VOCAB, seed=3)
     clean = Pad()(rows)
@@ -292,7 +327,9 @@ def test_a_branch_is_the_paper_s_sample_up_to_its_end(family):
         said = model(input_ids=placed[None, :real]).logits[0]
         size = min(size, real - start)
         close(logits[row, at : at + size], said[start : start + size], model.config)
-        asked = clean["labels"][row, start + 1 : start + 1 + size].tolist() + [NONE] * (size + 1 - (real - start))
+        asked = clean["labels"][row, start + 1 : start + 1 + size].tolist() + [NONE] * (
+            size + 1 - (real - start)
+        )
         asked = [x if start + 1 + i < real else NONE for i, x in enumerate(asked)]
         assert batch["labels"][row, at + 1 : at + 1 + size].tolist() == asked[:size]
     assert (batch["labels"][:, width] == NONE).all()
@@ -305,14 +342,18 @@ def test_a_wrong_mask_would_be_seen():
     batch = NoisyCollator(Pad(), layout="branch", segments=3, config=model.config, seed=0)(rows)
     right = model(**batch).logits
     total = batch["input_ids"].shape[1]
-    wrong = model(**batch | {"attention_mask": torch.ones(total, total).tril().bool().expand(2, 1, -1, -1)}).logits
+    wrong = model(
+        **batch | {"attention_mask": torch.ones(total, total).tril().bool().expand(2, 1, -1, -1)}
+    ).logits
     width = len(rows[0]["input_ids"])
     assert not torch.allclose(right[0, width:-1], wrong[0, width:-1], atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["replace", "branch"])
 def test_own_guesses_begin_wrong_and_go_on_as_the_model_does(layout):
-    """The first is the likeliest behind the clean text that is not right, the others the likeliest behind the drawn noise."""
+    """The first is the likeliest behind the clean text that is not right, the others the likeliest
+    behind the drawn noise.
+    """
     model = tiny_model("llama", 4)
     torch.nn.init.normal_(model.lm_head.weight, std=0.05)
     rows = samples(4, VOCAB)
@@ -320,7 +361,13 @@ def test_own_guesses_begin_wrong_and_go_on_as_the_model_does(layout):
         said = model(input_ids=row["input_ids"][None]).logits[0].argmax(-1)
         row["input_ids"][15] = said[14]
         row["labels"][15] = said[14]
-    batch = annotated(Pad(), layout=layout, segments=2 if layout == "replace" else 9, content="self", config=model.config)(rows)
+    batch = annotated(
+        Pad(),
+        layout=layout,
+        segments=2 if layout == "replace" else 9,
+        content="self",
+        config=model.config,
+    )(rows)
     depth, before = unmark(batch, model.config, LENGTH)
     logits = model(**{name: x for name, x in batch.items() if name != "labels"}).logits
     found = guess(model, batch, depth, before, torch.empty(0, dtype=torch.int64))
@@ -348,7 +395,9 @@ def test_kept_tokens_are_no_guesses():
 
 
 def test_branches_without_any_response():
-    batch = NoisyCollator(Pad(), layout="branch", segments=3, config=CONFIG)([sample(9, 9), sample(7, 7)])
+    batch = NoisyCollator(Pad(), layout="branch", segments=3, config=CONFIG)(
+        [sample(9, 9), sample(7, 7)]
+    )
     assert batch["input_ids"].shape == (2, 10) and (batch["labels"] == NONE).all()
     assert torch.isfinite(tiny_model("llama", 1)(**batch).logits).all()
 
@@ -370,7 +419,9 @@ def test_the_lowest_loss_is_found():
             places = [at for at in range(1, len(loss) - 3) if row["labels"][at] != NONE] or [10]
             assert start == min(places, key=lambda at: sum(loss[at : at + 4]))
     noisy = annotated(Pad(), location=starts)(rows)
-    assert [int((depth == 1).nonzero()[0, 0]) for depth in noisy["noise_depth"]] == list(starts.values())
+    assert [int((depth == 1).nonzero()[0, 0]) for depth in noisy["noise_depth"]] == list(
+        starts.values()
+    )
     packed = annotated(flatten, location=starts)(rows)
     found = (packed["noise_depth"] == 1).nonzero()[:, 1] - documents_of(flatten(rows))[:, 1]
     assert found.tolist() == list(starts.values())
@@ -389,7 +440,10 @@ def test_the_lowest_loss_is_found():
         (dict(length=4.0), "length is 4.0"),
         (dict(segments=257), "segments is 257; expected 1 to 256"),
         (dict(layout="beside"), "layout is 'beside'; expected 'replace' or 'branch'"),
-        (dict(content="own"), "content is 'own'; expected one of 'ahead', 'random', 'mixed', 'self'"),
+        (
+            dict(content="own"),
+            "content is 'own'; expected one of 'ahead', 'random', 'mixed', 'self'",
+        ),
         (dict(location="ppl"), "location is 'ppl'; expected 'random' or what lowest_loss_starts"),
         (dict(layout="branch"), "config is None; layout='branch' needs"),
         (dict(content="random"), "config is None; content='random' needs"),
@@ -403,7 +457,9 @@ def test_wrong_settings_are_refused(settings, message):
 def test_wrong_batches_are_refused():
     with pytest.raises(ValueError, match="inner is None; expected a collator"):
         NoisyCollator(None)
-    with pytest.raises(ValueError, match="inner gave a batch without labels, but input_ids; expected labels"):
+    with pytest.raises(
+        ValueError, match="inner gave a batch without labels, but input_ids; expected labels"
+    ):
         NoisyCollator(lambda rows: {"input_ids": torch.zeros(1, 4)})([])
     with pytest.raises(ValueError, match="inner gave a list"):
         NoisyCollator(lambda rows: [1])([])
@@ -413,14 +469,24 @@ def test_wrong_batches_are_refused():
     with pytest.raises(ValueError, match=r"labels has shape \[1, 3\]; expected that of input_ids"):
         NoisyCollator(lambda rows: {"input_ids": ids, "labels": ids[:, 1:]})([])
     with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 1, 4, 4\]"):
-        NoisyCollator(lambda rows: {"input_ids": ids, "labels": ids, "attention_mask": torch.ones(1, 1, 4, 4)})([])
+        NoisyCollator(
+            lambda rows: {"input_ids": ids, "labels": ids, "attention_mask": torch.ones(1, 1, 4, 4)}
+        )([])
     with pytest.raises(ValueError, match=r"position_ids has shape \[3, 1, 4\]"):
-        NoisyCollator(lambda rows: {"input_ids": ids, "labels": ids, "position_ids": torch.ones(3, 1, 4)})([])
+        NoisyCollator(
+            lambda rows: {"input_ids": ids, "labels": ids, "position_ids": torch.ones(3, 1, 4)}
+        )([])
 
 
 def test_tensors_that_branches_would_lengthen_are_refused():
-    collator = NoisyCollator(lambda rows: Pad()(rows) | {"token_type_ids": Pad()(rows)["labels"]}, layout="branch", config=CONFIG)
-    with pytest.raises(ValueError, match="does not know what token_type_ids .* would be at the branches"):
+    collator = NoisyCollator(
+        lambda rows: Pad()(rows) | {"token_type_ids": Pad()(rows)["labels"]},
+        layout="branch",
+        config=CONFIG,
+    )
+    with pytest.raises(
+        ValueError, match="does not know what token_type_ids .* would be at the branches"
+    ):
         collator(samples(2))
 
 

@@ -1,4 +1,6 @@
-"""A corpus: what is indexed, that the file is what memory was, that it is mapped, and that drafts come from it."""
+"""A corpus: what is indexed, that the file is what memory was, that it is mapped, and that drafts
+come from it.
+"""
 
 import os
 import pathlib
@@ -14,7 +16,8 @@ from cases import assert_equal
 from families import VOCAB, tiny_model
 
 from msn_ext import BestFirst, Corpus, generate
-from msn_ext.decoding import calibration, corpus as corpus_module
+from msn_ext.decoding import calibration
+from msn_ext.decoding import corpus as corpus_module
 from msn_ext.documents import batches, documents
 from msn_ext.ops import reference
 
@@ -29,7 +32,10 @@ def build(texts, vocabulary: int = VOCAB) -> Corpus:
 
 def random_texts(seed: int, vocabulary: int = 5) -> list[list[int]]:
     rng = random.Random(seed)
-    return [[rng.randrange(vocabulary) for _ in range(rng.choice([0, 1, 2, 5, 40, 90]))] for _ in range(8)] + [[0, 1]]
+    return [
+        [rng.randrange(vocabulary) for _ in range(rng.choice([0, 1, 2, 5, 40, 90]))]
+        for _ in range(8)
+    ] + [[0, 1]]
 
 
 # ---- building ------------------------------------------------------------------------------------
@@ -38,7 +44,9 @@ def random_texts(seed: int, vocabulary: int = 5) -> list[list[int]]:
 @pytest.mark.parametrize("chunk", [17, 40, 1 << 22])
 @pytest.mark.parametrize("seed", range(6))
 def test_what_is_built_is_the_specification_of_the_whole(seed, chunk, monkeypatch):
-    """In chunks or at once; documents as lists, tensors of any integers and one by one; empty ones left out."""
+    """In chunks or at once; documents as lists, tensors of any integers and one by one; empty ones
+    left out.
+    """
     monkeypatch.setattr(corpus_module, "CHUNK", chunk)
     texts = random_texts(seed)
     built = build(texts)
@@ -47,7 +55,9 @@ def test_what_is_built_is_the_specification_of_the_whole(seed, chunk, monkeypatc
     slots = built.heads.shape[1]
     assert slots & (slots - 1) == 0 and len(whole) // 2 <= slots < len(whole)
     heads = torch.zeros(1, 8, slots, dtype=torch.int32)
-    reference.index_suffixes(heads, torch.tensor([whole]), torch.tensor([0]), torch.tensor([len(whole)]))
+    reference.index_suffixes(
+        heads, torch.tensor([whole]), torch.tensor([0]), torch.tensor([len(whole)])
+    )
     assert_equal(built.heads, heads[0])
     assert len(whole) < 20 or (heads[0] > 0).any(1).all()
 
@@ -74,7 +84,11 @@ def test_the_table_has_a_bound(monkeypatch):
         ([[2**40]], 5, f"documents[0][0] is {2**40}; expected 0 to 4"),
         (["text"], 5, "documents[0] is no sequence of tokens"),
         ([[1], None], 5, "documents[1] is no sequence of tokens"),
-        ([[0.5]], 5, "documents[0] has shape [1] and dtype torch.float32; expected whole numbers [n]"),
+        (
+            [[0.5]],
+            5,
+            "documents[0] has shape [1] and dtype torch.float32; expected whole numbers [n]",
+        ),
         ([[[1, 2]]], 5, "documents[0] has shape [1, 2]"),
         ([[True]], 5, "documents[0] has shape [1] and dtype torch.bool"),
         ([[1]], 0, "vocabulary is 0; expected the model's vocab_size"),
@@ -96,7 +110,10 @@ def test_a_file_holds_what_memory_held(tmp_path):
         built = build(random_texts(seed))
         built.save(str(path))
         loaded = Corpus.load(path)
-        assert loaded.vocabulary == built.vocabulary and loaded.nbytes == built.nbytes == path.stat().st_size
+        assert (
+            loaded.vocabulary == built.vocabulary
+            and loaded.nbytes == built.nbytes == path.stat().st_size
+        )
         assert_equal(loaded.tokens, built.tokens)
         assert_equal(loaded.heads, built.heads)
         loaded.save(tmp_path / "copy")
@@ -128,23 +145,22 @@ def resident() -> int:
 
 
 def hollow(path, tokens: int, slots: int):
-    """A file of zeros but for its header, which takes no room on the disk; open for more."""
+    """A file of zeros but for its header, which takes no room on the disk."""
     build([[1]]).save(path)
     magic, *_ = HEADER.unpack(path.read_bytes()[:64])
-    file = open(path, "r+b")
-    file.write(HEADER.pack(magic, 1, VOCAB, tokens, slots))
-    try:
-        file.truncate(64 + 4 * (tokens + 8 * slots))
-    except OSError as error:
-        pytest.skip(f"no such large file here: {error}")
-    return file
+    with open(path, "r+b") as file:
+        file.write(HEADER.pack(magic, 1, VOCAB, tokens, slots))
+        try:
+            file.truncate(64 + 4 * (tokens + 8 * slots))
+        except OSError as error:
+            pytest.skip(f"no such large file here: {error}")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
 def test_a_file_is_mapped_not_read(tmp_path):
     """A file of 1 GB: nothing of it is in memory but the pages that are looked up."""
     path = tmp_path / "large.corpus"
-    hollow(path, 1 << 27, 1 << 24).close()
+    hollow(path, 1 << 27, 1 << 24)
     before, start = resident(), time.perf_counter()
     large = Corpus.load(path)
     assert time.perf_counter() - start < 1 and large.nbytes == path.stat().st_size > 1 << 30
@@ -163,10 +179,13 @@ def test_a_file_is_mapped_not_read(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
 def test_places_beyond_what_32_bits_can_address(tmp_path):
-    """A longest n-gram at the end of 2^31 - 1 tokens, 8 GB, and its head behind 3.7 thousand million others."""
+    """A longest n-gram at the end of 2^31 - 1 tokens, 8 GB, and its head behind 3.7 thousand
+    million others.
+    """
     path, tokens, slots = tmp_path / "large.corpus", 2**31 - 1, 1 << 29
     ngram = list(range(1, 17))
-    with hollow(path, tokens, slots) as file:
+    hollow(path, tokens, slots)
+    with open(path, "r+b") as file:
         file.seek(64 + 4 * (tokens - 17))
         file.write(struct.pack("<17i", *ngram, 20))
         file.seek(64 + 4 * (tokens + 7 * slots + oracle.hashed(tuple(ngram)) % slots))
@@ -197,9 +216,15 @@ def changed_header(content: bytes, **changes: int) -> bytes:
         (lambda x: x[:-1], "is cut short: it has {less} bytes; expected {size}"),
         (lambda x: x[:64], "is cut short: it has 64 bytes; expected {size}"),
         (lambda x: x + b"\0", "is damaged: it has {more} bytes; expected {size}"),
-        (lambda x: changed_header(x, version=2), "is a corpus of version 2; this msn_ext reads version 1"),
+        (
+            lambda x: changed_header(x, version=2),
+            "is a corpus of version 2; this msn_ext reads version 1",
+        ),
         (lambda x: changed_header(x, tokens=5), "is damaged: it has {size} bytes; expected"),
-        (lambda x: changed_header(x, tokens=-1), "is damaged: its header says vocabulary=24, tokens=-1"),
+        (
+            lambda x: changed_header(x, tokens=-1),
+            "is damaged: its header says vocabulary=24, tokens=-1",
+        ),
         (lambda x: changed_header(x, tokens=2**62), "is damaged: its header says"),
         (lambda x: changed_header(x, slots=0), "is damaged: its header says"),
         (lambda x: changed_header(x, slots=2**62), "is damaged: its header says"),
@@ -244,9 +269,15 @@ def test_a_corpus_that_holds_the_answer_is_worth_many_tokens_a_pass(sources):
         expected = answer(model)
         other = answer(tiny_model("llama", seed + 50), torch.tensor([[5, 9, 4, 8]]))
         shuffled = random.Random(seed).sample(expected, len(expected))
-        corpora = {"nothing": None, "another answer": build([other, shuffled]), "answer": build([other, expected, shuffled])}
+        corpora = {
+            "nothing": None,
+            "another answer": build([other, shuffled]),
+            "answer": build([other, expected, shuffled]),
+        }
         for name, known in corpora.items():
-            out = generate(model, IDS, draft=BestFirst(24, sources=sources, corpus=known), **SETTINGS)
+            out = generate(
+                model, IDS, draft=BestFirst(24, sources=sources, corpus=known), **SETTINGS
+            )
             assert out.sequences[0].tolist() == expected
             gains[name].append(len(expected) / len(out.accept_lengths[0]))
     means = {name: sum(values) / len(values) for name, values in gains.items()}
@@ -281,15 +312,29 @@ def test_guesses_of_a_damaged_corpus_stay_inside_the_vocabulary():
 
 
 def test_a_corpus_of_another_vocabulary_is_refused():
-    with pytest.raises(ValueError, match=f"corpus is of a vocabulary of 25 tokens, the model has {VOCAB}; expected one that"):
-        generate(tiny_model("llama", 0), IDS, draft=BestFirst(corpus=build([[1]], VOCAB + 1)), max_new_tokens=3)
+    with pytest.raises(
+        ValueError,
+        match=f"corpus is of a vocabulary of 25 tokens, the model has {VOCAB}; expected one that",
+    ):
+        generate(
+            tiny_model("llama", 0),
+            IDS,
+            draft=BestFirst(corpus=build([[1]], VOCAB + 1)),
+            max_new_tokens=3,
+        )
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(corpus="x.corpus"), "corpus is 'x.corpus'; expected None or a Corpus, as Corpus.load(path) gives it"),
-        (dict(corpus=build([[1]]), sources=("denoised",)), "sources is ('denoised',); expected 'suffix' among them"),
+        (
+            dict(corpus="x.corpus"),
+            "corpus is 'x.corpus'; expected None or a Corpus, as Corpus.load(path) gives it",
+        ),
+        (
+            dict(corpus=build([[1]]), sources=("denoised",)),
+            "sources is ('denoised',); expected 'suffix' among them",
+        ),
     ],
 )
 def test_settings_are_checked(options, message):
@@ -310,13 +355,19 @@ def test_calibration_records_what_the_corpus_lists():
 
 
 def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
-    page = (pathlib.Path(__file__).parent.parent / "docs" / "drafters.md").read_text(encoding="utf-8")
-    example = next(block.split("```")[0] for block in page.split("```python\n") if "Corpus.build" in block)
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "drafters.md").read_text(
+        encoding="utf-8"
+    )
+    example = next(
+        block.split("```")[0] for block in page.split("```python\n") if "Corpus.build" in block
+    )
     monkeypatch.chdir(tmp_path)
     model, words = tiny_model("llama", 3), answer(tiny_model("llama", 3))
     model.generation_config.eos_token_id = None
     names = {
-        "tokenizer": lambda text, add_special_tokens: {"input_ids": [int(word) for word in text.split()]},
+        "tokenizer": lambda text, add_special_tokens: {
+            "input_ids": [int(word) for word in text.split()]
+        },
         "texts": [" ".join(map(str, words))],
         "model": model,
         "inputs": {"input_ids": IDS},
@@ -331,9 +382,18 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
 def test_documents_of_files(tmp_path):
     text, rows = tmp_path / "a.txt", tmp_path / "b.jsonl"
     text.write_text("one\ntwo\n", encoding="utf-8")
-    lines = ['{"text": "grün", "prompt": "x"}', "", '{"prompt": "why?", "response": "so", "score": 1}', '{"response": "a"}']
+    lines = [
+        '{"text": "grün", "prompt": "x"}',
+        "",
+        '{"prompt": "why?", "response": "so", "score": 1}',
+        '{"response": "a"}',
+    ]
     rows.write_text("\n".join(lines), encoding="utf-8")
     assert list(documents(str(text))) == ["one\ntwo\n"]
     assert list(documents(str(rows))) == ["grün", "why?", "so", "a"]
-    assert list(batches(iter(["abc", "", "d", "efghij", "k"]), 4)) == [["abc", "", "d"], ["efghij"], ["k"]]
+    assert list(batches(iter(["abc", "", "d", "efghij", "k"]), 4)) == [
+        ["abc", "", "d"],
+        ["efghij"],
+        ["k"],
+    ]
     assert list(batches([])) == []

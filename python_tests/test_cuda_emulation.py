@@ -28,7 +28,9 @@ def fuzz(folder, *options: str) -> subprocess.CompletedProcess:
 
 
 def test_the_kernels_do_what_the_reference_says(emulated):
-    """Every op on random cases, malformed ones included: the reference's values, nothing else touched, no hang."""
+    """Every op on random cases, malformed ones included: the reference's values, nothing else
+    touched, no hang.
+    """
     run = fuzz(emulated)
     assert run.returncode == 0 and f"{ROUNDS} rounds agree" in run.stdout, run.stdout + run.stderr
 
@@ -37,12 +39,20 @@ def test_the_kernels_do_what_the_reference_says(emulated):
     "kernel, old, new",
     [
         ("commit_kv", "&& node < room", ""),
-        ("commit_kv", "while (all % cache.unit) cache.unit /= 2;", "while (stretch % cache.unit) cache.unit /= 2;"),
+        (
+            "commit_kv",
+            "while (all % cache.unit) cache.unit /= 2;",
+            "while (stretch % cache.unit) cache.unit /= 2;",
+        ),
         ("tree_ancestors", "__syncthreads();", ""),
-        ("index_suffixes", "atomicMax(table + slot, static_cast<int32_t>(end));", "table[slot] = end;"),
+        (
+            "index_suffixes",
+            "atomicMax(table + slot, static_cast<int32_t>(end));",
+            "table[slot] = end;",
+        ),
         ("index_suffixes", "if (!tokens) break;", ""),
         ("draft_tree", "waiting[middle].value >= mine.value", "waiting[middle].value > mine.value"),
-        ("draft_tree", "tables.corpus, tables.corpus_length", "tables.corpus, tables.corpus_length + 1"),
+        ("draft_tree", "tables.corpus_length,", "tables.corpus_length + 1,"),
         ("draw_noise", "before == rank", "before >= rank"),
         ("advance_text", "if (ended) count = end + 1;", ""),
         ("draft_tree", "      __syncwarp();", ""),
@@ -55,13 +65,30 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("tree_attention_mma", "if (threadIdx.x == 0) arrived[task] = 0;", ""),
     ],
     ids=[
-        "bounds", "alignment", "barrier", "race", "gaps", "order", "behind the corpus", "rank", "end of text", "warp", "last one", "copies", "stages", "window",
-        "NaN", "splits", "counter",
+        "bounds",
+        "alignment",
+        "barrier",
+        "race",
+        "gaps",
+        "order",
+        "behind the corpus",
+        "rank",
+        "end of text",
+        "warp",
+        "last one",
+        "copies",
+        "stages",
+        "window",
+        "NaN",
+        "splits",
+        "counter",
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_kernel_is_found(emulated, tmp_path, kernel, old, new):
     """Negative controls: the same build with one mistake in one kernel fails in that op."""
     mutant = shutil.copytree(emulated, tmp_path / "mutant")
     build.mutate(mutant, f"{kernel}.cu", old, new)
     run = fuzz(mutant, "--ops", kernel.removesuffix("_mma"))
-    assert run.returncode != 0 and ("emulation: " in run.stderr or "fuzz_" in run.stderr), run.stdout + run.stderr
+    assert run.returncode != 0 and ("emulation: " in run.stderr or "fuzz_" in run.stderr), (
+        run.stdout + run.stderr
+    )

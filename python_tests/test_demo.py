@@ -48,7 +48,10 @@ def test_another_source_is_another_entry(fake):
 
 def test_two_at_once_convert_once(fake):
     folders = []
-    threads = [threading.Thread(target=lambda: folders.append(demo._cached_folder(False))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: folders.append(demo._cached_folder(False)))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -73,7 +76,9 @@ def test_killed_conversion_does_not_count(fake, monkeypatch, tmp_path):
         demo._convert = convert
         demo._cached_folder(False)
     """).replace("SOURCE", repr(str(demo.source_file())))
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
     assert process.stdout.readline() == "half\n"
     process.kill()
     process.wait()
@@ -136,7 +141,8 @@ def test_progress_on_a_file_is_a_line_a_stage(tmp_path):
         assert stream.read().splitlines()[1:] == ["  1/4 reading", "  2/4 writing"]
 
 
-# ---- the real one ----------------------------------------------------------------------------------
+# ---- the real one
+# ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +157,10 @@ def loaded():
 def test_model(loaded):
     model, tokenizer = loaded
     assert model.dtype == torch.float32 and not model.training
-    assert model.config.num_hidden_layers == 30 and model.config.eos_token_id == tokenizer.eos_token_id == 2
+    assert (
+        model.config.num_hidden_layers == 30
+        and model.config.eos_token_id == tokenizer.eos_token_id == 2
+    )
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True

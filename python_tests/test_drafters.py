@@ -1,5 +1,6 @@
 """What each drafter proposes and remembers, against its paper's rules followed step by step."""
 
+import itertools
 import pathlib
 import random
 import re
@@ -27,7 +28,9 @@ def text(*rows):
     return history, lengths
 
 
-def verify(draft: Draft, logits: torch.Tensor, history: torch.Tensor, lengths: torch.Tensor) -> Verified:
+def verify(
+    draft: Draft, logits: torch.Tensor, history: torch.Tensor, lengths: torch.Tensor
+) -> Verified:
     targets = logits.argmax(-1)
     accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
     return Verified(draft, logits, targets, path, accepted, continuation, history, lengths)
@@ -64,10 +67,16 @@ def test_recycling_fills_its_tree_from_the_matrix_and_the_last_duplicate_wins():
 
 def test_recycling_keeps_its_matrix_for_the_next_call_only_in_the_same_object():
     model, ids = tiny_model("llama", 3), torch.tensor([[5, 9, 4, 7]])
-    settings = dict(do_sample=False, max_new_tokens=30, eos_token_id=None, return_dict_in_generate=True)
-    cold = [len(generate(model, ids, draft="recycling", **settings).accept_lengths[0]) for _ in range(2)]
+    settings = dict(
+        do_sample=False, max_new_tokens=30, eos_token_id=None, return_dict_in_generate=True
+    )
+    cold = [
+        len(generate(model, ids, draft="recycling", **settings).accept_lengths[0]) for _ in range(2)
+    ]
     drafter = TokenRecycling()
-    warm = [len(generate(model, ids, draft=drafter, **settings).accept_lengths[0]) for _ in range(2)]
+    warm = [
+        len(generate(model, ids, draft=drafter, **settings).accept_lengths[0]) for _ in range(2)
+    ]
     assert cold == [warm[0]] * 2 and warm[1] < warm[0]
     small = tiny_model("gpt2", 0)
     drafter.start(1, 11, CPU)  # another vocabulary: another matrix
@@ -80,10 +89,16 @@ SETTINGS = dict(do_sample=False, max_new_tokens=48, eos_token_id=None, return_di
 
 
 def passes(draft, prompt=(5, 9, 4, 7), model=None) -> int:
-    return len(generate(model or tiny_model("llama", 3), torch.tensor([prompt]), draft=draft, **SETTINGS).accept_lengths[0])
+    return len(
+        generate(
+            model or tiny_model("llama", 3), torch.tensor([prompt]), draft=draft, **SETTINGS
+        ).accept_lengths[0]
+    )
 
 
-@pytest.mark.parametrize("known", [None, Corpus.build([[1, 2, 3, 0, 1], [3, 2, 1, 0] * 9], VOCAB, progress=False)])
+@pytest.mark.parametrize(
+    "known", [None, Corpus.build([[1, 2, 3, 0, 1], [3, 2, 1, 0] * 9], VOCAB, progress=False)]
+)
 def test_best_first_proposes_what_its_tables_hold_and_fills_them_from_every_pass(known):
     """Its tables, kept here by the reference ops from what it is shown, give its next tree."""
     drafter = BestFirst(budget=24, corpus=known)
@@ -103,13 +118,17 @@ def test_best_first_proposes_what_its_tables_hold_and_fills_them_from_every_pass
         expected = reference.draft_tree(history, lengths, *tables, 24, 20, 0.05)
         draft = drafter.propose(history, lengths)
         assert torch.equal(draft.tokens, expected[0]) and torch.equal(draft.parents, expected[1])
-        assert torch.equal(drafter.probability, expected[2]) and torch.equal(drafter.sources, expected[3])
+        assert torch.equal(drafter.probability, expected[2]) and torch.equal(
+            drafter.sources, expected[3]
+        )
         logits = torch.randn(2, 24, VOCAB, generator=generator)
         logits[..., :4] += 2  # few tokens, so that guesses come true
         verified = verify(draft, logits, history, lengths)
         drafter.observe(verified)
         guesses = reference.top_guesses(logits)
-        reference.remember_guesses(contexts, history, lengths, draft.tokens, draft.parents, verified.path, guesses)
+        reference.remember_guesses(
+            contexts, history, lengths, draft.tokens, draft.parents, verified.path, guesses
+        )
         denoised.fill_(-1)
         for b, row in enumerate(verified.continuation.tolist()):
             for depth, node in enumerate(node for node in row if node >= 0):
@@ -123,7 +142,10 @@ def test_best_first_proposes_what_its_tables_hold_and_fills_them_from_every_pass
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_source_drafts_alone_and_more_find_more(source):
-    alone, nothing = passes(BestFirst(budget=32, sources=(source,))), passes(BestFirst(budget=32, sources=(), foresight=0))
+    alone, nothing = (
+        passes(BestFirst(budget=32, sources=(source,))),
+        passes(BestFirst(budget=32, sources=(), foresight=0)),
+    )
     assert passes(BestFirst(budget=32)) <= alone < nothing
 
 
@@ -147,7 +169,10 @@ def test_the_size_follows_the_time_of_a_step():
     for name, times in (("free", free), ("dear", dear)):
         drafter, sizes[name] = BestFirst(times=times), []
         propose = drafter.propose
-        drafter.propose = lambda *text, propose=propose, seen=sizes[name]: (draft := propose(*text), seen.append(len(draft)))[0]
+        drafter.propose = lambda *text, propose=propose, seen=sizes[name]: (
+            draft := propose(*text),
+            seen.append(len(draft)),
+        )[0]
         passes(drafter)
     assert set(sizes["dear"]) == {1}
     assert sizes["free"][5:] and min(sizes["free"][5:]) > 16
@@ -185,7 +210,9 @@ def test_step_times_learn_what_they_are_shown(device, kink):
     assert times(8) == pytest.approx(truth(8), rel=0.25)
     for tokens in (1, 64) * 20:  # another program has come, everything takes longer
         times.observe(tokens, 3 * truth(tokens))
-    assert times(64) == pytest.approx(3 * truth(64), rel=0.2) and times(1) == pytest.approx(3 * truth(1), rel=0.3)
+    assert times(64) == pytest.approx(3 * truth(64), rel=0.2) and times(1) == pytest.approx(
+        3 * truth(1), rel=0.3
+    )
 
 
 def test_measured_step_times_are_read_between_and_behind():
@@ -243,9 +270,15 @@ def test_the_automaton_finds_the_first_place_of_the_longest_match(letters):
 def test_sam_copies_four_tokens_for_every_one_that_matched():
     drafter = SamDecoding()
     drafter.start(3, VOCAB, CPU)
-    history, lengths = text([1, 2, 3, 4, 5, 6, 7, 8, 9, 1], [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], [1, 2, 3])
+    history, lengths = text(
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 1], [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], [1, 2, 3]
+    )
     draft = drafter.propose(history, lengths)
-    assert draft.tokens.tolist() == [[1, 2, 3, 4, 5, 1, 1, 1, 1], [2, 3, 4, 5, 6, 7, 8, 9, 1], [3] * 9]
+    assert draft.tokens.tolist() == [
+        [1, 2, 3, 4, 5, 1, 1, 1, 1],
+        [2, 3, 4, 5, 6, 7, 8, 9, 1],
+        [3] * 9,
+    ]
     chain = [*range(-1, 8)]
     assert draft.parents.tolist() == [chain[:5] + [-1] * 4, chain, [-1] * 9]
     history, lengths = text([*range(70), *range(30)], [7] * 3, [7])
@@ -257,7 +290,9 @@ def test_sam_copies_four_tokens_for_every_one_that_matched():
 
 
 def test_lookahead_window_pool_and_guesses():
-    """A model whose answer to a token is fixed (t -> 3 t + 1 mod 8) lets every n-gram be told beforehand."""
+    """A model whose answer to a token is fixed (t -> 3 t + 1 mod 8) lets every n-gram be told
+    beforehand.
+    """
     size, window, ngram = 8, 4, 4
     answer = lambda tokens: (3 * tokens + 1) % size  # noqa: E731
     drafter = Lookahead(window, ngram, guesses=2)
@@ -265,7 +300,10 @@ def test_lookahead_window_pool_and_guesses():
     history, lengths = text([4, 5, 6, 7])
     level = drafter.first(history, lengths)
     assert level.shape == (1, window + ngram - 3) and torch.isin(level, history[0, :4]).all()
-    draft = Draft.of(torch.cat([torch.tensor([[7]]), level], 1), torch.arange(-1, level.shape[1], dtype=torch.int32))
+    draft = Draft.of(
+        torch.cat([torch.tensor([[7]]), level], 1),
+        torch.arange(-1, level.shape[1], dtype=torch.int32),
+    )
 
     def step(draft):
         logits = torch.nn.functional.one_hot(answer(draft.tokens), size).float()
@@ -283,12 +321,17 @@ def test_lookahead_window_pool_and_guesses():
     assert sizes[:2] == [10, 12] and max(sizes) > window * (ngram - 1)
     for pool in drafter._pools:
         assert pool and all(len(entries) <= 2 for entries in pool.values())
-        roots = {7, 6, 3, 2}  # below the root stands what was expected of another token there (Jacobi)
+        roots = {
+            7,
+            6,
+            3,
+            2,
+        }  # below the root stands what was expected of another token there (Jacobi)
         assert set(pool) - roots
         for key, entries in pool.items():
             for found in entries:
                 chain = found if key in roots else (key, *found)
-                for before, after in zip(chain, chain[1:]):
+                for before, after in itertools.pairwise(chain):
                     assert after == int(answer(torch.tensor(before)))
 
 
@@ -299,11 +342,15 @@ def test_lookahead_sees_its_window_as_the_paper_draws_it():
     history, lengths = text([4, 5, 6])
     drafter.first(history, lengths)
     columns = 5
-    drafter._levels = [torch.zeros(1, n, dtype=torch.int64) for n in (columns - 1, columns, columns)]
+    drafter._levels = [
+        torch.zeros(1, n, dtype=torch.int64) for n in (columns - 1, columns, columns)
+    ]
     seen = ops.reference.ancestor_matrix(drafter.propose(history, lengths).ancestors)[0]
     for level in range(3):
         for column in range(columns):
-            expected = {*range(column + 1)} | {columns * above + column for above in range(1, level + 1)}
+            expected = {*range(column + 1)} | {
+                columns * above + column for above in range(1, level + 1)
+            }
             assert set(seen[columns * level + column].nonzero().flatten().tolist()) == expected
 
 
@@ -317,11 +364,20 @@ def test_lookahead_sees_its_window_as_the_paper_draws_it():
         (lambda: BestFirst(budget=0), "budget is 0; expected None or 1 to 256"),
         (lambda: BestFirst(budget=8.0), "budget is 8.0"),
         (lambda: BestFirst(sources="suffix"), "sources is 'suffix'; expected a tuple"),
-        (lambda: BestFirst(factors=torch.full((348,), torch.nan, dtype=torch.float64)), "factors holds a value outside"),
-        (lambda: BestFirst(sources=("suffix", "tables")), "sources has 'tables'; expected some of denoised, adjacency, suffix"),
+        (
+            lambda: BestFirst(factors=torch.full((348,), torch.nan, dtype=torch.float64)),
+            "factors holds a value outside",
+        ),
+        (
+            lambda: BestFirst(sources=("suffix", "tables")),
+            "sources has 'tables'; expected some of denoised, adjacency, suffix",
+        ),
         (lambda: BestFirst(max_depth=-1), "max_depth is -1; expected 0 to 256"),
         (lambda: BestFirst(foresight=2.0), "foresight is 2.0; expected 0 to 1"),
-        (lambda: BestFirst(factors=torch.ones(3)), "factors has shape [3] and dtype torch.float32; expected [348], float64"),
+        (
+            lambda: BestFirst(factors=torch.ones(3)),
+            "factors has shape [3] and dtype torch.float32; expected [348], float64",
+        ),
         (lambda: SamDecoding(most=1), "most is 1; expected 2 to 256"),
         (lambda: SamDecoding(growth=0), "growth is 0"),
         (lambda: TokenRecycling(0), "budget is 0; expected 1 to 81"),
@@ -337,8 +393,12 @@ def test_settings_are_checked(make, message):
 
 
 def test_the_example_of_the_docs_runs_and_helps():
-    page = (pathlib.Path(__file__).parent.parent / "docs" / "drafters.md").read_text(encoding="utf-8")
-    example = next(block.split("```")[0] for block in page.split("```python\n") if "class Known" in block)
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "drafters.md").read_text(
+        encoding="utf-8"
+    )
+    example = next(
+        block.split("```")[0] for block in page.split("```python\n") if "class Known" in block
+    )
     names: dict = {}
     exec(example, names)
     model, ids = tiny_model("llama", 3), torch.tensor([[5, 9, 4, 7]])

@@ -1,4 +1,6 @@
-"""The drawn step: text and SVG show the whole tree, exactly what was accepted, and the op's probabilities."""
+"""The drawn step: text and SVG show the whole tree, exactly what was accepted, and the op's
+probabilities.
+"""
 
 import io
 import random
@@ -36,7 +38,10 @@ def random_step(seed: int, most: int = 40) -> Step:
     """A tree in which every token is another, numbered as its node; the bonus is 1000."""
     rng = random.Random(seed)
     nodes = rng.randint(1, most)
-    parents = [-1, *(rng.randint(max(0, i - rng.choice([1, 3, 40])), i - 1) for i in range(1, nodes))]
+    parents = [
+        -1,
+        *(rng.randint(max(0, i - rng.choice([1, 3, 40])), i - 1) for i in range(1, nodes)),
+    ]
     probability = [1.0]
     for parent in parents[1:]:
         probability.append(probability[parent] * rng.choice([0.0, rng.random() ** 3, 0.9]))
@@ -66,14 +71,25 @@ def drawn(text: str) -> tuple[list[dict], str]:
         depth = len(indent) // 2 + bool(branch)
         above[depth:] = [token]
         found.append(
-            dict(mark=mark, token=token, parent=above[depth - 1] if depth else None, percent=percent, sources=sources,
-                 bonus=bool(bonus), more=int(more or 0))
-        )  # fmt: skip
+            dict(
+                mark=mark,
+                token=token,
+                parent=above[depth - 1] if depth else None,
+                percent=percent,
+                sources=sources,
+                bonus=bool(bonus),
+                more=int(more or 0),
+            )
+        )
     return found, f"{head}\n\n{rest}"
 
 
 def boxes(svg: str) -> list[tuple[float, ...]]:
-    rects = [r for r in ElementTree.fromstring(svg).iter(f"{SVG}rect") if r.get("class", "").startswith("node ")]
+    rects = [
+        r
+        for r in ElementTree.fromstring(svg).iter(f"{SVG}rect")
+        if r.get("class", "").startswith("node ")
+    ]
     return [tuple(float(r.get(name)) for name in ("x", "y", "width", "height")) for r in rects]
 
 
@@ -81,7 +97,8 @@ def texts(svg: str) -> list[str]:
     return [element.text for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
-# ---- text ------------------------------------------------------------------------------------------
+# ---- text
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -96,7 +113,9 @@ def test_text_shows_the_whole_tree(seed):
         assert line["percent"] == explain._percent(probability)
         assert line["mark"] == ("✓" if node in step.path else " ")
         assert line["more"] == 0
-        expected = "".join(c if step.sources[node] & 1 << bit else "·" for bit, c in enumerate("DRSN"))
+        expected = "".join(
+            c if step.sources[node] & 1 << bit else "·" for bit, c in enumerate("DRSN")
+        )
         assert line["sources"] == ("root" if node == 0 else expected)
     (bonus,) = (line for line in lines if line["bonus"])
     assert (bonus["mark"], bonus["token"], bonus["parent"]) == ("★", "w1000", f"w{step.path[-1]}")
@@ -118,7 +137,11 @@ def test_folding_keeps_the_accepted_path_and_counts_the_rest(seed):
     assert {line["token"] for line in lines if not line["bonus"]} == {f"w{node}" for node in kept}
     hidden = len(step.tokens) - len(kept)
     assert sum(line["more"] for line in lines) == hidden
-    assert (f"{hidden} node{'s' * (hidden != 1)} below 10% left out" in rest) == (hidden > 0) == ("left out" in rest)
+    assert (
+        (f"{hidden} node{'s' * (hidden != 1)} below 10% left out" in rest)
+        == (hidden > 0)
+        == ("left out" in rest)
+    )
     svg = as_svg(step, Words(), least)
     assert len(boxes(svg)) == len(kept) + 1
     assert any("left out" in text for text in texts(svg)) == (hidden > 0)
@@ -145,17 +168,39 @@ def test_what_a_pass_was_good_for():
 
 @pytest.mark.parametrize(
     "probability, text",
-    [(1, "100%"), (0.0996, "10%"), (0.0994, "9.9%"), (0.412, "41%"), (0.0006, "0.1%"), (0.0004, "<0.1%"), (0, "0%")],
+    [
+        (1, "100%"),
+        (0.0996, "10%"),
+        (0.0994, "9.9%"),
+        (0.412, "41%"),
+        (0.0006, "0.1%"),
+        (0.0004, "<0.1%"),
+        (0, "0%"),
+    ],
 )
 def test_percent(probability, text):
     assert explain._percent(probability) == text
 
 
 STRANGE = {
-    " the": "␣the", "\n\n": "⏎⏎", "\r\n": "⏎", "\t": "⇥", "\x1b[31m": "\\x1b[31m", "\x00": "\\x00", "\ud800": "\\ud800",
-    "\u202e": "\\u202e", "\uffff": "\\uffff", "\ufffd": "#0", "": "#0", "<b>&amp;\"'": "<b>&amp;\"'", "]]>": "]]>",
-    "日本": "日本", "e\u0301": "e\u0301", "x" * 60: "x" * 23 + "…", "\\n": "\\n",
-}  # fmt: skip
+    " the": "␣the",
+    "\n\n": "⏎⏎",
+    "\r\n": "⏎",
+    "\t": "⇥",
+    "\x1b[31m": "\\x1b[31m",
+    "\x00": "\\x00",
+    "\ud800": "\\ud800",
+    "\u202e": "\\u202e",
+    "\uffff": "\\uffff",
+    "\ufffd": "#0",  # noqa: F601  # ruff reads the lone surrogate above as the same
+    "": "#0",
+    "<b>&amp;\"'": "<b>&amp;\"'",
+    "]]>": "]]>",
+    "日本": "日本",
+    "e\u0301": "e\u0301",
+    "x" * 60: "x" * 23 + "…",
+    "\\n": "\\n",
+}
 
 
 @pytest.mark.parametrize("word", STRANGE, ids=ascii)
@@ -180,10 +225,15 @@ def test_tokenizers_that_drop_the_first_space():
         def decode(self, tokens, **_):
             return super().decode(tokens).removeprefix(" ")
 
-    assert [explain._token(Dropping([" one", "two", " "]), token) for token in range(3)] == ["␣one", "two", "␣"]
+    assert [explain._token(Dropping([" one", "two", " "]), token) for token in range(3)] == [
+        "␣one",
+        "two",
+        "␣",
+    ]
 
 
-# ---- SVG -------------------------------------------------------------------------------------------
+# ---- SVG
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -191,7 +241,9 @@ def test_svg_shows_everything_side_by_side(seed):
     step = random_step(seed)
     svg = as_svg(step, Words())
     root = ElementTree.fromstring(svg)
-    assert sorted(t for t in texts(svg) if re.fullmatch(r"w\d+", t)) == sorted(f"w{t}" for t in [*step.tokens, 1000])
+    assert sorted(t for t in texts(svg) if re.fullmatch(r"w\d+", t)) == sorted(
+        f"w{t}" for t in [*step.tokens, 1000]
+    )
     kinds = [r.get("class") for r in root.iter(f"{SVG}rect")]
     assert kinds.count("node root") == kinds.count("node bonus") == 1
     assert kinds.count("node accepted") == len(step.path) - 1
@@ -204,12 +256,16 @@ def test_svg_shows_everything_side_by_side(seed):
         assert x >= 0 and y >= 0 and x + w <= width and y + h <= height
         for x2, y2, w2, h2 in places[:i]:
             assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
-    assert not {"script", "image", "a"} & {e.tag.removeprefix(SVG) for e in root.iter()} and "url(" not in svg
+    assert (
+        not {"script", "image", "a"} & {e.tag.removeprefix(SVG) for e in root.iter()}
+        and "url(" not in svg
+    )
     for _, letter, word, *_ in explain.SOURCES:
         assert any(text.startswith(f"{letter}  {word}: ") for text in texts(svg))
 
 
-# ---- recording -------------------------------------------------------------------------------------
+# ---- recording
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -217,7 +273,9 @@ def test_steps_are_what_happened(seed, device, monkeypatch):
     model = tiny_model("llama", seed).to(device)
     if seed < 3:  # the last one may end its answer in the middle of a pass
         model.generation_config.eos_token_id = None
-    prompt = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(seed)).to(device)
+    prompt = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(seed)).to(
+        device
+    )
     trees, original = [], ops.draft_tree
 
     def draft_tree(*arguments):
@@ -243,8 +301,12 @@ def test_steps_are_what_happened(seed, device, monkeypatch):
         assert (step.tokens, step.parents) == (tokens[:nodes], parents[:nodes])
         assert (step.probability, step.sources) == (probability[:nodes], sources[:nodes])
         assert [step.parents[node] for node in step.path] == [-1, *step.path[:-1]]
-        assert 1 <= step.kept <= step.accept_length and (step.kept == step.accept_length or number == len(steps))
-        assert step.bonus not in [t for t, parent in zip(step.tokens, step.parents) if parent == step.path[-1]]
+        assert 1 <= step.kept <= step.accept_length and (
+            step.kept == step.accept_length or number == len(steps)
+        )
+        assert step.bonus not in [
+            t for t, parent in zip(step.tokens, step.parents) if parent == step.path[-1]
+        ]
     assert any(step.accept_length > 1 for step in steps)
 
 
@@ -257,14 +319,17 @@ def test_a_pass_in_which_only_the_root_was_checked():
     """Near the longrope boundary nothing is proposed, and no older tree is shown in its place."""
     model = tiny_model("phi3-longrope", 3)
     model.generation_config.eos_token_id = None
-    steps = record(model, torch.randint(3, VOCAB, (1, 8), generator=torch.Generator().manual_seed(3)), 16, 60)
+    steps = record(
+        model, torch.randint(3, VOCAB, (1, 8), generator=torch.Generator().manual_seed(3)), 16, 60
+    )
     alone = [step for step in steps if step.tokens == step.text[-1:]]
     assert alone and any(len(step.tokens) > 1 for step in steps)
     for step in alone:
         assert (step.parents, step.probability, step.sources, step.path) == ([-1], [1.0], [0], [0])
 
 
-# ---- msn explain -----------------------------------------------------------------------------------
+# ---- msn explain
+# -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -273,13 +338,23 @@ def tiny(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.3,
-        bos_token_id=None, eos_token_id=None, pad_token_id=256,
-    )  # fmt: skip
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=256,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate([*alphabet, "<eos>"])}, []))
+    tokenizer = Tokenizer(
+        models.BPE({character: i for i, character in enumerate([*alphabet, "<eos>"])}, [])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
@@ -316,7 +391,10 @@ def test_colour_on_a_terminal_unless_told_not_to(tiny, capsys, monkeypatch):
     for no_color, expected in [("", True), ("1", False)]:
         monkeypatch.setenv("NO_COLOR", no_color)
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-        assert cli.main(["explain", "--model", tiny, "--prompt", "hello", "--max-new-tokens", "4"]) == 0
+        assert (
+            cli.main(["explain", "--model", tiny, "--prompt", "hello", "--max-new-tokens", "4"])
+            == 0
+        )
         assert ("\033[" in capsys.readouterr().out) == expected
 
 
@@ -328,13 +406,21 @@ WRONG = [
     ([*ASK, "--pass", "0"], 2, "argument --pass: '0' is not a whole number of at least 1"),
     ([*ASK, "--nodes", "0"], 2, "argument --nodes: '0' is not a whole number of 1 to 256"),
     ([*ASK, "--nodes", "257"], 2, "argument --nodes: '257' is not a whole number of 1 to 256"),
-    ([*ASK, "--min-probability", "1.5"], 2, "argument --min-probability: '1.5' is not a number of 0 to 1"),
+    (
+        [*ASK, "--min-probability", "1.5"],
+        2,
+        "argument --min-probability: '1.5' is not a number of 0 to 1",
+    ),
     ([*ASK, "--min-probability", "nan"], 2, "argument --min-probability"),
     ([*ASK, "--max-new-tokens", "0"], 2, "argument --max-new-tokens"),
     ([*ASK, "--dtype", "int3"], 2, "int3"),
     ([*ASK, "--device", "toaster"], 2, "expected cpu, cuda or cuda:N"),
     ([*ASK, "--model", "./nowhere"], 1, "no such folder"),
-    ([*ASK, "--svg", "/no/such/step.svg"], 2, "--svg /no/such/step.svg: expected a file in a folder that exists"),
+    (
+        [*ASK, "--svg", "/no/such/step.svg"],
+        2,
+        "--svg /no/such/step.svg: expected a file in a folder that exists",
+    ),
     ([*ASK, "--svg", "/"], 2, "--svg /: expected a file"),
     ([*SHORT, "4", "--svg", "/dev/full"], 1, "--svg /dev/full: No space left on device"),
     ([*SHORT, "1"], 1, "try more --max-new-tokens"),
@@ -342,7 +428,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("arguments, code, part", WRONG, ids=[" ".join(case[0])[:60] for case in WRONG])
+@pytest.mark.parametrize(
+    "arguments, code, part", WRONG, ids=[" ".join(case[0])[:60] for case in WRONG]
+)
 def test_wrong_input_is_one_clear_line(arguments, code, part, tiny, capsys):
     assert cli.main([argument.format(tiny=tiny) for argument in arguments]) == code
     out, err = capsys.readouterr()

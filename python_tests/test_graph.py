@@ -1,4 +1,6 @@
-"""Recorded steps give what steps one by one give: on a GPU as CUDA graphs, on the CPU on a tape (tape.py)."""
+"""Recorded steps give what steps one by one give: on a GPU as CUDA graphs, on the CPU on a tape
+(tape.py).
+"""
 
 import contextlib
 import gc
@@ -6,6 +8,7 @@ import itertools
 import logging
 import random
 import weakref
+from typing import ClassVar
 
 import families
 import pytest
@@ -32,7 +35,7 @@ DRAFTS = {
 class GpuRecorder(graph.Recorder):
     """Counts as the tape's does."""
 
-    made: list = []
+    made: ClassVar[list] = []
 
     def __init__(self, device):
         super().__init__(device)
@@ -92,13 +95,17 @@ def plain(model, ids, mask, **options):
 
 
 def ours(model, ids, mask, draft, **options):
-    return generate(model, ids, attention_mask=mask, draft=draft, do_sample=False, pad_token_id=0, **options)
+    return generate(
+        model, ids, attention_mask=mask, draft=draft, do_sample=False, pad_token_id=0, **options
+    )
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen2"])
 def test_replayed_steps_give_plain_decodings_text(family, draft, tapes):
-    """Token for token in float64: other prompts one after the other, batches of two sizes, an end of text."""
+    """Token for token in float64: other prompts one after the other, batches of two sizes, an end
+    of text.
+    """
     model = tiny_model(family, 3)
     draft = DRAFTS[draft]()
     for seed, batch in ((0, 2), (1, 2), (2, 1), (3, 2), (4, 1)):
@@ -131,7 +138,9 @@ def test_a_step_launches_little_beside_its_model(tapes):
     ours(model, *prompts(0, 1), BestFirst(16), max_new_tokens=20)
     (recording,) = tapes[0].recordings
     begin, end = marks
-    names = [str(operation[0]) for operation in recording.operations[:begin] + recording.operations[end:]]
+    names = [
+        str(operation[0]) for operation in recording.operations[:begin] + recording.operations[end:]
+    ]
     assert sum(name.startswith("msn_ext.") for name in names) == 7 and len(names) <= 27
 
 
@@ -139,9 +148,13 @@ def test_families_that_can_be_recorded(tapes):
     replays = {}
     for family in FAMILIES:
         model = tiny_model(family, 1)
-        ids, mask = prompts(5, 1 if family == "phi3-longrope" else 2, padded=family not in ("gemma2", "gemma3"))
+        ids, mask = prompts(
+            5, 1 if family == "phi3-longrope" else 2, padded=family not in ("gemma2", "gemma3")
+        )
         options = dict(max_new_tokens=40, eos_token_id=None)
-        assert torch.equal(ours(model, ids, mask, "paper", **options), plain(model, ids, mask, **options)), family
+        assert torch.equal(
+            ours(model, ids, mask, "paper", **options), plain(model, ids, mask, **options)
+        ), family
         replays[family] = sum(tape.replays for tape in tapes)
         tapes.clear()
     # Experts are picked by the host here; longrope changes what positions mean on the way.
@@ -161,7 +174,17 @@ SAMPLED = {
 
 def sampled(model, ids, mask, draft, seed: int, **options):
     torch.manual_seed(seed)
-    return generate(model, ids, attention_mask=mask, draft=draft, do_sample=True, pad_token_id=0, max_new_tokens=30, eos_token_id=None, **{"top_k": 0} | options)
+    return generate(
+        model,
+        ids,
+        attention_mask=mask,
+        draft=draft,
+        do_sample=True,
+        pad_token_id=0,
+        max_new_tokens=30,
+        eos_token_id=None,
+        **{"top_k": 0} | options,
+    )
 
 
 @pytest.mark.parametrize("settings", SAMPLED)
@@ -169,10 +192,17 @@ def sampled(model, ids, mask, draft, seed: int, **options):
 def test_sampled_steps_draw_what_steps_one_by_one_draw(draft, settings, tapes, monkeypatch):
     """Seed by seed in float64, from one recording; the same seed gives the same text again."""
     model, calls = tiny_model("llama", 3), [(seed, 1 + seed % 2) for seed in (0, 2, 1, 3, 2)]
-    padded = settings != "penalised"  # which rows with padding tell apart: then it looks at the text itself
+    padded = (
+        settings != "penalised"
+    )  # which rows with padding tell apart: then it looks at the text itself
 
     def run():
-        return [sampled(model, *prompts(batch, batch, padded=padded), draft, seed, **SAMPLED[settings]).tolist() for seed, batch in calls]
+        return [
+            sampled(
+                model, *prompts(batch, batch, padded=padded), draft, seed, **SAMPLED[settings]
+            ).tolist()
+            for seed, batch in calls
+        ]
 
     recorded = run()
     assert len(tapes) == 2 and sum(tape.replays for tape in tapes) > 10
@@ -188,7 +218,9 @@ def test_a_repetition_penalty_is_recorded(batch, tapes):
     for seed in range(4):
         ids, mask = prompts(seed, batch, length=8 + 3 * seed, padded=False)
         options = dict(max_new_tokens=40, repetition_penalty=1.3, eos_token_id=None)
-        assert torch.equal(ours(model, ids, mask, "auto", **options), plain(model, ids, mask, **options))
+        assert torch.equal(
+            ours(model, ids, mask, "auto", **options), plain(model, ids, mask, **options)
+        )
     assert len(tapes) == 1 and tapes[0].replays > 10
 
 
@@ -198,7 +230,10 @@ def test_samplers_settings_are_not_mixed_up(tapes, monkeypatch):
     want = plain(model, ids, mask, max_new_tokens=30)
 
     def run():
-        return [sampled(model, ids, mask, "paper", 5, temperature=t).tolist() for t in (0.5, 2.0, 0.5, 2.0)]
+        return [
+            sampled(model, ids, mask, "paper", 5, temperature=t).tolist()
+            for t in (0.5, 2.0, 0.5, 2.0)
+        ]
 
     recorded = run()
     for _ in range(2):
@@ -209,7 +244,7 @@ def test_samplers_settings_are_not_mixed_up(tapes, monkeypatch):
 
 
 def test_a_draw_from_nan_is_an_error_and_no_wild_read(tapes):
-    """The step that is under way when the host reads of it has to look up some token's embedding."""
+    """The step under way when the host reads of it has to look up some token's embedding."""
     model, (ids, mask) = tiny_model("llama", 3), prompts(0)
     head = model.lm_head.weight.detach().clone()
     sampled(model, ids, mask, "paper", 0)
@@ -230,7 +265,9 @@ class EndsAfter(StoppingCriteria):
         self._tokens = tokens
 
     def __call__(self, input_ids, scores, **kwargs):
-        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self._tokens, device=input_ids.device)
+        return torch.full(
+            input_ids.shape[:1], input_ids.shape[1] >= self._tokens, device=input_ids.device
+        )
 
 
 def test_stopping_criteria_end_a_row_where_they_would(tapes):
@@ -238,7 +275,9 @@ def test_stopping_criteria_end_a_row_where_they_would(tapes):
     ids, mask = prompts(0)
     criteria = StoppingCriteriaList([EndsAfter(ids.shape[1] + 17)])
     want = plain(model, ids, mask, max_new_tokens=40, stopping_criteria=criteria)
-    assert torch.equal(ours(model, ids, mask, "auto", max_new_tokens=40, stopping_criteria=criteria), want)
+    assert torch.equal(
+        ours(model, ids, mask, "auto", max_new_tokens=40, stopping_criteria=criteria), want
+    )
     assert tapes[0].replays
 
 
@@ -262,19 +301,32 @@ def test_accept_lengths_and_streams_are_those_of_steps_one_by_one(tapes, monkeyp
             monkeypatch.delitem(graph.RECORDERS, where)
         for _ in range(2):
             stream = Stream()
-            out = ours(model, ids, mask, "paper", max_new_tokens=40, streamer=stream, return_dict_in_generate=True)
+            out = ours(
+                model,
+                ids,
+                mask,
+                "paper",
+                max_new_tokens=40,
+                streamer=stream,
+                return_dict_in_generate=True,
+            )
             results.append((out.sequences.tolist(), out.accept_lengths[0].tolist(), stream.got))
     assert all(result == results[0] for result in results)
     assert tapes[0].replays
 
 
 def test_a_drafter_that_was_elsewhere_in_between_is_recorded_anew(tapes):
-    """Its tables lie at other places then; recordings that point to the old ones would read what is not theirs."""
+    """Its tables lie at other places then; recordings that point to the old ones would read what is
+    not theirs.
+    """
     model, drafter = tiny_model("llama", 3), BestFirst(16)
     for batch in (2, 1, 2, 2, 1):
         ids, mask = prompts(batch, batch)
         for _ in range(2):
-            assert torch.equal(ours(model, ids, mask, drafter, max_new_tokens=30), plain(model, ids, mask, max_new_tokens=30))
+            assert torch.equal(
+                ours(model, ids, mask, drafter, max_new_tokens=30),
+                plain(model, ids, mask, max_new_tokens=30),
+            )
     assert sum(len(tape.recordings) for tape in tapes) == 4
 
 
@@ -290,15 +342,28 @@ def test_what_cannot_be_recorded_is_decoded_step_by_step(tapes, caplog):
     ids, mask = prompts(0)
     want = plain(model, ids, mask, max_new_tokens=20)
     with caplog.at_level(logging.INFO, "msn_ext"):
-        assert torch.equal(ours(model, ids, mask, Listener(DraftTree.chain(3)), max_new_tokens=20), want)
+        assert torch.equal(
+            ours(model, ids, mask, Listener(DraftTree.chain(3)), max_new_tokens=20), want
+        )
         assert "Listener may ask the device" in caplog.text
         options = dict(no_repeat_ngram_size=3, max_new_tokens=20)
-        assert torch.equal(ours(model, ids, mask, "auto", **options), plain(model, ids, mask, **options))
+        assert torch.equal(
+            ours(model, ids, mask, "auto", **options), plain(model, ids, mask, **options)
+        )
         assert "NoRepeatNGramLogitsProcessor looks at the text before" in caplog.text
         options = dict(do_sample=True, eta_cutoff=0.01, max_new_tokens=5, pad_token_id=0)
         generate(model, ids, attention_mask=mask, draft="auto", **options)
         assert "EtaLogitsWarper, which is applied, has more than plain settings" in caplog.text
-        generate(model, ids, attention_mask=mask, draft="auto", do_sample=True, top_h=0.5, max_new_tokens=5, pad_token_id=0)
+        generate(
+            model,
+            ids,
+            attention_mask=mask,
+            draft="auto",
+            do_sample=True,
+            top_h=0.5,
+            max_new_tokens=5,
+            pad_token_id=0,
+        )
         assert "TopHLogitsWarper asks the device" in caplog.text
     assert not tapes
 
@@ -307,7 +372,9 @@ def test_a_step_that_asks_the_device_after_all_falls_back(tapes, caplog, monkeyp
     model = tiny_model("llama", 3)
     ids, mask = prompts(0)
     forward = model.model.layers[0].mlp.forward
-    monkeypatch.setattr(model.model.layers[0].mlp, "forward", lambda x: forward(x) if float(x.sum()) < 1e9 else x)
+    monkeypatch.setattr(
+        model.model.layers[0].mlp, "forward", lambda x: forward(x) if float(x.sum()) < 1e9 else x
+    )
     want = plain(model, ids, mask, max_new_tokens=30)
     for _ in range(2):
         assert torch.equal(ours(model, ids, mask, "auto", max_new_tokens=30), want)
@@ -326,7 +393,14 @@ def test_a_failed_call_leaves_nothing_behind(tapes):
     want = plain(model, ids, mask, max_new_tokens=20)
     assert torch.equal(ours(model, ids, mask, "auto", max_new_tokens=20), want)
     with pytest.raises(KeyError):
-        ours(model, ids, mask, "auto", max_new_tokens=20, stopping_criteria=StoppingCriteriaList([Broken()]))
+        ours(
+            model,
+            ids,
+            mask,
+            "auto",
+            max_new_tokens=20,
+            stopping_criteria=StoppingCriteriaList([Broken()]),
+        )
     assert torch.equal(ours(model, ids, mask, "auto", max_new_tokens=20), want)
 
 
@@ -349,7 +423,9 @@ def test_caches_that_are_kept_are_bounded(tapes, monkeypatch):
     model = tiny_model("llama", 3)
     for batch in (1, 2, 3):
         ours(model, *prompts(0, batch), "auto", max_new_tokens=5)
-    sizes = [replay.decoder.cache_bytes for replays in graph._kept[model].values() for replay in replays]
+    sizes = [
+        replay.decoder.cache_bytes for replays in graph._kept[model].values() for replay in replays
+    ]
     assert len(sizes) == 3 and sizes[0] > 0 and sizes == [sizes[0], 2 * sizes[0], 3 * sizes[0]]
     kind = type(tapes[0])
     monkeypatch.setattr(kind, "memory", sizes[0] + sizes[2] - 1, raising=False)
@@ -357,7 +433,9 @@ def test_caches_that_are_kept_are_bounded(tapes, monkeypatch):
         for replay in replays:
             replay.recorder.memory = kind.memory
     ours(model, *prompts(1, 3), "auto", max_new_tokens=5)
-    assert [replay.decoder.cache_bytes for replays in graph._kept[model].values() for replay in replays] == [sizes[2]]
+    assert [
+        replay.decoder.cache_bytes for replays in graph._kept[model].values() for replay in replays
+    ] == [sizes[2]]
 
 
 def test_tuning_measures_recorded_steps_where_decoding_takes_them(tapes):
@@ -373,7 +451,10 @@ def test_other_weights_are_not_taken_for_the_recorded_ones(tapes):
     ours(model, ids, mask, "auto", max_new_tokens=30)
     other = tiny_model("llama", 4)
     model.load_state_dict(other.state_dict(), assign=True)
-    assert torch.equal(ours(model, ids, mask, "auto", max_new_tokens=30), plain(other, ids, mask, max_new_tokens=30))
+    assert torch.equal(
+        ours(model, ids, mask, "auto", max_new_tokens=30),
+        plain(other, ids, mask, max_new_tokens=30),
+    )
 
 
 def hook(model):
@@ -384,7 +465,9 @@ def hook(model):
 
 
 def hook_before(model):
-    handle = model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 3, *args[1:]))
+    handle = model.model.layers[1].register_forward_pre_hook(
+        lambda module, args: (args[0] * 3, *args[1:])
+    )
     yield
     handle.remove()
     yield
@@ -432,7 +515,9 @@ def adapters(model):
 def one_adapter(model):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)).double()
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)
+    ).double()
     yield
     with adapted.disable_adapter():
         yield
@@ -441,7 +526,9 @@ def one_adapter(model):
     yield
 
 
-@pytest.mark.parametrize("change", [hook, hook_before, replaced, implementation, training, adapters, one_adapter])
+@pytest.mark.parametrize(
+    "change", [hook, hook_before, replaced, implementation, training, adapters, one_adapter]
+)
 def test_a_recording_is_of_the_way_that_the_model_computes(change, tapes):
     model = tiny_model("llama", 3)
     ids, mask = prompts(0, padded=False)
@@ -449,7 +536,9 @@ def test_a_recording_is_of_the_way_that_the_model_computes(change, tapes):
     for _ in itertools.chain([None], change(model)):
         want = plain(model, ids, mask, max_new_tokens=30, eos_token_id=None)
         for _ in range(2):
-            assert torch.equal(ours(model, ids, mask, "paper", max_new_tokens=30, eos_token_id=None), want)
+            assert torch.equal(
+                ours(model, ids, mask, "paper", max_new_tokens=30, eos_token_id=None), want
+            )
         texts.append(want.tolist())
     assert len(tapes) > 1 and all(tape.replays for tape in tapes)
     assert change in (implementation, training) or texts[1] != texts[0], "a change that matters"
@@ -475,7 +564,9 @@ def test_recordings_under_autocast_read_the_weights_themselves(tapes):
             with unrecorded():
                 wanted.append(ours(model, ids, mask, "paper", **options).tolist())
             found.append(ours(model, ids, mask, "paper", **options).tolist())
-        assert torch.equal(ours(model, ids, mask, "paper", **options), plain(model, ids, mask, **options))
+        assert torch.equal(
+            ours(model, ids, mask, "paper", **options), plain(model, ids, mask, **options)
+        )
     assert found == wanted and found[0] != found[1]
     assert len(tapes) == 2 and all(tape.replays for tape in tapes)
 
@@ -490,13 +581,25 @@ def test_a_cache_grows_with_its_text(tapes, monkeypatch):
         for seed, length in ((0, 8), (1, 8), (2, 100)):
             ids, mask = prompts(seed, 2, length=length)
             options = dict(max_new_tokens=360, eos_token_id=None)
-            assert torch.equal(ours(model, ids, mask, DraftTree.chain(4), **options), plain(model, ids, mask, **options))
+            assert torch.equal(
+                ours(model, ids, mask, DraftTree.chain(4), **options),
+                plain(model, ids, mask, **options),
+            )
             ((replay,),) = graph._kept[model].values()
             kept.append(replay.decoder._cache.capacity)
         assert 8 + 520 < kept[0] == kept[1] == kept[2] == graph.room_for(460)
-        assert len(tapes[0].recordings) == 2 and tapes[0].warm_ups == 2, "before it grew, and behind"
+        assert len(tapes[0].recordings) == 2 and tapes[0].warm_ups == 2, (
+            "before it grew, and behind"
+        )
     long = dict(max_new_tokens=100_000, eos_token_id=int(ids[0, -1]))
-    ours(model, ids, mask, "none", **long, stopping_criteria=StoppingCriteriaList([EndsAfter(ids.shape[1] + 9)]))
+    ours(
+        model,
+        ids,
+        mask,
+        "none",
+        **long,
+        stopping_criteria=StoppingCriteriaList([EndsAfter(ids.shape[1] + 9)]),
+    )
     replay = next(reversed(graph._kept[model].values()))[0]
     assert replay.decoder.cache_bytes < 1e7, "no room for tokens that may never come"
 
@@ -510,7 +613,9 @@ def test_equal_trees_share_a_recording(tapes):
 
 
 def test_what_a_recording_reads_of_a_tree_stays(tapes):
-    """The tensors of a tree are forgotten when many others come; kernels would go on reading where they were."""
+    """The tensors of a tree are forgotten when many others come; kernels would go on reading where
+    they were.
+    """
     model, drafter = tiny_model("llama", 3), TreeDrafter(DraftTree.chain(4))
     ours(model, *prompts(0), drafter, max_new_tokens=20)
     read = weakref.ref(drafter._tree.tensors(torch.device(where)).parents)
@@ -535,12 +640,22 @@ def test_failed_calls_leave_no_keys(tapes):
     for penalty in (1.1, 1.2, 1.3):
         ours(model, ids, mask, "none", max_new_tokens=5, repetition_penalty=penalty)
         with pytest.raises(KeyError):
-            ours(model, ids, mask, "none", max_new_tokens=5, repetition_penalty=penalty, stopping_criteria=[Broken()])
+            ours(
+                model,
+                ids,
+                mask,
+                "none",
+                max_new_tokens=5,
+                repetition_penalty=penalty,
+                stopping_criteria=[Broken()],
+            )
     assert not graph._kept[model]
 
 
 def test_a_failed_capture_leaves_the_stream_that_was(monkeypatch):
-    """As torch.cuda.graph behaves: where capturing fails at its end, its stream stays the current one."""
+    """As torch.cuda.graph behaves: where capturing fails at its end, its stream stays the current
+    one.
+    """
     current = ["the user's"]
 
     @contextlib.contextmanager

@@ -10,12 +10,25 @@ import random
 import pytest
 import torch
 from families import FAMILIES, VOCAB, tiny_model
-from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+)
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 import msn_ext
 from msn_ext import Draft, DraftTree, generate
-from msn_ext.decoding import BestFirst, Corpus, Decoder, TokenRecycling, TreeDrafter, attention_for, greedy
+from msn_ext.decoding import (
+    BestFirst,
+    Corpus,
+    Decoder,
+    TokenRecycling,
+    TreeDrafter,
+    attention_for,
+    greedy,
+)
 from msn_ext.decoding.attention import KernelAttention, MaskAttention
 from msn_ext.decoding.best_first import SOURCES
 from msn_ext.decoding.processors import Texts
@@ -41,12 +54,16 @@ def random_tree(rng: random.Random) -> DraftTree:
     parents = [-1] + [rng.choice([i - 1, rng.randrange(i)]) for i in range(1, nodes)]
     if rng.random() < 0.3:
         return DraftTree(tuple(parents))
-    return DraftTree(tuple(parents), tuple(rng.choice([RETRIEVAL, 0, 0, 1, 2, 5]) for _ in range(nodes)))
+    return DraftTree(
+        tuple(parents), tuple(rng.choice([RETRIEVAL, 0, 0, 1, 2, 5]) for _ in range(nodes))
+    )
 
 
 class RandomDrafter:
-    """A tree of its own for every row and step: padding anywhere, rubbish at the root, siblings that
-    alias, guesses from the text (which repeats, so that many come true), and a chain behind the prompt."""
+    """A tree of its own for every row and step: padding anywhere, rubbish at the root, siblings
+    that alias, guesses from the text (which repeats, so that many come true), and a chain behind
+    the prompt.
+    """
 
     max_depth = 64
 
@@ -60,7 +77,12 @@ class RandomDrafter:
         rows = []
         for row, length in zip(history.tolist(), lengths.tolist()):
             at = [self._rng.randrange(length) for _ in range(count)]
-            rows.append([row[i] if self._rng.random() < 0.8 else self._rng.randrange(self._vocabulary) for i in at])
+            rows.append(
+                [
+                    row[i] if self._rng.random() < 0.8 else self._rng.randrange(self._vocabulary)
+                    for i in at
+                ]
+            )
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), count)
 
     def first(self, history, lengths):
@@ -69,9 +91,12 @@ class RandomDrafter:
     def propose(self, history, lengths):
         nodes = self._rng.choice([1, 2, 17, 40, 64, 65])
         parents = [
-            [-1] + [self._rng.choice([i - 1, self._rng.randrange(-1, i)]) for i in range(1, nodes)] for _ in range(len(lengths))
+            [-1] + [self._rng.choice([i - 1, self._rng.randrange(-1, i)]) for i in range(1, nodes)]
+            for _ in range(len(lengths))
         ]
-        return Draft.of(self._tokens(history, lengths, nodes), torch.tensor(parents, dtype=torch.int32))
+        return Draft.of(
+            self._tokens(history, lengths, nodes), torch.tensor(parents, dtype=torch.int32)
+        )
 
     def observe(self, verified):
         self.seen.append(verified)
@@ -81,12 +106,23 @@ def random_best_first(rng: random.Random) -> BestFirst:
     """Best-first drafting of any size from any sources, weighed anyhow."""
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     sources = tuple(source for source in SOURCES if rng.random() < 0.7)
-    texts = [torch.randint(rng.choice([3, VOCAB]), (rng.choice([1, 9, 300]),), generator=generator) for _ in range(3)]
+    texts = [
+        torch.randint(rng.choice([3, VOCAB]), (rng.choice([1, 9, 300]),), generator=generator)
+        for _ in range(3)
+    ]
     return BestFirst(
         budget=rng.choice([None, 1, 2, 5, 33, 64, 200]),
         sources=sources,
-        corpus=Corpus.build(texts, VOCAB, progress=False) if "suffix" in sources and rng.random() < 0.5 else None,
-        factors=None if rng.random() < 0.5 else 10 ** (4 * torch.rand(348, generator=generator).double() - 2),
+        corpus=(
+            Corpus.build(texts, VOCAB, progress=False)
+            if "suffix" in sources and rng.random() < 0.5
+            else None
+        ),
+        factors=(
+            None
+            if rng.random() < 0.5
+            else 10 ** (4 * torch.rand(348, generator=generator).double() - 2)
+        ),
         max_depth=rng.choice([0, 1, 5, 20, 64]),
         foresight=rng.choice([0.0, 0.05, 1.0]),
     )
@@ -94,7 +130,17 @@ def random_best_first(rng: random.Random) -> BestFirst:
 
 def paper_decoder(model, attention, ids, mask) -> Decoder:
     drafter = TreeDrafter(DraftTree.paper())
-    return Decoder(model, attention, ids, (mask == 0).sum(1), drafter, greedy, LogitsProcessorList(), 40, ids[0, :0])
+    return Decoder(
+        model,
+        attention,
+        ids,
+        (mask == 0).sum(1),
+        drafter,
+        greedy,
+        LogitsProcessorList(),
+        40,
+        ids[0, :0],
+    )
 
 
 def prompts(rng: random.Random, batch: int, padded: bool = True):
@@ -116,8 +162,9 @@ def test_equals_plain_decoding(family, seed):
     `max_new_tokens` cutting a path."""
     rng = random.Random(f"{family}{seed}")
     model = tiny_model(family, seed)
-    # transformers' own eager attention in float64, which these two use, gives NaN at padding (softmax
-    # in float32 of a row of least float64s); longrope switches its factors for a whole batch.
+    # transformers' own eager attention in float64, which these two use, gives NaN at padding
+    # (softmax in float32 of a row of least float64s); longrope switches its factors for a whole
+    # batch.
     batch = 1 if family == "phi3-longrope" else 1 + seed % 4
     ids, mask = prompts(rng, batch, padded=family not in ("gemma2", "gemma3"))
     settings = dict(
@@ -135,7 +182,9 @@ def test_equals_plain_decoding(family, seed):
         for row, accepts in zip(out.sequences, out.accept_lengths):
             new = int(accepts.sum())
             assert accepts.min() >= 1 and new <= settings["max_new_tokens"]
-            assert not row[ids.shape[1] + new :].any(), "something other than padding behind the end"
+            assert not row[ids.shape[1] + new :].any(), (
+                "something other than padding behind the end"
+            )
 
 
 def test_every_tested_family_is_here():
@@ -150,7 +199,7 @@ def test_guesses_come_true_and_alias():
         ids, mask = prompts(random.Random(seed), 2)
         decoder = paper_decoder(model, attention_for(model), ids, mask)
         gained = decoder.prefill()
-        for step in range(12):
+        for _ in range(12):
             accepts += gained.status[0].tolist()
             decoder.advance(int((decoder._lengths - (mask.sum(1))).max()))
             proposed = decoder.drafter.propose(decoder._history, decoder._lengths).tokens
@@ -166,14 +215,27 @@ def test_random_drafters_try_what_they_are_for():
     drafter = RandomDrafter(random.Random(0))
     model = tiny_model("llama", 3)
     ids, mask = prompts(random.Random(0), 3)
-    generate(model, ids, attention_mask=mask, draft=drafter, do_sample=False, max_new_tokens=60, eos_token_id=None, pad_token_id=0)
-    trees = [verified.draft.parents for verified in drafter.seen if verified.draft.parents.dim() == 2]
+    generate(
+        model,
+        ids,
+        attention_mask=mask,
+        draft=drafter,
+        do_sample=False,
+        max_new_tokens=60,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    trees = [
+        verified.draft.parents for verified in drafter.seen if verified.draft.parents.dim() == 2
+    ]
     assert max(int(verified.accept_length.max()) for verified in drafter.seen) >= 3
     assert sum(bool(((tree[:, 1:-1] < 0) & (tree[:, 2:] >= 0)).any()) for tree in trees) > 5
     assert sum(not torch.equal(tree[0], tree[1]) for tree in trees) > 5
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2-window", "gemma3", "mistral-window", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2-window", "gemma3", "mistral-window", "gpt2", "deepseek_v3"]
+)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_dense_masks_equal_the_kernel(family, implementation):
     """The fallback for models that take no attention function of ours, tried on models that do."""
@@ -184,7 +246,7 @@ def test_dense_masks_equal_the_kernel(family, implementation):
     for attention in (KernelAttention(model), MaskAttention(model)):
         decoder = paper_decoder(model, attention, ids, mask)
         decoder.prefill()
-        for step in range(10):
+        for _ in range(10):
             decoder.advance(int((decoder._lengths - mask.sum(1)).max()))
             decoder.step()
         results.append(decoder._history[:, : int(decoder._lengths.min())])
@@ -231,19 +293,43 @@ def test_sampling_is_the_same_for_every_draft(family, settings):
     model = tiny_model(family, 1)
     ids, mask = prompts(rng, 3)
     outputs = []
-    for draft in (*DRAFTS, random_tree(rng), random_tree(rng), RandomDrafter(rng), random_best_first(rng)):
+    for draft in (
+        *DRAFTS,
+        random_tree(rng),
+        random_tree(rng),
+        RandomDrafter(rng),
+        random_best_first(rng),
+    ):
         torch.manual_seed(7)
         outputs.append(
             generate(
-                model, ids, attention_mask=mask, draft=draft, do_sample=True, max_new_tokens=40, eos_token_id=[2], pad_token_id=0,
-                return_dict_in_generate=True, **settings,
+                model,
+                ids,
+                attention_mask=mask,
+                draft=draft,
+                do_sample=True,
+                max_new_tokens=40,
+                eos_token_id=[2],
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                **settings,
             )
-        )  # fmt: skip
+        )
     assert all(torch.equal(out.sequences, outputs[0].sequences) for out in outputs)
     assert max(accepts.max() for out in outputs[1:] for accepts in out.accept_lengths) > 1
     torch.manual_seed(8)
-    other = generate(model, ids, attention_mask=mask, do_sample=True, max_new_tokens=40, pad_token_id=0, **settings)
-    assert not torch.equal(other[:, : ids.shape[1] + 3], outputs[0].sequences[:, : ids.shape[1] + 3])
+    other = generate(
+        model,
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        max_new_tokens=40,
+        pad_token_id=0,
+        **settings,
+    )
+    assert not torch.equal(
+        other[:, : ids.shape[1] + 3], outputs[0].sequences[:, : ids.shape[1] + 3]
+    )
 
 
 @pytest.mark.parametrize("draft", ["none", "auto", "paper", "jacobi"])
@@ -265,15 +351,25 @@ def test_sampled_text_has_the_models_distribution(draft):
                 (*text, token): probability * share
                 for text, probability in expected.items()
                 for token, share in enumerate(
-                    next_distribution(torch.cat([prompt, torch.tensor([text], dtype=torch.int64)], 1)).tolist()
+                    next_distribution(
+                        torch.cat([prompt, torch.tensor([text], dtype=torch.int64)], 1)
+                    ).tolist()
                 )
                 if share > 0
             }
     torch.manual_seed(0)
     out = generate(
-        model, prompt, draft=draft, do_sample=True, temperature=temperature, top_k=top_k, max_new_tokens=3,
-        num_return_sequences=rows, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        model,
+        prompt,
+        draft=draft,
+        do_sample=True,
+        temperature=temperature,
+        top_k=top_k,
+        max_new_tokens=3,
+        num_return_sequences=rows,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     counts: dict[tuple, int] = {}
     for row in out[:, 3:].tolist():
         counts[tuple(row)] = counts.get(tuple(row), 0) + 1
@@ -298,10 +394,14 @@ def test_custom_generate_is_the_same():
     ids, mask = prompts(random.Random(4), 3)
     settings = dict(do_sample=False, max_new_tokens=30, pad_token_id=0, eos_token_id=[2])
     expected = model.generate(ids, attention_mask=mask, **settings)
-    through_transformers = model.generate(ids, attention_mask=mask, custom_generate=msn_ext.generate, **settings)
+    through_transformers = model.generate(
+        ids, attention_mask=mask, custom_generate=msn_ext.generate, **settings
+    )
     assert torch.equal(through_transformers, expected)
     assert torch.equal(generate(model, ids, attention_mask=mask, **settings), expected)
-    chain = model.generate(ids, attention_mask=mask, custom_generate=msn_ext.generate, draft="jacobi", **settings)
+    chain = model.generate(
+        ids, attention_mask=mask, custom_generate=msn_ext.generate, draft="jacobi", **settings
+    )
     assert torch.equal(chain, expected)
 
 
@@ -315,53 +415,90 @@ def test_narrow_whole_numbers(through_transformers):
     for options in (dict(eos_token_id=end), dict(stopping_criteria=[EosTokenCriteria(end)])):
         expected = model.generate(ids, **settings, **options)
         way = dict(custom_generate=generate) if through_transformers else {}
-        found = model.generate(ids, **settings, **options, **way) if way else generate(model, ids, **settings, **options)
-        assert torch.equal(found, expected) and found.dtype == expected.dtype and found.shape[1] < 34
+        found = (
+            model.generate(ids, **settings, **options, **way)
+            if way
+            else generate(model, ids, **settings, **options)
+        )
+        assert (
+            torch.equal(found, expected) and found.dtype == expected.dtype and found.shape[1] < 34
+        )
 
 
 def test_greedy_takes_prefix_free_processors():
     model = tiny_model("llama", 5)
     ids = torch.tensor([[4, 5, 6]])
-    settings = dict(do_sample=False, max_new_tokens=20, logits_processor=LogitsProcessorList([TemperatureLogitsWarper(0.5)]))
+    settings = dict(
+        do_sample=False,
+        max_new_tokens=20,
+        logits_processor=LogitsProcessorList([TemperatureLogitsWarper(0.5)]),
+    )
     assert torch.equal(generate(model, ids, **settings), model.generate(ids, **settings))
 
 
 LOOKING_BACK = {
     "repetition": dict(repetition_penalty=1.3),
-    "repetition in the answer": dict(logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3, 9)])),
+    "repetition in the answer": dict(
+        logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3, 9)])
+    ),
     "no pair twice": dict(no_repeat_ngram_size=2),
     "not before": dict(min_new_tokens=9),
     "not below": dict(min_length=30),
-    "bad words": dict(bad_words_ids=[[7], [11], *([a, b] for a in range(3, VOCAB) for b in range(3, VOCAB) if (a + b) % 3)]),
+    "bad words": dict(
+        bad_words_ids=[
+            [7],
+            [11],
+            *([a, b] for a in range(3, VOCAB) for b in range(3, VOCAB) if (a + b) % 3),
+        ]
+    ),
     "bias": dict(sequence_bias=[[[5], 3.0], [[6, 7], -3.0], [[4, 3], 4.0]]),
     "decay": dict(exponential_decay_length_penalty=(3, 1.2)),
     "forced end": dict(forced_eos_token_id=2),
     "begin": dict(begin_suppress_tokens=list(range(2, VOCAB, 2))),
-    "several": dict(repetition_penalty=1.1, no_repeat_ngram_size=4, suppress_tokens=[4, 5], min_new_tokens=5),
+    "several": dict(
+        repetition_penalty=1.1, no_repeat_ngram_size=4, suppress_tokens=[4, 5], min_new_tokens=5
+    ),
 }
 
 
 @pytest.mark.parametrize("settings", LOOKING_BACK)
 def test_processors_see_the_text_before_every_node(settings):
-    """Those that look at it give plain decoding's tokens, ragged batches and random trees included."""
+    """Those that look at it give plain decoding's tokens, on ragged batches and random trees."""
     changed, longest = False, 0
     for seed in range(4):
         rng = random.Random(f"{settings}{seed}")
         model = tiny_model(rng.choice(["llama", "gpt2", "qwen2"]), seed)
         ids, mask = prompts(rng, 1 + seed)
-        plain = dict(do_sample=False, max_new_tokens=40, eos_token_id=[2, 3] if seed % 2 else [2], pad_token_id=0, return_dict_in_generate=True)
+        plain = dict(
+            do_sample=False,
+            max_new_tokens=40,
+            eos_token_id=[2, 3] if seed % 2 else [2],
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
         options = plain | LOOKING_BACK[settings]
         expected = model.generate(ids, attention_mask=mask, **options).sequences
-        for draft in ("auto", "paper", "recycling", random_tree(rng), RandomDrafter(rng), random_best_first(rng)):
+        for draft in (
+            "auto",
+            "paper",
+            "recycling",
+            random_tree(rng),
+            RandomDrafter(rng),
+            random_best_first(rng),
+        ):
             out = generate(model, ids, attention_mask=mask, draft=draft, **options)
             assert torch.equal(out.sequences, expected), draft
             longest = max(longest, *(int(accepts.max()) for accepts in out.accept_lengths))
-        changed |= not torch.equal(model.generate(ids, attention_mask=mask, **plain).sequences, expected)
+        changed |= not torch.equal(
+            model.generate(ids, attention_mask=mask, **plain).sequences, expected
+        )
     assert changed and longest > 1, "settings that matter, and guesses that come true beside them"
 
 
 def test_masked_tokens_are_penalised_too():
-    """transformers' processor sees what a mask hides, whichever tokens they are; newer ones, made for a batch, leave it out."""
+    """transformers' processor sees what a mask hides, whichever tokens they are; newer ones, made
+    for a batch, leave it out.
+    """
     changed = False
     for seed in range(6):
         model = tiny_model("llama", seed)
@@ -370,9 +507,14 @@ def test_masked_tokens_are_penalised_too():
         mask[0, :6] = mask[1, :2] = 0
         settings = dict(do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0)
         texts = [model.generate(ids, attention_mask=mask, **settings)]
-        for penalty in (dict(logits_processor=[RepetitionPenaltyLogitsProcessor(3.0)]), dict(repetition_penalty=3.0)):
+        for penalty in (
+            dict(logits_processor=[RepetitionPenaltyLogitsProcessor(3.0)]),
+            dict(repetition_penalty=3.0),
+        ):
             texts.append(model.generate(ids, attention_mask=mask, **penalty, **settings))
-            assert torch.equal(generate(model, ids, attention_mask=mask, **penalty, **settings), texts[-1])
+            assert torch.equal(
+                generate(model, ids, attention_mask=mask, **penalty, **settings), texts[-1]
+            )
         changed |= not torch.equal(texts[0], texts[1])
     assert changed
 
@@ -381,12 +523,17 @@ def test_masked_tokens_are_penalised_too():
 def test_a_nodes_text_has_the_same_tokens_however_it_is_asked_for(nodes):
     rng = random.Random(nodes)
     ids, mask = prompts(rng, 3)
-    ids = torch.where(mask == 0, torch.randint(3, VOCAB - 1, ids.shape), ids)  # masked tokens may be any
+    ids = torch.where(
+        mask == 0, torch.randint(3, VOCAB - 1, ids.shape), ids
+    )  # masked tokens may be any
     offsets = (mask == 0).sum(1)
     history = torch.full((3, 30), VOCAB - 1)  # rubbish behind the text
     for b, offset in enumerate(offsets.tolist()):
         history[b, : ids.shape[1] - offset] = ids[b, offset:]
-    parents = torch.tensor([[-1] + [rng.randrange(-1, i) for i in range(1, nodes)] for _ in range(3)], dtype=torch.int32)
+    parents = torch.tensor(
+        [[-1] + [rng.randrange(-1, i) for i in range(1, nodes)] for _ in range(3)],
+        dtype=torch.int32,
+    )
     draft = Draft.of(torch.randint(VOCAB - 1, (3, nodes)), parents)
     draft.tokens[:, 0] = ids[:, -1]
     texts = Texts(draft, history, mask.sum(1), ids, offsets)
@@ -396,7 +543,11 @@ def test_a_nodes_text_has_the_same_tokens_however_it_is_asked_for(nodes):
     named = 0
     for row, places, text in texts.by_depth():
         for place, tokens in zip(places.tolist(), text.tolist()):
-            assert row == place // nodes and tokens[: ids.shape[1]] == ids[row].tolist() and found[place] == sorted(set(tokens))
+            assert (
+                row == place // nodes
+                and tokens[: ids.shape[1]] == ids[row].tolist()
+                and found[place] == sorted(set(tokens))
+            )
             named += 1
     assert named == int((draft.depth >= 0).sum())
 
@@ -406,7 +557,14 @@ def test_sampling_looks_back_the_same_for_every_draft(settings):
     rng = random.Random(settings)
     model = tiny_model("llama", 1)
     ids, mask = prompts(rng, 3)
-    options = dict(do_sample=True, temperature=0.7, max_new_tokens=40, eos_token_id=[2], pad_token_id=0, **LOOKING_BACK[settings])
+    options = dict(
+        do_sample=True,
+        temperature=0.7,
+        max_new_tokens=40,
+        eos_token_id=[2],
+        pad_token_id=0,
+        **LOOKING_BACK[settings],
+    )
     outputs = []
     for draft in (*DRAFTS, random_tree(rng), RandomDrafter(rng), random_best_first(rng)):
         torch.manual_seed(7)
@@ -417,13 +575,27 @@ def test_sampling_looks_back_the_same_for_every_draft(settings):
 def test_num_return_sequences():
     model = tiny_model("llama", 6)
     torch.manual_seed(0)
-    out = generate(model, torch.tensor([[4, 5]]), do_sample=True, num_return_sequences=4, max_new_tokens=12, eos_token_id=None)
+    out = generate(
+        model,
+        torch.tensor([[4, 5]]),
+        do_sample=True,
+        num_return_sequences=4,
+        max_new_tokens=12,
+        eos_token_id=None,
+    )
     assert out.shape == (4, 14) and len({tuple(row) for row in out.tolist()}) == 4
 
 
 def test_max_time_stops():
     model = tiny_model("llama", 6)
-    out = generate(model, torch.tensor([[4, 5]]), max_new_tokens=400, max_time=0.0, eos_token_id=None, do_sample=False)
+    out = generate(
+        model,
+        torch.tensor([[4, 5]]),
+        max_new_tokens=400,
+        max_time=0.0,
+        eos_token_id=None,
+        do_sample=False,
+    )
     assert out.shape[1] == 3, "the first token is past the deadline already"
 
 
@@ -435,8 +607,12 @@ def test_custom_stopping_criterion_inside_an_accepted_path():
     def at_13(input_ids, scores, **kwargs):
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 13)
 
-    expected = model.generate(ids, do_sample=False, max_new_tokens=60, stopping_criteria=[at_13], eos_token_id=None)
-    out = generate(model, ids, do_sample=False, max_new_tokens=60, stopping_criteria=[at_13], eos_token_id=None)
+    expected = model.generate(
+        ids, do_sample=False, max_new_tokens=60, stopping_criteria=[at_13], eos_token_id=None
+    )
+    out = generate(
+        model, ids, do_sample=False, max_new_tokens=60, stopping_criteria=[at_13], eos_token_id=None
+    )
     assert torch.equal(out, expected) and out.shape[1] == 13
 
 
@@ -446,26 +622,40 @@ def test_a_maximum_of_the_users_takes_the_place_of_the_settings():
         settings = dict(do_sample=False, max_new_tokens=20, eos_token_id=None)
         expected = model.generate(ids, stopping_criteria=[MaxLengthCriteria(most)], **settings)
         assert expected.shape[1] == most
-        assert torch.equal(generate(model, ids, stopping_criteria=[MaxLengthCriteria(most)], **settings), expected)
+        assert torch.equal(
+            generate(model, ids, stopping_criteria=[MaxLengthCriteria(most)], **settings), expected
+        )
 
 
 @pytest.mark.parametrize("end", [None, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_that_a_criterion_ends(seed, end):
-    """With an end of text they are padded; without one they go on until the last row has ended, as in plain decoding."""
+    """With an end of text they are padded; without one they go on until the last row has ended, as
+    in plain decoding.
+    """
     rng = random.Random(seed)
     model = tiny_model("llama", seed)
     ids, mask = prompts(rng, 3)
-    settings = dict(do_sample=False, max_new_tokens=50, eos_token_id=end, pad_token_id=0, return_dict_in_generate=True)
+    settings = dict(
+        do_sample=False,
+        max_new_tokens=50,
+        eos_token_id=end,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+    )
     free = model.generate(ids, attention_mask=mask, **settings).sequences
     stops = [int(row[ids.shape[1] + at]) for row, at in zip(free, (3, 9, 20))]
 
     def meets(input_ids, scores, **kwargs):
         return torch.isin(input_ids[:, -1], torch.tensor(stops[: 1 + seed % 3]))
 
-    expected = model.generate(ids, attention_mask=mask, stopping_criteria=[meets], **settings).sequences
+    expected = model.generate(
+        ids, attention_mask=mask, stopping_criteria=[meets], **settings
+    ).sequences
     for draft in ("auto", "paper", random_tree(rng), RandomDrafter(rng)):
-        out = generate(model, ids, attention_mask=mask, draft=draft, stopping_criteria=[meets], **settings)
+        out = generate(
+            model, ids, attention_mask=mask, draft=draft, stopping_criteria=[meets], **settings
+        )
         assert torch.equal(out.sequences, expected)
         lengths = [int(accepts.sum()) for accepts in out.accept_lengths]
         assert max(lengths) == expected.shape[1] - ids.shape[1] and (end or len(set(lengths)) == 1)
@@ -488,14 +678,22 @@ def test_stop_strings_as_in_plain_decoding():
         assert torch.equal(generate(model, ids, stop_strings=free[at], **settings), expected)
         assert expected.shape[1] <= 4 + at + 1
         model.generation_config.stop_strings = [free[at]]
-        given = GenerationConfig(**{key: value for key, value in settings.items() if key != "tokenizer"})
+        given = GenerationConfig(
+            **{key: value for key, value in settings.items() if key != "tokenizer"}
+        )
         assert torch.equal(generate(model, ids, **settings), expected)
-        assert torch.equal(generate(model, ids, generation_config=given, tokenizer=tokenizer), expected)
+        assert torch.equal(
+            generate(model, ids, generation_config=given, tokenizer=tokenizer), expected
+        )
         for nothing in (None, []):
-            assert generate(model, ids, stop_strings=nothing, **settings).shape[1] > expected.shape[1]
+            assert (
+                generate(model, ids, stop_strings=nothing, **settings).shape[1] > expected.shape[1]
+            )
         model.generation_config.stop_strings = ["never"]
         given.stop_strings = [free[at]]
-        assert torch.equal(generate(model, ids, generation_config=given, tokenizer=tokenizer), expected)
+        assert torch.equal(
+            generate(model, ids, generation_config=given, tokenizer=tokenizer), expected
+        )
         assert given.stop_strings == [free[at]], "the user's own is left alone"
         model.generation_config.stop_strings = None
 
@@ -517,9 +715,13 @@ def test_streamer_gets_the_prompt_and_every_pass(through_transformers):
 
     model, streamer = tiny_model("llama", 2), Recorder()
     ids = torch.tensor([[5, 9, 4, 7]])
-    settings = dict(do_sample=False, max_new_tokens=30, eos_token_id=None, return_dict_in_generate=True)
+    settings = dict(
+        do_sample=False, max_new_tokens=30, eos_token_id=None, return_dict_in_generate=True
+    )
     if through_transformers == "partial":
-        out = model.generate(ids, custom_generate=functools.partial(generate, streamer=streamer), **settings)
+        out = model.generate(
+            ids, custom_generate=functools.partial(generate, streamer=streamer), **settings
+        )
     elif through_transformers:
         out = model.generate(ids, custom_generate=generate, streamer=streamer, **settings)
     else:
@@ -538,23 +740,37 @@ def test_streamer_ends_when_decoding_fails():
 
     streamer = Failing()
     with pytest.raises(RuntimeError, match="reader went away"):
-        generate(tiny_model("llama", 2), torch.tensor([[5]]), streamer=streamer, max_new_tokens=30, eos_token_id=None, do_sample=False)
+        generate(
+            tiny_model("llama", 2),
+            torch.tensor([[5]]),
+            streamer=streamer,
+            max_new_tokens=30,
+            eos_token_id=None,
+            do_sample=False,
+        )
     assert streamer.ended == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "qwen3"])
 def test_autocast(family):
-    """Trees attend under autocast as everything else does: tokens are the best ones within rounding."""
+    """Trees attend under autocast as everything else does: tokens are the best ones within
+    rounding.
+    """
     model = tiny_model(family, 3, torch.float32)
     ids = torch.tensor([[5, 9, 4, 7]])
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        out = generate(model, ids, draft="paper", do_sample=False, max_new_tokens=40, eos_token_id=None)
+        out = generate(
+            model, ids, draft="paper", do_sample=False, max_new_tokens=40, eos_token_id=None
+        )
         logits = model(out[:, :-1]).logits[0, 3:].float()
     chosen = logits.gather(1, out[0, 4:, None]).squeeze(1)
     assert out.shape[1] == 44 and (logits.max(1).values - chosen).max() <= 0.05 * logits.abs().max()
 
 
-@pytest.mark.parametrize("draft", [*DRAFTS, lambda: BestFirst(16), lambda: TreeDrafter(DraftTree.paper()), TokenRecycling])
+@pytest.mark.parametrize(
+    "draft",
+    [*DRAFTS, lambda: BestFirst(16), lambda: TreeDrafter(DraftTree.paper()), TokenRecycling],
+)
 def test_inference_mode(draft):
     """Inside and outside of it, with one drafter, and with a model that was made in it."""
     draft = draft if isinstance(draft, str) else draft()
@@ -564,7 +780,12 @@ def test_inference_mode(draft):
         expected = made_inside.generate(inside, **settings)
     for model in (made_inside, tiny_model("llama", 2)):
         with torch.inference_mode():
-            assert torch.equal(generate(model, inside, attention_mask=torch.ones_like(inside), draft=draft, **settings), expected)
+            assert torch.equal(
+                generate(
+                    model, inside, attention_mask=torch.ones_like(inside), draft=draft, **settings
+                ),
+                expected,
+            )
         for ids in (inside, inside.clone()):
             assert torch.equal(generate(model, ids, draft=draft, **settings), expected)
 
@@ -573,8 +794,12 @@ def test_inference_mode_and_buffers_that_change():
     with torch.inference_mode():
         model, ids = tiny_model("phi3-longrope", 2), torch.tensor([[5, 9, 4, 7]])
         expected = model.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=None)
-        assert torch.equal(generate(model, ids, do_sample=False, max_new_tokens=20, eos_token_id=None), expected)
-    assert torch.equal(generate(model, ids, do_sample=False, max_new_tokens=20, eos_token_id=None), expected)
+        assert torch.equal(
+            generate(model, ids, do_sample=False, max_new_tokens=20, eos_token_id=None), expected
+        )
+    assert torch.equal(
+        generate(model, ids, do_sample=False, max_new_tokens=20, eos_token_id=None), expected
+    )
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -613,7 +838,10 @@ def test_nan_logits_follow_torch():
         model.lm_head.weight[7] = torch.nan
     ids = torch.tensor([[4, 5, 6]])
     settings = dict(max_new_tokens=8, eos_token_id=None)
-    assert torch.equal(generate(model, ids, do_sample=False, **settings), model.generate(ids, do_sample=False, **settings))
+    assert torch.equal(
+        generate(model, ids, do_sample=False, **settings),
+        model.generate(ids, do_sample=False, **settings),
+    )
     with pytest.raises(ValueError, match="NaN"):
         generate(model, ids, do_sample=True, **settings)
 

@@ -1,4 +1,4 @@
-"""draw_noise: against its specification, against what the paper says of noise, and against chance."""
+"""draw_noise: against its specification, what the paper says of noise, and chance."""
 
 import math
 import random
@@ -41,7 +41,9 @@ def batches(draw, device: str) -> dict:
         "labels": integers(labels, device),
         "documents": integers(documents, device).reshape(-1, 3),
         "keep_token_ids": integers(keep, device),
-        "starts": torch.full((len(documents), draw(st.sampled_from([1, 2, 5, 40]))), -1, device=device),
+        "starts": torch.full(
+            (len(documents), draw(st.sampled_from([1, 2, 5, 40]))), -1, device=device
+        ),
         "seed": draw(st.integers(-(2**63), 2**63 - 1)),
         "length": draw(st.sampled_from([1, 2, 4, 64])),
         "random": draw(st.sampled_from([0.0, 0.3, 1.0])),
@@ -52,7 +54,9 @@ def batches(draw, device: str) -> dict:
 
 def specified(arguments: dict):
     with one_thread():
-        on_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        on_cpu = {
+            name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()
+        }
         return tuple(x.to(arguments["input_ids"].device) for x in reference.draw_noise(**on_cpu))
 
 
@@ -65,7 +69,9 @@ def test_equals_the_specification(device, data):
     # Starts that are given stay, and the noise there is what it was: all of them, and some of them.
     assert_equal(ops.draw_noise(**{**arguments, "starts": got[0]}), got)
     some = torch.where(torch.rand(got[0].shape, generator=seeded(0)).to(device) < 0.5, got[0], -1)
-    assert_equal(ops.draw_noise(**{**arguments, "starts": some}), specified({**arguments, "starts": some}))
+    assert_equal(
+        ops.draw_noise(**{**arguments, "starts": some}), specified({**arguments, "starts": some})
+    )
 
 
 @settings(max_examples=300)
@@ -96,8 +102,12 @@ def test_noise_is_where_and_what_the_paper_says(device, data):
                     assert token == clean
                     continue
                 before = set(tokens[row][begin:at]) - keep
-                from_vocabulary = arguments["random"] > 0 and token not in keep and token < arguments["vocabulary"]
-                assert token in before or from_vocabulary or token == clean and not before
+                from_vocabulary = (
+                    arguments["random"] > 0
+                    and token not in keep
+                    and token < arguments["vocabulary"]
+                )
+                assert token in before or from_vocabulary or (token == clean and not before)
         used = [start for start in places if start >= 0]
         assert len(used) == len(set(used)) and places == used + [-1] * (len(places) - len(used))
         if arguments["apart"]:
@@ -132,21 +142,31 @@ def chi_square(counts: Counter, places) -> float:
 
 
 def draws(arguments: dict, rounds: int) -> list:
-    return [tuple(x[0, 0].tolist() for x in ops.draw_noise(**{**arguments, "seed": seed})) for seed in range(rounds)]
+    return [
+        tuple(x[0, 0].tolist() for x in ops.draw_noise(**{**arguments, "seed": seed}))
+        for seed in range(rounds)
+    ]
 
 
 def test_starts_are_uniform():
     arguments = one_document(list(range(40)), prompt=9)
     starts = Counter(start for start, _ in draws(arguments, 8000))
     assert chi_square(starts, range(9, 37)) < 4
-    assert chi_square(Counter(start for start, _ in draws(arguments, 4000) if start < 20), range(9, 20)) < 4
+    assert (
+        chi_square(
+            Counter(start for start, _ in draws(arguments, 4000) if start < 20), range(9, 20)
+        )
+        < 4
+    )
     with pytest.raises(AssertionError):  # the test would see one place more
         assert chi_square(starts, range(9, 38)) < 4
 
 
 def test_starts_are_uniform_over_several_responses():
     arguments = one_document(list(range(40)), prompt=0)
-    arguments["labels"][0, [0, 1, 2, 10, 20, 21, 24, 39]] = NONE  # one of two tokens, which is short, is 22 and 23
+    arguments["labels"][0, [0, 1, 2, 10, 20, 21, 24, 39]] = (
+        NONE  # one of two tokens, which is short, is 22 and 23
+    )
     places = [*range(3, 7), *range(11, 17), 22, *range(25, 36)]
     assert chi_square(Counter(start for start, _ in draws(arguments, 8000)), places) < 4
 
@@ -170,15 +190,21 @@ def test_a_share_of_the_noise_is_random():
 
 def test_later_segments_are_uniform_where_there_is_room():
     arguments = one_document(list(range(40)), prompt=9, starts=integers([[12, -1]]))
-    second = Counter(int(ops.draw_noise(**{**arguments, "seed": seed})[0][0, 1]) for seed in range(6000))
+    second = Counter(
+        int(ops.draw_noise(**{**arguments, "seed": seed})[0][0, 1]) for seed in range(6000)
+    )
     assert chi_square(second, [*range(16, 37)]) < 4
     arguments["apart"] = False
-    second = Counter(int(ops.draw_noise(**{**arguments, "seed": seed})[0][0, 1]) for seed in range(6000))
+    second = Counter(
+        int(ops.draw_noise(**{**arguments, "seed": seed})[0][0, 1]) for seed in range(6000)
+    )
     assert chi_square(second, [at for at in range(9, 37) if at != 12]) < 4
 
 
 def test_what_is_drawn_belongs_to_the_document(device):
-    """Alone, in a batch, behind padding or behind another document: the same noise at the same places."""
+    """Alone, in a batch, behind padding or behind another document: the same noise at the same
+    places.
+    """
     rng = random.Random(0)
     samples = [[rng.randrange(90) for _ in range(rng.randrange(6, 60))] for _ in range(12)]
     responses = [rng.randrange(1, len(sample)) for sample in samples]
@@ -195,9 +221,15 @@ def test_what_is_drawn_belongs_to_the_document(device):
                 documents.append([row, at, end])
                 names.append(i)
                 at = end + gap
-        tokens, labels, documents = tokens.to(device), labels.to(device), integers(documents, device)
+        tokens, labels, documents = (
+            tokens.to(device),
+            labels.to(device),
+            integers(documents, device),
+        )
         starts = torch.full((len(documents), 3), -1, device=device)
-        found, noise = ops.draw_noise(tokens, labels, documents, integers([5], device), starts, seed, 4, 0.4, 90)
+        found, noise = ops.draw_noise(
+            tokens, labels, documents, integers([5], device), starts, seed, 4, 0.4, 90
+        )
         inside = torch.where(found < 0, found, found - documents[:, 1:2])
         return {i: (a, b) for i, a, b in zip(names, inside.tolist(), noise.tolist())}
 
@@ -216,7 +248,9 @@ def test_nothing_is_drawn_where_there_is_no_response(device):
     labels = torch.stack([torch.full_like(tokens[0], NONE), tokens[1]])
     found, noise = ops.draw_noise(tokens, labels, documents, integers([], device), starts, 0, 4)
     assert found.eq(-1).all() and noise.eq(-1).all()
-    found, noise = ops.draw_noise(tokens, labels, documents[:0], integers([], device), starts[:0], 0, 4)
+    found, noise = ops.draw_noise(
+        tokens, labels, documents[:0], integers([], device), starts[:0], 0, 4
+    )
     assert found.shape == (0, 2) and noise.shape == (0, 2, 4)
 
 

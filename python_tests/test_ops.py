@@ -112,7 +112,9 @@ def test_a_root_with_a_parent_is_refused(device, value):
 
 
 def test_a_workspace_grows_a_few_times_only():
-    """Ops want floats and counters by turns; what was handed out once stays, for the recordings that know it."""
+    """Ops want floats and counters by turns; what was handed out once stays, for the recordings
+    that know it.
+    """
     space, like = ops.Workspace(), torch.empty(0)
     seen = {}
     for _ in range(100):
@@ -175,7 +177,9 @@ class Attention:
         return self.offsets[b] if self.offsets else 0
 
     def allowed(self, b: int, node: int) -> list[int]:
-        return oracle.allowed_slots(self.parents[b], node, self.lengths[b], self.offset(b), self.window)
+        return oracle.allowed_slots(
+            self.parents[b], node, self.lengths[b], self.offset(b), self.window
+        )
 
     def arguments(self, device: str) -> dict:
         """The op's arguments; ``ancestors`` is shared where all rows have the same tree."""
@@ -185,10 +189,15 @@ class Attention:
         heads = self.kv_heads * self.group
 
         def normal(*shape):
-            return torch.randn(*shape, generator=random_source, dtype=torch.float64).to(device, self.dtype)
+            return torch.randn(*shape, generator=random_source, dtype=torch.float64).to(
+                device, self.dtype
+            )
 
         q = normal(batch, heads, self.nodes, self.dim)
-        k, v = normal(batch, self.kv_heads, slots, self.dim), normal(batch, self.kv_heads, slots, self.v_dim)
+        k, v = (
+            normal(batch, self.kv_heads, slots, self.dim),
+            normal(batch, self.kv_heads, slots, self.v_dim),
+        )
         sinks = normal(heads) if self.sinks else None
         for b in range(batch):
             unseen = set(range(slots)).difference(*(self.allowed(b, i) for i in range(self.nodes)))
@@ -210,7 +219,7 @@ class Attention:
         }
 
     def tolerance(self, device: str) -> dict:
-        """Float sums in another order, and one rounding to the dtype (on CUDA also of the weights)."""
+        """Float sums in another order, and one rounding to the dtype (on CUDA two)."""
         if self.dtype == torch.float64:
             return {"rtol": 1e-11, "atol": 1e-11}
         rounding = 0.0 if self.dtype == torch.float32 else torch.finfo(self.dtype).eps
@@ -220,10 +229,14 @@ class Attention:
         arguments = self.arguments(device)
         out = ops.tree_attention(**arguments)
         heads = self.kv_heads * self.group
-        assert out.shape == (len(self.parents), self.nodes, heads, self.v_dim) and out.is_contiguous()
+        assert (
+            out.shape == (len(self.parents), self.nodes, heads, self.v_dim) and out.is_contiguous()
+        )
         assert out.dtype == self.dtype and out.device == arguments["q"].device
         with one_thread():
-            exact = oracle.attention(parents=self.parents, **{k: x for k, x in arguments.items() if k != "ancestors"})
+            exact = oracle.attention(
+                parents=self.parents, **{k: x for k, x in arguments.items() if k != "ancestors"}
+            )
             specified = reference.tree_attention(**arguments)
         for expected in (exact, specified.cpu().double()):
             torch.testing.assert_close(out.cpu().double(), expected, **self.tolerance(device))
@@ -233,7 +246,9 @@ class Attention:
 def attentions(draw, batch: int | None = None) -> Attention:
     batch = batch or draw(st.integers(1, 3))
     parents = draw(trees()) * batch if draw(st.booleans()) else draw(trees(rows=batch))
-    lengths = draw(st.lists(st.integers(0, 40) | st.integers(0, 200), min_size=batch, max_size=batch))
+    lengths = draw(
+        st.lists(st.integers(0, 40) | st.integers(0, 200), min_size=batch, max_size=batch)
+    )
     sizes = st.sampled_from([1, 2, 3, 5, 8, 16, 31, 64, 80, 96, 128, 192, 255, 256])
     return Attention(
         parents,
@@ -275,15 +290,24 @@ def test_attention_at_every_word_boundary(device, nodes):
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 63, 64, 65, 127, 128, 129, 1000])
 def test_attention_at_every_block_boundary_of_the_prefix(device, length):
-    Attention([build_tree("random", 9)] * 2, [length, length // 2], offsets=[length // 3, 0]).check(device)
+    Attention([build_tree("random", 9)] * 2, [length, length // 2], offsets=[length // 3, 0]).check(
+        device
+    )
 
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES)
 @pytest.mark.parametrize(
-    "dim, v_dim", [(1, 1), (3, 5), (33, 31), (64, 64), (128, 128), (192, 128), (256, 255), (255, 256)]
+    "dim, v_dim",
+    [(1, 1), (3, 5), (33, 31), (64, 64), (128, 128), (192, 128), (256, 255), (255, 256)],
 )
 def test_attention_head_sizes_and_dtypes(device, dtype, dim, v_dim):
-    case = Attention([build_tree("deep", 20), build_tree("padded", 20)], [70, 3], dtype=dtype, dim=dim, v_dim=v_dim)
+    case = Attention(
+        [build_tree("deep", 20), build_tree("padded", 20)],
+        [70, 3],
+        dtype=dtype,
+        dim=dim,
+        v_dim=v_dim,
+    )
     on(device, case).check(device)
 
 
@@ -294,7 +318,9 @@ def test_attention_groups_of_query_heads(device, group):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_attention_takes_strides_as_they_come(device, layout):
-    Attention([build_tree("random", 10)] * 2, [30, 20], kv_heads=2, layouts=(layout,) * 3).check(device)
+    Attention([build_tree("random", 10)] * 2, [30, 20], kv_heads=2, layouts=(layout,) * 3).check(
+        device
+    )
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 64, 65, 70, 71, 10**12])
@@ -307,7 +333,10 @@ def test_attention_window_counts_logical_positions(device, window):
 def test_attention_reads_nothing_but_the_allowed_keys(device, case, data):
     """A node's output stays the same, whatever stands in the slots that this node may not see."""
     case = on(device, case)
-    b, node = data.draw(st.integers(0, len(case.parents) - 1)), data.draw(st.integers(0, case.nodes - 1))
+    b, node = (
+        data.draw(st.integers(0, len(case.parents) - 1)),
+        data.draw(st.integers(0, case.nodes - 1)),
+    )
     arguments = case.arguments(device)
     before = ops.tree_attention(**arguments)[b, node]
     slots = arguments["k_cache"].shape[2]
@@ -321,9 +350,16 @@ def test_attention_reads_nothing_but_the_allowed_keys(device, case, data):
 
 @given(case=attentions(), data=st.data())
 def test_attention_would_notice_a_wrong_mask(device, case, data):
-    """Negative control: poison in one allowed slot, or one wrong ancestor bit, shows, and only where it must."""
-    case = dataclasses.replace(on(device, case), poison=1.0, softcap=2.0, sinks=False)  # no weight near 0
-    b, node = data.draw(st.integers(0, len(case.parents) - 1)), data.draw(st.integers(0, case.nodes - 1))
+    """Negative control: poison in one allowed slot, or one wrong ancestor bit, shows, and only
+    where it must.
+    """
+    case = dataclasses.replace(
+        on(device, case), poison=1.0, softcap=2.0, sinks=False
+    )  # no weight near 0
+    b, node = (
+        data.draw(st.integers(0, len(case.parents) - 1)),
+        data.draw(st.integers(0, case.nodes - 1)),
+    )
     allowed = case.allowed(b, node)
     assume(allowed)
     arguments = case.arguments(device)
@@ -354,8 +390,13 @@ def test_attention_would_notice_a_wrong_mask(device, case, data):
 
 @given(case=attentions(), data=st.data())
 def test_attention_of_a_node_is_plain_decoding_of_its_path_bit_for_bit(case, data):
-    """On the CPU, in every dtype: alone with its prefix and path in one contiguous cache, N = 1, B = 1."""
-    b, node = data.draw(st.integers(0, len(case.parents) - 1)), data.draw(st.integers(0, case.nodes - 1))
+    """On the CPU, in every dtype: alone with its prefix and path in one contiguous cache, N = 1, B
+    = 1.
+    """
+    b, node = (
+        data.draw(st.integers(0, len(case.parents) - 1)),
+        data.draw(st.integers(0, case.nodes - 1)),
+    )
     slots = oracle.allowed_slots(case.parents[b], node, case.lengths[b], case.offset(b))
     arguments = case.arguments("cpu")
     in_tree = ops.tree_attention(**arguments)[b, node]
@@ -380,14 +421,18 @@ def test_attention_of_a_node_is_plain_decoding_of_its_path_bit_for_bit(case, dat
 @pytest.mark.parametrize("sinks, softcap, window", [(False, 0.0, 0), (True, 5.0, 40)])
 def test_attention_of_a_row_ignores_batch_and_threads_bit_for_bit(dtype, sinks, softcap, window):
     parents = [build_tree(kind, 65) for kind in KINDS]
-    case = Attention(parents, [0, 63, 64, 130, 40], dtype=dtype, sinks=sinks, softcap=softcap, window=window)
+    case = Attention(
+        parents, [0, 63, 64, 130, 40], dtype=dtype, sinks=sinks, softcap=softcap, window=window
+    )
     arguments = case.arguments("cpu")
     together = ops.tree_attention(**arguments)
     with one_thread():
         assert torch.equal(ops.tree_attention(**arguments), together)
     per_row = ("q", "k_cache", "v_cache", "lengths", "ancestors")
     for b in range(len(parents)):
-        alone = ops.tree_attention(**{**arguments, **{name: arguments[name][b : b + 1] for name in per_row}})
+        alone = ops.tree_attention(
+            **{**arguments, **{name: arguments[name][b : b + 1] for name in per_row}}
+        )
         assert torch.equal(alone[0], together[b])
 
 
@@ -402,7 +447,9 @@ def test_attention_takes_no_rows(device):
 # ---- verify_tree ---------------------------------------------------------------------------------
 
 
-def check_verify(tokens: list[list[int]], targets: list[list[int]], parents: list[list[int]], device: str) -> None:
+def check_verify(
+    tokens: list[list[int]], targets: list[list[int]], parents: list[list[int]], device: str
+) -> None:
     nodes = len(tokens[0])
     arguments = integers(tokens, device), integers(targets, device)
     shared = all(row == parents[0] for row in parents)
@@ -421,7 +468,9 @@ def drafts(draw) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
     parents = draw(trees()) * batch if draw(st.booleans()) else draw(trees(rows=batch))
     rng = random.Random(draw(st.integers(0, 999)))
     vocabulary = draw(st.integers(1, 4))
-    tokens, targets = ([[rng.randrange(vocabulary) for _ in row] for row in parents] for _ in range(2))
+    tokens, targets = (
+        [[rng.randrange(vocabulary) for _ in row] for row in parents] for _ in range(2)
+    )
     return tokens, targets, parents
 
 
@@ -434,14 +483,18 @@ def test_verify_random_drafts(device, draft):
 def test_verify_at_every_word_boundary(device, nodes):
     parents = [build_tree(kind, nodes) for kind in KINDS]
     rng = random.Random(nodes)
-    tokens, targets = ([[int(rng.random() < 0.2) for _ in row] for row in parents] for _ in range(2))
+    tokens, targets = (
+        [[int(rng.random() < 0.2) for _ in row] for row in parents] for _ in range(2)
+    )
     check_verify(tokens, targets, parents, device)
     everything = [[7] * nodes for _ in parents]
     check_verify(everything, everything, parents, device)
 
 
 def test_verify_never_accepts_padding(device):
-    """Padding whose token is the root's target, or the root's own token (which the authors' decoder accepts)."""
+    """Padding whose token is the root's target, or the root's own token (which the authors' decoder
+    accepts).
+    """
     parents = tree_tensor([-1, 0, -1, -1, 2], device)
     tokens, targets = integers([[5, 1, 9, 5, 9]], device), integers([[9, 9, 9, 9, 9]], device)
     accept_length, path, bonus, continuation = ops.verify_tree(tokens, targets, parents)
@@ -476,7 +529,9 @@ def test_verify_follows_torch_in_nan_logits_and_ties(device, tree, seed):
     """Targets by torch.argmax: a NaN wins, else the first of the largest."""
     rng = random.Random(seed)
     values = [0.0, 1.0, 1.0, -float("inf"), float("inf"), float("nan")]
-    logits = [[[rng.choice(values[: rng.choice([3, 6])]) for _ in range(5)] for _ in row] for row in tree]
+    logits = [
+        [[rng.choice(values[: rng.choice([3, 6])]) for _ in range(5)] for _ in row] for row in tree
+    ]
     targets = torch.tensor(logits, device=device).argmax(-1)
     assert targets.tolist() == [[oracle.argmax(row) for row in rows] for rows in logits]
     tokens = [[rng.randrange(3) for _ in row] for row in tree]
@@ -493,11 +548,15 @@ def test_logits_are_verified_as_by_their_parts(device, nodes, dtype):
     generator = torch.Generator().manual_seed(nodes)
     for vocabulary in (1, 5, 1000, 1024):
         wide = torch.randn(2, nodes, vocabulary + 24, generator=generator).to(dtype)
-        wide[:, :: 3, : 2 + vocabulary // 2] = wide[:, :: 3, :1]
+        wide[:, ::3, : 2 + vocabulary // 2] = wide[:, ::3, :1]
         wide[0, nodes // 2, vocabulary // 3] = float("nan")
         tokens = torch.randint(0, min(vocabulary, 3), (2, nodes), generator=generator)
         parents = tree_tensor([build_tree("random", nodes, seed) for seed in range(2)], "cpu")
-        for logits in (wide[:, :, :vocabulary], wide[:, :, :vocabulary].contiguous(), wide[:, :, 3 : 3 + vocabulary]):
+        for logits in (
+            wide[:, :, :vocabulary],
+            wide[:, :, :vocabulary].contiguous(),
+            wide[:, :, 3 : 3 + vocabulary],
+        ):
             want = reference.verify_logits(logits, tokens, parents)
             got = ops.verify_logits(logits.to(device), tokens.to(device), parents.to(device))
             assert_equal([x.cpu() for x in got], want)
@@ -538,9 +597,13 @@ class Commit:
             assert_equal(whole, was)
 
 
-def cache_like(batch, heads, slots, size, dtype, layout, device, seed) -> tuple[torch.Tensor, torch.Tensor]:
+def cache_like(
+    batch, heads, slots, size, dtype, layout, device, seed
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A cache of random bits and the flat storage that it lies in."""
-    values = torch.randint(0, 2 if dtype == torch.bool else 100, (batch, heads, slots, size), generator=seeded(seed))
+    values = torch.randint(
+        0, 2 if dtype == torch.bool else 100, (batch, heads, slots, size), generator=seeded(seed)
+    )
     cache = lay_out(values.to(device, dtype), layout, 1)
     storage = torch.empty(0, dtype=dtype, device=device).set_(cache.untyped_storage())
     return cache, storage
@@ -551,7 +614,9 @@ def test_commit_random_calls(device, data):
     draw = data.draw
     batch, nodes = draw(st.integers(1, 3)), draw(st.integers(1, 12) | st.sampled_from(SIZES))
     rng = random.Random(draw(st.integers(0, 999)))
-    paths = [sorted({0, *rng.sample(range(nodes), rng.randint(0, min(nodes, 20)))}) for _ in range(batch)]
+    paths = [
+        sorted({0, *rng.sample(range(nodes), rng.randint(0, min(nodes, 20)))}) for _ in range(batch)
+    ]
     if draw(st.booleans()):
         paths[0] = []
     lengths = draw(st.lists(st.integers(0, 30), min_size=batch, max_size=batch))
@@ -575,7 +640,11 @@ def test_commit_random_calls(device, data):
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_commit_every_dtype_and_layout_in_one_call(device, dtype):
-    made = [cache_like(2, 3, 40, size, dtype, layout, device, 1) for size in (5, 16) for layout in LAYOUTS]
+    made = [
+        cache_like(2, 3, 40, size, dtype, layout, device, 1)
+        for size in (5, 16)
+        for layout in LAYOUTS
+    ]
     paths = [[0, 3, 4, 9], [0, 1, 2, 30]]
     Commit([0, 9], paths, 31, [m[0] for m in made], [m[1] for m in made]).check(device)
 
@@ -585,7 +654,9 @@ def test_commit_would_notice_another_path(device):
     seen = []
     for path in ([0, 1, 2], [0, 2, 3], [0, 1, 3], [0, 1]):
         cache = torch.arange(10.0, device=device).view(1, 1, 10, 1).clone()
-        ops.commit_kv([cache], integers([4], device), integers([path], device), integers([len(path)], device))
+        ops.commit_kv(
+            [cache], integers([4], device), integers([path], device), integers([len(path)], device)
+        )
         seen.append(tuple(cache.flatten().tolist()))
     assert seen[0] == seen[3] == tuple(range(10)) and len(set(seen)) == 3
 
@@ -631,21 +702,29 @@ def test_commit_on_cuda_leaves_slots_outside_the_cache_alone(device):
 
 @st.composite
 def texts_that_grow(draw):
-    """Arguments of advance_text: ends inside the path, at its end and behind it, rows that may gain little or nothing."""
+    """Arguments of advance_text: ends inside the path, at its end and behind it, rows that may gain
+    little or nothing.
+    """
     rows, nodes = draw(st.integers(0, 4)), draw(st.sampled_from([1, 2, 7, 33, 64, 65, 256]))
     seed = draw(st.integers(0, 999))
     generator = torch.Generator().manual_seed(seed)
     accepted = torch.randint(1, nodes + 1, (rows,), generator=generator)
     path = torch.full((rows, nodes), -1)
     for b in range(rows):
-        path[b, : accepted[b]] = torch.randperm(nodes, generator=generator)[: accepted[b]].sort().values
+        path[b, : accepted[b]] = (
+            torch.randperm(nodes, generator=generator)[: accepted[b]].sort().values
+        )
     lengths = torch.randint(0, 30, (rows,), generator=generator)
     vocabulary = draw(st.sampled_from([2, 5, 1000]))
     return {
         "history": torch.randint(0, 99, (rows, 30 + nodes), generator=generator),
         "lengths": lengths,
-        "remaining": torch.randint(0, draw(st.sampled_from([1, 3, 300])), (rows,), generator=generator),
-        "targets": torch.randint(0, vocabulary + draw(st.integers(0, 1)), (rows, nodes), generator=generator),
+        "remaining": torch.randint(
+            0, draw(st.sampled_from([1, 3, 300])), (rows,), generator=generator
+        ),
+        "targets": torch.randint(
+            0, vocabulary + draw(st.integers(0, 1)), (rows, nodes), generator=generator
+        ),
         "path": path,
         "accept_length": accepted,
         "ends": torch.randint(0, vocabulary, (draw(st.integers(0, 3)),), generator=generator),
@@ -655,8 +734,12 @@ def texts_that_grow(draw):
 
 @given(arguments=texts_that_grow())
 def test_texts_grow_as_specified(device, arguments):
-    expected = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-    given_ones = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    expected = {
+        name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()
+    }
+    given_ones = {
+        name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()
+    }
     want, got = reference.advance_text(**expected), ops.advance_text(**given_ones)
     assert_equal([x.cpu() for x in got], want)
     for name in ("history", "lengths", "remaining"):
@@ -665,7 +748,13 @@ def test_texts_grow_as_specified(device, arguments):
 
 def test_a_text_without_room_is_refused_on_the_cpu():
     arguments = example("advance_text", "cpu")
-    for name, value in (("lengths", 9), ("lengths", -1), ("accept_length", 5), ("path", 4), ("path", -2)):
+    for name, value in (
+        ("lengths", 9),
+        ("lengths", -1),
+        ("accept_length", 5),
+        ("path", 4),
+        ("path", -2),
+    ):
         wrong = arguments[name].clone()
         wrong.view(-1)[0] = value
         with pytest.raises(ValueError, match=name):
@@ -675,7 +764,9 @@ def test_a_text_without_room_is_refused_on_the_cpu():
 # ---- lookup_ngram --------------------------------------------------------------------------------
 
 
-def check_lookup(texts: list[list[int]], behind: list[list[int]], max_ngram: int, length: int, device: str) -> None:
+def check_lookup(
+    texts: list[list[int]], behind: list[list[int]], max_ngram: int, length: int, device: str
+) -> None:
     """``behind`` is what lies in the history after each text."""
     width = max(len(t) + len(p) for t, p in zip(texts, behind))
     history = integers(padded([t + p for t, p in zip(texts, behind)], width), device)
@@ -710,7 +801,9 @@ def test_lookup_in_long_texts(device, size):
 
 
 def test_lookup_never_matches_itself(device):
-    tokens, matched = ops.lookup_ngram(integers([[1, 2, 3, 4], [7, 0, 0, 0]], device), integers([4, 1], device), 3, 2)
+    tokens, matched = ops.lookup_ngram(
+        integers([[1, 2, 3, 4], [7, 0, 0, 0]], device), integers([4, 1], device), 3, 2
+    )
     assert tokens.tolist() == [[-1, -1]] * 2 and matched.tolist() == [0, 0]
 
 
@@ -718,7 +811,9 @@ def test_lookup_takes_the_most_recent_of_equal_matches_and_the_longest_of_all(de
     recent = [1, 2, 8, 1, 2, 9, 1, 2]
     longest = [5, 1, 2, 8, 7, 2, 9, 5, 1, 2]
     for text, expected, size in [(recent, [9, 1, 2], 2), (longest, [8, 7, 2], 3)]:
-        tokens, matched = ops.lookup_ngram(integers([text], device), integers([len(text)], device), 3, 3)
+        tokens, matched = ops.lookup_ngram(
+            integers([text], device), integers([len(text)], device), 3, 3
+        )
         assert tokens.tolist() == [expected] and matched.tolist() == [size]
 
 
@@ -727,7 +822,10 @@ def test_lookup_would_notice_what_lies_behind(device):
     history = integers([[1, 2, 3, 9, 1, 2, 3]], device)
     shorter = ops.lookup_ngram(history, integers([6], device), 3, 2)
     longer = ops.lookup_ngram(history, integers([7], device), 3, 2)
-    assert [x.tolist() for x in shorter] == [[[3, 9]], [2]] and [x.tolist() for x in longer] == [[[9, 1]], [3]]
+    assert [x.tolist() for x in shorter] == [[[3, 9]], [2]] and [x.tolist() for x in longer] == [
+        [[9, 1]],
+        [3],
+    ]
 
 
 # ---- fill_tree -----------------------------------------------------------------------------------
@@ -745,7 +843,9 @@ def test_the_oracle_generator_gives_the_published_numbers():
     ]
 
 
-def check_fill(candidates, retrieved, histories, lengths, depth, rank, seed, device) -> torch.Tensor:
+def check_fill(
+    candidates, retrieved, histories, lengths, depth, rank, seed, device
+) -> torch.Tensor:
     """``depth`` is one list a row; what lies behind a row's length is poison."""
     batch, ranks = len(histories), len(candidates[0][0]) if candidates[0] else 3
     arguments = [
@@ -757,9 +857,14 @@ def check_fill(candidates, retrieved, histories, lengths, depth, rank, seed, dev
         tree_tensor(rank, device),
         integers([seed], device),
     ]
-    arguments[2].masked_fill_(torch.arange(len(histories[0]), device=device) >= arguments[3][:, None], -999)
+    arguments[2].masked_fill_(
+        torch.arange(len(histories[0]), device=device) >= arguments[3][:, None], -999
+    )
     rows = zip(candidates, retrieved, histories, lengths, depth)
-    expected = [oracle.fill(c, r, text[:size], d, rank, seed, b) for b, (c, r, text, size, d) in enumerate(rows)]
+    expected = [
+        oracle.fill(c, r, text[:size], d, rank, seed, b)
+        for b, (c, r, text, size, d) in enumerate(rows)
+    ]
     shared = all(row == depth[0] for row in depth)
     for tree in [arguments[4]] + [arguments[4][0]] * shared:
         arguments[4] = tree
@@ -793,13 +898,17 @@ def test_fill_random_trees(device, data):
 
 
 def test_fill_noise_is_uniform_over_the_text_and_comes_from_nowhere_else(device):
-    """Chi-square of 40,960 draws over 50 tokens; the critical value belongs to p = 1e-6 (Wilson-Hilferty)."""
+    """Chi-square of 40,960 draws over 50 tokens; the critical value belongs to p = 1e-6
+    (Wilson-Hilferty).
+    """
     size, nodes, batch = 50, 256, 4
     history = [[*range(1000, 1000 + size), *[0] * 14] for _ in range(batch)]
     depth = [[len(oracle.path(build_tree("random", nodes), i)) - 1 for i in range(nodes)]] * batch
     counts = torch.zeros(size, dtype=torch.int64)
     for seed in range(40):
-        got = check_fill([[]] * batch, [[]] * batch, history, [size] * batch, depth, [0] * nodes, seed, device)
+        got = check_fill(
+            [[]] * batch, [[]] * batch, history, [size] * batch, depth, [0] * nodes, seed, device
+        )
         drawn = got[:, 1:].flatten().cpu() - 1000
         counts += torch.bincount(drawn, minlength=size)
     expected = counts.sum().item() / size
@@ -817,7 +926,9 @@ def test_fill_noise_depends_on_seed_row_position_and_node(device):
     def draw(seed=3, length=99_000, depth=1):
         depths, ranks = tree_tensor([0, *[depth] * 9], device), tree_tensor([0] * 10, device)
         lengths = integers([length] * 2, device)
-        return ops.fill_tree(no_candidates, nothing, history, lengths, depths, ranks, integers([seed], device))[:, 1:]
+        return ops.fill_tree(
+            no_candidates, nothing, history, lengths, depths, ranks, integers([seed], device)
+        )[:, 1:]
 
     base = draw()
     assert torch.equal(draw(), base)
@@ -838,7 +949,9 @@ def example(op: str, device: str) -> dict:
     q, k, v = (torch.randn(shape, generator=source).to(device) for shape in shapes)
     tokens = integers([[1, 2, 3, 4], [1, 2, 3, 4]], device)
     text = integers([[1, 2, 3, 1, 2, 0], [5, 5, 5, 5, 5, 5]], device)
-    guesses = torch.arange(2 * 4 * 8, dtype=torch.int32, device=device).view(2, 4, 8) * 17  # levels 0 to 15
+    guesses = (
+        torch.arange(2 * 4 * 8, dtype=torch.int32, device=device).view(2, 4, 8) * 17
+    )  # levels 0 to 15
     return {
         "tree_ancestors": lambda: {"parents": parents},
         "tree_attention": lambda: {
@@ -855,7 +968,9 @@ def example(op: str, device: str) -> dict:
         },
         "verify_tree": lambda: {"tokens": tokens, "targets": tokens + 1, "parents": parents},
         "verify_logits": lambda: {
-            "logits": torch.randn(2, 4, 20, generator=source).to(device), "tokens": tokens, "parents": parents,
+            "logits": torch.randn(2, 4, 20, generator=source).to(device),
+            "tokens": tokens,
+            "parents": parents,
         },
         "commit_kv": lambda: {
             "caches": [k, v],
@@ -947,29 +1062,63 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         gained, status = ops.advance_text(**arguments["advance_text"])
         retrieved, matched = ops.lookup_ngram(**arguments["lookup_ngram"])
         filled = ops.fill_tree(**{**arguments["fill_tree"], "depth": depth, "retrieved": retrieved})
-        drafted = {**arguments["verify_tree"], "tokens": filled, "targets": filled * 0 + 3}  # row 0 retrieved a 3
+        drafted = {
+            **arguments["verify_tree"],
+            "tokens": filled,
+            "targets": filled * 0 + 3,
+        }  # row 0 retrieved a 3
         accept_length, path, bonus, continuation = ops.verify_tree(**drafted)
         ops.commit_kv(**{**arguments["commit_kv"], "path": path, "accept_length": accept_length})
         guesses = ops.top_guesses(arguments["top_guesses"]["logits"] * 2)
         checked = ops.verify_logits(**{**arguments["verify_logits"], "tokens": filled})
-        observed = {**arguments["remember_guesses"], "tokens": filled, "path": path, "guesses": guesses}
+        observed = {
+            **arguments["remember_guesses"],
+            "tokens": filled,
+            "path": path,
+            "guesses": guesses,
+        }
         ops.remember_guesses(**observed)
         ops.index_suffixes(**arguments["index_suffixes"])
         tables = {"contexts": observed["contexts"], "heads": arguments["index_suffixes"]["heads"]}
         draft = ops.draft_tree(**{**arguments["draft_tree"], **tables, "denoised": guesses})
         verified = accept_length, path, bonus, continuation
-        noise = ops.draw_noise(**{**arguments["draw_noise"], "labels": arguments["draw_noise"]["labels"] + 0})
-        return ancestors, depth, out, gained, status, retrieved, matched, filled, *verified, guesses, *checked, *draft, *noise
+        noise = ops.draw_noise(
+            **{**arguments["draw_noise"], "labels": arguments["draw_noise"]["labels"] + 0}
+        )
+        return (
+            ancestors,
+            depth,
+            out,
+            gained,
+            status,
+            retrieved,
+            matched,
+            filled,
+            *verified,
+            guesses,
+            *checked,
+            *draft,
+            *noise,
+        )
 
     torch.compiler.reset()
     eager, compiled = ({op: example(op, device) for op in OPS} for _ in range(2))
     assert_equal(torch.compile(step, fullgraph=True, backend=backend)(compiled), step(eager))
-    for op, changed in [("commit_kv", "caches"), ("remember_guesses", "contexts"), ("index_suffixes", "heads"), ("advance_text", "history")]:
+    for op, changed in [
+        ("commit_kv", "caches"),
+        ("remember_guesses", "contexts"),
+        ("index_suffixes", "heads"),
+        ("advance_text", "history"),
+    ]:
         assert_equal(compiled[op][changed], eager[op][changed])
-        assert not all(torch.equal(x, y) for x, y in zip(compiled[op][changed], example(op, device)[changed]))
+        assert not all(
+            torch.equal(x, y) for x, y in zip(compiled[op][changed], example(op, device)[changed])
+        )
 
 
-@pytest.mark.parametrize("op, name", [("tree_attention", "q"), ("top_guesses", "logits"), ("draft_tree", "factors")])
+@pytest.mark.parametrize(
+    "op, name", [("tree_attention", "q"), ("top_guesses", "logits"), ("draft_tree", "factors")]
+)
 def test_ops_take_tensors_that_require_grad(op, name):
     arguments = example(op, "cpu")
     expected = getattr(ops, op)(**arguments)
@@ -1293,7 +1442,9 @@ def test_what_is_no_tensor_is_refused_by_name(device, op):
                 getattr(torch.ops.msn_ext, op)(**{**arguments, name: "text"})
 
 
-@pytest.mark.parametrize("wrong", [None, [-1, 0], "text", torch.zeros(2).numpy(), torch.zeros(2, device="meta").int()])
+@pytest.mark.parametrize(
+    "wrong", [None, [-1, 0], "text", torch.zeros(2).numpy(), torch.zeros(2, device="meta").int()]
+)
 def test_kernels_refuse_what_is_no_dense_tensor(wrong):
     right = tree_tensor([-1, 0], "cpu")
     with pytest.raises(ValueError, match="^parents is "):

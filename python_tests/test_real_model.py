@@ -30,13 +30,21 @@ def model_and_tokenizer():
 def test_same_text_in_fewer_passes(model_and_tokenizer):
     if not decode.SHARED.is_file():
         pytest.skip("the shared benchmark prompts are not beside the checkout")
-    prompts = [p for p in decode.load_prompts(decode.SHARED, 12) if p[0] in ("translation", "math_reasoning")][:3]
+    prompts = [
+        p
+        for p in decode.load_prompts(decode.SHARED, 12)
+        if p[0] in ("translation", "math_reasoning")
+    ][:3]
     drafts = ["paper", "lookup"]
     rows = decode.measure(*model_and_tokenizer, prompts, drafts, 40, done={}, save=lambda row: None)
-    by_draft = {draft: [row for row in rows if row["draft"] == draft] for draft in ("transformers", *drafts)}
+    by_draft = {
+        draft: [row for row in rows if row["draft"] == draft] for draft in ("transformers", *drafts)
+    }
     for draft in drafts:
         for row, plain in zip(by_draft[draft], by_draft["transformers"]):
-            if row["tokens"] != plain["tokens"]:  # only where two tokens are as good as equally likely
+            if (
+                row["tokens"] != plain["tokens"]
+            ):  # only where two tokens are as good as equally likely
                 assert row["gap"] < decode.NEAR_TIE, row
     for draft, least in (("paper", 1.15), ("lookup", 1.03)):
         tokens = sum(len(row["tokens"]) for row in by_draft[draft])

@@ -14,15 +14,16 @@ from transformers import (
 )
 
 from msn_ext import DraftTree, generate
-from msn_ext.decoding import TokenRecycling, attention_for
-from msn_ext.decoding import support
+from msn_ext.decoding import TokenRecycling, attention_for, support
 
 IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
 
 
 def for_three_rows() -> RepetitionPenaltyLogitsProcessor:
     processor = RepetitionPenaltyLogitsProcessor(1.2)
-    processor.prompt_ignore_length = torch.tensor([1, 2, 3])  # what transformers sets where rows are padded
+    processor.prompt_ignore_length = torch.tensor(
+        [1, 2, 3]
+    )  # what transformers sets where rows are padded
     return processor
 
 
@@ -39,16 +40,28 @@ def llama():
         (dict(draft=TokenRecycling), "draft is <class"),
         (dict(num_beams=3), "num_beams is 3"),
         (dict(penalty_alpha=0.6, top_k=4), "penalty_alpha is 0.6"),
-        (dict(prefix_allowed_tokens_fn=lambda b, ids: [3]), "PrefixConstrainedLogitsProcessor may keep a state"),
+        (
+            dict(prefix_allowed_tokens_fn=lambda b, ids: [3]),
+            "PrefixConstrainedLogitsProcessor may keep a state",
+        ),
         (dict(guidance_scale=2.0), "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
-        (dict(logits_processor=LogitsProcessorList([lambda ids, scores: scores])), "function may keep a state"),
-        (dict(logits_processor=LogitsProcessorList([for_three_rows()])), "prompt_ignore_length has shape .3.; expected .2., one number"),
+        (
+            dict(logits_processor=LogitsProcessorList([lambda ids, scores: scores])),
+            "function may keep a state",
+        ),
+        (
+            dict(logits_processor=LogitsProcessorList([for_three_rows()])),
+            "prompt_ignore_length has shape .3.; expected .2., one number",
+        ),
         (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens is 3"),
         (dict(cache_implementation="static"), "cache_implementation is 'static'"),
         (dict(use_cache=False), "use_cache is False"),
         (dict(output_scores=True, return_dict_in_generate=True), "output_scores is True"),
         (dict(output_logits=True, return_dict_in_generate=True), "output_logits is True"),
-        (dict(output_hidden_states=True, return_dict_in_generate=True), "output_hidden_states is True"),
+        (
+            dict(output_hidden_states=True, return_dict_in_generate=True),
+            "output_hidden_states is True",
+        ),
         (dict(stop_strings=["x"]), "tokenizer is None"),
         (dict(inputs_embeds=torch.zeros(2, 3, 16, dtype=torch.float64)), "inputs_embeds"),
         (dict(streamer=object()), "streamer needs a batch of one"),
@@ -74,7 +87,13 @@ def test_a_filled_cache(llama):
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache; expected None"):
         generate(llama, IDS, past_key_values=cache, max_new_tokens=4, pad_token_id=0)
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache; expected None"):
-        generate(llama, IDS, past_key_values=DynamicCache(config=llama.config), max_new_tokens=4, pad_token_id=0)
+        generate(
+            llama,
+            IDS,
+            past_key_values=DynamicCache(config=llama.config),
+            max_new_tokens=4,
+            pad_token_id=0,
+        )
 
 
 def test_positions(llama):
@@ -82,25 +101,38 @@ def test_positions(llama):
     counted = torch.tensor([[7, 0, 1], [0, 1, 2]])  # at padding they may be any
     settings = dict(do_sample=False, max_new_tokens=20, pad_token_id=0)
     expected = llama.generate(IDS, attention_mask=mask, **settings)
-    assert torch.equal(generate(llama, IDS, attention_mask=mask, position_ids=counted, **settings), expected)
+    assert torch.equal(
+        generate(llama, IDS, attention_mask=mask, position_ids=counted, **settings), expected
+    )
     generate(llama, IDS[:1], position_ids=torch.tensor([[0, 1, 2]]), **settings)
     counted[1, 1] = 5
-    for way in (generate, lambda model, *args, **options: model.generate(*args, custom_generate=generate, **options)):
-        with pytest.raises(ValueError, match="position_ids has another number than 1 in row 1, column 1"):
+    for way in (
+        generate,
+        lambda model, *args, **options: model.generate(*args, custom_generate=generate, **options),
+    ):
+        with pytest.raises(
+            ValueError, match="position_ids has another number than 1 in row 1, column 1"
+        ):
             way(llama, IDS, attention_mask=mask, position_ids=counted, **settings)
     with pytest.raises(ValueError, match=r"position_ids has shape \[2, 2\]; expected \[2, 3\]"):
         generate(llama, IDS, attention_mask=mask, position_ids=counted[:, 1:], **settings)
 
 
 def test_a_drafter_in_use(llama):
-    """Its tables are those of one text: a call inside a call, or in another thread, has to have its own."""
+    """Its tables are those of one text: a call inside a call, or in another thread, has to have its
+    own.
+    """
     drafter = TokenRecycling()
 
     def again(input_ids, scores, **kwargs):
         generate(llama, IDS, draft=drafter, max_new_tokens=4, pad_token_id=0)
 
-    with pytest.raises(ValueError, match="draft is a TokenRecycling that another call decodes with"):
-        generate(llama, IDS, draft=drafter, stopping_criteria=[again], max_new_tokens=4, pad_token_id=0)
+    with pytest.raises(
+        ValueError, match="draft is a TokenRecycling that another call decodes with"
+    ):
+        generate(
+            llama, IDS, draft=drafter, stopping_criteria=[again], max_new_tokens=4, pad_token_id=0
+        )
     generate(llama, IDS, draft=drafter, max_new_tokens=4, pad_token_id=0)
 
 
@@ -115,7 +147,11 @@ def test_a_drafter_in_use(llama):
         (IDS, torch.tensor([[1, 1, 0], [1, 1, 1]]), "0 behind a 1; expected left padding"),
         (IDS, torch.tensor([[1, 0, 1], [1, 1, 1]]), "0 behind a 1"),
         (IDS, torch.tensor([[0, 0, 0], [1, 1, 1]]), "masks a whole row"),
-        (torch.tensor([[3, 0, 4]]), None, "0 behind a 1; .*; where none is given, transformers masks every token 0"),
+        (
+            torch.tensor([[3, 0, 4]]),
+            None,
+            "0 behind a 1; .*; where none is given, transformers masks every token 0",
+        ),
     ],
 )
 def test_inputs(llama, input_ids, mask, message):
@@ -181,37 +217,105 @@ def _spread_model():
     "make, message",
     [
         (lambda: _model("mamba", **SMALL), "position_ids|recurrent state"),
-        (lambda: _model("mpt", vocab_size=24, d_model=16, n_heads=2, n_layers=2), "position_ids|AttentionInterface"),
-        (lambda: _model("bloom", vocab_size=24, hidden_size=16, n_layer=2, n_head=2), "position_ids|AttentionInterface"),
-        (lambda: _model("falcon", alibi=True, **SMALL), "AttentionInterface|position_ids"),
-        (lambda: _model("gpt_neo", vocab_size=24, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]), "AttentionInterface"),
         (
-            lambda: _model("llama", intermediate_size=16, rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4), **SMALL),
-            "rope_type='dynamic'",
+            lambda: _model("mpt", vocab_size=24, d_model=16, n_heads=2, n_layers=2),
+            "position_ids|AttentionInterface",
         ),
-        (lambda: _model("t5", AutoModelForSeq2SeqLM, vocab_size=24, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), "encoder-decoder"),
-        (_spread_model, r"spread over several devices \(cpu, meta\)"),
-        (_checkpointing_model, r"gradient checkpointing in training mode keeps no cache; call model.eval\(\)"),
-        (lambda: _windowed("llama"), "sliding_window is 16, which cuts its cache, but it attends without one"),
-        (lambda: _windowed("gptj"), "sliding_window is 16, which cuts its cache, but it attends without one"),
+        (
+            lambda: _model("bloom", vocab_size=24, hidden_size=16, n_layer=2, n_head=2),
+            "position_ids|AttentionInterface",
+        ),
+        (lambda: _model("falcon", alibi=True, **SMALL), "AttentionInterface|position_ids"),
         (
             lambda: _model(
-                "llama4_text", head_dim=8, intermediate_size=16, intermediate_size_mlp=16, num_local_experts=2, num_key_value_heads=2,
+                "gpt_neo",
+                vocab_size=24,
+                hidden_size=16,
+                num_layers=2,
+                num_heads=2,
+                attention_types=[[["global"], 2]],
+            ),
+            "AttentionInterface",
+        ),
+        (
+            lambda: _model(
+                "llama",
+                intermediate_size=16,
+                rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4),
+                **SMALL,
+            ),
+            "rope_type='dynamic'",
+        ),
+        (
+            lambda: _model(
+                "t5",
+                AutoModelForSeq2SeqLM,
+                vocab_size=24,
+                d_model=16,
+                d_kv=8,
+                d_ff=16,
+                num_layers=1,
+                num_heads=2,
+            ),
+            "encoder-decoder",
+        ),
+        (_spread_model, r"spread over several devices \(cpu, meta\)"),
+        (
+            _checkpointing_model,
+            r"gradient checkpointing in training mode keeps no cache; call model.eval\(\)",
+        ),
+        (
+            lambda: _windowed("llama"),
+            "sliding_window is 16, which cuts its cache, but it attends without one",
+        ),
+        (
+            lambda: _windowed("gptj"),
+            "sliding_window is 16, which cuts its cache, but it attends without one",
+        ),
+        (
+            lambda: _model(
+                "llama4_text",
+                head_dim=8,
+                intermediate_size=16,
+                intermediate_size_mlp=16,
+                num_local_experts=2,
+                num_key_value_heads=2,
                 **SMALL,
             ),
             "it has layers of chunked_attention; expected full_attention or sliding_attention",
         ),
         (
             lambda: _model(
-                "qwen2_moe", intermediate_size=16, num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8,
-                num_key_value_heads=2, use_sliding_window=True, sliding_window=32, max_window_layers=2, **SMALL,
+                "qwen2_moe",
+                intermediate_size=16,
+                num_experts=4,
+                moe_intermediate_size=8,
+                shared_expert_intermediate_size=8,
+                num_key_value_heads=2,
+                use_sliding_window=True,
+                sliding_window=32,
+                max_window_layers=2,
+                **SMALL,
             ),
             r"layer \d attends with sliding_window=0, and its configuration says 32",
         ),
     ],
-    ids=["mamba", "mpt", "bloom", "falcon-alibi", "gpt_neo", "rope-dynamic", "t5", "several devices",
-         "checkpointing", "llama-window", "gptj-window", "chunks", "mask-window"],
-)  # fmt: skip
+    ids=[
+        "mamba",
+        "mpt",
+        "bloom",
+        "falcon-alibi",
+        "gpt_neo",
+        "rope-dynamic",
+        "t5",
+        "several devices",
+        "checkpointing",
+        "llama-window",
+        "gptj-window",
+        "chunks",
+        "mask-window",
+    ],
+)
 def test_models(make, message):
     with pytest.raises(ValueError, match=f"cannot be decoded with a draft tree: .*({message})"):
         attention_for(make())
@@ -224,14 +328,20 @@ def test_longrope_boundary_inside_a_batch():
 
 
 def test_an_unknown_family_is_probed(monkeypatch):
-    """A family that nobody tested is tried on a small tree first: right ones pass, wrong ones do not."""
+    """A family that nobody tested is tried on a small tree first: right ones pass, wrong ones do
+    not.
+    """
     good = _model("granite", intermediate_size=16, **SMALL)
     assert good.config.model_type not in support.TESTED
     ids = torch.tensor([[3, 4, 5]])
     settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
     assert torch.equal(generate(good, ids, **settings), good.generate(ids, **settings))
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # what is tried is tried at the model's own precision
-        generate(_model("granite", intermediate_size=16, initializer_range=0.5, **SMALL), ids, **settings)
+    with torch.autocast(
+        "cpu", dtype=torch.bfloat16
+    ):  # what is tried is tried at the model's own precision
+        generate(
+            _model("granite", intermediate_size=16, initializer_range=0.5, **SMALL), ids, **settings
+        )
 
     wrong = _model("granite", intermediate_size=16, **SMALL)
     forward = type(wrong.model).forward

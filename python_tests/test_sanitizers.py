@@ -17,7 +17,11 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 # Soon built, and reports with the lines of the source.
-SETTINGS = ["cmake.build-type=RelWithDebInfo", "cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1", "install.strip=false"]
+SETTINGS = [
+    "cmake.build-type=RelWithDebInfo",
+    "cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1",
+    "install.strip=false",
+]
 REPORT = ("AddressSanitizer", "runtime error:")
 
 
@@ -26,7 +30,9 @@ def runtime(name: str) -> Path | None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         return None
-    found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True
+    ).stdout.strip()
     return Path(found) if os.path.isabs(found) and Path(found).exists() else None
 
 
@@ -34,8 +40,11 @@ LIBRARIES = [runtime(name) for name in ("libasan.so", "libstdc++.so.6")]
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD needs Linux"),
     pytest.mark.skipif(None in LIBRARIES, reason="no g++ with AddressSanitizer (libasan.so)"),
-    # Not find_spec, at which setuptools takes this process for pip and torch.compile fails later on.
-    pytest.mark.skipif(not list(importlib.metadata.distributions(name="pip")), reason="the build needs pip"),
+    # Not find_spec, at which setuptools takes this process for pip and torch.compile fails later
+    # on.
+    pytest.mark.skipif(
+        not list(importlib.metadata.distributions(name="pip")), reason="the build needs pip"
+    ),
 ]
 
 
@@ -81,8 +90,22 @@ def run_sanitized(build: Path, *command: str) -> subprocess.CompletedProcess:
 def test_the_cpu_ops_are_clean(sanitized):
     """The op tests but those of torch's own registration and compilation machinery."""
     skipped = "not opcheck and not compiled"
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=sanitizers", "-k", skipped]
-    run = run_sanitized(sanitized, "-m", "pytest", *options, *(str(TESTS / name) for name in ("test_ops.py", "test_best_first_ops.py")))
+    options = [
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-profile=sanitizers",
+        "-k",
+        skipped,
+    ]
+    run = run_sanitized(
+        sanitized,
+        "-m",
+        "pytest",
+        *options,
+        *(str(TESTS / name) for name in ("test_ops.py", "test_best_first_ops.py")),
+    )
     output = run.stdout + run.stderr
     assert run.returncode == 0 and " passed" in output, output
     assert not any(mark in output for mark in REPORT), output
@@ -104,7 +127,10 @@ memory = (ctypes.c_int64 * 64).from_address(malloc({size}))
     [
         (
             8 * 63,
-            "ops.lookup_ngram(torch.frombuffer(memory, dtype=torch.int64)[None], torch.tensor([64]), 3, 3)",
+            (
+                "ops.lookup_ngram(torch.frombuffer(memory, dtype=torch.int64)[None],"
+                " torch.tensor([64]), 3, 3)"
+            ),
             "AddressSanitizer: heap-buffer-overflow",
         ),
         (

@@ -43,7 +43,9 @@ def test_a_profile_is_kept_whole(tmp_path):
     assert found.times == kept.times and found.about == kept.about
     torch.testing.assert_close(found.factors, kept.factors, rtol=6e-3, atol=0)  # three digits
     Profile({1: 0.5}).save(path)
-    assert Profile.load(path).factors is None and [p.name for p in path.parent.iterdir()] == ["profile.json"]
+    assert Profile.load(path).factors is None and [p.name for p in path.parent.iterdir()] == [
+        "profile.json"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,11 +87,18 @@ def test_auto_remembers_the_times_of_a_model_in_this_process(model):
         first = profile.auto(model)
         generate(model, IDS, draft=first, **SETTINGS)
         assert first._times(8) < 0.5 and profile.auto(model)._times is first._times
-    assert profile.auto(tiny_model("llama", 3).double())._times is not first._times or model.dtype == torch.float64
+    assert (
+        profile.auto(tiny_model("llama", 3).double())._times is not first._times
+        or model.dtype == torch.float64
+    )
 
 
 def test_paths_tell_models_machines_and_dtypes_apart(model):
-    paths = {profile_path(model), profile_path(tiny_model("gpt2", 3)), profile_path(tiny_model("llama", 3, torch.bfloat16))}
+    paths = {
+        profile_path(model),
+        profile_path(tiny_model("gpt2", 3)),
+        profile_path(tiny_model("llama", 3, torch.bfloat16)),
+    }
     assert len(paths) == 3 and all(path.parent == profile_path(model).parent for path in paths)
 
 
@@ -112,7 +121,9 @@ def test_step_times_are_those_of_whole_steps(model, monkeypatch):
 
 
 def test_fitting_finds_the_factors_that_made_the_records():
-    """Draws from known factors; the fit comes near them where there is evidence, and stays where there is none."""
+    """Draws from known factors; the fit comes near them where there is evidence, and stays where
+    there is none.
+    """
     generator = torch.Generator().manual_seed(0)
     truth = factors.load()
     bias, sure, unsure = 0, 36 + 12 + 7, 36 + 12 + 2
@@ -134,15 +145,21 @@ def test_fitting_finds_the_factors_that_made_the_records():
 
 def test_learned_factors_make_the_models_own_answers_likelier(model):
     prior = torch.ones(348, dtype=torch.float64)
-    fitted, about = learn_factors(model, [*map(tokens, ["abcabc", "hello world", "zzz"])], prior, progress=False)
+    fitted, about = learn_factors(
+        model, [*map(tokens, ["abcabc", "hello world", "zzz"])], prior, progress=False
+    )
     assert about["prompts"] == 3 and about["nodes"] > 30 and about["after"] > about["before"]
-    assert fitted.shape == prior.shape and bool((fitted > 0).all()) and not torch.equal(fitted, prior)
+    assert (
+        fitted.shape == prior.shape and bool((fitted > 0).all()) and not torch.equal(fitted, prior)
+    )
 
 
 def test_prompts_that_do_not_fit_are_passed_over(model, monkeypatch):
     monkeypatch.setattr(model.config, "max_position_embeddings", 20)
     prior = torch.ones(348, dtype=torch.float64)
-    _, about = learn_factors(model, [*map(tokens, ["abcabc", "z" * 20, "", "z" * 40])], prior, progress=False)
+    _, about = learn_factors(
+        model, [*map(tokens, ["abcabc", "z" * 20, "", "z" * 40])], prior, progress=False
+    )
     assert about["prompts"] == 1
     with pytest.raises(ValueError, match="0 of 1 fit"):
         learn_factors(model, [*map(tokens, ["z" * 40])], prior, progress=False)

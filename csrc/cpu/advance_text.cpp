@@ -5,9 +5,10 @@
 
 namespace msn::cpu {
 
-void advance_text(const Tensor& history, const Tensor& lengths, const Tensor& remaining, const Tensor& targets,
-                  const Tensor& path, const Tensor& accept_length, const Tensor& ends, int64_t vocabulary,
-                  const Tensor& gained, const Tensor& status) {
+void advance_text(const Tensor& history, const Tensor& lengths, const Tensor& remaining,
+                  const Tensor& targets, const Tensor& path, const Tensor& accept_length,
+                  const Tensor& ends, int64_t vocabulary, const Tensor& gained,
+                  const Tensor& status) {
   const int64_t batch = targets.shape[0], nodes = targets.shape[1], capacity = history.shape[1];
   const int64_t* first_end = ends.as<int64_t>();
   for (int64_t b = 0; b < batch; ++b) {
@@ -24,7 +25,8 @@ void advance_text(const Tensor& history, const Tensor& lengths, const Tensor& re
     int64_t count = std::min(accept_length.as<int64_t>()[b], std::max<int64_t>(left, 0));
     bool ended = false, invalid = false;
     for (int64_t i = 0; i < count && !ended; ++i) {
-      ended = std::find(first_end, first_end + ends.shape[0], tokens[i]) != first_end + ends.shape[0];
+      ended =
+          std::find(first_end, first_end + ends.shape[0], tokens[i]) != first_end + ends.shape[0];
       invalid |= tokens[i] < 0 || tokens[i] >= vocabulary;
       if (ended) count = i + 1;
     }

@@ -17,7 +17,8 @@ void move_slot(const Tensor& cache, int64_t row, int64_t from, int64_t to) {
       std::memcpy(target, source, size * item);
     } else {
       for (int64_t d = 0; d < size; ++d)
-        std::memcpy(target + d * cache.strides[3] * item, source + d * cache.strides[3] * item, item);
+        std::memcpy(target + d * cache.strides[3] * item, source + d * cache.strides[3] * item,
+                    item);
     }
   }
 }
@@ -30,9 +31,11 @@ void check_moves(const std::vector<Tensor>& caches, const Tensor& lengths, const
     const int64_t* nodes = path.as<int64_t>() + b * width;
     check_range("lengths", b, start, 0, INT64_MAX / 2);
     check_range("accept_length", b, accepted, 0, width);
-    for (int64_t i = 0; i < accepted; ++i) check_range("path", b, nodes[i], i ? nodes[i - 1] + 1 : 0, INT64_MAX / 2);
+    for (int64_t i = 0; i < accepted; ++i)
+      check_range("path", b, nodes[i], i ? nodes[i - 1] + 1 : 0, INT64_MAX / 2);
     for (const Tensor& cache : caches)
-      if (accepted > 0) check_range("lengths + path", b, start + nodes[accepted - 1], 0, cache.shape[2] - 1);
+      if (accepted > 0)
+        check_range("lengths + path", b, start + nodes[accepted - 1], 0, cache.shape[2] - 1);
   }
 }
 
@@ -40,7 +43,8 @@ void check_moves(const std::vector<Tensor>& caches, const Tensor& lengths, const
 
 void commit_kv(const std::vector<Tensor>& caches, const Tensor& lengths, const Tensor& path,
                const Tensor& accept_length) {
-  check_moves(caches, lengths, path, accept_length);  // all of them first: a refused call moves nothing
+  check_moves(caches, lengths, path,
+              accept_length);  // all of them first: a refused call moves nothing
   const int64_t batch = path.shape[0], width = path.shape[1];
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t start = lengths.as<int64_t>()[b], accepted = accept_length.as<int64_t>()[b];

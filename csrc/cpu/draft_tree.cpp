@@ -22,28 +22,31 @@ struct Candidate {
   }
 };
 
-// What may follow `parent`: every listed token once, its score the product of its factors; noise where
-// none is listed.
-void expand(const Sources& from, const Known& known, int parent, int depth, double above, double foresight,
-            std::vector<Candidate>& waiting) {
+// What may follow `parent`: every listed token once, its score the product of its factors; noise
+// where none is listed.
+void expand(const Sources& from, const Known& known, int parent, int depth, double above,
+            double foresight, std::vector<Candidate>& waiting) {
   Candidate found[kListed];
   int count = 0;
   const double bias = bias_of(from, known);
   for (int at = 0; at < kListed; ++at) {
     const Listed listed = listed_at(from, known, depth, at);
     if (listed.token < 0) continue;
-    Candidate* candidate = std::find_if(found, found + count, [&](const Candidate& c) { return c.token == listed.token; });
+    Candidate* candidate = std::find_if(
+        found, found + count, [&](const Candidate& c) { return c.token == listed.token; });
     if (candidate == found + count) found[count++] = {0, bias, parent, at, listed.token, 0};
     candidate->probability *= from.factors[listed.factor];
     candidate->source |= listed.source;
   }
   double total = 1.0;
   for (int i = 0; i < count; ++i) total += found[i].probability;
-  if (count == 0 && above * foresight > 0) found[count++] = {0, 0, parent, 0, noise_token(from, depth + 1, parent), kNoise};
+  if (count == 0 && above * foresight > 0)
+    found[count++] = {0, 0, parent, 0, noise_token(from, depth + 1, parent), kNoise};
   int best = 0;
   for (int i = 1; i < count; ++i) best = found[i].probability > found[best].probability ? i : best;
   for (int i = 0; i < count; ++i) {
-    found[i].value = found[i].probability = above * std::min(found[i].probability / total, kCeiling);
+    found[i].value = found[i].probability =
+        above * std::min(found[i].probability / total, kCeiling);
     if (i == best) found[i].value += above * foresight;
     waiting.push_back(found[i]);
     std::push_heap(waiting.begin(), waiting.end());
@@ -52,28 +55,36 @@ void expand(const Sources& from, const Known& known, int parent, int depth, doub
 
 }  // namespace
 
-void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
-                const Tensor& heads, const Tensor& corpus, const Tensor& corpus_heads, const Tensor& factors,
-                int64_t max_depth, double foresight, const Tensor& tokens, const Tensor& parents,
+void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised,
+                const Tensor& contexts, const Tensor& heads, const Tensor& corpus,
+                const Tensor& corpus_heads, const Tensor& factors, int64_t max_depth,
+                double foresight, const Tensor& tokens, const Tensor& parents,
                 const Tensor& probability, const Tensor& sources) {
   const int64_t batch = history.shape[0], capacity = history.shape[1], depths = denoised.shape[1];
   const int nodes = static_cast<int>(tokens.shape[1]);
   const double* factor = factors.as<double>();
   for (int i = 0; i < kFactors; ++i)
     if (!(factor[i] >= 1e-9 && factor[i] <= 1e9))
-      throw std::invalid_argument("factors[" + std::to_string(i) + "] is " + std::to_string(factor[i]) +
-                                  "; expected 1e-9 to 1e9");
+      throw std::invalid_argument("factors[" + std::to_string(i) + "] is " +
+                                  std::to_string(factor[i]) + "; expected 1e-9 to 1e9");
   std::vector<Candidate> waiting;
   std::vector<int> depth(nodes);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = lengths.as<int64_t>()[b];
     check_range("lengths", b, length, 1, capacity);
-    const Sources from{denoised.as<int32_t>() + b * depths * kGuesses, depths,
-                       contexts.as<int32_t>(), contexts.shape[1],
-                       heads.as<int32_t>() + b * kSuffixes * heads.shape[2], heads.shape[2],
-                       history.as<int64_t>() + b * capacity, length,
-                       corpus.as<int32_t>(), corpus.shape[0],
-                       corpus_heads.as<int32_t>(), corpus_heads.shape[1], factor};
+    const Sources from{denoised.as<int32_t>() + b * depths * kGuesses,
+                       depths,
+                       contexts.as<int32_t>(),
+                       contexts.shape[1],
+                       heads.as<int32_t>() + b * kSuffixes * heads.shape[2],
+                       heads.shape[2],
+                       history.as<int64_t>() + b * capacity,
+                       length,
+                       corpus.as<int32_t>(),
+                       corpus.shape[0],
+                       corpus_heads.as<int32_t>(),
+                       corpus_heads.shape[1],
+                       factor};
     int64_t* token = tokens.as<int64_t>() + b * nodes;
     int32_t* parent = parents.as<int32_t>() + b * nodes;
     double* chance = probability.as<double>() + b * nodes;

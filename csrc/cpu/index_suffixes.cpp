@@ -4,7 +4,8 @@
 
 namespace msn::cpu {
 
-void index_suffixes(const Tensor& heads, const Tensor& history, const Tensor& start, const Tensor& lengths) {
+void index_suffixes(const Tensor& heads, const Tensor& history, const Tensor& start,
+                    const Tensor& lengths) {
   const int64_t batch = history.shape[0], capacity = history.shape[1], slots = heads.shape[2];
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = lengths.as<int64_t>()[b], begin = start.as<int64_t>()[b];
@@ -18,7 +19,8 @@ void index_suffixes(const Tensor& heads, const Tensor& history, const Tensor& st
       for (int n = 1, level = 0; n <= end && level < kSuffixes && row[end - n] >= 0; ++n) {
         hash = extend_hash(hash, row[end - n]);
         if (n != suffix_length(level)) continue;
-        table[level * slots + static_cast<int64_t>(hash % static_cast<uint64_t>(slots))] = static_cast<int32_t>(end);
+        table[level * slots + static_cast<int64_t>(hash % static_cast<uint64_t>(slots))] =
+            static_cast<int32_t>(end);
         ++level;
       }
     }

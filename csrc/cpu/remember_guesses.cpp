@@ -6,8 +6,9 @@
 
 namespace msn::cpu {
 
-void remember_guesses(const Tensor& contexts, const Tensor& history, const Tensor& lengths, const Tensor& tokens,
-                      const Tensor& parents, const Tensor& path, const Tensor& guesses) {
+void remember_guesses(const Tensor& contexts, const Tensor& history, const Tensor& lengths,
+                      const Tensor& tokens, const Tensor& parents, const Tensor& path,
+                      const Tensor& guesses) {
   const int64_t batch = tokens.shape[0], capacity = history.shape[1], slots = contexts.shape[1];
   const int nodes = static_cast<int>(tokens.shape[1]);
   for (int64_t b = 0; b < batch; ++b) {
@@ -21,11 +22,13 @@ void remember_guesses(const Tensor& contexts, const Tensor& history, const Tenso
       uint64_t ancestors[kMaxWords];
       if (ancestors_of(row_parents, node, ancestors, words_for(nodes)) < 0) return;  // padding
       int64_t context[kOrders];
-      const int count = context_of(row_tokens, row_parents, node, history.as<int64_t>() + b * capacity, length, kOrders, context);
+      const int count = context_of(row_tokens, row_parents, node,
+                                   history.as<int64_t>() + b * capacity, length, kOrders, context);
       uint64_t hash = 0;
       for (int order = 0; order < count; ++order) {
         hash = extend_hash(hash, context[order]);
-        const int64_t slot = order * slots + static_cast<int64_t>(hash % static_cast<uint64_t>(slots));
+        const int64_t slot =
+            order * slots + static_cast<int64_t>(hash % static_cast<uint64_t>(slots));
         int32_t* entry = contexts.as<int32_t>() + slot * (1 + kGuesses);
         entry[0] = hash_check(hash);
         std::copy_n(guesses.as<int32_t>() + (b * nodes + node) * kGuesses, kGuesses, entry + 1);

@@ -1,7 +1,7 @@
 // The likeliest tokens of many rows of logits, read once. Rows are compared as integers of the same
 // order (sign and magnitude turned into two's complement, NaN above all), which compilers turn into
-// vector code without licence to reorder floating-point arithmetic. Few blocks of a row hold anything
-// above the smallest of the best so far, and only these are looked at value by value.
+// vector code without licence to reorder floating-point arithmetic. Few blocks of a row hold
+// anything above the smallest of the best so far, and only these are looked at value by value.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -56,7 +56,8 @@ void top_row(const Bits* row, int64_t vocabulary, Value value, int32_t* out) {
   const int found = static_cast<int>(std::min<int64_t>(vocabulary, kGuesses));
   const double best = value(row[at[0]]);
   for (int i = 0; i < found; ++i) total += weights[i] = std::exp(value(row[at[i]]) - best);
-  for (int i = 0; i < kGuesses; ++i) out[i] = i < found ? pack_guess(at[i], level_of(weights[i] / total)) : -1;
+  for (int i = 0; i < kGuesses; ++i)
+    out[i] = i < found ? pack_guess(at[i], level_of(weights[i] / total)) : -1;
 }
 
 template <typename Bits, typename Key, Bits kInfinity, typename Value>
@@ -77,7 +78,8 @@ double float_of(uint32_t bits) {
 double half_of(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   double value = exponent == 31 ? (fraction ? NAN : INFINITY)
-                                : std::ldexp(exponent ? 1024 + fraction : fraction, (exponent ? exponent : 1) - 25);
+                                : std::ldexp(exponent ? 1024 + fraction : fraction,
+                                             (exponent ? exponent : 1) - 25);
   return bits & 0x8000 ? -value : value;
 }
 
@@ -85,7 +87,8 @@ double half_of(uint16_t bits) {
 
 void top_guesses(const Tensor& logits, const Tensor& guesses) {
   switch (logits.dtype) {
-    case DType::kFloat32: return top_rows<uint32_t, int32_t, 0x7f800000u>(logits, float_of, guesses);
+    case DType::kFloat32:
+      return top_rows<uint32_t, int32_t, 0x7f800000u>(logits, float_of, guesses);
     case DType::kFloat64:
       return top_rows<uint64_t, int64_t, 0x7ff0000000000000ull>(
           logits,
@@ -98,7 +101,8 @@ void top_guesses(const Tensor& logits, const Tensor& guesses) {
     case DType::kFloat16: return top_rows<uint16_t, int32_t, 0x7c00>(logits, half_of, guesses);
     default:
       return top_rows<uint16_t, int32_t, 0x7f80>(
-          logits, [](uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }, guesses);
+          logits, [](uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); },
+          guesses);
   }
 }
 

@@ -19,7 +19,8 @@ Kernel pick() {
     return {"avx512", avx512::tree_attention};
 #endif
 #ifdef MSN_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", avx2::tree_attention};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return {"avx2", avx2::tree_attention};
 #endif
   return {"baseline", baseline::tree_attention};
 }

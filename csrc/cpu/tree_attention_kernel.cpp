@@ -31,9 +31,9 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-constexpr int kKeys = 64;      // keys in a block
+constexpr int kKeys = 64;       // keys in a block
 constexpr int kRowsAtOnce = 4;  // rows held in registers
-constexpr int kMaxRows = 64;   // rows in a tile
+constexpr int kMaxRows = 64;    // rows in a tile
 
 template <typename T>
 struct Vector {
@@ -76,7 +76,8 @@ inline float widen(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16);
 inline float widen(Half x) {
   const uint32_t magnitude = x.bits & 0x7fffu, sign = (x.bits & 0x8000u) << 16;
   const float value = bit_cast<float>(magnitude << 13) * 0x1p112f;  // exact, subnormals too
-  return bit_cast<float>((magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : bit_cast<uint32_t>(value)) | sign);
+  return bit_cast<float>(
+      (magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : bit_cast<uint32_t>(value)) | sign);
 }
 
 inline void narrow(float x, float* to) { *to = x; }
@@ -100,7 +101,8 @@ inline void narrow(float x, Half* to) {
   to->bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
 }
 
-// ---- the two products, on rows in multiples of kRowsAtOnce and widths in multiples of 2 vectors --
+// ---- the two products, on rows in multiples of kRowsAtOnce and widths in multiples of 2 vectors
+// --
 
 template <typename T>
 constexpr int kStep = 2 * Vector<T>::size;
@@ -158,7 +160,8 @@ void add_values(const T* weights, int rows, const T* v, int width, T* out) {
 // The same for one row and one key.
 template <typename T>
 void add_value(T weight, const T* v, int width, T* out) {
-  for (int d = 0; d < width; d += Vector<T>::size) store(out + d, load(out + d) + weight * load(v + d));
+  for (int d = 0; d < width; d += Vector<T>::size)
+    store(out + d, load(out + d) + weight * load(v + d));
 }
 
 // ---- softmax ---------------------------------------------------------------------------------
@@ -236,11 +239,13 @@ struct Tile {
   int nodes = static_cast<int>(q.shape[2]), words = words_for(nodes);
   int group = static_cast<int>(q.shape[1] / k.shape[1]);
   int dim = static_cast<int>(q.shape[3]), v_dim = static_cast<int>(v.shape[3]);
-  int width = round_up(v_dim, kStep<T>), tree_width = round_up(nodes, kKeys), padded = round_up(rows, kRowsAtOnce);
+  int width = round_up(v_dim, kStep<T>), tree_width = round_up(nodes, kKeys),
+      padded = round_up(rows, kRowsAtOnce);
 
   std::vector<T> queries = std::vector<T>(padded * dim), keys = std::vector<T>(dim * kKeys),
                  values = std::vector<T>(kKeys * width), scores = std::vector<T>(padded * kKeys),
-                 tree_scores = std::vector<T>(padded * tree_width), tree_values = std::vector<T>(tree_width * width),
+                 tree_scores = std::vector<T>(padded * tree_width),
+                 tree_values = std::vector<T>(tree_width * width),
                  sums = std::vector<T>(padded * width);
   Running<T> running[kMaxRows] = {};
   uint8_t chain[kMaxRows][kMaxNodes] = {};  // ancestors of each row's node, root first, itself last
@@ -260,8 +265,10 @@ struct Tile {
       start[r] = chain_length[r] ? window_start(end[r] - 1, options.window) : 0;
       running[r] = {kNone, 0};
       if (sinks.data) running[r] = {widen(sinks.as<S>()[head_of(r)]), 1};
-      const S* from = q.as<S>() + b * q.strides[0] + head_of(r) * q.strides[1] + node_of(r) * q.strides[2];
-      for (int d = 0; d < dim; ++d) queries[r * dim + d] = widen(from[d]) * static_cast<T>(options.scale);
+      const S* from =
+          q.as<S>() + b * q.strides[0] + head_of(r) * q.strides[1] + node_of(r) * q.strides[2];
+      for (int d = 0; d < dim; ++d)
+        queries[r * dim + d] = widen(from[d]) * static_cast<T>(options.scale);
     }
   }
 
@@ -272,7 +279,8 @@ struct Tile {
     constexpr int chunk = 16;  // of d, so that the strided writes stay in cache
     for (int d0 = 0; d0 < dim; d0 += chunk)
       for (int j = 0; j < count; ++j)
-        for (int d = d0; d < std::min(d0 + chunk, dim); ++d) keys[d * kKeys + j] = widen(from[j * k.strides[2] + d]);
+        for (int d = d0; d < std::min(d0 + chunk, dim); ++d)
+          keys[d * kKeys + j] = widen(from[j * k.strides[2] + d]);
   }
 
   void load_values(int64_t slot, int count, T* to) {
@@ -317,7 +325,8 @@ struct Tile {
   void run() {
     load_rows();
     load_tree();
-    const int64_t first = *std::min_element(start, start + rows), last = *std::max_element(end, end + rows);
+    const int64_t first = *std::min_element(start, start + rows),
+                  last = *std::max_element(end, end + rows);
     const int64_t seen_by_all = *std::max_element(start, start + rows);
     const bool all_alive = *std::min_element(end, end + rows) > 0;
     for (int64_t block = first / kKeys * kKeys; block < last; block += kKeys) {
@@ -329,7 +338,8 @@ struct Tile {
         cap(scores.data(), padded * kKeys);
       }
       if (count == kKeys && seen_by_all <= block && all_alive) {
-        for (int r = 0; r < rows; ++r) update_softmax(&scores[r * kKeys], running[r], &sums[r * width], width);
+        for (int r = 0; r < rows; ++r)
+          update_softmax(&scores[r * kKeys], running[r], &sums[r * width], width);
         add_values(scores.data(), padded, values.data(), width, sums.data());
       } else {
         for (int r = 0; r < rows; ++r) partial_block(r, block);
@@ -337,14 +347,16 @@ struct Tile {
     }
     for (int r = 0; r < rows; ++r) {
       S* to = out.as<S>() + ((b * nodes + node_of(r)) * q.shape[1] + head_of(r)) * v_dim;
-      for (int d = 0; d < v_dim; ++d) narrow(chain_length[r] ? sums[r * width + d] / running[r].sum : T{0}, to + d);
+      for (int d = 0; d < v_dim; ++d)
+        narrow(chain_length[r] ? sums[r * width + d] / running[r].sum : T{0}, to + d);
     }
   }
 };
 
 template <typename S>
-void run_all(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, const Tensor& offsets,
-             const Tensor& ancestors, const Tensor& sinks, const AttentionOptions& options, const Tensor& out) {
+void run_all(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
+             const Tensor& offsets, const Tensor& ancestors, const Tensor& sinks,
+             const AttentionOptions& options, const Tensor& out) {
   const int64_t batch = q.shape[0], kv_heads = k.shape[1], nodes = q.shape[2];
   const int rows = static_cast<int>(nodes * (q.shape[1] / kv_heads));
   const int tiles = (rows + kMaxRows - 1) / kMaxRows, tile_rows = (rows + tiles - 1) / tiles;
@@ -356,22 +368,37 @@ void run_all(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& le
     const int count = std::min(tile_rows, rows - first_row);
     if (count <= 0) continue;
     const int64_t first = offsets.data ? offsets.as<int64_t>()[b] : 0;
-    const uint64_t* bits = ancestors.as<uint64_t>() +
-                           (ancestors.ndim == 3 ? b * nodes * words_for(static_cast<int>(nodes)) : 0);
-    Tile<S>{q, k, v, sinks, out, options, b, task / tiles % kv_heads, RowLayout{first, lengths.as<int64_t>()[b] - first},
-            bits, first_row, count}
+    const uint64_t* bits =
+        ancestors.as<uint64_t>() +
+        (ancestors.ndim == 3 ? b * nodes * words_for(static_cast<int>(nodes)) : 0);
+    Tile<S>{q,
+            k,
+            v,
+            sinks,
+            out,
+            options,
+            b,
+            task / tiles % kv_heads,
+            RowLayout{first, lengths.as<int64_t>()[b] - first},
+            bits,
+            first_row,
+            count}
         .run();
   }
 }
 
 }  // namespace
 
-void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, const Tensor& offsets,
-                    const Tensor& ancestors, const Tensor& sinks, const AttentionOptions& options, const Tensor& out) {
+void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
+                    const Tensor& offsets, const Tensor& ancestors, const Tensor& sinks,
+                    const AttentionOptions& options, const Tensor& out) {
   switch (q.dtype) {
-    case DType::kFloat32: return run_all<float>(q, k, v, lengths, offsets, ancestors, sinks, options, out);
-    case DType::kFloat64: return run_all<double>(q, k, v, lengths, offsets, ancestors, sinks, options, out);
-    case DType::kFloat16: return run_all<Half>(q, k, v, lengths, offsets, ancestors, sinks, options, out);
+    case DType::kFloat32:
+      return run_all<float>(q, k, v, lengths, offsets, ancestors, sinks, options, out);
+    case DType::kFloat64:
+      return run_all<double>(q, k, v, lengths, offsets, ancestors, sinks, options, out);
+    case DType::kFloat16:
+      return run_all<Half>(q, k, v, lengths, offsets, ancestors, sinks, options, out);
     default: return run_all<BFloat16>(q, k, v, lengths, offsets, ancestors, sinks, options, out);
   }
 }

@@ -4,11 +4,11 @@
 
 namespace msn::cpu {
 
-#define MSN_DECLARE_ATTENTION(isa)                                                             \
-  namespace isa {                                                                              \
+#define MSN_DECLARE_ATTENTION(isa)                                                              \
+  namespace isa {                                                                               \
   void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, \
-                      const Tensor& offsets, const Tensor& ancestors, const Tensor& sinks,     \
-                      const AttentionOptions& options, const Tensor& out);                     \
+                      const Tensor& offsets, const Tensor& ancestors, const Tensor& sinks,      \
+                      const AttentionOptions& options, const Tensor& out);                      \
   }
 MSN_DECLARE_ATTENTION(baseline)
 MSN_DECLARE_ATTENTION(avx2)

@@ -1,6 +1,7 @@
-// The gained tokens of each row put behind its text: one block a row, one thread a node. The first end of text
-// is found by a maximum over the block. Rows and paths that lie outside are taken as their borders.
-// Bytes per row: reads 16 N + 24 and the ends of text, writes 8 N, 8 per gained token and 40.
+// The gained tokens of each row put behind its text: one block a row, one thread a node. The first
+// end of text is found by a maximum over the block. Rows and paths that lie outside are taken as
+// their borders. Bytes per row: reads 16 N + 24 and the ends of text, writes 8 N, 8 per gained
+// token and 40.
 #include "../tree.h"
 #include "common.cuh"
 
@@ -14,8 +15,9 @@ struct Text {
 };
 
 __global__ void __launch_bounds__(kMaxNodes)
-    advance_text_kernel(Text text, const int64_t* targets, const int64_t* path, const int64_t* accept_length, int nodes,
-                        const int64_t* ends, int end_count, int64_t vocabulary, int64_t* gained, int64_t* status) {
+    advance_text_kernel(Text text, const int64_t* targets, const int64_t* path,
+                        const int64_t* accept_length, int nodes, const int64_t* ends, int end_count,
+                        int64_t vocabulary, int64_t* gained, int64_t* status) {
   __shared__ int64_t scratch[kWarp];
   const int64_t row = blockIdx.x, first = row * nodes, batch = gridDim.x;
   const int at = threadIdx.x;
@@ -47,17 +49,20 @@ __global__ void __launch_bounds__(kMaxNodes)
 
 }  // namespace
 
-void advance_text(const Tensor& history, const Tensor& lengths, const Tensor& remaining, const Tensor& targets,
-                  const Tensor& path, const Tensor& accept_length, const Tensor& ends, int64_t vocabulary,
-                  const Tensor& gained, const Tensor& status, void* stream) {
+void advance_text(const Tensor& history, const Tensor& lengths, const Tensor& remaining,
+                  const Tensor& targets, const Tensor& path, const Tensor& accept_length,
+                  const Tensor& ends, int64_t vocabulary, const Tensor& gained,
+                  const Tensor& status, void* stream) {
   const int64_t batch = targets.shape[0];
   const int nodes = static_cast<int>(targets.shape[1]);
   if (batch == 0) return;
   const DeviceGuard guard("advance_text", history);
-  const Text text{history.as<int64_t>(), lengths.as<int64_t>(), remaining.as<int64_t>(), history.shape[1]};
-  launch("advance_text", advance_text_kernel, grid_x("advance_text", batch), whole_warps(nodes), 0, stream, text,
-         targets.as<int64_t>(), path.as<int64_t>(), accept_length.as<int64_t>(), nodes, ends.as<int64_t>(),
-         static_cast<int>(ends.shape[0]), vocabulary, gained.as<int64_t>(), status.as<int64_t>());
+  const Text text{history.as<int64_t>(), lengths.as<int64_t>(), remaining.as<int64_t>(),
+                  history.shape[1]};
+  launch("advance_text", advance_text_kernel, grid_x("advance_text", batch), whole_warps(nodes), 0,
+         stream, text, targets.as<int64_t>(), path.as<int64_t>(), accept_length.as<int64_t>(),
+         nodes, ends.as<int64_t>(), static_cast<int>(ends.shape[0]), vocabulary,
+         gained.as<int64_t>(), status.as<int64_t>());
 }
 
 }  // namespace msn::cuda

@@ -4,8 +4,8 @@
 // neither shared memory nor a barrier is needed. The i-th target is slot i behind the prefix and
 // its source lies strictly behind it (a node that is not is in place already, or malformed, and
 // stays), so a target is never the source of a later move and several loads can be in flight.
-// A slot outside the cache is neither read nor written; a row whose length is outside is left alone.
-// Bytes: reads and writes each accepted, moved slot once, plus the row's path.
+// A slot outside the cache is neither read nor written; a row whose length is outside is left
+// alone. Bytes: reads and writes each accepted, moved slot once, plus the row's path.
 #include <algorithm>
 
 #include "common.cuh"
@@ -38,11 +38,12 @@ template <int kCapacity>
 struct Caches {
   Cache at[kCapacity];
 };
-static_assert(sizeof(Caches<kMany>) + 4 * sizeof(int64_t) <= 32764, "kernel parameters hold 32764 bytes");
+static_assert(sizeof(Caches<kMany>) + 4 * sizeof(int64_t) <= 32764,
+              "kernel parameters hold 32764 bytes");
 
 template <typename Unit>
-__device__ void move_column(char* first_target, int64_t stride_slot, int64_t room, const int64_t* path,
-                            int64_t accepted) {
+__device__ void move_column(char* first_target, int64_t stride_slot, int64_t room,
+                            const int64_t* path, int64_t accepted) {
   for (int64_t i = 0; i < accepted; i += kInFlight) {
     Unit value[kInFlight];
     bool moves[kInFlight];
@@ -60,15 +61,16 @@ __device__ void move_column(char* first_target, int64_t stride_slot, int64_t roo
 
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
-    commit_kv_kernel(const __grid_constant__ Caches<kCapacity> caches, const int64_t* lengths, const int64_t* paths,
-                     int64_t width, const int64_t* accept_length) {
+    commit_kv_kernel(const __grid_constant__ Caches<kCapacity> caches, const int64_t* lengths,
+                     const int64_t* paths, int64_t width, const int64_t* accept_length) {
   const Cache& cache = caches.at[blockIdx.y];
   const int64_t row = blockIdx.x, start = lengths[row];
   if (start < 0 || start >= cache.slots) return;
   const int64_t accepted = clamp(accept_length[row], 0, width), room = cache.slots - start;
   const int64_t* path = paths + row * width;
   char* row_data = cache.data + row * cache.stride_row + start * cache.stride_slot;
-  for (uint32_t i = blockIdx.z * kThreads + threadIdx.x; i < cache.heads * cache.columns; i += gridDim.z * kThreads) {
+  for (uint32_t i = blockIdx.z * kThreads + threadIdx.x; i < cache.heads * cache.columns;
+       i += gridDim.z * kThreads) {
     const uint32_t head = i / cache.columns, column = i % cache.columns;
     char* at = row_data + head * cache.stride_head + column / cache.parts * cache.stride_stretch +
                column % cache.parts * cache.unit;
@@ -86,10 +88,18 @@ Cache describe(const Tensor& t) {
   const int64_t item = t.item_size, size = t.shape[3];
   const bool dense = size == 1 || t.strides[3] == 1;
   const int64_t stretch = dense ? size * item : item;
-  Cache cache{t.as<char>(), t.strides[0] * item, t.strides[1] * item, t.strides[2] * item, t.strides[3] * item,
-              t.shape[2],   0, 0, 0, 16};
-  const uint64_t all = reinterpret_cast<uint64_t>(t.data) | cache.stride_row | cache.stride_head | cache.stride_slot |
-                       stretch | (dense ? 0 : cache.stride_stretch);
+  Cache cache{t.as<char>(),
+              t.strides[0] * item,
+              t.strides[1] * item,
+              t.strides[2] * item,
+              t.strides[3] * item,
+              t.shape[2],
+              0,
+              0,
+              0,
+              16};
+  const uint64_t all = reinterpret_cast<uint64_t>(t.data) | cache.stride_row | cache.stride_head |
+                       cache.stride_slot | stretch | (dense ? 0 : cache.stride_stretch);
   while (all % cache.unit) cache.unit /= 2;
   const int64_t parts = stretch / cache.unit, columns = dense ? parts : parts * size;
   if (t.shape[1] * columns > INT32_MAX)
@@ -102,15 +112,16 @@ Cache describe(const Tensor& t) {
 }
 
 template <int kCapacity>
-void launch_some(const Cache* caches, int count, int64_t batch, const Tensor& lengths, const Tensor& path,
-                 const Tensor& accept_length, void* stream) {
+void launch_some(const Cache* caches, int count, int64_t batch, const Tensor& lengths,
+                 const Tensor& path, const Tensor& accept_length, void* stream) {
   Caches<kCapacity> some{};
   std::copy(caches, caches + count, some.at);
   uint32_t columns = 0;
   for (int i = 0; i < count; ++i) columns = std::max(columns, caches[i].heads * caches[i].columns);
-  const dim3 grid(grid_x("commit_kv", batch), count, std::min((columns + kThreads - 1) / kThreads, 65535u));
-  launch("commit_kv", commit_kv_kernel<kCapacity>, grid, kThreads, 0, stream, some, lengths.as<int64_t>(),
-         path.as<int64_t>(), path.shape[1], accept_length.as<int64_t>());
+  const dim3 grid(grid_x("commit_kv", batch), count,
+                  std::min((columns + kThreads - 1) / kThreads, 65535u));
+  launch("commit_kv", commit_kv_kernel<kCapacity>, grid, kThreads, 0, stream, some,
+         lengths.as<int64_t>(), path.as<int64_t>(), path.shape[1], accept_length.as<int64_t>());
 }
 
 }  // namespace

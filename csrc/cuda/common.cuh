@@ -49,8 +49,8 @@ inline unsigned grid_x(const char* op, int64_t blocks) {
 // One launch. An error of the launch itself is thrown here; one inside the kernel shows, as
 // always with CUDA, at a later synchronisation.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void* stream,
-            Arguments&&... arguments) {
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads,
+            size_t shared_bytes, void* stream, Arguments&&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
@@ -68,7 +68,8 @@ __host__ __device__ inline int64_t clamp(int64_t value, int64_t low, int64_t hig
 // Whether rows, along the last axis, can be read `bytes` at a time.
 inline bool whole_rows(const Tensor& t, uint64_t bytes) {
   uint64_t all = reinterpret_cast<uint64_t>(t.data);
-  for (int i = 0; i < t.ndim; ++i) all |= (i + 1 < t.ndim ? t.strides[i] : t.shape[i]) * t.item_size;
+  for (int i = 0; i < t.ndim; ++i)
+    all |= (i + 1 < t.ndim ? t.strides[i] : t.shape[i]) * t.item_size;
   return all % bytes == 0;
 }
 

@@ -1,13 +1,14 @@
-// The most valuable nodes of the tree of everything that is guessed: one block a row, which makes one
-// node after the other. What waits to become a node lies sorted in shared memory, one thread a place,
-// and no more of it than there are nodes to come. To make a node is to take the first one and to merge
-// what may follow it into the rest: the lanes of a warp look its contexts up, each its own table, one thread a
-// listed token finds the token's score, and then each thread counts how many come before its own.
-// Sums and products are those of the specification, in its order; compiled without fused multiply-add.
-// A length outside [1, C] counts as the nearest one inside. Factors out of range give some tree.
-// Bytes per row: reads about 1 KB a node (3 + 8 slots of the tables, at most 76 tokens of the text, up
-// to 41 factors; with a corpus up to 8 slots and 60 tokens of it more), writes 24 N. A node waits for two
-// loads one behind the other (a head, then the text there), four with a corpus.
+// The most valuable nodes of the tree of everything that is guessed: one block a row, which makes
+// one node after the other. What waits to become a node lies sorted in shared memory, one thread a
+// place, and no more of it than there are nodes to come. To make a node is to take the first one
+// and to merge what may follow it into the rest: the lanes of a warp look its contexts up, each its
+// own table, one thread a listed token finds the token's score, and then each thread counts how
+// many come before its own. Sums and products are those of the specification, in its order;
+// compiled without fused multiply-add. A length outside [1, C] counts as the nearest one inside.
+// Factors out of range give some tree. Bytes per row: reads about 1 KB a node (3 + 8 slots of the
+// tables, at most 76 tokens of the text, up to 41 factors; with a corpus up to 8 slots and 60
+// tokens of it more), writes 24 N. A node waits for two loads one behind the other (a head, then
+// the text there), four with a corpus.
 #include "../best_first.h"
 #include "common.cuh"
 
@@ -37,7 +38,8 @@ struct Tree {
 };
 
 // look_up by a warp, a lane a table: the contexts of each order, then the n-grams of each level.
-__device__ void look_up_together(const Sources& from, const int64_t* context, int count, Known& known) {
+__device__ void look_up_together(const Sources& from, const int64_t* context, int count,
+                                 Known& known) {
   const int lane = threadIdx.x, level = lane - kOrders;
   const int n = level < 0 ? lane + 1 : level < kSuffixes ? suffix_length(level) : kContext + 1;
   uint64_t hash = 0;
@@ -78,21 +80,29 @@ __device__ void look_up_together(const Sources& from, const int64_t* context, in
 
 __global__ void __launch_bounds__(kMaxNodes, 1)
     draft_tree_kernel(Tables tables, int nodes, int max_depth, double foresight, Tree tree) {
-  __shared__ Candidate waiting[kMaxNodes];               // the most valuable first
-  __shared__ int64_t contexts[kMaxNodes][kContext];      // of every node, newest first
+  __shared__ Candidate waiting[kMaxNodes];           // the most valuable first
+  __shared__ int64_t contexts[kMaxNodes][kContext];  // of every node, newest first
   __shared__ int64_t token[kListed];
   __shared__ int32_t row_depth[kMaxNodes], listed_by[kListed], source[kListed];
   __shared__ unsigned counted[2];  // bits of the listed tokens that count, at their first places
   __shared__ double factor[kListed], score[kListed], value[kListed];
   __shared__ Known known;
-  const int64_t row = blockIdx.x, first = row * nodes, length = clamp(tables.lengths[row], 1, tables.capacity);
+  const int64_t row = blockIdx.x, first = row * nodes,
+                length = clamp(tables.lengths[row], 1, tables.capacity);
   const int thread = threadIdx.x;
-  const Sources from{tables.denoised + row * tables.depths * kGuesses, tables.depths,
-                     tables.contexts, tables.slots,
-                     tables.heads + row * kSuffixes * tables.head_slots, tables.head_slots,
-                     tables.history + row * tables.capacity, length,
-                     tables.corpus, tables.corpus_length,
-                     tables.corpus_heads, tables.corpus_slots, tables.factors};
+  const Sources from{tables.denoised + row * tables.depths * kGuesses,
+                     tables.depths,
+                     tables.contexts,
+                     tables.slots,
+                     tables.heads + row * kSuffixes * tables.head_slots,
+                     tables.head_slots,
+                     tables.history + row * tables.capacity,
+                     length,
+                     tables.corpus,
+                     tables.corpus_length,
+                     tables.corpus_heads,
+                     tables.corpus_slots,
+                     tables.factors};
   if (thread == 0) waiting[0] = {1.0, 1.0, from.history[length - 1], -1, 0};  // the root
   if (thread < kContext && thread < length) contexts[0][thread] = from.history[length - 1 - thread];
   __syncthreads();
@@ -109,7 +119,8 @@ __global__ void __launch_bounds__(kMaxNodes, 1)
       tree.sources[first + node] = best.source;
       row_depth[node] = depth;
     }
-    if (node > 0 && thread < kContext) contexts[node][thread] = thread ? contexts[best.parent][thread - 1] : best.token;
+    if (node > 0 && thread < kContext)
+      contexts[node][thread] = thread ? contexts[best.parent][thread - 1] : best.token;
     if (thread < kWarp && expands) {
       __syncwarp();
       const int64_t count = length + depth < kContext ? length + depth : kContext;
@@ -172,13 +183,15 @@ __global__ void __launch_bounds__(kMaxNodes, 1)
     }
     __syncthreads();
 
-    // Of equals come first those that wait already, whose parents are earlier nodes; then as listed.
+    // Of equals come first those that wait already, whose parents are earlier nodes; then as
+    // listed.
     Candidate other{};
     int my_place = kMaxNodes, other_place = kMaxNodes;
     if (thread + 1 < size) {
       other = waiting[thread + 1];
       other_place = thread;
-      for (uint64_t rest = found; rest; rest &= rest - 1) other_place += value[lowest_bit(rest)] > other.value;
+      for (uint64_t rest = found; rest; rest &= rest - 1)
+        other_place += value[lowest_bit(rest)] > other.value;
     }
     if (mine.source) {
       int low = 1, high = size;
@@ -215,23 +228,36 @@ __global__ void __launch_bounds__(kMaxNodes, 1)
 
 }  // namespace
 
-void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised, const Tensor& contexts,
-                const Tensor& heads, const Tensor& corpus, const Tensor& corpus_heads, const Tensor& factors,
-                int64_t max_depth, double foresight, const Tensor& tokens, const Tensor& parents,
+void draft_tree(const Tensor& history, const Tensor& lengths, const Tensor& denoised,
+                const Tensor& contexts, const Tensor& heads, const Tensor& corpus,
+                const Tensor& corpus_heads, const Tensor& factors, int64_t max_depth,
+                double foresight, const Tensor& tokens, const Tensor& parents,
                 const Tensor& probability, const Tensor& sources, void* stream) {
   const int64_t batch = history.shape[0], capacity = history.shape[1];
   const int nodes = static_cast<int>(tokens.shape[1]);
   if (batch == 0) return;
-  if (capacity == 0) throw std::invalid_argument("history has room for 0 tokens; expected at least 1");
+  if (capacity == 0)
+    throw std::invalid_argument("history has room for 0 tokens; expected at least 1");
   const DeviceGuard guard("draft_tree", history);
-  const Tables tables{history.as<int64_t>(),  lengths.as<int64_t>(), denoised.as<int32_t>(),
-                      contexts.as<int32_t>(), heads.as<int32_t>(),   corpus.as<int32_t>(),
-                      corpus_heads.as<int32_t>(), factors.as<double>(), capacity,
-                      denoised.shape[1],      contexts.shape[1],     heads.shape[2],
-                      corpus.shape[0],        corpus_heads.shape[1]};
-  const Tree tree{tokens.as<int64_t>(), parents.as<int32_t>(), probability.as<double>(), sources.as<int32_t>()};
-  launch("draft_tree", draft_tree_kernel, grid_x("draft_tree", batch), whole_warps(nodes > kListed ? nodes : kListed),
-         0, stream, tables, nodes, static_cast<int>(max_depth), foresight, tree);
+  const Tables tables{history.as<int64_t>(),
+                      lengths.as<int64_t>(),
+                      denoised.as<int32_t>(),
+                      contexts.as<int32_t>(),
+                      heads.as<int32_t>(),
+                      corpus.as<int32_t>(),
+                      corpus_heads.as<int32_t>(),
+                      factors.as<double>(),
+                      capacity,
+                      denoised.shape[1],
+                      contexts.shape[1],
+                      heads.shape[2],
+                      corpus.shape[0],
+                      corpus_heads.shape[1]};
+  const Tree tree{tokens.as<int64_t>(), parents.as<int32_t>(), probability.as<double>(),
+                  sources.as<int32_t>()};
+  launch("draft_tree", draft_tree_kernel, grid_x("draft_tree", batch),
+         whole_warps(nodes > kListed ? nodes : kListed), 0, stream, tables, nodes,
+         static_cast<int>(max_depth), foresight, tree);
 }
 
 }  // namespace msn::cuda

@@ -1,7 +1,8 @@
-// Where noise goes in every document of a batch, and what it is: one block a document, one segment after the other.
-// Its threads count the places where a segment may still start, the draw picks one of them by its rank, and one
-// thread a place draws the tokens. A document or given start outside its row counts as empty.
-// Bytes per document: reads 16 a token per segment (L1 after the first), writes 8 (1 + L) S.
+// Where noise goes in every document of a batch, and what it is: one block a document, one segment
+// after the other. Its threads count the places where a segment may still start, the draw picks one
+// of them by its rank, and one thread a place draws the tokens. A document or given start outside
+// its row counts as empty. Bytes per document: reads 16 a token per segment (L1 after the first),
+// writes 8 (1 + L) S.
 #include "../noise.h"
 #include "common.cuh"
 
@@ -18,7 +19,8 @@ struct Batch {
 
 // The sum over the block, in every thread; `scratch` may be used again at once.
 __device__ uint64_t block_sum(uint64_t value, uint64_t (&scratch)[kThreads / kWarp]) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kWholeWarp, value, distance);
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(kWholeWarp, value, distance);
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
   __syncthreads();
   value = 0;
@@ -36,13 +38,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   noise += blockIdx.x * options.segments * options.length;
   const int64_t row = document[0];
   const bool inside = row >= 0 && row < batch.rows;
-  const int64_t end = inside ? clamp(document[2], 0, batch.columns) : 0, begin = clamp(document[1], 0, end);
+  const int64_t end = inside ? clamp(document[2], 0, batch.columns) : 0,
+                begin = clamp(document[1], 0, end);
   const int64_t first = inside ? row * batch.columns : 0;
   const Document in{batch.input_ids + first, batch.labels + first, begin, end};
 
   uint64_t part = 0;
-  for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) part += identity_of(in.tokens[at], at - begin);
-  const int64_t key = static_cast<int64_t>(splitmix64(static_cast<uint64_t>(options.seed)) ^ block_sum(part, scratch));
+  for (int64_t at = begin + threadIdx.x; at < end; at += kThreads)
+    part += identity_of(in.tokens[at], at - begin);
+  const int64_t key = static_cast<int64_t>(splitmix64(static_cast<uint64_t>(options.seed)) ^
+                                           block_sum(part, scratch));
 
   int64_t count = 0;  // of segments so far
   const auto open = [&](int64_t at) {
@@ -80,7 +85,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t size = start < 0 ? 0 : segment_size(in, start, options.length);
     for (int64_t i = threadIdx.x; i < options.length; i += kThreads)
       noise[segment * options.length + i] =
-          i < size ? draw_token(in, start + i, key, segment, i, options, batch.keep, batch.kept) : -1;
+          i < size ? draw_token(in, start + i, key, segment, i, options, batch.keep, batch.kept)
+                   : -1;
     __syncthreads();  // everyone has read `found`, and the start that was given
     if (threadIdx.x == 0) starts[segment] = size > 0 ? start : -1;
     if (size == 0) continue;
@@ -95,14 +101,20 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-void draw_noise(const Tensor& input_ids, const Tensor& labels, const Tensor& documents, const Tensor& keep,
-                const NoiseOptions& options, const Tensor& starts, const Tensor& noise, void* stream) {
+void draw_noise(const Tensor& input_ids, const Tensor& labels, const Tensor& documents,
+                const Tensor& keep, const NoiseOptions& options, const Tensor& starts,
+                const Tensor& noise, void* stream) {
   if (documents.shape[0] == 0) return;
   const DeviceGuard guard("draw_noise", input_ids);
-  const Batch batch{input_ids.as<int64_t>(), labels.as<int64_t>(), documents.as<int64_t>(), keep.as<int64_t>(),
-                    input_ids.shape[0], input_ids.shape[1], keep.shape[0]};
-  launch("draw_noise", draw_noise_kernel, grid_x("draw_noise", documents.shape[0]), kThreads, 0, stream, batch, options,
-         starts.as<int64_t>(), noise.as<int64_t>());
+  const Batch batch{input_ids.as<int64_t>(),
+                    labels.as<int64_t>(),
+                    documents.as<int64_t>(),
+                    keep.as<int64_t>(),
+                    input_ids.shape[0],
+                    input_ids.shape[1],
+                    keep.shape[0]};
+  launch("draw_noise", draw_noise_kernel, grid_x("draw_noise", documents.shape[0]), kThreads, 0,
+         stream, batch, options, starts.as<int64_t>(), noise.as<int64_t>());
 }
 
 }  // namespace msn::cuda

@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads)
         tokens &= text[end - n] >= 0;
       }
       if (!tokens) break;
-      const int64_t slot = level * slots + static_cast<int64_t>(hash % static_cast<uint64_t>(slots));
+      const int64_t slot =
+          level * slots + static_cast<int64_t>(hash % static_cast<uint64_t>(slots));
       atomicMax(table + slot, static_cast<int32_t>(end));
     }
   }
@@ -41,14 +42,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void index_suffixes(const Tensor& heads, const Tensor& history, const Tensor& start, const Tensor& lengths,
-                    void* stream) {
+void index_suffixes(const Tensor& heads, const Tensor& history, const Tensor& start,
+                    const Tensor& lengths, void* stream) {
   const int64_t batch = history.shape[0];
   if (batch == 0 || heads.shape[2] == 0) return;
   const DeviceGuard guard("index_suffixes", history);
-  launch("index_suffixes", index_suffixes_kernel, grid_x("index_suffixes", batch), kThreads, 0, stream,
-         heads.as<int32_t>(), heads.shape[2], history.as<int64_t>(), history.shape[1], start.as<int64_t>(),
-         lengths.as<int64_t>());
+  launch("index_suffixes", index_suffixes_kernel, grid_x("index_suffixes", batch), kThreads, 0,
+         stream, heads.as<int32_t>(), heads.shape[2], history.as<int64_t>(), history.shape[1],
+         start.as<int64_t>(), lengths.as<int64_t>());
 }
 
 }  // namespace msn::cuda

@@ -15,8 +15,8 @@ namespace {
 constexpr int kThreads = 1024;
 
 __global__ void __launch_bounds__(kThreads)
-    lookup_ngram_kernel(const int64_t* history, int64_t capacity, const int64_t* lengths, int64_t max_ngram,
-                        int64_t wanted, int64_t* tokens, int64_t* matched) {
+    lookup_ngram_kernel(const int64_t* history, int64_t capacity, const int64_t* lengths,
+                        int64_t max_ngram, int64_t wanted, int64_t* tokens, int64_t* matched) {
   __shared__ int64_t scratch[kWarp];
   const int64_t row = blockIdx.x;
   const int64_t* text = history + row * capacity;
@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngram, const Tensor& tokens,
-                  const Tensor& matched, void* stream) {
+void lookup_ngram(const Tensor& history, const Tensor& lengths, int64_t max_ngram,
+                  const Tensor& tokens, const Tensor& matched, void* stream) {
   const int64_t batch = history.shape[0];
   if (batch == 0) return;
   const DeviceGuard guard("lookup_ngram", history);

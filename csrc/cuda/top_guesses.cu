@@ -8,7 +8,8 @@ namespace {
 
 template <typename T>
 __global__ void __launch_bounds__(kTopThreads)
-    top_guesses_kernel(const T* logits, int64_t stride, int vocabulary, bool wide, int32_t* guesses) {
+    top_guesses_kernel(const T* logits, int64_t stride, int vocabulary, bool wide,
+                       int32_t* guesses) {
   __shared__ TopShared shared;
   const int32_t guess = top_of_row(logits + blockIdx.x * stride, vocabulary, wide, shared);
   if (threadIdx.x < kGuesses) guesses[int64_t{blockIdx.x} * kGuesses + threadIdx.x] = guess;
@@ -21,9 +22,9 @@ void top_guesses(const Tensor& logits, const Tensor& guesses, void* stream) {
   const DeviceGuard guard("top_guesses", logits);
   with_logits(logits, [&](auto element) {
     using T = decltype(element);
-    launch("top_guesses", top_guesses_kernel<T>, grid_x("top_guesses", logits.shape[0]), kTopThreads, 0, stream,
-           logits.as<T>(), logits.strides[0], static_cast<int>(logits.shape[1]), whole_rows(logits, 16),
-           guesses.as<int32_t>());
+    launch("top_guesses", top_guesses_kernel<T>, grid_x("top_guesses", logits.shape[0]),
+           kTopThreads, 0, stream, logits.as<T>(), logits.strides[0],
+           static_cast<int>(logits.shape[1]), whole_rows(logits, 16), guesses.as<int32_t>());
   });
 }
 

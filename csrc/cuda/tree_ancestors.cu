@@ -17,20 +17,24 @@ __global__ void __launch_bounds__(kMaxNodes)
   const int node = threadIdx.x, n_words = words_for(nodes);
   if (node < nodes) row_parents[node] = parents[first + node];
   __syncthreads();
-  if (node < nodes) depth[first + node] = ancestors_of(row_parents, node, words + node * n_words, n_words);
+  if (node < nodes)
+    depth[first + node] = ancestors_of(row_parents, node, words + node * n_words, n_words);
   __syncthreads();
-  for (int w = threadIdx.x; w < nodes * n_words; w += blockDim.x) ancestors[first * n_words + w] = words[w];
+  for (int w = threadIdx.x; w < nodes * n_words; w += blockDim.x)
+    ancestors[first * n_words + w] = words[w];
 }
 
 }  // namespace
 
-void tree_ancestors(const Tensor& parents, const Tensor& ancestors, const Tensor& depth, void* stream) {
+void tree_ancestors(const Tensor& parents, const Tensor& ancestors, const Tensor& depth,
+                    void* stream) {
   const int nodes = static_cast<int>(parents.shape[parents.ndim - 1]);
   const int64_t batch = parents.ndim == 2 ? parents.shape[0] : 1;
   if (batch == 0) return;
   const DeviceGuard guard("tree_ancestors", parents);
-  launch("tree_ancestors", tree_ancestors_kernel, grid_x("tree_ancestors", batch), whole_warps(nodes), 0, stream,
-         parents.as<int32_t>(), nodes, ancestors.as<uint64_t>(), depth.as<int32_t>());
+  launch("tree_ancestors", tree_ancestors_kernel, grid_x("tree_ancestors", batch),
+         whole_warps(nodes), 0, stream, parents.as<int32_t>(), nodes, ancestors.as<uint64_t>(),
+         depth.as<int32_t>());
 }
 
 }  // namespace msn::cuda

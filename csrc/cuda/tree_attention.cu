@@ -1,5 +1,6 @@
-// Attention of the draft tree's nodes over the prefix and their own ancestors, and the choice of its kernel: tensor
-// cores (tree_attention_mma.cu) for 16-bit rows of whole 16 bytes, CUDA cores, below, for all others.
+// Attention of the draft tree's nodes over the prefix and their own ancestors, and the choice of
+// its kernel: tensor cores (tree_attention_mma.cu) for 16-bit rows of whole 16 bytes, CUDA cores,
+// below, for all others.
 //
 // One block per (row of the batch, key-value head, tile of 16 query rows); a query row is a node
 // and one of the query heads that share the key-value head, so keys and values are read once for
@@ -41,19 +42,21 @@ __device__ S warp_max(S x) {
 }
 template <typename S>
 __device__ S warp_sum(S x) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kWholeWarp, x, distance);
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    x += __shfl_xor_sync(kWholeWarp, x, distance);
   return x;
 }
 
-// Row length in shared memory: reads of four floats by 8 lanes in 8 different rows then hit all 32 banks.
+// Row length in shared memory: reads of four floats by 8 lanes in 8 different rows then hit all 32
+// banks.
 __host__ __device__ constexpr int key_pitch(int dim) { return 4 * ((dim + 3) / 4 | 1); }
 __host__ __device__ constexpr int query_pitch(int dim) { return (dim + 3) / 4 * 4; }
 
 // `count` rows of `width` values as sums into a tile of kKeys rows of `padded` values, zeros
 // around them. `wide` requires `width` and `padded` to be whole 16-byte chunks.
 template <typename T>
-__device__ void stage(const T* rows, int64_t stride, int count, int width, bool wide, Sum<T>* tile, int pitch,
-                      int padded) {
+__device__ void stage(const T* rows, int64_t stride, int count, int width, bool wide, Sum<T>* tile,
+                      int pitch, int padded) {
   constexpr int kChunk = 16 / sizeof(T);
   if (wide) {
     const int chunks = padded / kChunk;
@@ -61,14 +64,16 @@ __device__ void stage(const T* rows, int64_t stride, int count, int width, bool 
     for (int i = threadIdx.x; i < kKeys * chunks; i += kThreads) {
       const int row = i / chunks, column = i % chunks * kChunk;
       uint4 raw = make_uint4(0, 0, 0, 0);
-      if (row < count && column < width) raw = *reinterpret_cast<const uint4*>(rows + row * stride + column);
+      if (row < count && column < width)
+        raw = *reinterpret_cast<const uint4*>(rows + row * stride + column);
       const T* values = reinterpret_cast<const T*>(&raw);
       Sum<T>* to = tile + row * pitch + column;
       if constexpr (kChunk % 4 == 0) {
 #pragma unroll
         for (int x = 0; x < kChunk; x += 4)
           *reinterpret_cast<Four<Sum<T>>*>(to + x) = {to_float(values[x]), to_float(values[x + 1]),
-                                                      to_float(values[x + 2]), to_float(values[x + 3])};
+                                                      to_float(values[x + 2]),
+                                                      to_float(values[x + 3])};
       } else {
 #pragma unroll
         for (int x = 0; x < kChunk; ++x) to[x] = to_float(values[x]);
@@ -77,7 +82,8 @@ __device__ void stage(const T* rows, int64_t stride, int count, int width, bool 
   } else {
     for (int row = threadIdx.x / kWarp; row < kKeys; row += kWarps)
       for (int column = threadIdx.x % kWarp; column < padded; column += kWarp)
-        tile[row * pitch + column] = row < count && column < width ? to_float(rows[row * stride + column]) : Sum<T>{0};
+        tile[row * pitch + column] =
+            row < count && column < width ? to_float(rows[row * stride + column]) : Sum<T>{0};
   }
 }
 
@@ -102,8 +108,8 @@ __device__ void add_values(S (&sums)[kWarpRows][kColumns], const S (&weight)[kWa
   }
 }
 
-// kColumns: values of a head, in units of 32, one a lane. The blocks that a multiprocessor is asked to
-// hold are what shared memory allows; they bound the registers.
+// kColumns: values of a head, in units of 32, one a lane. The blocks that a multiprocessor is asked
+// to hold are what shared memory allows; they bound the registers.
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads, kColumns > 4 || sizeof(T) == 8 ? 2 : 4)
     tree_attention_kernel(const __grid_constant__ AttentionProblem<T> p) {
@@ -144,7 +150,8 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 || sizeof(T) == 8 ? 2 :
     for (int c = 0; c < kColumns; ++c) sums[r][c] = 0;
     const T* query = p.q + row * p.q_row + head * p.q_head + node[r] * p.q_node;
     for (int d = lane; d < q_pitch; d += kWarp)
-      queries[(warp * kWarpRows + r) * q_pitch + d] = exists && d < p.dim ? to_float(query[d]) : S{0};
+      queries[(warp * kWarpRows + r) * q_pitch + d] =
+          exists && d < p.dim ? to_float(query[d]) : S{0};
   }
 
   const T* k = p.k + row * p.k_row + kv_head * p.k_head;
@@ -154,7 +161,8 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 || sizeof(T) == 8 ? 2 :
     const int count = end - from < kKeys ? end - from : kKeys;
     const int64_t slot = first + from;
     stage(k + slot * p.k_slot, p.k_slot, count, p.dim, p.wide_k, keys, pitch, q_pitch);
-    stage(v + slot * p.v_slot, p.v_slot, count, p.v_dim, p.wide_v, values, kColumns * kWarp, kColumns * kWarp);
+    stage(v + slot * p.v_slot, p.v_slot, count, p.v_dim, p.wide_v, values, kColumns * kWarp,
+          kColumns * kWarp);
     __syncthreads();
 
     S score[kWarpRows] = {};
@@ -183,7 +191,8 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 || sizeof(T) == 8 ? 2 :
       const bool allowed = live[r] && lane < count && position >= start[r] &&
                            (in_prefix || has_bit(ancestors + node[r] * n_words, key_node));
       seen[r] = __ballot_sync(kWholeWarp, allowed);
-      dense = dense && (!live[r] || seen[r] == kWholeWarp);  // what a dead row sums up is not written
+      dense =
+          dense && (!live[r] || seen[r] == kWholeWarp);  // what a dead row sums up is not written
       S s = score[r] * static_cast<S>(p.scale);
       if (p.softcap > 0.0) s = static_cast<S>(p.softcap) * tanh(s / static_cast<S>(p.softcap));
       s = allowed ? s : S{-INFINITY};
@@ -212,35 +221,62 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 || sizeof(T) == 8 ? 2 :
     T* out = p.out + ((row * p.nodes + node[r]) * p.kv_heads * p.group + head) * p.v_dim;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
-      if (c * kWarp + lane < p.v_dim) from_float(any[r] ? sums[r][c] / weight : S{0}, out + c * kWarp + lane);
+      if (c * kWarp + lane < p.v_dim)
+        from_float(any[r] ? sums[r][c] / weight : S{0}, out + c * kWarp + lane);
   }
 }
 
 template <typename T, int kColumns>
 void launch_columns(AttentionProblem<T> p, int64_t batch, void* stream) {
   p.tiles = (p.nodes * p.group + kBlockRows - 1) / kBlockRows;
-  const size_t sums = kKeys * (key_pitch(p.dim) + kColumns * kWarp) + kBlockRows * query_pitch(p.dim);
+  const size_t sums =
+      kKeys * (key_pitch(p.dim) + kColumns * kWarp) + kBlockRows * query_pitch(p.dim);
   const size_t bytes = sums * sizeof(Sum<T>);
   if (bytes > 48 * 1024)  // more than a kernel gets unasked
     check("tree_attention", cudaFuncSetAttribute(tree_attention_kernel<T, kColumns>,
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  launch("tree_attention", tree_attention_kernel<T, kColumns>, grid_x("tree_attention", batch * p.kv_heads * p.tiles),
-         kThreads, bytes, stream, p);
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(bytes)));
+  launch("tree_attention", tree_attention_kernel<T, kColumns>,
+         grid_x("tree_attention", batch * p.kv_heads * p.tiles), kThreads, bytes, stream, p);
 }
 
 template <typename T>
-void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, const Tensor& offsets,
-         const Tensor& ancestors, const Tensor& sinks, const AttentionOptions& options, const Tensor& out,
-         void* stream) {
-  const int kv_heads = static_cast<int>(k.shape[1]), group = static_cast<int>(q.shape[1]) / kv_heads;
+void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
+         const Tensor& offsets, const Tensor& ancestors, const Tensor& sinks,
+         const AttentionOptions& options, const Tensor& out, void* stream) {
+  const int kv_heads = static_cast<int>(k.shape[1]),
+            group = static_cast<int>(q.shape[1]) / kv_heads;
   const int nodes = static_cast<int>(q.shape[2]), v_dim = static_cast<int>(v.shape[3]);
-  const AttentionProblem<T> p{q.as<T>(), k.as<T>(), v.as<T>(), sinks.as<T>(), out.as<T>(), lengths.as<int64_t>(),
-                              offsets.as<int64_t>(), ancestors.as<uint64_t>(), q.strides[0], q.strides[1], q.strides[2],
-                              k.strides[0], k.strides[1], k.strides[2], v.strides[0], v.strides[1], v.strides[2],
-                              ancestors.ndim == 3 ? int64_t{1} * nodes * words_for(nodes) : 0, k.shape[2],
-                              options.window, kv_heads, group, nodes, static_cast<int>(q.shape[3]), v_dim, 0,
-                              options.scale, options.softcap,
-                              whole_rows(k, 16), whole_rows(v, 16)};
+  const AttentionProblem<T> p{q.as<T>(),
+                              k.as<T>(),
+                              v.as<T>(),
+                              sinks.as<T>(),
+                              out.as<T>(),
+                              lengths.as<int64_t>(),
+                              offsets.as<int64_t>(),
+                              ancestors.as<uint64_t>(),
+                              q.strides[0],
+                              q.strides[1],
+                              q.strides[2],
+                              k.strides[0],
+                              k.strides[1],
+                              k.strides[2],
+                              v.strides[0],
+                              v.strides[1],
+                              v.strides[2],
+                              ancestors.ndim == 3 ? int64_t{1} * nodes * words_for(nodes) : 0,
+                              k.shape[2],
+                              options.window,
+                              kv_heads,
+                              group,
+                              nodes,
+                              static_cast<int>(q.shape[3]),
+                              v_dim,
+                              0,
+                              options.scale,
+                              options.softcap,
+                              whole_rows(k, 16),
+                              whole_rows(v, 16)};
   if constexpr (sizeof(T) == 2) {
     if (p.wide_k && p.wide_v && whole_rows(q, 4) && k.shape[2] < int64_t{1} << 30)
       return tree_attention_mma(p, q.shape[0], q.device_index, options.space, stream);
@@ -255,12 +291,13 @@ void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& length
 
 }  // namespace
 
-void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, const Tensor& offsets,
-                    const Tensor& ancestors, const Tensor& sinks, const AttentionOptions& options, const Tensor& out,
-                    void* stream) {
+void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
+                    const Tensor& offsets, const Tensor& ancestors, const Tensor& sinks,
+                    const AttentionOptions& options, const Tensor& out, void* stream) {
   if (q.shape[0] == 0 || q.shape[1] == 0) return;
   if (k.shape[2] > INT32_MAX - kMaxNodes)
-    throw std::invalid_argument("k_cache has " + std::to_string(k.shape[2]) + " slots; expected fewer than 2^31 - 256");
+    throw std::invalid_argument("k_cache has " + std::to_string(k.shape[2]) +
+                                " slots; expected fewer than 2^31 - 256");
   const DeviceGuard guard("tree_attention", q);
   const auto run_as = [&](auto element) {
     run<decltype(element)>(q, k, v, lengths, offsets, ancestors, sinks, options, out, stream);

@@ -1,21 +1,24 @@
-// Attention of the draft tree's nodes on tensor cores, the prefix split over blocks (flash-decoding).
+// Attention of the draft tree's nodes on tensor cores, the prefix split over blocks
+// (flash-decoding).
 //
-// A query row is a node and one of the query heads that share a key-value head, so that keys and values are
-// read once for all of them. A block takes kRows query rows and a stretch of the row's keys, tile by tile: while
-// it computes on one tile, the next is on its way (cp.async, two stages). A warp takes 16 query rows and,
-// where there are fewer rows than warps, a share of each tile's keys. Its scores stay in registers: they are the
-// weights' operand of the second product. The softmax is kept online, in float32 and to base 2.
+// A query row is a node and one of the query heads that share a key-value head, so that keys and
+// values are read once for all of them. A block takes kRows query rows and a stretch of the row's
+// keys, tile by tile: while it computes on one tile, the next is on its way (cp.async, two stages).
+// A warp takes 16 query rows and, where there are fewer rows than warps, a share of each tile's
+// keys. Its scores stay in registers: they are the weights' operand of the second product. The
+// softmax is kept online, in float32 and to base 2.
 //
-// Tiles inside the prefix and every row's window have no mask. In the others a row's keys are 64 bits that
-// tree.h gives. There a value may be NaN or infinite that some row must not see, and 0 x NaN is NaN: such values,
-// which are rare, are added apart from the product, to the rows that see them.
+// Tiles inside the prefix and every row's window have no mask. In the others a row's keys are 64
+// bits that tree.h gives. There a value may be NaN or infinite that some row must not see, and 0 x
+// NaN is NaN: such values, which are rare, are added apart from the product, to the rows that see
+// them.
 //
-// Every block leaves its sums in a workspace; the last one to arrive of those with the same query rows adds
-// them up, in their order whatever came first, and leaves its counter at 0 for the next launch. A block without company
-// writes the output at once.
+// Every block leaves its sums in a workspace; the last one to arrive of those with the same query
+// rows adds them up, in their order whatever came first, and leaves its counter at 0 for the next
+// launch. A block without company writes the output at once.
 //
-// Bytes: keys and values of the prefix once for every kRows query rows (more than once from L2), and for each
-// split and query row 4 (D_v + 2) written and read. Not yet run on a GPU.
+// Bytes: keys and values of the prefix once for every kRows query rows (more than once from L2),
+// and for each split and query row 4 (D_v + 2) written and read. Not yet run on a GPU.
 #include <type_traits>
 
 #include "mma.cuh"
@@ -32,22 +35,25 @@ constexpr float kLog2E = 1.4426950408889634f;
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
 
-// Sizes that follow from the head size and from how many of the four warps stand side by side on query rows.
+// Sizes that follow from the head size and from how many of the four warps stand side by side on
+// query rows.
 template <int kDim, int kRowWarps>
 struct Shape {
   static constexpr int kRows = kRowWarps * kMmaRows;
   static constexpr int kKeyWarps = kWarps / kRowWarps;
   static constexpr int kKeys = kDim > 128 ? 32 : 64;  // of a tile
   static constexpr int kWarpKeys = kKeys / kKeyWarps;
-  static constexpr int kPitch = kDim + kChunk;  // 8 rows of a matrix then lie in 8 different groups of banks
-  static constexpr int kStage = 2 * kKeys * kPitch;  // keys and values
+  static constexpr int kPitch =
+      kDim + kChunk;  // 8 rows of a matrix then lie in 8 different groups of banks
+  static constexpr int kStage = 2 * kKeys * kPitch;   // keys and values
   static constexpr bool kSharedQueries = kDim > 128;  // where they do not fit into the registers
   static constexpr int kQueries = 2 * kStage;         // where they begin
   static constexpr int kBytes = 2 * (2 * kStage + (kSharedQueries ? kRows * kPitch : 0));
   // What a block leaves in the workspace is to be less than half of what it read.
   static constexpr int kLeastTiles = 2 * kRows > kKeys ? 2 * kRows / kKeys : 1;
   static_assert(kWarpKeys % kMmaRows == 0 && kWarpKeys <= kWordBits);
-  static_assert(kWarps * kMmaRows * (kDim + 2) * 4 <= kBytes, "the sums take the place of the tiles");
+  static_assert(kWarps * kMmaRows * (kDim + 2) * 4 <= kBytes,
+                "the sums take the place of the tiles");
 };
 
 template <typename T>
@@ -86,11 +92,14 @@ __device__ void fetch(const T* rows, int64_t stride, int count, int width, uint1
 }
 
 // What weights are relative to, given the largest score.
-__device__ float base_of(float largest) { return largest == -INFINITY ? 0.0f : largest; }  // not -inf - -inf
+__device__ float base_of(float largest) {
+  return largest == -INFINITY ? 0.0f : largest;
+}  // not -inf - -inf
 
 template <typename T, int kDim, int kRowWarps>
 __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
-    tree_attention_mma_kernel(const __grid_constant__ AttentionProblem<T> p, float* partial, int* arrived, int most_splits) {
+    tree_attention_mma_kernel(const __grid_constant__ AttentionProblem<T> p, float* partial,
+                              int* arrived, int most_splits) {
   using S = Shape<kDim, kRowWarps>;
   extern __shared__ uint4 shared[];
   uint16_t* stages = reinterpret_cast<uint16_t*>(shared);
@@ -100,7 +109,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   const int kv_head = blockIdx.x / p.tiles / most_splits % p.kv_heads;
   const int row = blockIdx.x / p.tiles / most_splits / p.kv_heads;
   const RowKeys keys = p.keys_of(row);
-  const int begin = static_cast<int>(window_start(keys.prefix, p.window));  // no live node sees what is before
+  const int begin =
+      static_cast<int>(window_start(keys.prefix, p.window));  // no live node sees what is before
   const Split plan((keys.end - begin + S::kKeys - 1) / S::kKeys, most_splits, S::kLeastTiles);
   if (split >= plan.blocks) return;
   const int from = begin + split * plan.tiles * S::kKeys;
@@ -113,14 +123,16 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   const auto fetch_tile = [&](int tile_from, int stage) {
     uint16_t* at = stages + stage * S::kStage;
     const int count = min(S::kKeys, keys.end - tile_from);
-    fetch<T, S::kKeys, kDim, S::kPitch>(k + int64_t{tile_from} * p.k_slot, p.k_slot, count, p.dim, at);
+    fetch<T, S::kKeys, kDim, S::kPitch>(k + int64_t{tile_from} * p.k_slot, p.k_slot, count, p.dim,
+                                        at);
     fetch<T, S::kKeys, kDim, S::kPitch>(v + int64_t{tile_from} * p.v_slot, p.v_slot, count, p.v_dim,
                                         at + S::kKeys * S::kPitch);
     commit_copies();
   };
   if (from < to) fetch_tile(from, 0);
 
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4, pair = lane % 4 * 2;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4,
+            pair = lane % 4 * 2;
   const int key_share = warp / kRowWarps * S::kWarpKeys;
   const int first_row = tile_rows * S::kRows + warp % kRowWarps * kMmaRows + group;
   const int n_words = words_for(p.nodes);
@@ -131,13 +143,15 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   uint16_t* queries = stages + S::kQueries + warp % kRowWarps * kMmaRows * S::kPitch;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int node = (first_row + 8 * r) / p.group, head = kv_head * p.group + (first_row + 8 * r) % p.group;
+    const int node = (first_row + 8 * r) / p.group,
+              head = kv_head * p.group + (first_row + 8 * r) % p.group;
     const bool exists = node < p.nodes;
     const T* from_row = p.q + row * p.q_row + head * p.q_head + (exists ? node : 0) * p.q_node;
 #pragma unroll
     for (int d = 0; d < kDim / 8; ++d) {
       const int column = d * 8 + pair;
-      const uint32_t both = exists && column < p.dim ? *reinterpret_cast<const uint32_t*>(from_row + column) : 0;
+      const uint32_t both =
+          exists && column < p.dim ? *reinterpret_cast<const uint32_t*>(from_row + column) : 0;
       if constexpr (!S::kSharedQueries)
         query[d / 2][d % 2 * 2 + r] = both;
       else if (key_share == 0)
@@ -157,12 +171,14 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
     float score[S::kWarpKeys / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kDim; d += 16) {
-      uint32_t(&a)[4] = query[S::kSharedQueries ? 0 : d / 16];
-      if constexpr (S::kSharedQueries) load_matrices(a, queries + lane % 16 * S::kPitch + d + lane / 16 * 8);
+      uint32_t (&a)[4] = query[S::kSharedQueries ? 0 : d / 16];
+      if constexpr (S::kSharedQueries)
+        load_matrices(a, queries + lane % 16 * S::kPitch + d + lane / 16 * 8);
 #pragma unroll
       for (int key = 0; key < S::kWarpKeys; key += 16) {
         uint32_t b[4];
-        load_matrices(b, tile_keys + (key + lane / 16 * 8 + lane % 8) * S::kPitch + d + lane / 8 % 2 * 8);
+        load_matrices(
+            b, tile_keys + (key + lane / 16 * 8 + lane % 8) * S::kPitch + d + lane / 8 % 2 * 8);
         multiply_add<T>(score[key / 8], a, b[0], b[1]);
         multiply_add<T>(score[key / 8 + 1], a, b[2], b[3]);
       }
@@ -199,7 +215,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
     for (int r = 0; r < 2; ++r) {
       float most = largest[r];
 #pragma unroll
-      for (int n = 0; n < S::kWarpKeys / 8; ++n) most = fmaxf(most, fmaxf(score[n][2 * r], score[n][2 * r + 1]));
+      for (int n = 0; n < S::kWarpKeys / 8; ++n)
+        most = fmaxf(most, fmaxf(score[n][2 * r], score[n][2 * r + 1]));
       most = quad_max(most);
       const float base = base_of(most), fade = exp2f(largest[r] - base);
       largest[r] = most;
@@ -207,7 +224,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
 #pragma unroll
       for (int n = 0; n < S::kWarpKeys / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) total[r] += score[n][2 * r + i] = exp2f(score[n][2 * r + i] - base);
+        for (int i = 0; i < 2; ++i)
+          total[r] += score[n][2 * r + i] = exp2f(score[n][2 * r + i] - base);
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d) {
         sums[d][2 * r] *= fade;
@@ -215,12 +233,14 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
       }
     }
 
-    // Of each query row, g and g + 8: what it sees of the values that are not finite; these then count as 0.
+    // Of each query row, g and g + 8: what it sees of the values that are not finite; these then
+    // count as 0.
     if (masked) {  // the same for all threads of the block
       uint16_t* all = stages + stage * S::kStage + S::kKeys * S::kPitch;
       bool tainted = false;
 #pragma unroll 1
-      for (int i = threadIdx.x; i < S::kKeys * kDim; i += kThreads) tainted |= !finite<T>(all[i / kDim * S::kPitch + i % kDim]);
+      for (int i = threadIdx.x; i < S::kKeys * kDim; i += kThreads)
+        tainted |= !finite<T>(all[i / kDim * S::kPitch + i % kDim]);
       if (__syncthreads_or(tainted)) {
 #pragma unroll 1
         for (int key = 0; key < S::kWarpKeys; ++key)
@@ -246,20 +266,22 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
 
 #pragma unroll
     for (int key = 0; key < S::kWarpKeys; key += 16) {
-      const float(&low)[4] = score[key / 8], (&high)[4] = score[key / 8 + 1];
-      const uint32_t weights[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
-                                   pack<T>(high[2], high[3])};
+      const float (&low)[4] = score[key / 8], (&high)[4] = score[key / 8 + 1];
+      const uint32_t weights[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
+                                   pack<T>(high[0], high[1]), pack<T>(high[2], high[3])};
 #pragma unroll
       for (int d = 0; d < kDim; d += 16) {
         uint32_t b[4];
-        load_matrices_transposed(b, tile_values + (key + lane % 16) * S::kPitch + d + lane / 16 * 8);
+        load_matrices_transposed(b,
+                                 tile_values + (key + lane % 16) * S::kPitch + d + lane / 16 * 8);
         multiply_add<T>(sums[d / 8], weights, b[0], b[1]);
         multiply_add<T>(sums[d / 8 + 1], weights, b[2], b[3]);
       }
     }
   }
 
-  // All warps' sums into shared memory, where the tiles were: per warp and row the sums, then largest and total.
+  // All warps' sums into shared memory, where the tiles were: per warp and row the sums, then
+  // largest and total.
   constexpr int kSums = kDim + 2;
   float* left = reinterpret_cast<float*>(shared);
   __syncthreads();
@@ -279,9 +301,13 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   }
   __syncthreads();
 
-  // The `count` sums of a row, kRows rows apart: a lane every 32nd column, and the row's largest and total.
-  const auto merged = [lane](const auto& read, int r, int count, float(&sum)[kDim / kWarp], float& most, float& weight) {
-    const auto at = [&](int i, int column) { return read((int64_t{i} * S::kRows + r) * kSums + column); };
+  // The `count` sums of a row, kRows rows apart: a lane every 32nd column, and the row's largest
+  // and total.
+  const auto merged = [lane](const auto& read, int r, int count, float (&sum)[kDim / kWarp],
+                             float& most, float& weight) {
+    const auto at = [&](int i, int column) {
+      return read((int64_t{i} * S::kRows + r) * kSums + column);
+    };
     most = -INFINITY;
     for (int i = 0; i < count; ++i) most = fmaxf(most, at(i, kDim));
     weight = 0.0f;
@@ -294,8 +320,9 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
       for (int c = 0; c < kDim / kWarp; ++c) sum[c] = fmaf(at(i, c * kWarp + lane), share, sum[c]);
     }
   };
-  const auto write = [&](int r, const float(&sum)[kDim / kWarp], float most, float weight) {
-    const int node = (tile_rows * S::kRows + r) / p.group, head = kv_head * p.group + (tile_rows * S::kRows + r) % p.group;
+  const auto write = [&](int r, const float (&sum)[kDim / kWarp], float most, float weight) {
+    const int node = (tile_rows * S::kRows + r) / p.group,
+              head = kv_head * p.group + (tile_rows * S::kRows + r) % p.group;
     if (node >= p.nodes) return;
     float share = 1.0f;
     if (p.sinks) {
@@ -345,11 +372,13 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
 }
 
 // Blocks to cut the keys into, at most, so that every multiprocessor has two.
-int most_splits(const char* op, int device, int64_t tasks, int64_t slots, int keys, int least_tiles) {
+int most_splits(const char* op, int device, int64_t tasks, int64_t slots, int keys,
+                int least_tiles) {
   int processors = 0;
   check(op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   const int64_t stretch = int64_t{keys} * least_tiles;
-  return static_cast<int>(clamp(2 * processors / (tasks > 0 ? tasks : 1), 1, clamp((slots + stretch - 1) / stretch, 1, 64)));
+  return static_cast<int>(clamp(2 * processors / (tasks > 0 ? tasks : 1), 1,
+                                clamp((slots + stretch - 1) / stretch, 1, 64)));
 }
 
 struct Plan {
@@ -379,37 +408,46 @@ auto with_shape(int64_t dim, int64_t rows, const F& f) {
 }
 
 template <typename T, int kDim, int kRowWarps>
-void launch_shape(AttentionProblem<T> p, int64_t batch, int device, const AttentionSpace& space, void* stream) {
+void launch_shape(AttentionProblem<T> p, int64_t batch, int device, const AttentionSpace& space,
+                  void* stream) {
   using S = Shape<kDim, kRowWarps>;
-  Plan plan = plan_for<kDim, kRowWarps>(batch, p.kv_heads, int64_t{1} * p.nodes * p.group, p.slots, device);
+  Plan plan =
+      plan_for<kDim, kRowWarps>(batch, p.kv_heads, int64_t{1} * p.nodes * p.group, p.slots, device);
   if (space.floats < plan.floats || space.counters < plan.tasks) plan.splits = 1;
   p.tiles = plan.tiles;
   const auto kernel = tree_attention_mma_kernel<T, kDim, kRowWarps>;
   if (S::kBytes > 48 * 1024)  // more than a kernel gets unasked
-    check("tree_attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
-  launch("tree_attention", kernel, grid_x("tree_attention", plan.tasks * plan.splits), kThreads, S::kBytes, stream, p,
-         space.partial, space.arrived, plan.splits);
+    check("tree_attention",
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
+  launch("tree_attention", kernel, grid_x("tree_attention", plan.tasks * plan.splits), kThreads,
+         S::kBytes, stream, p, space.partial, space.arrived, plan.splits);
 }
 
 }  // namespace
 
 AttentionSpace attention_space(const Tensor& q, const Tensor& k, const Tensor& v) {
-  const int64_t rows = q.shape[2] * (q.shape[1] / k.shape[1]), dim = q.shape[3] > v.shape[3] ? q.shape[3] : v.shape[3];
+  const int64_t rows = q.shape[2] * (q.shape[1] / k.shape[1]),
+                dim = q.shape[3] > v.shape[3] ? q.shape[3] : v.shape[3];
   return with_shape(dim, rows, [&](auto padded, auto row_warps) {
-    const Plan plan = plan_for<decltype(padded)::value, decltype(row_warps)::value>(q.shape[0], k.shape[1], rows, k.shape[2],
-                                                                                   q.device_index);
+    const Plan plan = plan_for<decltype(padded)::value, decltype(row_warps)::value>(
+        q.shape[0], k.shape[1], rows, k.shape[2], q.device_index);
     return AttentionSpace{nullptr, nullptr, plan.floats, plan.splits == 1 ? 0 : plan.tasks};
   });
 }
 
 template <typename T>
-void tree_attention_mma(const AttentionProblem<T>& p, int64_t batch, int device, const AttentionSpace& space, void* stream) {
-  with_shape(p.dim > p.v_dim ? p.dim : p.v_dim, int64_t{1} * p.nodes * p.group, [&](auto padded, auto row_warps) {
-    launch_shape<T, decltype(padded)::value, decltype(row_warps)::value>(p, batch, device, space, stream);
-  });
+void tree_attention_mma(const AttentionProblem<T>& p, int64_t batch, int device,
+                        const AttentionSpace& space, void* stream) {
+  with_shape(p.dim > p.v_dim ? p.dim : p.v_dim, int64_t{1} * p.nodes * p.group,
+             [&](auto padded, auto row_warps) {
+               launch_shape<T, decltype(padded)::value, decltype(row_warps)::value>(
+                   p, batch, device, space, stream);
+             });
 }
 
-template void tree_attention_mma(const AttentionProblem<__half>&, int64_t, int, const AttentionSpace&, void*);
-template void tree_attention_mma(const AttentionProblem<__nv_bfloat16>&, int64_t, int, const AttentionSpace&, void*);
+template void tree_attention_mma(const AttentionProblem<__half>&, int64_t, int,
+                                 const AttentionSpace&, void*);
+template void tree_attention_mma(const AttentionProblem<__nv_bfloat16>&, int64_t, int,
+                                 const AttentionSpace&, void*);
 
 }  // namespace msn::cuda

@@ -29,11 +29,14 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C, 141 where the
-        reader of stdout has gone. Errors are one line on stderr; ``MSN_DEBUG=1`` adds the traceback.
+        reader of stdout has gone. Errors are one line on stderr; ``MSN_DEBUG=1`` adds the
+        traceback.
     """
     try:
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no error
+            sys.stdout.reconfigure(
+                errors="replace"
+            )  # a terminal that cannot show a character is no error
         arguments = _parser().parse_args(argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
@@ -56,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="msn", description="Several tokens per forward pass from a causal language model, with unchanged output."
+        prog="msn",
+        description=(
+            "Several tokens per forward pass from a causal language model, with unchanged output."
+        ),
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -29,25 +29,38 @@ def add_draft_option(parser: argparse.ArgumentParser) -> None:
         "--draft",
         choices=DRAFTS,
         default="auto",
-        help="where guesses come from: everything that is known, as much of it as pays (auto), the paper's tree of 69 "
-        "nodes, a Jacobi chain, look-up in the text so far, its longest repetition, Token Recycling, Lookahead decoding, "
-        "or none, which is plain decoding (default: auto)",
+        help=(
+            "where guesses come from: everything that is known, as much of it as pays (auto), the"
+            " paper's tree of 69 nodes, a Jacobi chain, look-up in the text so far, its longest"
+            " repetition, Token Recycling, Lookahead decoding, or none, which is plain decoding"
+            " (default: auto)"
+        ),
     )
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if it can be used, else cpu)")
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1 … (default: cuda if it can be used, else cpu)"
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights (default: as they are stored)"
+    )
     add_device_option(parser)
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from standard input")
-    parser.add_argument("--raw", action="store_true", help="the prompt as it is, without the model's chat template")
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from standard input"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="the prompt as it is, without the model's chat template"
+    )
 
 
 def load(name: str | None, dtype: str | None, device: str | None):
@@ -113,7 +126,9 @@ def _tokenizer_of(source: str, name: str):
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
-        raise CommandError(f"--model {name}: its tokenizer is missing or cannot be loaded") from error
+        raise CommandError(
+            f"--model {name}: its tokenizer is missing or cannot be loaded"
+        ) from error
 
 
 def _source(name: str) -> tuple[str, bool]:
@@ -124,7 +139,9 @@ def _source(name: str) -> tuple[str, bool]:
         raise CommandError(f"--model {name}: a file; expected a folder or a hub id")
     if not local and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise CommandError(f"--model {name}: no such folder")
-    if local and not any(os.path.isfile(os.path.join(folder, file)) for file in ("config.json", ADAPTER)):
+    if local and not any(
+        os.path.isfile(os.path.join(folder, file)) for file in ("config.json", ADAPTER)
+    ):
         raise CommandError(f"--model {name}: no config.json in this folder, so it holds no model")
     return (folder if local else name), local
 
@@ -152,9 +169,14 @@ def _checked_device(name: str) -> str:
         if not torch.cuda.is_available():
             raise CommandError(f"--device {name}: torch finds no CUDA device here")
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise CommandError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+            raise CommandError(
+                f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted"
+                " from 0"
+            )
         if not msn_ext.build_info()["cuda"]:
-            raise CommandError(f"--device {name}: msn_ext has no CUDA kernels here; reinstall it with nvcc on PATH")
+            raise CommandError(
+                f"--device {name}: msn_ext has no CUDA kernels here; reinstall it with nvcc on PATH"
+            )
     return name
 
 
@@ -162,7 +184,10 @@ def tokens_of(tokenizer, prompt: str, chat: bool):
     """The prompt's tokens [1, P]."""
     if chat and tokenizer.chat_template:
         return tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         )["input_ids"]
     return tokenizer(prompt, return_tensors="pt")["input_ids"]
 
@@ -176,10 +201,16 @@ def encode(model, tokenizer, prompt: str, chat: bool, max_new_tokens: int):
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context is not None:
         if length >= context:
-            raise CommandError(f"the prompt has {length} tokens; the model's context holds {context}, answer included")
+            raise CommandError(
+                f"the prompt has {length} tokens; the model's context holds {context}, answer"
+                " included"
+            )
         if length + max_new_tokens > context:
             max_new_tokens = context - length
-            print(f"msn: the model's context leaves room for {max_new_tokens} new tokens", file=sys.stderr)
+            print(
+                f"msn: the model's context leaves room for {max_new_tokens} new tokens",
+                file=sys.stderr,
+            )
     return input_ids.to(model.device), max_new_tokens
 
 
@@ -204,7 +235,12 @@ def positive_int(text: str) -> int:
 
 
 def from_to(least: int, most: int):
-    return functools.partial(number, kind=int, holds=lambda value: least <= value <= most, expected=f"a whole number from {least} to {most}")
+    return functools.partial(
+        number,
+        kind=int,
+        holds=lambda value: least <= value <= most,
+        expected=f"a whole number from {least} to {most}",
+    )
 
 
 def positive_float(text: str) -> float:
@@ -239,8 +275,12 @@ def status(text: str):
 
 
 def one_line(error: Exception) -> str:
-    """The first line of a message; errors of kinds that are not made for readers also say their kind."""
+    """The first line of a message; errors of kinds that are not made for readers also say their
+    kind.
+    """
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if message and (isinstance(error, (CommandError, OSError, ValueError)) or type(error) is RuntimeError):
+    if message and (
+        isinstance(error, (CommandError, OSError, ValueError)) or type(error) is RuntimeError
+    ):
         return message
     return f"{type(error).__name__}: {message} (MSN_DEBUG=1 shows the traceback)"

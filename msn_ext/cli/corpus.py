@@ -11,8 +11,11 @@ def add(subparsers) -> None:
     parser = subparsers.add_parser(
         "corpus",
         help="index texts of your own, so that generate --corpus drafts from them",
-        description="Index texts that answers may repeat, such as templates, a code base or earlier answers, for models "
-        "with one tokenizer. generate --corpus looks there for what followed the last words.",
+        description=(
+            "Index texts that answers may repeat, such as templates, a code base or earlier"
+            " answers, for models with one tokenizer. generate --corpus looks there for what"
+            " followed the last words."
+        ),
     )
     parser.add_argument(
         "files",
@@ -20,7 +23,9 @@ def add(subparsers) -> None:
         metavar="FILE",
         help="a text, or JSON lines (.jsonl, .gz too) with text, or with prompt and response",
     )
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="whose tokenizer to use (default: the demo model)")
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help="whose tokenizer to use (default: the demo model)"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parser.set_defaults(run=run)
 
@@ -30,7 +35,10 @@ def run(arguments) -> int:
     output = os.path.expanduser(arguments.output)
     if os.path.isdir(output) or not os.path.isdir(os.path.dirname(output) or "."):
         raise UsageError(f"--output {arguments.output}: expected a file in a folder that exists")
-    if any(os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path) for path in files):
+    if any(
+        os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
+        for path in files
+    ):
         raise UsageError(f"--output {arguments.output}: one of the texts; it would be overwritten")
 
     from msn_ext import Corpus
@@ -42,11 +50,18 @@ def run(arguments) -> int:
             raise CommandError(f"{path}: no such file")
     tokenizer, vocabulary = load_tokenizer(arguments.model)
     texts = (text for path in files for text in documents(path))
-    tokens = (row for batch in batches(texts) for row in tokenizer(batch, add_special_tokens=False)["input_ids"])
+    tokens = (
+        row
+        for batch in batches(texts)
+        for row in tokenizer(batch, add_special_tokens=False)["input_ids"]
+    )
     start = time.perf_counter()
     with quiet_transformers():
         corpus = Corpus.build(tokens, vocabulary, progress=sys.stderr.isatty())
     corpus.save(output)
     seconds = time.perf_counter() - start
-    print(f"{len(corpus.tokens):,} tokens, {corpus.nbytes:,} bytes, {seconds:.1f} seconds; kept in {arguments.output}")
+    print(
+        f"{len(corpus.tokens):,} tokens, {corpus.nbytes:,} bytes, {seconds:.1f} seconds; kept in"
+        f" {arguments.output}"
+    )
     return 0

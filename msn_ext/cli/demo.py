@@ -5,14 +5,25 @@ import random
 import sys
 from collections import Counter
 
-from .common import add_device_option, add_draft_option, checked_prompt, encode, load, positive_int, status
+from .common import (
+    add_device_option,
+    add_draft_option,
+    checked_prompt,
+    encode,
+    load,
+    positive_int,
+    status,
+)
 from .runs import PassStreamer, Run, timed, timed_plain
 
 PROMPTS = (
     "Explain in simple words why the sky is blue.",
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
     "Write a Python function that returns the first n prime numbers, then explain it step by step.",
-    "Give me a recipe for pancakes: first the ingredients as a list, then the steps as a numbered list.",
+    (
+        "Give me a recipe for pancakes: first the ingredients as a list, then the steps as a"
+        " numbered list."
+    ),
 )
 
 
@@ -20,12 +31,20 @@ def add(subparsers) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="stream an answer of a small model, then compare with plain decoding",
-        description="Stream an answer of SmolLM2-135M-Instruct, the tokens of one forward pass in one colour, then "
-        "decode the same prompt plainly and compare.",
+        description=(
+            "Stream an answer of SmolLM2-135M-Instruct, the tokens of one forward pass in one"
+            " colour, then decode the same prompt plainly and compare."
+        ),
     )
-    parser.add_argument("prompt", nargs="?", help="what to ask (default: one of a few built-in prompts)")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N", help="(default: 128)")
-    parser.add_argument("--no-color", action="store_true", help="mark passes with ‹ › (as does NO_COLOR)")
+    parser.add_argument(
+        "prompt", nargs="?", help="what to ask (default: one of a few built-in prompts)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=128, metavar="N", help="(default: 128)"
+    )
+    parser.add_argument(
+        "--no-color", action="store_true", help="mark passes with ‹ › (as does NO_COLOR)"
+    )
     add_draft_option(parser)
     add_device_option(parser)
     parser.set_defaults(run=run)
@@ -58,7 +77,9 @@ def run(arguments) -> int:
     return 0
 
 
-def comparison(drafted: "Run", plain: "Run", draft: str, device: str, tokenizer, color: bool = False) -> str:
+def comparison(
+    drafted: "Run", plain: "Run", draft: str, device: str, tokenizer, color: bool = False
+) -> str:
     """The demo's closing table.
 
     Args:
@@ -85,21 +106,36 @@ def comparison(drafted: "Run", plain: "Run", draft: str, device: str, tokenizer,
         lines.append(f"            Slower here: {gain}.")
         if device == "cpu":
             nodes = "each of its 69 nodes" if draft == "paper" else "each guess"
-            lines.append(f"            A CPU pays for {nodes}; a GPU, busy with reading the weights, should hardly notice.")
+            lines.append(
+                f"            A CPU pays for {nodes}; a GPU, busy with reading the weights, should"
+                " hardly notice."
+            )
 
-    shown = "one colour a pass, plain for one token" if color else "‹ › around a pass that gained several"
-    lines += ["", f"Tokens gained by a pass (in the text above: {shown}):", histogram(drafted.accept_lengths)]
+    shown = (
+        "one colour a pass, plain for one token"
+        if color
+        else "‹ › around a pass that gained several"
+    )
+    lines += [
+        "",
+        f"Tokens gained by a pass (in the text above: {shown}):",
+        histogram(drafted.accept_lengths),
+    ]
     return "\n".join(lines)
 
 
 def _same_text(drafted: list[int], plain: list[int], tokenizer) -> str:
     if drafted == plain:
         return f"yes, all {len(plain)} tokens"
-    at = next((i for i, pair in enumerate(zip(drafted, plain)) if pair[0] != pair[1]), min(len(drafted), len(plain)))
+    at = next(
+        (i for i, pair in enumerate(zip(drafted, plain)) if pair[0] != pair[1]),
+        min(len(drafted), len(plain)),
+    )
     ours, theirs = (tokenizer.decode(tokens[at : at + 1]) for tokens in (drafted, plain))
     return (
         f"no, from token {at + 1} of {len(plain)} on: {ours!r} here, {theirs!r} in plain decoding\n"
-        "            (where two tokens are almost equally likely, rounding in 16 or 32 bit may decide)"
+        "            (where two tokens are almost equally likely, rounding in 16 or 32 bit may"
+        " decide)"
     )
 
 

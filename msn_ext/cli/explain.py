@@ -21,8 +21,11 @@ def add(subparsers) -> None:
     parser = subparsers.add_parser(
         "explain",
         help="draw one step's draft tree and what the model accepted of it",
-        description="Decode greedily with best-first draft trees and draw one forward pass: the tree of guesses, where "
-        "they come from, how probable they were, and the path that the model accepted.",
+        description=(
+            "Decode greedily with best-first draft trees and draw one forward pass: the tree of"
+            " guesses, where they come from, how probable they were, and the path that the model"
+            " accepted."
+        ),
     )
     add_model_options(parser)
     add_prompt_options(parser)
@@ -43,12 +46,16 @@ def add(subparsers) -> None:
     )
     parser.add_argument(
         "--nodes",
-        type=lambda text: number(text, int, lambda value: 1 <= value <= 256, "a whole number of 1 to 256"),
+        type=lambda text: number(
+            text, int, lambda value: 1 <= value <= 256, "a whole number of 1 to 256"
+        ),
         default=32,
         metavar="N",
         help="per tree, root included (default: 32)",
     )
-    parser.add_argument("--max-new-tokens", type=positive_int, default=48, metavar="N", help="(default: 48)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=48, metavar="N", help="(default: 48)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -63,16 +70,23 @@ def run(arguments) -> int:
 
     model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
     with quiet_transformers():
-        input_ids, limit = encode(model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens)
+        input_ids, limit = encode(
+            model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens
+        )
         steps = record(model, input_ids, arguments.nodes, limit)
     if not steps:
-        raise CommandError("the prompt's own pass gained the whole answer: there is no tree; try more --max-new-tokens")
+        raise CommandError(
+            "the prompt's own pass gained the whole answer: there is no tree; try more"
+            " --max-new-tokens"
+        )
     if arguments.number is None:
         step = max(steps, key=lambda step: step.kept)
     elif arguments.number <= len(steps):
         step = steps[arguments.number - 1]
     else:
-        raise CommandError(f"--pass {arguments.number}: behind the prompt's pass there were only {len(steps)}")
+        raise CommandError(
+            f"--pass {arguments.number}: behind the prompt's pass there were only {len(steps)}"
+        )
     if svg is not None:
         picture = as_svg(step, tokenizer, arguments.min_probability)
         try:

@@ -25,30 +25,58 @@ def add(subparsers) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="generate with any causal language model",
-        description="Generate with any causal language model of transformers, several tokens per forward pass.",
+        description=(
+            "Generate with any causal language model of transformers, several tokens per forward"
+            " pass."
+        ),
     )
     add_model_options(parser)
     add_prompt_options(parser)
-    parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=256, metavar="N", help="(default: 256)"
+    )
     add_draft_option(parser)
-    parser.add_argument("--corpus", metavar="FILE", help="also draft from texts that msn corpus indexed for this model")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    parser.add_argument(
+        "--corpus",
+        metavar="FILE",
+        help="also draft from texts that msn corpus indexed for this model",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the text"
+    )
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
-    sampling.add_argument("--temperature", type=positive_float, metavar="T", help="above 1: more even")
-    sampling.add_argument("--top-k", type=positive_int, metavar="K", help="only the K likeliest tokens")
-    sampling.add_argument("--top-p", type=probability, metavar="P", help="only the likeliest tokens whose probabilities make up P")
-    sampling.add_argument("--seed", type=int, metavar="S", help="a seed gives the same text whatever the draft")
+    sampling.add_argument(
+        "--do-sample", action="store_true", help="sample instead of taking the likeliest token"
+    )
+    sampling.add_argument(
+        "--temperature", type=positive_float, metavar="T", help="above 1: more even"
+    )
+    sampling.add_argument(
+        "--top-k", type=positive_int, metavar="K", help="only the K likeliest tokens"
+    )
+    sampling.add_argument(
+        "--top-p",
+        type=probability,
+        metavar="P",
+        help="only the likeliest tokens whose probabilities make up P",
+    )
+    sampling.add_argument(
+        "--seed", type=int, metavar="S", help="a seed gives the same text whatever the draft"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments) -> int:
-    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    sampling = {
+        name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")
+    }
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if sampling and not arguments.do_sample:
         raise UsageError(f"--{next(iter(sampling)).replace('_', '-')} needs --do-sample")
     if arguments.corpus is not None and arguments.draft != "auto":
-        raise UsageError(f"--corpus needs --draft auto, which looks into it; --draft is {arguments.draft}")
+        raise UsageError(
+            f"--corpus needs --draft auto, which looks into it; --draft is {arguments.draft}"
+        )
     prompt = checked_prompt(standard_input() if arguments.prompt == "-" else arguments.prompt)
 
     import torch
@@ -58,7 +86,9 @@ def run(arguments) -> int:
     corpus = None if arguments.corpus is None else load_corpus(arguments.corpus)
     model, tokenizer, device = load(arguments.model, arguments.dtype, arguments.device)
     with quiet_transformers():
-        input_ids, limit = encode(model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens)
+        input_ids, limit = encode(
+            model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens
+        )
         if (seed := sampling.pop("seed", None)) is not None:
             torch.manual_seed(seed)
         streamer = None if arguments.json else PassStreamer(tokenizer, sys.stdout)

@@ -5,7 +5,9 @@ from .common import default_device
 
 def add(subparsers) -> None:
     parser = subparsers.add_parser(
-        "info", help="what was built and what is in use", description="Show what was built and what is in use."
+        "info",
+        help="what was built and what is in use",
+        description="Show what was built and what is in use.",
     )
     parser.set_defaults(run=run)
 

@@ -4,7 +4,9 @@ import time
 
 
 class Run:
-    """One generated answer: ``tokens``, ``accept_lengths`` (one entry a forward pass) and ``seconds``."""
+    """One generated answer: ``tokens``, ``accept_lengths`` (one entry a forward pass) and
+    ``seconds``.
+    """
 
     def __init__(self, tokens: list[int], accept_lengths: list[int], seconds: float):
         self.tokens, self.accept_lengths, self.seconds = tokens, accept_lengths, seconds
@@ -27,7 +29,9 @@ def timed(model, input_ids, draft, streamer, **options) -> Run:
     from msn_ext import generate
 
     start = time.perf_counter()
-    out = generate(model, input_ids, draft=draft, streamer=streamer, return_dict_in_generate=True, **options)
+    out = generate(
+        model, input_ids, draft=draft, streamer=streamer, return_dict_in_generate=True, **options
+    )
     tokens = out.sequences[0, input_ids.shape[1] :].tolist()  # waits for the device
     return Run(tokens, out.accept_lengths[0].tolist(), time.perf_counter() - start)
 
@@ -37,7 +41,10 @@ def timed_plain(model, input_ids, max_new_tokens: int) -> Run:
 
     start = time.perf_counter()
     out = model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=max_new_tokens, do_sample=False
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
     )
     tokens = out[0, input_ids.shape[1] :].tolist()
     return Run(tokens, [1] * len(tokens), time.perf_counter() - start)
@@ -49,7 +56,8 @@ class PassStreamer:
     Args:
         tokenizer: turns tokens into text.
         stream: where the text goes.
-        color: the tokens of a pass that gained several in one colour, the next such pass in another.
+        color: the tokens of a pass that gained several in one colour, the next such pass in
+        another.
         mark: put ‹ › around them.
     """
 
@@ -63,7 +71,7 @@ class PassStreamer:
         self._groups = 0
 
     def put(self, value) -> None:
-        """Write the tokens of one forward pass; the first call brings the prompt, which is skipped."""
+        """Write the tokens of one forward pass; the first call brings the prompt, and skips it."""
         if self._prompt:
             self._prompt = False
             return
@@ -117,4 +125,6 @@ class _TextDecoder:
         return self._decode(self._before + self._open)[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )

@@ -7,7 +7,15 @@ import os
 import sys
 import time
 
-from .common import CommandError, add_device_option, from_to, load, one_line, positive_float, positive_int
+from .common import (
+    CommandError,
+    add_device_option,
+    from_to,
+    load,
+    one_line,
+    positive_float,
+    positive_int,
+)
 
 SETTINGS, ANSWERS, FIGURES = "settings.json", "answers.jsonl", "figures.json"
 
@@ -16,11 +24,15 @@ def add(subparsers) -> None:
     parser = subparsers.add_parser(
         "train",
         help="fine-tune a model with noise, so that more of its guesses are right",
-        description="Fine-tune a model so that it guesses well what it will say next (Make Some Noise): from conversations to "
-        "an adapter, with losses, accuracy behind noise and accept lengths before and after. Run again after an interruption, "
-        "it goes on where it was.",
+        description=(
+            "Fine-tune a model so that it guesses well what it will say next (Make Some Noise):"
+            " from conversations to an adapter, with losses, accuracy behind noise and accept"
+            " lengths before and after. Run again after an interruption, it goes on where it was."
+        ),
     )
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)")
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)"
+    )
     parser.add_argument(
         "--data",
         nargs="+",
@@ -28,35 +40,119 @@ def add(subparsers) -> None:
         metavar="FILE_OR_ID",
         help="JSON lines (.gz too) with messages, or prompt and response; or a dataset of the hub",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="for checkpoints, the adapter and the figures")
-    parser.add_argument("--samples", type=positive_int, metavar="N", help="conversations, as many of each file (default: all)")
-    parser.add_argument("--self-distill", action="store_true", help="learn the model's own answers to the first questions")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="of an answer of its own (default: 256)")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="for checkpoints, the adapter and the figures",
+    )
+    parser.add_argument(
+        "--samples",
+        type=positive_int,
+        metavar="N",
+        help="conversations, as many of each file (default: all)",
+    )
+    parser.add_argument(
+        "--self-distill",
+        action="store_true",
+        help="learn the model's own answers to the first questions",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="of an answer of its own (default: 256)",
+    )
     noise = parser.add_argument_group("noise")
-    noise.add_argument("--layout", choices=("branch", "replace", "none"), default="branch", help="(default: branch)")
-    noise.add_argument("--length", type=from_to(1, 64), default=4, metavar="N", help="noise tokens of a segment (default: 4)")
-    noise.add_argument("--segments", type=from_to(1, 256), metavar="N", help="of noise in a sample (default: 24 branches, 1 in place)")
-    noise.add_argument("--content", choices=("ahead", "random", "mixed", "self"), default="ahead", help="(default: ahead)")
+    noise.add_argument(
+        "--layout",
+        choices=("branch", "replace", "none"),
+        default="branch",
+        help="(default: branch)",
+    )
+    noise.add_argument(
+        "--length",
+        type=from_to(1, 64),
+        default=4,
+        metavar="N",
+        help="noise tokens of a segment (default: 4)",
+    )
+    noise.add_argument(
+        "--segments",
+        type=from_to(1, 256),
+        metavar="N",
+        help="of noise in a sample (default: 24 branches, 1 in place)",
+    )
+    noise.add_argument(
+        "--content",
+        choices=("ahead", "random", "mixed", "self"),
+        default="ahead",
+        help="(default: ahead)",
+    )
     noise.add_argument(
         "--noise-weight",
         type=positive_float,
         metavar="X",
-        help="of a label behind noise, where a clean one counts 1; a tenth of it in the last third of the steps (default: 0.3 "
-        "for branches; in place 1 throughout, as in the paper)",
+        help=(
+            "of a label behind noise, where a clean one counts 1; a tenth of it in the last third"
+            " of the steps (default: 0.3 for branches; in place 1 throughout, as in the paper)"
+        ),
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--lora-rank", type=from_to(0, 1024), default=16, metavar="R", help="0: all weights (default: 16)")
     training.add_argument(
-        "--learning-rate", type=positive_float, metavar="X", help="(default: 1e-3 for an adapter, 2e-5 for all weights)"
+        "--lora-rank",
+        type=from_to(0, 1024),
+        default=16,
+        metavar="R",
+        help="0: all weights (default: 16)",
     )
-    training.add_argument("--epochs", type=positive_float, default=1.0, metavar="N", help="(default: 1)")
-    training.add_argument("--max-steps", type=positive_int, default=-1, metavar="N", help="stop after so many steps")
-    training.add_argument("--batch-size", type=positive_int, default=4, metavar="N", help="samples of a step (default: 4)")
-    training.add_argument("--max-length", type=positive_int, default=512, metavar="N", help="tokens of a sample (default: 512)")
-    training.add_argument("--save-steps", type=positive_int, default=50, metavar="N", help="between checkpoints (default: 50)")
-    training.add_argument("--held-out", type=positive_int, default=32, metavar="N", help="samples for the figures (default: 32)")
-    training.add_argument("--bf16", action="store_true", help="compute in bfloat16 (the weights stay float32)")
-    training.add_argument("--seed", type=from_to(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
+    training.add_argument(
+        "--learning-rate",
+        type=positive_float,
+        metavar="X",
+        help="(default: 1e-3 for an adapter, 2e-5 for all weights)",
+    )
+    training.add_argument(
+        "--epochs", type=positive_float, default=1.0, metavar="N", help="(default: 1)"
+    )
+    training.add_argument(
+        "--max-steps", type=positive_int, default=-1, metavar="N", help="stop after so many steps"
+    )
+    training.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=4,
+        metavar="N",
+        help="samples of a step (default: 4)",
+    )
+    training.add_argument(
+        "--max-length",
+        type=positive_int,
+        default=512,
+        metavar="N",
+        help="tokens of a sample (default: 512)",
+    )
+    training.add_argument(
+        "--save-steps",
+        type=positive_int,
+        default=50,
+        metavar="N",
+        help="between checkpoints (default: 50)",
+    )
+    training.add_argument(
+        "--held-out",
+        type=positive_int,
+        default=32,
+        metavar="N",
+        help="samples for the figures (default: 32)",
+    )
+    training.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16 (the weights stay float32)"
+    )
+    training.add_argument(
+        "--seed", type=from_to(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)"
+    )
     add_device_option(parser)
     parser.set_defaults(run=run)
 
@@ -67,7 +163,9 @@ def run(arguments) -> int:
     from msn_ext.demo import quiet_transformers
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise CommandError("msn train is one process; in several, use msn_ext.add_noise in a trainer of your own")
+        raise CommandError(
+            "msn train is one process; in several, use msn_ext.add_noise in a trainer of your own"
+        )
     try:
         import accelerate  # noqa: F401
         import peft  # noqa: F401
@@ -81,12 +179,19 @@ def run(arguments) -> int:
     from msn_ext.tuning import draw
 
     if (arguments.device or "").startswith("cuda:") and arguments.device != "cuda:0":
-        raise CommandError(f"--device {arguments.device}: a Trainer takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES instead")
+        raise CommandError(
+            f"--device {arguments.device}: a Trainer takes the first GPU that it sees; set"
+            " CUDA_VISIBLE_DEVICES instead"
+        )
     output = Path(os.path.expanduser(arguments.output))
     try:
         files = [read_conversations(os.path.expanduser(path)) for path in arguments.data]
     except OSError as error:
-        where = f"--data {error.filename}: {error.strerror}" if error.filename else f"--data: {one_line(error)}"
+        where = (
+            f"--data {error.filename}: {error.strerror}"
+            if error.filename
+            else f"--data: {one_line(error)}"
+        )
         raise CommandError(where) from error
     conversations = draw(files, arguments.samples or sum(map(len, files)))
     settings = _settings(arguments, conversations)
@@ -97,13 +202,21 @@ def run(arguments) -> int:
         check_branches(model.config.get_text_config(decoder=True))
     context = recipe.context_of(model)
     max_new_tokens = min(arguments.max_new_tokens, context // 2)
-    usable = recipe.askable(tokenizer, conversations, min(arguments.max_length, context - max_new_tokens))
+    usable = recipe.askable(
+        tokenizer, conversations, min(arguments.max_length, context - max_new_tokens)
+    )
     if len(usable) < len(conversations):
         left_out = len(conversations) - len(usable)
-        print(f"{left_out:,} conversations begin without a question, or with one that leaves no room", flush=True)
+        print(
+            f"{left_out:,} conversations begin without a question, or with one that leaves no room",
+            flush=True,
+        )
     learned, held = recipe.split(usable, arguments.held_out, arguments.seed)
     if not held:
-        raise CommandError(f"--data has {len(usable)} conversations; expected 5 or more, some of which are held out")
+        raise CommandError(
+            f"--data has {len(usable)} conversations; expected 5 or more, some of which are"
+            " held out"
+        )
     started = time.time()
     with quiet_transformers():
         questions = held
@@ -112,21 +225,33 @@ def run(arguments) -> int:
             options = dict(max_new_tokens=max_new_tokens, progress=progress)
             if arguments.bf16:
                 model.to(torch.bfloat16)
-            rows = recipe.self_distill(model, tokenizer, held + learned, output / ANSWERS, **options)
+            rows = recipe.self_distill(
+                model, tokenizer, held + learned, output / ANSWERS, **options
+            )
             held, learned = rows[: len(held)], rows[len(held) :]
             if arguments.bf16:  # what was rounded is read again
                 model, tokenizer, _ = load(arguments.model, "float32", arguments.device)
-        samples, evaluated = (recipe.samples_of(tokenizer, rows, arguments.max_length) for rows in (learned, held))
+        samples, evaluated = (
+            recipe.samples_of(tokenizer, rows, arguments.max_length) for rows in (learned, held)
+        )
         if not samples or not evaluated:
-            raise CommandError("--data has no answers to learn; expected responses (or --self-distill)")
+            raise CommandError(
+                "--data has no answers to learn; expected responses (or --self-distill)"
+            )
         _keep_settings(settings, output)
-        print(f"{len(samples):,} samples, {sum(map(_labels, samples)):,} tokens to learn; {len(evaluated)} held out", flush=True)
+        print(
+            f"{len(samples):,} samples, {sum(map(_labels, samples)):,} tokens to learn;"
+            f" {len(evaluated)} held out",
+            flush=True,
+        )
 
         figures_file = output / FIGURES
         figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
         length = arguments.length
         if "before" not in figures:
-            figures["before"] = recipe.figures(model, tokenizer, evaluated, questions, length, progress=progress)
+            figures["before"] = recipe.figures(
+                model, tokenizer, evaluated, questions, length, progress=progress
+            )
             _write(figures_file, figures)
         print(_table(figures), flush=True)
         if "after" in figures:
@@ -135,16 +260,32 @@ def run(arguments) -> int:
         segments = arguments.segments or (24 if arguments.layout == "branch" else 1)
         begun = time.time()
         trained, log = recipe.train(
-            model, tokenizer, samples, output, layout=None if arguments.layout == "none" else arguments.layout, length=length,
-            segments=segments, content=arguments.content, noise_weight=arguments.noise_weight, lora_rank=arguments.lora_rank, bf16=arguments.bf16,
-            learning_rate=arguments.learning_rate, epochs=arguments.epochs, max_steps=arguments.max_steps,
-            batch_size=arguments.batch_size, save_steps=arguments.save_steps, seed=arguments.seed, progress=progress,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            samples,
+            output,
+            layout=None if arguments.layout == "none" else arguments.layout,
+            length=length,
+            segments=segments,
+            content=arguments.content,
+            noise_weight=arguments.noise_weight,
+            lora_rank=arguments.lora_rank,
+            bf16=arguments.bf16,
+            learning_rate=arguments.learning_rate,
+            epochs=arguments.epochs,
+            max_steps=arguments.max_steps,
+            batch_size=arguments.batch_size,
+            save_steps=arguments.save_steps,
+            seed=arguments.seed,
+            progress=progress,
+        )
         figures["training seconds"] = round(time.time() - begun)
         figures["log"] = log
         if hasattr(trained, "merge_and_unload"):
             trained = trained.merge_and_unload()
-        figures["after"] = recipe.figures(trained.eval(), tokenizer, evaluated, questions, length, progress=progress)
+        figures["after"] = recipe.figures(
+            trained.eval(), tokenizer, evaluated, questions, length, progress=progress
+        )
         figures["seconds"] = round(time.time() - started)
         _write(figures_file, figures)
     print(_table(figures))
@@ -165,7 +306,9 @@ def _settings(arguments: argparse.Namespace, conversations: list) -> dict:
 
 
 def _check_settings(settings: dict, output, begun: bool) -> None:
-    """A run is gone on with only as it was begun: answers need the same model, a checkpoint needs all the same."""
+    """A run is gone on with only as it was begun: answers need the same model, a checkpoint needs
+    all the same.
+    """
     file = output / SETTINGS
     before = json.loads(file.read_text()) if file.exists() else settings
     needed = set(before) | set(settings)
@@ -175,8 +318,8 @@ def _check_settings(settings: dict, output, begun: bool) -> None:
         if before.get(name) != settings.get(name):
             option = name if " " in name else "--" + name.replace("_", "-")
             raise CommandError(
-                f"--output {output} holds a run with {option} {before.get(name)}, now it is {settings.get(name)}; "
-                "expected the same settings, or another folder"
+                f"--output {output} holds a run with {option} {before.get(name)}, now it is"
+                f" {settings.get(name)}; expected the same settings, or another folder"
             )
 
 
@@ -206,10 +349,19 @@ def _table(figures: dict) -> str:
 
     line("next-token loss", [figures[c]["loss"] for c in columns], "{:.4f}".format)
     line("next token right, %", [100 * figures[c]["accuracy"] for c in columns], "{:.1f}".format)
-    for kind, title in (("top1", "right behind {} noise tokens, %"), ("top10", "among ten behind {}, %")):
+    for kind, title in (
+        ("top1", "right behind {} noise tokens, %"),
+        ("top10", "among ten behind {}, %"),
+    ):
         for at in range(len(first[kind])):
-            line(title.format(at + 1), [100 * figures[c][kind][at] for c in columns], "{:.1f}".format)
+            line(
+                title.format(at + 1), [100 * figures[c][kind][at] for c in columns], "{:.1f}".format
+            )
     for name in first["MAT"]:
         line(f"tokens a pass, {name}", [figures[c]["MAT"][name] for c in columns], "{:.2f}".format)
-    line("trigrams new to their answer, %", [100 * figures[c]["new"] for c in columns], "{:.0f}".format)
+    line(
+        "trigrams new to their answer, %",
+        [100 * figures[c]["new"] for c in columns],
+        "{:.0f}".format,
+    )
     return "\n".join(lines)

@@ -10,19 +10,34 @@ def add(subparsers) -> None:
     parser = subparsers.add_parser(
         "tune",
         help="measure a model on this machine, so that drafts are sized to it",
-        description="Measure how long a step takes by the nodes of its draft tree, and with --prompts also learn how far "
-        "each source of guesses is right for this model. The result is kept for models of this shape, on this device, in "
-        "this dtype; generate's default draft goes by it.",
+        description=(
+            "Measure how long a step takes by the nodes of its draft tree, and with --prompts also"
+            " learn how far each source of guesses is right for this model. The result is kept for"
+            " models of this shape, on this device, in this dtype; generate's default draft goes"
+            " by it."
+        ),
     )
     add_model_options(parser)
-    parser.add_argument("--context", type=positive_int, default=256, metavar="N", help="tokens before a step (default: 256)")
+    parser.add_argument(
+        "--context",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="tokens before a step (default: 256)",
+    )
     parser.add_argument(
         "--prompts",
         nargs="+",
         metavar="FILE",
         help="typical prompts: JSON lines with a prompt each (.gz too), or a plain prompt a line",
     )
-    parser.add_argument("--samples", type=positive_int, default=100, metavar="N", help="prompts to draw (default: 100)")
+    parser.add_argument(
+        "--samples",
+        type=positive_int,
+        default=100,
+        metavar="N",
+        help="prompts to draw (default: 100)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -30,7 +45,10 @@ def run(arguments) -> int:
     from msn_ext.tuning import draw, read_prompts, tune
 
     try:
-        prompts = draw([read_prompts(os.path.expanduser(path)) for path in arguments.prompts or ()], arguments.samples)
+        prompts = draw(
+            [read_prompts(os.path.expanduser(path)) for path in arguments.prompts or ()],
+            arguments.samples,
+        )
     except OSError as error:
         raise CommandError(f"--prompts {error.filename}: {error.strerror}") from error
 

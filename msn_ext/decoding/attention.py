@@ -22,7 +22,8 @@ class TreeContext:
     """What attention has to know of the tree being checked (shapes as in ``ops.tree_attention``).
 
     Attributes:
-        windows: where layers note the sliding window that they ask for, by number; None: they do not.
+        windows: where layers note the sliding window that they ask for, by number; None: they do
+            not.
     """
 
     lengths: Tensor
@@ -35,16 +36,32 @@ _active = threading.local()
 
 
 def _tree_attention_forward(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, s_aux=None, **kwargs
-):  # fmt: skip
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
     """The function behind ``attn_implementation="msn_tree"``: transformers' attention interface."""
     tree: TreeContext | None = getattr(_active, "tree", None)
     if tree is None:
-        raise RuntimeError("this model is being decoded by msn_ext in another thread; wait for it or use a copy")
+        raise RuntimeError(
+            "this model is being decoded by msn_ext in another thread; wait for it or use a copy"
+        )
     if tree.windows is not None:
         tree.windows[getattr(module, "layer_idx", len(tree.windows))] = sliding_window or 0
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:  # as around SDPA
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    if (
+        torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
+    ):  # as around SDPA
+        query, key, value = (
+            x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value)
+        )
     out = ops.tree_attention(
         query,
         key,
@@ -96,9 +113,10 @@ class KernelAttention:
 
     @contextlib.contextmanager
     def checking(self, tree: TreeContext, end: int, dtype: torch.dtype):
-        """Within: the model attends to ``tree``; yields the attention mask to call it with (none)."""
+        """Within: the model attends to ``tree``; yields the mask to call it with (none)."""
         with self._lock:
-            # The internal attribute, as set_attn_implementation does: the property also sets sub-configs.
+            # The internal attribute, as set_attn_implementation does: the property also sets
+            # sub-configs.
             before = [config._attn_implementation_internal for config in self._configs]
             _active.tree, _active.replaced = tree, self._text_config._attn_implementation
             try:
@@ -119,8 +137,9 @@ class MaskAttention:
         implementation = config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             raise ValueError(
-                f"{config.model_type} needs a dense mask for tree attention, which attn_implementation="
-                f"{implementation!r} cannot take; load it with attn_implementation='eager' or 'sdpa'"
+                f"{config.model_type} needs a dense mask for tree attention, which"
+                f" attn_implementation={implementation!r} cannot take; load it with"
+                " attn_implementation='eager' or 'sdpa'"
             )
         self._additive = implementation == "eager"
         self._window = getattr(config, "sliding_window", None) or 0
@@ -130,7 +149,9 @@ class MaskAttention:
     def _mask(self, tree: TreeContext, end: int, window: int, dtype: torch.dtype) -> Tensor:
         mask = tree_mask(tree.lengths, tree.ancestors, end, offsets=tree.offsets, window=window)
         if self._additive:
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(dtype).min
+            )
         return mask
 
     def reading(self):

@@ -1,4 +1,6 @@
-"""Best-first drafting: the most probable nodes of a tree of everything that is known, as many as pay."""
+"""Best-first drafting: the most probable nodes of a tree of everything that is known, as many as
+pay.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,16 @@ from .tree import RETRIEVAL, DraftTree
 from .verification import as_compared
 
 OPENING = 5
-"""Guesses behind the prompt, a chain: text that followed its end before, noise where there is none."""
+"""Guesses behind the prompt, a chain: text that followed its end before, noise where there is none.
+"""
 FORESIGHT = 0.05
 SLOTS = 1 << 16
 """Contexts of one order that are remembered."""
 
 
 class Denoised:
-    """The model's guesses at the rejected nodes below the accepted path, by depth (Jacobi iteration).
+    """The model's guesses at the rejected nodes below the accepted path, by depth (Jacobi
+    iteration).
 
     Attributes:
         guesses: int32 [B, depths, 8], as :func:`msn_ext.ops.draft_tree` takes them; -1: none.
@@ -40,13 +44,16 @@ class Denoised:
 
     def update(self, verified: Verified, guesses: Tensor) -> None:
         nodes = verified.continuation[:, : self._depths, None]
-        found = guesses.gather(1, nodes.clamp(min=0).expand(-1, -1, GUESSES)).masked_fill(nodes < 0, -1)
+        found = guesses.gather(1, nodes.clamp(min=0).expand(-1, -1, GUESSES)).masked_fill(
+            nodes < 0, -1
+        )
         self.guesses[:, found.shape[1] :] = -1
         self.guesses[:, : found.shape[1]] = found
 
 
 class Adjacency:
-    """What the model last guessed after the same one, two and three tokens, from every verified node.
+    """What the model last guessed after the same one, two and three tokens, from every verified
+    node.
 
     One table for all rows: 7 MB whatever the vocabulary. A newer context takes an older one's slot.
 
@@ -63,7 +70,13 @@ class Adjacency:
     def update(self, verified: Verified, guesses: Tensor) -> None:
         draft = verified.draft
         ops.remember_guesses(
-            self.contexts, verified.history, verified.lengths, draft.tokens, draft.parents, verified.path, guesses
+            self.contexts,
+            verified.history,
+            verified.lengths,
+            draft.tokens,
+            draft.parents,
+            verified.path,
+            guesses,
         )
 
 
@@ -98,15 +111,18 @@ class BestFirst:
     """A tree of the most probable guesses of several sources, of a size that pays on this machine.
 
     Args:
-        budget: nodes per tree, root included, 1 to 256; None: what gives the most tokens per second by
-            the expected accept length (the sum of the nodes' probabilities) and the time of a step.
+        budget: nodes per tree, root included, 1 to 256; None: what gives the most tokens per second
+            by the expected accept length (the sum of the nodes' probabilities) and the time of a
+            step.
         sources: which of :data:`SOURCES` to use.
-        factors: float64 [348], what :func:`msn_ext.ops.draft_tree` weighs the sources with; None: those of
-            the package, fitted to answers of a small model.
+        factors: float64 [348], what :func:`msn_ext.ops.draft_tree` weighs the sources with; None:
+            those of the package, fitted to answers of a small model.
         times: of a step, for the budget; they go on learning. None: nothing is known yet.
         max_depth: of the tree.
-        foresight: 0 to 1, what a prediction for the next step is worth, see :func:`msn_ext.ops.draft_tree`.
-        corpus: where the source "suffix" looks for n-grams that the text does not have, of the model's vocabulary.
+        foresight: 0 to 1, what a prediction for the next step is worth, see
+        :func:`msn_ext.ops.draft_tree`.
+        corpus: where the source "suffix" looks for n-grams that the text does not have, of the
+            model's vocabulary.
 
     An object that is passed to several calls of ``generate`` keeps what it remembers, and what it
     learned of step times, from call to call.
@@ -127,7 +143,10 @@ class BestFirst:
         if isinstance(sources, str):
             raise ValueError(f"sources is {sources!r}; expected a tuple of {', '.join(SOURCES)}")
         if unknown := set(sources) - set(SOURCES):
-            raise ValueError(f"sources has {', '.join(map(repr, sorted(unknown)))}; expected some of {', '.join(SOURCES)}")
+            raise ValueError(
+                f"sources has {', '.join(map(repr, sorted(unknown)))}; expected some of"
+                f" {', '.join(SOURCES)}"
+            )
         if not 0 <= max_depth <= MAX_NODES:
             raise ValueError(f"max_depth is {max_depth}; expected 0 to {MAX_NODES}")
         if not 0 <= foresight <= 1:
@@ -135,14 +154,26 @@ class BestFirst:
         if factors is not None:
             weights.check(factors, (FACTORS,), "factors")
         if not (corpus is None or isinstance(corpus, Corpus)):
-            raise ValueError(f"corpus is {corpus!r}; expected None or a Corpus, as Corpus.load(path) gives it")
+            raise ValueError(
+                f"corpus is {corpus!r}; expected None or a Corpus, as Corpus.load(path) gives it"
+            )
         if corpus is not None and "suffix" not in sources:
-            raise ValueError(f"sources is {tuple(sources)!r}; expected 'suffix' among them, which looks into the corpus")
-        self.max_depth, self.budget, self._sources, self.corpus = max_depth, budget, tuple(sources), corpus
+            raise ValueError(
+                f"sources is {tuple(sources)!r}; expected 'suffix' among them, which looks into the"
+                " corpus"
+            )
+        self.max_depth, self.budget, self._sources, self.corpus = (
+            max_depth,
+            budget,
+            tuple(sources),
+            corpus,
+        )
         self._factors = weights.load() if factors is None else factors
         self._foresight, self._times = foresight, times
         self._of: tuple[int, torch.device] | None = None  # whose tokens the table of contexts holds
-        self._rows: tuple[int, torch.device] | None = None  # and for how many rows the other tables are
+        self._rows: tuple[int, torch.device] | None = (
+            None  # and for how many rows the other tables are
+        )
         self._suffix: Suffix | None = None
         self._planned: int | None = None
         self.allocations = 0
@@ -153,8 +184,8 @@ class BestFirst:
         device = torch.device(device)
         if self.corpus is not None and self.corpus.vocabulary != vocabulary:
             raise ValueError(
-                f"corpus is of a vocabulary of {self.corpus.vocabulary} tokens, the model has {vocabulary}; "
-                "expected one that was built with the model's own tokenizer"
+                f"corpus is of a vocabulary of {self.corpus.vocabulary} tokens, the model has"
+                f" {vocabulary}; expected one that was built with the model's own tokenizer"
             )
         self._vocabulary, self._corpus_tables = vocabulary, self._corpus_on(device)
         self._opening.start(batch, vocabulary, device)
@@ -166,7 +197,9 @@ class BestFirst:
         else:
             self._rows = batch, device
             self.allocations += 1
-            self._denoised = Denoised(batch, self.max_depth if "denoised" in self._sources else 0, device)
+            self._denoised = Denoised(
+                batch, self.max_depth if "denoised" in self._sources else 0, device
+            )
             self._suffix = None
         if self._of != (vocabulary, device):  # another vocabulary's tokens may be none here
             self._of = vocabulary, device
@@ -176,7 +209,9 @@ class BestFirst:
             self._times = StepTimes(None, device.type)
         self._choice = Budget(self._times, batch)
         self._planned = None
-        self._late: list[float] | None = None  # guesses accepted, by nodes, as the last report promised
+        self._late: list[float] | None = (
+            None  # guesses accepted, by nodes, as the last report promised
+        )
         self._draft: Draft | None = None  # what was proposed last,
         self._accepted: Tensor | None = None  # its accept lengths, once it was verified,
         self._lengths: Tensor | None = None  # and the texts behind which it was proposed
@@ -227,7 +262,9 @@ class BestFirst:
 
     @property
     def report(self) -> Tensor | None:
-        """Of recorded steps (:mod:`.graph`): the probabilities that the size of the next tree is chosen by."""
+        """Of recorded steps (:mod:`.graph`): the probabilities that the size of the next tree is
+        chosen by.
+        """
         return None if self.budget else self.probability
 
     def plan(self) -> int:
@@ -244,12 +281,16 @@ class BestFirst:
             return
         expected = (report[growing].mean(0).cumsum(0) - 1).tolist()
         self._times.observe(len(gained) * nodes, seconds)
-        self._choice.observe(expected[nodes - 1], sum(gained[b] for b in growing) / len(growing) - 1)
+        self._choice.observe(
+            expected[nodes - 1], sum(gained[b] for b in growing) / len(growing) - 1
+        )
         self._late = expected
 
     def _pay(self) -> int:
         """The nodes that give the most tokens per second; waits for the device."""
-        growing = self.probability if len(self.probability) == 1 else self.probability[self._growing]
+        growing = (
+            self.probability if len(self.probability) == 1 else self.probability[self._growing]
+        )
         expected = (growing.mean(0).cumsum(0) - 1).tolist()
         nodes = self._choice.choose(expected)
         self._expected = expected[nodes - 1]
@@ -262,15 +303,25 @@ class BestFirst:
             self._times.observe(self._draft.tokens.numel(), now - self._began)
             accepted = self._accepted if len(lengths) == 1 else self._accepted[self._growing]
             self._choice.observe(self._expected, sum(accepted.tolist()) / len(accepted) - 1)
-        if len(lengths) > 1:  # a row that gained nothing has ended, and goes on only beside the others
-            growing = torch.ones_like(lengths, dtype=torch.bool) if self._lengths is None else lengths > self._lengths
+        if (
+            len(lengths) > 1
+        ):  # a row that gained nothing has ended, and goes on only beside the others
+            growing = (
+                torch.ones_like(lengths, dtype=torch.bool)
+                if self._lengths is None
+                else lengths > self._lengths
+            )
             self._growing = growing | ~growing.any()
         self._began, self._lengths, self._accepted = now, lengths.clone(), None
 
     def observe(self, verified: Verified) -> None:
         if verified.draft is self._draft and self.budget is None and self._planned is None:
             self._accepted = verified.accept_length
-        guesses = ops.top_guesses(as_compared(verified.logits)) if verified.guesses is None else verified.guesses
+        guesses = (
+            ops.top_guesses(as_compared(verified.logits))
+            if verified.guesses is None
+            else verified.guesses
+        )
         self._denoised.update(verified, guesses)
         if "adjacency" in self._sources:
             self._adjacency.update(verified, guesses)

@@ -1,4 +1,6 @@
-"""How many nodes pay: the time of a step, learned while decoding, against what its nodes are expected to gain."""
+"""How many nodes pay: the time of a step, learned while decoding, against what its nodes are
+expected to gain.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,23 @@ def reach_of(size: int) -> int:
 class StepTimes:
     """Seconds of a step by the tokens that it computes, rows of the batch times nodes of a tree.
 
-    Where a curve was measured (``msn tune``), that is it. Else a straight line is fitted to the steps seen, and one
-    token, which CPUs compute in another way than several, is a point of its own. What has not been seen yet is
-    taken for cheap, and so is tried.
+    Where a curve was measured (``msn tune``), that is it. Else a straight line is fitted to the
+    steps seen, and one token, which CPUs compute in another way than several, is a point of its
+    own. What has not been seen yet is taken for cheap, and so is tried.
 
     Args:
-        curve: tokens and seconds of measured steps; linear between them, the last two's line behind.
-        device_type: ``"cpu"`` or another; without a curve, a first guess of what a token adds to a step.
+        curve: tokens and seconds of measured steps; linear between them, the last two's line
+        behind.
+        device_type: ``"cpu"`` or another; without a curve, a first guess of what a token adds to a
+            step.
     """
 
     def __init__(self, curve: dict[int, float] | None, device_type: str):
         points = sorted(curve.items()) if curve else []
         # More tokens never take less time: what says so is noise.
-        self._curve = list(zip((n for n, _ in points), accumulate((seconds for _, seconds in points), max)))
+        self._curve = list(
+            zip((n for n, _ in points), accumulate((seconds for _, seconds in points), max))
+        )
         self._slope, self._kink = (0.03, 0.7) if device_type == "cpu" else (0.001, 1.0)
         self._single: float | None = None
         self._singles = 0  # steps behind it
@@ -91,8 +97,9 @@ def _along(points: list[tuple[int, float]], x: float) -> float:
 class Budget:
     """Picks the size of a tree.
 
-    The expected gain of a tree is the sum of its nodes' probabilities. Whether they hold for this model
-    and text is learned from what was accepted: the guesses' share is scaled by accepted over expected.
+    The expected gain of a tree is the sum of its nodes' probabilities. Whether they hold for this
+    model and text is learned from what was accepted: the guesses' share is scaled by accepted over
+    expected.
 
     Args:
         times: of a step.
@@ -106,14 +113,21 @@ class Budget:
 
     @property
     def reach(self) -> int:
-        """Nodes to look at next: more are not worth the time to draft them, from one step to the next."""
+        """Nodes to look at next: more are not worth the time to draft them, from one step to the
+        next.
+        """
         return reach_of(self._size)
 
     def choose(self, expected: list[float], sizes: tuple[int, ...] = SIZES) -> int:
-        """The size with the most tokens per second; ``expected[n]``: guesses accepted of n + 1 nodes, per row."""
+        """The size with the most tokens per second; ``expected[n]``: guesses accepted of n + 1
+        nodes, per row.
+        """
         trust = self._accepted / self._expected
         sizes = [size for size in sizes if size <= len(expected)]
-        self._size = max(sizes, key=lambda size: (1 + trust * expected[size - 1]) / self._times(self._rows * size))
+        self._size = max(
+            sizes,
+            key=lambda size: (1 + trust * expected[size - 1]) / self._times(self._rows * size),
+        )
         return self._size
 
     def observe(self, expected: float, accepted: float) -> None:

@@ -13,7 +13,9 @@ from msn_ext import ops
 class TreeLayer(CacheLayerMixin):
     """Keys and values of one layer, [B, heads, capacity, size] each (latents for MLA models)."""
 
-    is_sliding = False  # windows are the mask's business: a window may reach back past rejected nodes
+    is_sliding = (
+        False  # windows are the mask's business: a window may reach back past rejected nodes
+    )
 
     def __init__(self, cache: TreeCache):
         super().__init__()
@@ -37,7 +39,9 @@ class TreeLayer(CacheLayerMixin):
         for new, kept in zip((self.keys, self.values), old):
             new[:, :, : kept.shape[2]] = kept
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         at = self._cache.write_index
@@ -65,7 +69,8 @@ class TreeCache(Cache):
 
     Args:
         config: the model's text config, for the number of layers.
-        fixed: slots that are there from the beginning, and are attended to whole; None: as many as are needed.
+        fixed: slots that are there from the beginning, and are attended to whole; None: as many as
+            are needed.
     """
 
     def __init__(self, config, fixed: int | None = None):
@@ -82,10 +87,14 @@ class TreeCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
+        return sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized
+        )
 
     def fit(self, slots: int, most: int) -> bool:
-        """Double the fixed slots, up to ``most``, where they are fewer than ``slots``; whether everything moved."""
+        """Double the fixed slots, up to ``most``, where they are fewer than ``slots``; whether
+        everything moved.
+        """
         if slots <= self._fixed:
             return False
         self._fixed = max(slots, min(2 * self._fixed, most))
@@ -118,5 +127,7 @@ class TreeCache(Cache):
 
     def commit(self, lengths: Tensor, path: Tensor, accept_length: Tensor) -> None:
         """Keep the accepted path (see :func:`msn_ext.ops.commit_kv`)."""
-        stored = [x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)]
+        stored = [
+            x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)
+        ]
         ops.commit_kv(stored, lengths, path, accept_length)

@@ -1,9 +1,9 @@
 """Fitting the factors of best-first drafting to what a model says on given prompts.
 
 How likely a listed token is depends on which sources list it and how sure they were
-(:func:`msn_ext.ops.draft_tree`): a multinomial logit whose weights are the factors' logarithms, with "none
-of these" as one more outcome of score 1. It is fitted to the nodes of accepted paths, where the
-model's own next token is known.
+(:func:`msn_ext.ops.draft_tree`): a multinomial logit whose weights are the factors' logarithms,
+with "none of these" as one more outcome of score 1. It is fitted to the nodes of accepted paths,
+where the model's own next token is known.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from .best_first import BestFirst
 from .drafting import Verified
 
 PULL = 0.3
-"""Nodes' worth of evidence, per factor and unit of its squared logarithm, that holds it at the prior."""
+"""Nodes' worth of evidence, per factor and unit of its squared logarithm, that holds it at the
+prior.
+"""
 
 Record = tuple[int, list[tuple[int, int]], int]
-"""Of a node on an accepted path: the place of its bias, the (token, place of its factor) of every entry that was
-listed, and the model's own next token."""
+"""Of a node on an accepted path: the place of its bias, the (token, place of its factor) of every
+entry that was listed, and the model's own next token.
+"""
 
 
 class Recorder(BestFirst):
-    """Best-first drafting that also keeps records of what it knew and what came (on the host, slowly)."""
+    """Best-first drafting that also keeps records of what it knew and what came (on the host,
+    slowly).
+    """
 
     def __init__(self, records: list[Record], **options):
         super().__init__(**options)
@@ -38,7 +43,10 @@ class Recorder(BestFirst):
 
     def _record(self, verified: Verified) -> None:
         draft = verified.draft
-        contexts, (corpus, corpus_heads) = self._adjacency.contexts.cpu(), self._corpus_on(torch.device("cpu"))
+        contexts, (corpus, corpus_heads) = (
+            self._adjacency.contexts.cpu(),
+            self._corpus_on(torch.device("cpu")),
+        )
         for b, (tokens, path) in enumerate(zip(draft.tokens.tolist(), verified.path.tolist())):
             text = verified.history[b, : int(verified.lengths[b])].tolist()
             denoised, heads = self._denoised.guesses[b].tolist(), self._suffix.heads[b].cpu()
@@ -47,14 +55,22 @@ class Recorder(BestFirst):
                 chain.append(node)
                 context = reference.context_of(text, tokens, chain, reference.SUFFIXES[-1])
                 bias, listed = reference.listed_behind(
-                    context, len(chain) - 1, denoised, contexts, heads, corpus.numpy(), corpus_heads, text
+                    context,
+                    len(chain) - 1,
+                    denoised,
+                    contexts,
+                    heads,
+                    corpus.numpy(),
+                    corpus_heads,
+                    text,
                 )
                 entries = [(token, factor) for token, factor, _ in listed]
                 self._records.append((bias, entries, int(verified.targets[b, node])))
 
 
 def fit(records: list[Record], prior: Tensor, rounds: int = 60) -> tuple[Tensor, float, float]:
-    """The factors under which what came was likeliest, held at ``prior`` where there is little evidence.
+    """The factors under which what came was likeliest, held at ``prior`` where there is little
+    evidence.
 
     Args:
         records: of a few thousand nodes or more.
@@ -86,7 +102,9 @@ def fit(records: list[Record], prior: Tensor, rounds: int = 60) -> tuple[Tensor,
 
     start = prior.double().log()
     weights = start.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([weights], max_iter=rounds, history_size=20, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [weights], max_iter=rounds, history_size=20, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         optimiser.zero_grad()

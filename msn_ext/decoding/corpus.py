@@ -18,13 +18,16 @@ from msn_ext import ops
 from msn_ext.ops.reference import SUFFIXES
 
 MOST_SLOTS = 1 << 24
-"""Per length of n-grams: 512 MB of heads. A larger corpus loses more and more of its older n-grams."""
+"""Per length of n-grams: 512 MB of heads. A larger corpus loses more and more of its older n-grams.
+"""
 CHUNK = 1 << 22
 """Tokens that are indexed at once, widened to int64."""
 
 _MAGIC = b"msn_ext corpus\r\n"  # the line end shows whether somebody sent the file as text
 _VERSION = 1
-_HEADER = struct.Struct("<16s4q16x")  # magic, version, vocabulary, tokens, slots; tokens and heads follow, int32
+_HEADER = struct.Struct(
+    "<16s4q16x"
+)  # magic, version, vocabulary, tokens, slots; tokens and heads follow, int32
 
 
 class Corpus:
@@ -35,7 +38,8 @@ class Corpus:
     Attributes:
         vocabulary: ``vocab_size`` of the models that it is for.
         tokens: int32 [T], the documents one behind the other, -1 between them.
-        heads: int32 [8, S], where their n-grams stood last, as :func:`msn_ext.ops.draft_tree` takes it.
+        heads: int32 [8, S], where their n-grams stood last, as :func:`msn_ext.ops.draft_tree` takes
+            it.
     """
 
     def __init__(self, vocabulary: int, tokens: Tensor, heads: Tensor):
@@ -48,7 +52,9 @@ class Corpus:
         return _HEADER.size + self.tokens.nbytes + self.heads.nbytes
 
     @classmethod
-    def build(cls, documents: Iterable[Sequence[int] | Tensor], vocabulary: int, progress: bool = True) -> Corpus:
+    def build(
+        cls, documents: Iterable[Sequence[int] | Tensor], vocabulary: int, progress: bool = True
+    ) -> Corpus:
         """Index some documents; where several hold an n-gram, the last one counts.
 
         Args:
@@ -57,19 +63,24 @@ class Corpus:
             progress: show bars on stderr.
 
         Raises:
-            ValueError: a document is no sequence of tokens of this vocabulary, or all together hold none or 2^31.
+            ValueError: a document is no sequence of tokens of this vocabulary, or all together hold
+                none or 2^31.
         """
         if type(vocabulary) is not int or not 1 <= vocabulary < 1 << 31:
             raise ValueError(f"vocabulary is {vocabulary!r}; expected the model's vocab_size")
         collected = array.array("i")  # grows in place
-        with tqdm(unit=" tokens", unit_scale=True, desc="reading", leave=False, disable=not progress) as bar:
+        with tqdm(
+            unit=" tokens", unit_scale=True, desc="reading", leave=False, disable=not progress
+        ) as bar:
             for at, document in enumerate(documents):
                 tokens = _checked(document, vocabulary, f"documents[{at}]")
                 if collected and len(tokens):
                     collected.append(-1)
                 collected.frombytes(tokens.numpy().tobytes())
                 if len(collected) >= 1 << 31:
-                    raise ValueError(f"documents hold {len(collected)} tokens and more; expected fewer than 2^31")
+                    raise ValueError(
+                        f"documents hold {len(collected)} tokens and more; expected fewer than 2^31"
+                    )
                 bar.update(len(tokens))
         if not collected:
             raise ValueError("documents hold no token; expected at least one")
@@ -77,10 +88,12 @@ class Corpus:
         return cls(vocabulary, tokens, _index(tokens, progress))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the file whole or not at all; who has mapped an older one of this name keeps that."""
+        """Write the file whole or not at all; who has mapped an older one keeps that."""
         path = Path(path)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        header = _HEADER.pack(_MAGIC, _VERSION, self.vocabulary, len(self.tokens), self.heads.shape[1])
+        header = _HEADER.pack(
+            _MAGIC, _VERSION, self.vocabulary, len(self.tokens), self.heads.shape[1]
+        )
         try:
             with open(temporary, "wb") as file:
                 file.write(header)
@@ -92,8 +105,8 @@ class Corpus:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Corpus:
-        """Map a file that :meth:`save` wrote into memory: nothing is read before it is looked up, and all processes
-        share it. A damaged table or token makes wrong guesses and does no harm.
+        """Map a file that :meth:`save` wrote into memory: nothing is read before it is looked up,
+        and all processes share it. A damaged table or token makes wrong guesses and does no harm.
 
         Raises:
             OSError: it cannot be opened.
@@ -102,14 +115,23 @@ class Corpus:
         with open(path, "rb") as file:
             header, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
             if not header.startswith(_MAGIC):
-                raise ValueError(f"{path} is no corpus: expected a file that msn corpus or Corpus.save wrote")
+                raise ValueError(
+                    f"{path} is no corpus: expected a file that msn corpus or Corpus.save wrote"
+                )
             if len(header) < _HEADER.size:
-                raise ValueError(f"{path} is cut short: it has {size} bytes; expected a header of {_HEADER.size}")
+                raise ValueError(
+                    f"{path} is cut short: it has {size} bytes; expected a header of {_HEADER.size}"
+                )
             _, version, vocabulary, tokens, slots = _HEADER.unpack(header)
             if version != _VERSION:
-                raise ValueError(f"{path} is a corpus of version {version}; this msn_ext reads version {_VERSION}")
+                raise ValueError(
+                    f"{path} is a corpus of version {version}; this msn_ext reads version"
+                    f" {_VERSION}"
+                )
             if not (1 <= vocabulary < 1 << 31 and 1 <= tokens < 1 << 31 and 1 <= slots < 1 << 31):
-                raise ValueError(f"{path} is damaged: its header says {vocabulary=}, {tokens=}, {slots=}")
+                raise ValueError(
+                    f"{path} is damaged: its header says {vocabulary=}, {tokens=}, {slots=}"
+                )
             expected = _HEADER.size + 4 * (tokens + len(SUFFIXES) * slots)
             if size != expected:
                 what = "cut short" if size < expected else "damaged"
@@ -121,7 +143,9 @@ class Corpus:
         return cls(vocabulary, whole[:tokens], whole[tokens:].view(len(SUFFIXES), slots))
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``tokens`` and ``heads`` on a device: the memory itself on the CPU, else a copy, the same one every time."""
+        """``tokens`` and ``heads`` on a device: the memory itself on the CPU, else a copy, the same
+        one every time.
+        """
         device = torch.device(device)
         if device.type == "cpu":
             return self.tokens, self.heads
@@ -138,8 +162,17 @@ def _checked(document: Sequence[int] | Tensor, vocabulary: int, name: str) -> Te
         raise ValueError(f"{name} is no sequence of tokens: {error}") from error
     if tokens.dim() == 1 and not len(tokens):
         return tokens.to("cpu", torch.int32)
-    if tokens.dim() != 1 or tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-        raise ValueError(f"{name} has shape {list(tokens.shape)} and dtype {tokens.dtype}; expected whole numbers [n]")
+    if tokens.dim() != 1 or tokens.dtype not in (
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.uint8,
+        torch.int8,
+    ):
+        raise ValueError(
+            f"{name} has shape {list(tokens.shape)} and dtype {tokens.dtype}; expected whole"
+            " numbers [n]"
+        )
     wrong = (tokens < 0) | (tokens >= vocabulary)
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0])
@@ -148,9 +181,11 @@ def _checked(document: Sequence[int] | Tensor, vocabulary: int, name: str) -> Te
 
 
 def _slots(tokens: int) -> int:
-    """Half as many as tokens, rounded up to a power of two. An n-gram whose slot a later one took is missed, but every
-    context is looked up by eight: of 10 million tokens of Python, 97 % were found again with one slot for 1.15 tokens,
-    92 % with one for 2.3, 98 % with one for 0.58, at 32, 18 and 60 bytes a token."""
+    """Half as many as tokens, rounded up to a power of two. An n-gram whose slot a later one took
+    is missed, but every context is looked up by eight: of 10 million tokens of Python, 97 % were
+    found again with one slot for 1.15 tokens, 92 % with one for 2.3, 98 % with one for 0.58, at 32,
+    18 and 60 bytes a token.
+    """
     return min(1 << (max(tokens // 2, 1) - 1).bit_length(), MOST_SLOTS)
 
 
@@ -158,16 +193,27 @@ def _index(tokens: Tensor, progress: bool) -> Tensor:
     """int32 [8, S]: the heads of all tokens, chunk by chunk."""
     heads = torch.zeros(1, len(SUFFIXES), _slots(len(tokens)), dtype=torch.int32, device="cpu")
     with tqdm(
-        total=len(tokens), unit=" tokens", unit_scale=True, desc="indexing", leave=False, disable=not progress
+        total=len(tokens),
+        unit=" tokens",
+        unit_scale=True,
+        desc="indexing",
+        leave=False,
+        disable=not progress,
     ) as bar:
         first = 0
         for begin in range(0, len(tokens), CHUNK):
-            # Places count from the chunk's first token: earlier ones are negative, and an empty slot ends at 0 again.
+            # Places count from the chunk's first token: earlier ones are negative, and an empty
+            # slot ends at 0 again.
             heads += first
             first = max(0, begin - SUFFIXES[-1])
             heads -= first
             chunk = tokens[first : begin + CHUNK].long()
-            ops.index_suffixes(heads, chunk[None], chunk.new_tensor([begin - first]), chunk.new_tensor([len(chunk)]))
+            ops.index_suffixes(
+                heads,
+                chunk[None],
+                chunk.new_tensor([begin - first]),
+                chunk.new_tensor([len(chunk)]),
+            )
             bar.update(first + len(chunk) - begin)
         heads += first
     return heads[0]

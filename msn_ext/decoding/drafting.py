@@ -18,14 +18,16 @@ MAX_NGRAM = 3
 
 @dataclass
 class Draft:
-    """Guesses for the next tokens, laid out as a tree; all on the model's device. Made by :meth:`of`.
+    """Guesses for the next tokens, laid out as a tree; all on the model's device. Made by
+    :meth:`of`.
 
     Attributes:
-        tokens: int64 [B, N], at most 256 nodes, all in the vocabulary, padding too; node 0 stands for
-            the last token of the text, whatever it holds.
+        tokens: int64 [B, N], at most 256 nodes, all in the vocabulary, padding too; node 0 stands
+            for the last token of the text, whatever it holds.
         parents: int32 [N] or [B, N]; -1 at the root and at padding, which is never accepted.
         ancestors: int64 [N, W] or [B, N, W], and
-        depth: int32 [N] or [B, N], as :func:`msn_ext.ops.tree_ancestors` gives them for ``parents``.
+        depth: int32 [N] or [B, N], as :func:`msn_ext.ops.tree_ancestors` gives them for
+            ``parents``.
     """
 
     tokens: Tensor
@@ -57,7 +59,8 @@ class Verified:
         targets: int64 [B, N], the token the model itself puts after each node.
         path, accept_length, continuation: as :func:`msn_ext.ops.verify_tree` gives them.
         history, lengths: the text before the pass, as :class:`Drafter` has it.
-        guesses: int32 [B, N, 8], as :func:`msn_ext.ops.top_guesses` gives them of ``logits``; None: ask for them.
+        guesses: int32 [B, N, 8], as :func:`msn_ext.ops.top_guesses` gives them of ``logits``; None:
+            ask for them.
     """
 
     draft: Draft
@@ -76,7 +79,8 @@ class Drafter(Protocol):
     """A source of guesses. It can be wrong, never harmful: it only decides where the model looks.
 
     ``history[b, :lengths[b]]`` is the text of row b so far, prompt included, without padding; what
-    lies behind is rubbish. Both grow in place: what is to be kept must be copied. docs/drafters.md has an example.
+    lies behind is rubbish. Both grow in place: what is to be kept must be copied. docs/drafters.md
+    has an example.
 
     Attributes:
         max_depth: bound on the depth of any node it proposes.
@@ -146,7 +150,9 @@ class TreeDrafter:
         else:
             retrieved = self._nothing
         shape = self._shapes[tree]
-        tokens = ops.fill_tree(self._candidates, retrieved, history, lengths, shape.depth, shape.rank, self._seed)
+        tokens = ops.fill_tree(
+            self._candidates, retrieved, history, lengths, shape.depth, shape.rank, self._seed
+        )
         return Draft.shaped(tokens, shape)
 
     def observe(self, verified: Verified) -> None:

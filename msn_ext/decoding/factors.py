@@ -1,4 +1,6 @@
-"""The factors that weigh the sources of guesses: their layout, and the ones that come with the package."""
+"""The factors that weigh the sources of guesses: their layout, and the ones that come with the
+package.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ SHAPES = {
     "bias": (ORDERS + 1, len(SUFFIXES) + 1),  # highest order known here, longest suffix known here
     "denoised": (3, 2, LEVELS),  # depth 0, 1, 2 and more; any context known here; level
     "adjacent": (ORDERS, ORDERS + 1, LEVELS),  # order, highest order known here, level
-    "suffix": (len(SUFFIXES), 3, ORDERS + 1),  # n-gram; rank 0, 1, 2 and more; highest order known here
+    "suffix": (
+        len(SUFFIXES),
+        3,
+        ORDERS + 1,
+    ),  # n-gram; rank 0, 1, 2 and more; highest order known here
 }
 """The tables in the order in which :func:`msn_ext.ops.draft_tree` takes them."""
 
@@ -31,7 +37,8 @@ def from_tables(given: dict, name: str) -> Tensor:
     """float64 [348] from tables in lists.
 
     Raises:
-        ValueError: a table of ``name`` is missing, has another shape, or holds a value outside 1e-9 to 1e9.
+        ValueError: a table of ``name`` is missing, has another shape, or holds a value outside 1e-9
+            to 1e9.
     """
     parts = []
     for table, shape in SHAPES.items():
@@ -47,7 +54,10 @@ def from_tables(given: dict, name: str) -> Tensor:
 def check(values: Tensor, shape: tuple[int, ...], name: str) -> None:
     """Raise ValueError where ``values`` cannot be factors of this shape."""
     if values.shape != shape or values.dtype != torch.float64:
-        raise ValueError(f"{name} has shape {list(values.shape)} and dtype {values.dtype}; expected {list(shape)}, float64")
+        raise ValueError(
+            f"{name} has shape {list(values.shape)} and dtype {values.dtype}; expected"
+            f" {list(shape)}, float64"
+        )
     if not bool(((values >= 1e-9) & (values <= 1e9)).all()):
         raise ValueError(f"{name} holds a value outside 1e-9 to 1e9")
 
@@ -55,5 +65,10 @@ def check(values: Tensor, shape: tuple[int, ...], name: str) -> None:
 def tables(factors: Tensor) -> dict[str, list]:
     """What :func:`from_tables` takes, three digits each."""
     sizes = [math.prod(shape) for shape in SHAPES.values()]
-    rounded = torch.tensor([float(f"{x:.3g}") for x in factors.tolist()], dtype=torch.float64, device="cpu")
-    return {name: part.view(shape).tolist() for (name, shape), part in zip(SHAPES.items(), rounded.split(sizes))}
+    rounded = torch.tensor(
+        [float(f"{x:.3g}") for x in factors.tolist()], dtype=torch.float64, device="cpu"
+    )
+    return {
+        name: part.view(shape).tolist()
+        for (name, shape), part in zip(SHAPES.items(), rounded.split(sizes))
+    }

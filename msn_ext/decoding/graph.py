@@ -1,8 +1,10 @@
-"""A decoder's steps recorded and replayed: on a GPU, one launch instead of some hundred (CUDA graphs).
+"""A decoder's steps recorded and replayed: on a GPU, one launch instead of some hundred (CUDA
+graphs).
 
-A recording repeats the same kernels on the same memory, so it is of one size of tree, and everything that a step
-changes it changes in place (:class:`.step.Decoder` with ``room``). The host reads what a step gained while the next
-one runs. Recordings stay with their model from call to call, a few of them, and go when it goes.
+A recording repeats the same kernels on the same memory, so it is of one size of tree, and
+everything that a step changes it changes in place (:class:`.step.Decoder` with ``room``). The host
+reads what a step gained while the next one runs. Recordings stay with their model from call to
+call, a few of them, and go when it goes.
 """
 
 from __future__ import annotations
@@ -39,18 +41,22 @@ KEPT = 4
 SHARE = 0.1
 """and of the device's memory, what their caches may take in all."""
 RECORDINGS = 16
-"""Of a decoder, one per size of tree: more than ``auto`` chooses from, and than ``msn tune`` measures."""
+"""Of a decoder, one per size of tree: more than ``auto`` chooses from, and than ``msn tune``
+measures.
+"""
 ROOM = 512
-"""Slots of a cache come in multiples of this, so that one decoder serves prompts of many lengths."""
+"""Slots of a cache come in multiples of this, so that one decoder serves prompts of many lengths.
+"""
 
 
 @runtime_checkable
 class Plannable(Protocol):
-    """What a :class:`.drafting.Drafter` needs beside for its steps to be recorded: ``propose`` and ``observe`` do not ask
-    the device anything, keep their state in place, and ``propose`` gives as many nodes as ``plan`` said.
+    """What a :class:`.drafting.Drafter` needs beside for its steps to be recorded: ``propose`` and
+    ``observe`` do not ask the device anything, keep their state in place, and ``propose`` gives as
+    many nodes as ``plan`` said.
 
-    A class says so itself: one that inherits these from another is not recorded, since it may do in ``observe`` what it
-    likes.
+    A class says so itself: one that inherits these from another is not recorded, since it may do in
+    ``observe`` what it likes.
 
     Attributes:
         report: what ``told`` wants to know of a proposal, on the device; None: nothing.
@@ -64,7 +70,9 @@ class Plannable(Protocol):
         """The nodes of the next tree."""
 
     def told(self, report: Tensor | None, nodes: int, gained: list[int], seconds: float) -> None:
-        """What came of a step: its report, its nodes, the tokens per row, and its time. It comes one step late."""
+        """What came of a step: its report, its nodes, the tokens per row, and its time. It comes
+        one step late.
+        """
 
 
 class CudaRecording:
@@ -73,8 +81,12 @@ class CudaRecording:
     def __init__(self, step: Callable[[], Gained], pool, stream: torch.cuda.Stream):
         self._graph = torch.cuda.CUDAGraph()
         with (
-            torch.cuda.stream(torch.cuda.current_stream(stream.device)),  # which a failure would leave switched
-            torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            torch.cuda.stream(
+                torch.cuda.current_stream(stream.device)
+            ),  # which a failure would leave switched
+            torch.cuda.graph(
+                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ),
         ):
             self.gained = step()
 
@@ -97,7 +109,9 @@ class Recorder:
         self.memory = int(SHARE * torch.cuda.get_device_properties(device).total_memory)
 
     def warm_up(self, step: Callable[[], Gained]) -> Gained:
-        """A step outside any recording, on another stream than the default one, as recording asks for."""
+        """A step outside any recording, on another stream than the default one, as recording asks
+        for.
+        """
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._side):
             gained = step()
@@ -108,11 +122,18 @@ class Recorder:
         return CudaRecording(step, self._pool, self._side)
 
     def to_host(self, tensors: list[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
-        """Copies that are under way, and what waits for them. The last copies but one are overwritten."""
+        """Copies that are under way, and what waits for them. The last copies but one are
+        overwritten.
+        """
         shapes = tuple((x.shape, x.dtype) for x in tensors)
         slots = self._host.setdefault(shapes, [])
         if len(slots) < 2:
-            slots.append([torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True) for x in tensors])
+            slots.append(
+                [
+                    torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+                    for x in tensors
+                ]
+            )
         else:
             slots.append(slots.pop(0))
         for to, x in zip(slots[-1], tensors):
@@ -152,7 +173,9 @@ class Replay:
 
     def __init__(self, decoder: Decoder, recorder: Recorder):
         self.decoder, self.recorder = decoder, recorder
-        self._recordings: OrderedDict[int, tuple] = OrderedDict()  # by nodes: recording, its drafter's report
+        self._recordings: OrderedDict[int, tuple] = (
+            OrderedDict()
+        )  # by nodes: recording, its drafter's report
         self._warm: set[int] = set()
         self._workspace = ops.Workspace()
         self._allocations = decoder.drafter.allocations
@@ -190,7 +213,9 @@ class Replay:
             else:
                 gained = self.recorder.warm_up(self.decoder.step)
                 report = drafter.report
-        there, wait = self.recorder.to_host([gained.tokens, gained.status, *([] if report is None else [report])])
+        there, wait = self.recorder.to_host(
+            [gained.tokens, gained.status, *([] if report is None else [report])]
+        )
 
         def read() -> Gained:
             wait()
@@ -198,7 +223,9 @@ class Replay:
             self._read_at = now
             tokens, status, *reports = (x.clone() for x in there)
             if usual and before is not None:
-                drafter.told(reports[0] if reports else None, nodes, status[0].tolist(), now - before)
+                drafter.told(
+                    reports[0] if reports else None, nodes, status[0].tolist(), now - before
+                )
             return Gained(tokens, status)
 
         return Late(read)
@@ -209,13 +236,18 @@ class Replay:
             self._warm.add(nodes)
             return False
         cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # of weights, which would be read where they no longer are
+        torch.set_autocast_cache_enabled(
+            False
+        )  # of weights, which would be read where they no longer are
         try:
             with _recording:  # one at a time: torch's allocator knows of one
                 recording = self.recorder.record(self.decoder.step)
         except RuntimeError as error:
             self._refused = True
-            logger.warning("msn_ext decodes without CUDA graphs: a step of this model cannot be recorded: %s", error)
+            logger.warning(
+                "msn_ext decodes without CUDA graphs: a step of this model cannot be recorded: %s",
+                error,
+            )
             return False
         finally:
             torch.set_autocast_cache_enabled(cached)
@@ -236,12 +268,16 @@ class Eager:
         self.step = decoder.step
 
 
-_kept: weakref.WeakKeyDictionary[PreTrainedModel, OrderedDict[tuple, list[Replay]]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[PreTrainedModel, OrderedDict[tuple, list[Replay]]] = (
+    weakref.WeakKeyDictionary()
+)
 _guard = threading.Lock()
 _recording = threading.Lock()
 
 
-def why_eager(device: torch.device, drafter: Drafter, processors: LogitsProcessorList) -> str | None:
+def why_eager(
+    device: torch.device, drafter: Drafter, processors: LogitsProcessorList
+) -> str | None:
     """Why steps are not recorded; None: they may be."""
     if device.type not in RECORDERS:
         return f"the model is on {device.type}"
@@ -260,14 +296,24 @@ def why_eager(device: torch.device, drafter: Drafter, processors: LogitsProcesso
 
 
 def _ways(model: PreTrainedModel, device: torch.device) -> int:
-    """What else a step computes by beside the values of weights: settings, hooks and adapters, hashed."""
+    """What else a step computes by beside the values of weights: settings, hooks and adapters,
+    hashed.
+    """
     ways: list = [torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)]
-    ways += *hooks._global_forward_pre_hooks, None, *hooks._global_forward_hooks
+    ways += (*hooks._global_forward_pre_hooks, None, *hooks._global_forward_hooks)
     for module in model.modules():
-        ways += *module._forward_pre_hooks, None, *module._forward_hooks, module.training, id(vars(module).get("forward"))
+        ways += (
+            *module._forward_pre_hooks,
+            None,
+            *module._forward_hooks,
+            module.training,
+            id(vars(module).get("forward")),
+        )
         if isinstance(module, PreTrainedModel):
             ways.append(module.config._attn_implementation)
-        if isinstance(getattr(type(module), "disable_adapters", None), property):  # a layer of PEFT's
+        if isinstance(
+            getattr(type(module), "disable_adapters", None), property
+        ):  # a layer of PEFT's
             adapters = "disable_adapters", "active_adapter", "merged_adapters", "scaling"
             ways.append(repr([getattr(module, name, None) for name in adapters]))
     return hash(tuple(ways))
@@ -291,18 +337,31 @@ def steps(
     max_new_tokens: int,
     eos_token_ids: Tensor,
 ) -> Iterator[Replay | Eager]:
-    """A decoder at the beginning of its prompts (arguments as :class:`.step.Decoder` has them), recorded where possible.
+    """A decoder at the beginning of its prompts (arguments as :class:`.step.Decoder` has them),
+    recorded where possible.
 
     Args:
         draft: what the user asked to draft with, a name or an object; recordings are kept by it.
     """
     prompt = input_ids, offsets, max_new_tokens, eos_token_ids
     reason = why_eager(input_ids.device, drafter, processors)
-    if reason is None and longrope_boundary(model.config.get_text_config(decoder=True), *prompt[:3]):
+    if reason is None and longrope_boundary(
+        model.config.get_text_config(decoder=True), *prompt[:3]
+    ):
         reason = "rope_type='longrope' changes its factors on the way"
 
     def make(room: int | None = None) -> Decoder:
-        return Decoder(model, attention, input_ids, offsets, drafter, targets, processors, *prompt[2:], room=room)
+        return Decoder(
+            model,
+            attention,
+            input_ids,
+            offsets,
+            drafter,
+            targets,
+            processors,
+            *prompt[2:],
+            room=room,
+        )
 
     if reason is not None:
         logger.info("msn_ext decodes without CUDA graphs: %s", reason)
@@ -310,9 +369,19 @@ def steps(
         return
     room = room_for(input_ids.shape[1] + max_new_tokens)
     by = draft if isinstance(draft, (str, DraftTree)) else id(draft)
-    key = (*input_ids.shape[:1], room, eos_token_ids.shape, by, type(attention), _ways(model, input_ids.device))
+    key = (
+        *input_ids.shape[:1],
+        room,
+        eos_token_ids.shape,
+        by,
+        type(attention),
+        _ways(model, input_ids.device),
+    )
     key += (hash(tuple((x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))),)
-    key += (type(targets), *((type(processor), *sorted(vars(processor).items())) for processor in processors))
+    key += (
+        type(targets),
+        *((type(processor), *sorted(vars(processor).items())) for processor in processors),
+    )
     with _guard:
         kept = _kept.setdefault(model, OrderedDict())
         replay = _take(kept, key)

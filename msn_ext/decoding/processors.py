@@ -1,4 +1,6 @@
-"""transformers' processors of logits on the nodes of a draft: temperature, top-p, repetition penalty, …"""
+"""transformers' processors of logits on the nodes of a draft: temperature, top-p, repetition
+penalty, …
+"""
 
 from __future__ import annotations
 
@@ -37,18 +39,34 @@ from .drafting import Draft
 ROWS = 64  # of logits that are processed at a time, some of it in float64
 PREFIX_FREE = frozenset(
     {
-        TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TopHLogitsWarper, TypicalLogitsWarper,
-        EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, SuppressTokensLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+        MinPLogitsWarper,
+        TopHLogitsWarper,
+        TypicalLogitsWarper,
+        EpsilonLogitsWarper,
+        EtaLogitsWarper,
+        InfNanRemoveLogitsProcessor,
+        LogitNormalization,
+        SuppressTokensLogitsProcessor,
     }
-)  # fmt: skip
+)
 """Processors of logits whose result does not depend on the text before."""
 PREFIX_BOUND = frozenset(
     {
-        RepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor, NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor,
-        MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, ExponentialDecayLengthPenalty,
-        ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor, SuppressTokensAtBeginLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        NoRepeatNGramLogitsProcessor,
+        NoBadWordsLogitsProcessor,
+        SequenceBiasLogitsProcessor,
+        MinLengthLogitsProcessor,
+        MinNewTokensLengthLogitsProcessor,
+        ExponentialDecayLengthPenalty,
+        ForcedBOSTokenLogitsProcessor,
+        ForcedEOSTokenLogitsProcessor,
+        SuppressTokensAtBeginLogitsProcessor,
     }
-)  # fmt: skip
+)
 """Processors whose result depends on nothing but the text before and the logits."""
 
 
@@ -63,13 +81,16 @@ def followed(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
         if type(processor) not in known:
             names = ", ".join(sorted(kind.__name__ for kind in known))
             raise ValueError(
-                f"{type(processor).__name__} may keep a state from token to token, which guesses would spoil; "
-                f"msn_ext.generate supports {names}"
+                f"{type(processor).__name__} may keep a state from token to token, which guesses"
+                f" would spoil; msn_ext.generate supports {names}"
             )
         ignored = getattr(processor, "prompt_ignore_length", None)
         if isinstance(ignored, Tensor):  # transformers' own, of padding
             if ignored.shape != (rows,):
-                raise ValueError(f"prompt_ignore_length has shape {list(ignored.shape)}; expected [{rows}], one number per row")
+                raise ValueError(
+                    f"prompt_ignore_length has shape {list(ignored.shape)}; expected [{rows}], one"
+                    " number per row"
+                )
             if not ignored.any():
                 processor = RepetitionPenaltyLogitsProcessor(processor.penalty)
         found.append(processor)
@@ -77,7 +98,9 @@ def followed(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
 
 
 def at_once(processor: LogitsProcessor) -> bool:
-    """Whether it can run on all nodes at once: it does not look at the text before, or only for which tokens are in it."""
+    """Whether it can run on all nodes at once: it does not look at the text before, or only for
+    which tokens are in it.
+    """
     if type(processor) is RepetitionPenaltyLogitsProcessor:
         return processor.prompt_ignore_length is None
     return type(processor) in PREFIX_FREE
@@ -100,10 +123,16 @@ class Texts:
     offsets: Tensor
 
     def before(self, vocabulary: int) -> Tensor:
-        """Which tokens the texts have up to the root, padding included: bool [B, vocabulary + 1], the last column rubbish."""
+        """Which tokens the texts have up to the root, padding included: bool [B, vocabulary + 1],
+        the last column rubbish.
+        """
         text = torch.cat([self.prompts, self.history], dim=1)
-        columns = [torch.arange(x.shape[1], device=text.device) for x in (self.prompts, self.history)]
-        there = torch.cat([columns[0] < self.offsets[:, None], columns[1] < self.lengths[:, None]], dim=1)
+        columns = [
+            torch.arange(x.shape[1], device=text.device) for x in (self.prompts, self.history)
+        ]
+        there = torch.cat(
+            [columns[0] < self.offsets[:, None], columns[1] < self.lengths[:, None]], dim=1
+        )
         found = torch.zeros(len(text), vocabulary + 1, dtype=torch.bool, device=text.device)
         return found.scatter_(1, torch.where(there, text, vocabulary).clamp_(max=vocabulary), True)
 
@@ -119,11 +148,18 @@ class Texts:
         return before[row].scatter_(1, behind, True)[:, :rubbish]
 
     def by_depth(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Row by row and depth by depth: the row, the places of its nodes among all B * N, int64 [R], and the texts up to them,
-        int64 [R, L], as transformers has them, with padding in front. Waits for the device; padding nodes have none."""
+        """Row by row and depth by depth: the row, the places of its nodes among all B * N, int64
+        [R], and the texts up to them, int64 [R, L], as transformers has them, with padding in
+        front. Waits for the device; padding nodes have none.
+        """
         device, shape = self.history.device, self.draft.tokens.shape
         lengths, offsets = self.lengths.tolist(), self.offsets.tolist()
-        rows = zip(*(x.expand(shape).tolist() for x in (self.draft.tokens, self.draft.parents, self.draft.depth)))
+        rows = zip(
+            *(
+                x.expand(shape).tolist()
+                for x in (self.draft.tokens, self.draft.parents, self.draft.depth)
+            )
+        )
         for b, (tokens, parents, depths) in enumerate(rows):
             before = torch.cat([self.prompts[b, : offsets[b]], self.history[b, : lengths[b]]])
             paths: list[list[int]] = [[]]
@@ -131,13 +167,19 @@ class Texts:
                 paths.append([*paths[parents[node]], tokens[node]] if depths[node] > 0 else [])
             for depth in sorted(set(depths) - {-1}):
                 nodes = [node for node in range(len(tokens)) if depths[node] == depth]
-                behind = torch.tensor([paths[node] for node in nodes], dtype=torch.int64, device=device).view(len(nodes), depth)
+                behind = torch.tensor(
+                    [paths[node] for node in nodes], dtype=torch.int64, device=device
+                ).view(len(nodes), depth)
                 places = torch.tensor(nodes, device=device) + b * len(tokens)
                 yield b, places, torch.cat([before.expand(len(nodes), -1), behind], dim=1)
 
 
-def processed(logits: Tensor, processors: LogitsProcessorList, texts: Texts) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """Places of nodes among all B * N, and their logits as the processors leave them, float32 [R, V]."""
+def processed(
+    logits: Tensor, processors: LogitsProcessorList, texts: Texts
+) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Places of nodes among all B * N, and their logits as the processors leave them, float32 [R,
+    V].
+    """
     logits = logits.flatten(0, 1)
     if not all(map(at_once, processors)):
         last = None
@@ -146,14 +188,20 @@ def processed(logits: Tensor, processors: LogitsProcessorList, texts: Texts) -> 
                 last, own = row, _of_row(processors, row)
             yield places, own(text, logits[places].float())
         return
-    before = None if all(type(processor) in PREFIX_FREE for processor in processors) else texts.before(logits.shape[-1])
+    before = (
+        None
+        if all(type(processor) in PREFIX_FREE for processor in processors)
+        else texts.before(logits.shape[-1])
+    )
     for begin in range(0, len(logits), ROWS):
         places = slice(begin, begin + ROWS)
         scores = logits[places].float()
         text = scores.new_zeros(len(scores), 1, dtype=torch.int64)
         for processor in processors:
             if type(processor) is RepetitionPenaltyLogitsProcessor:
-                penalised = torch.where(scores < 0, scores * processor.penalty, scores / processor.penalty)
+                penalised = torch.where(
+                    scores < 0, scores * processor.penalty, scores / processor.penalty
+                )
                 scores = torch.where(texts.seen(before, places), penalised, scores)
             else:
                 scores = processor(text, scores)
@@ -163,8 +211,12 @@ def processed(logits: Tensor, processors: LogitsProcessorList, texts: Texts) -> 
 def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
     """The same; of those that know the rows of a batch apart, what is meant for this one."""
     return LogitsProcessorList(
-        RepetitionPenaltyLogitsProcessor(processor.penalty, int(processor.prompt_ignore_length[row]))
-        if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
-        else processor
+        (
+            RepetitionPenaltyLogitsProcessor(
+                processor.penalty, int(processor.prompt_ignore_length[row])
+            )
+            if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
+            else processor
+        )
         for processor in processors
     )

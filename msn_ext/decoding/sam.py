@@ -1,4 +1,6 @@
-"""SAM-Decoding (Hu et al., ACL 2025, arXiv 2411.10666): copies what followed the longest earlier match."""
+"""SAM-Decoding (Hu et al., ACL 2025, arXiv 2411.10666): copies what followed the longest earlier
+match.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ class SuffixAutomaton:
 
     def __init__(self):
         self.text: list[int] = []
-        # Of every state: tokens that lead on, the state of the longest suffix of another class, the length of
-        # its longest string, and where that first ended.
+        # Of every state: tokens that lead on, the state of the longest suffix of another class, the
+        # length of its longest string, and where that first ended.
         self._next: list[dict[int, int]] = [{}]
         self._link, self._length, self._end = [-1], [0], [0]
         self._last = self._state = self.matched = 0
@@ -58,9 +60,16 @@ class SuffixAutomaton:
         if state == -1:
             return
         target = self._next[state][token]
-        if self._length[target] != self._length[state] + 1:  # split: its shorter strings now end here too
+        if (
+            self._length[target] != self._length[state] + 1
+        ):  # split: its shorter strings now end here too
             whole = target
-            target = self._new(dict(self._next[whole]), self._link[whole], self._length[state] + 1, self._end[whole])
+            target = self._new(
+                dict(self._next[whole]),
+                self._link[whole],
+                self._length[state] + 1,
+                self._end[whole],
+            )
             self._link[whole] = target
             while state != -1 and self._next[state].get(token) == whole:
                 self._next[state][token] = target
@@ -71,10 +80,11 @@ class SuffixAutomaton:
 
 
 class SamDecoding:
-    """A chain that copies what followed the first place of the text's longest end that stands there too.
+    """A chain that copies what followed the first place of the text's longest end that stands there
+    too.
 
-    As the authors' program does without a second drafter and without a corpus: ``growth`` tokens for every
-    token that matched. The automaton is kept on the host: a baseline, not for speed.
+    As the authors' program does without a second drafter and without a corpus: ``growth`` tokens
+    for every token that matched. The automaton is kept on the host: a baseline, not for speed.
 
     Args:
         most: tokens of a chain, root included, 2 to 256.
@@ -103,10 +113,18 @@ class SamDecoding:
             most = min(self._most - 1, int(self._growth * text.matched))
             copies.append(text.text[text.follows : text.follows + most])
         nodes = 1 + max(map(len, copies))
-        tokens = [text.text[-1:] + copy + text.text[-1:] * (nodes - 1 - len(copy)) for text, copy in zip(self._texts, copies)]
-        parents = [[node - 1 if node <= len(copy) else -1 for node in range(nodes)] for copy in copies]
+        tokens = [
+            text.text[-1:] + copy + text.text[-1:] * (nodes - 1 - len(copy))
+            for text, copy in zip(self._texts, copies)
+        ]
+        parents = [
+            [node - 1 if node <= len(copy) else -1 for node in range(nodes)] for copy in copies
+        ]
         device = history.device
-        return Draft.of(torch.tensor(tokens, device=device), torch.tensor(parents, dtype=torch.int32, device=device))
+        return Draft.of(
+            torch.tensor(tokens, device=device),
+            torch.tensor(parents, dtype=torch.int32, device=device),
+        )
 
     def observe(self, verified: Verified) -> None:
         pass

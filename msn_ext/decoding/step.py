@@ -25,7 +25,8 @@ REREADING = {"phi3", "phimoe", "phi4_multimodal"}
 """Families that read the text anew where 'longrope' switches its factors."""
 
 AT_FIRST = 1536
-"""Slots behind the prompt that a cache of fixed slots begins with; they double as they are used up."""
+"""Slots behind the prompt that a cache of fixed slots begins with; they double as they are used up.
+"""
 
 Targets = Callable[[Tensor, Tensor, LogitsProcessorList, Texts], Tensor]
 
@@ -39,14 +40,18 @@ def longrope_boundary(config, input_ids: Tensor, offsets: Tensor, max_new_tokens
     if "longrope" not in rope_types(config):
         return 0
     batch, prompt = input_ids.shape
-    boundary = config.rope_parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    boundary = (
+        config.rope_parameters.get("original_max_position_embeddings")
+        or config.max_position_embeddings
+    )
     boundary += int(offsets.min())
     if not prompt - 1 < boundary < prompt + max_new_tokens:
         return 0
     if batch > 1:
         raise ValueError(
-            f"rope_type='longrope' changes its factors at {boundary} tokens, in the middle of this batch, and rows "
-            "that grow at their own pace would not switch together; generate row by row, or stop before"
+            f"rope_type='longrope' changes its factors at {boundary} tokens, in the middle of this"
+            " batch, and rows that grow at their own pace would not switch together; generate row"
+            " by row, or stop before"
         )
     return boundary
 
@@ -57,9 +62,9 @@ class Gained:
 
     Attributes:
         tokens: int64 [B, N]; row b gained ``tokens[b, :counts[b]]``.
-        status: int64 [3, B], all that the host has to read: ``counts``, the tokens that each row may
-            still gain (0: finished), and whether a gained token is none of the vocabulary (a draw
-            from probabilities that hold NaN).
+        status: int64 [3, B], all that the host has to read: ``counts``, the tokens that each row
+            may still gain (0: finished), and whether a gained token is none of the vocabulary (a
+            draw from probabilities that hold NaN).
     """
 
     tokens: Tensor
@@ -71,7 +76,8 @@ class Gained:
 
 
 class Decoder:
-    """The state of a batch that is being decoded; all of it on the model's device, changed in place.
+    """The state of a batch that is being decoded; all of it on the model's device, changed in
+    place.
 
     ``history[b, :lengths[b]]`` are the tokens so far, without padding. The last one is the root of
     the next tree: its key and value are not cached yet. Positions are logical: left padding has
@@ -87,8 +93,9 @@ class Decoder:
         processors: of the logits, as :func:`.processors.followed` gives them.
         max_new_tokens: tokens to gain per row, exactly unless an end-of-text token comes first.
         eos_token_ids: int64 [E]; what ends a row.
-        room: slots for the text, all of them from the beginning, so that every step has the same shapes, until
-            :meth:`make_room` gives the cache more of them; None: as many as are needed, by and by.
+        room: slots for the text, all of them from the beginning, so that every step has the same
+            shapes, until :meth:`make_room` gives the cache more of them; None: as many as are
+            needed, by and by.
     """
 
     def __init__(
@@ -105,7 +112,9 @@ class Decoder:
         room: int | None = None,
     ):
         batch, prompt = input_ids.shape
-        self._model = weakref.ref(model)  # recordings of its steps stay as long as the model does, and no longer
+        self._model = weakref.ref(
+            model
+        )  # recordings of its steps stay as long as the model does, and no longer
         self.drafter, self._attention = drafter, attention
         self.targets, self._processors = targets, processors
         self._config = model.config.get_text_config(decoder=True)
@@ -115,15 +124,19 @@ class Decoder:
         self._history = input_ids.new_zeros(batch, room or prompt + max_new_tokens + MAX_NODES)
         self._prompts = input_ids.new_zeros(batch, room or prompt)
         self._offsets, self._eos = offsets.clone(), eos_token_ids.clone()
-        self._lengths, self._prompt_lengths, self._remaining, self._last_position = offsets.new_empty(4, batch).unbind()
+        self._lengths, self._prompt_lengths, self._remaining, self._last_position = (
+            offsets.new_empty(4, batch).unbind()
+        )
         self.begin(input_ids, offsets, max_new_tokens, eos_token_ids)
 
     @property
     def model(self) -> PreTrainedModel:
         return self._model()
 
-    def begin(self, input_ids: Tensor, offsets: Tensor, max_new_tokens: int, eos_token_ids: Tensor) -> None:
-        """Other prompts, as many of them and end-of-text tokens as before, that fit into the room."""
+    def begin(
+        self, input_ids: Tensor, offsets: Tensor, max_new_tokens: int, eos_token_ids: Tensor
+    ) -> None:
+        """Other prompts, as many of them and of end-of-text tokens, that fit into the room."""
         batch, prompt = input_ids.shape
         device = input_ids.device
         self._input_ids = input_ids
@@ -134,7 +147,9 @@ class Decoder:
         self.drafter.start(batch, self._config.vocab_size, device)
         columns = torch.arange(prompt, device=device)
         self._history.zero_()
-        self._history[:, :prompt] = input_ids.gather(1, (columns + offsets[:, None]).clamp(max=prompt - 1))
+        self._history[:, :prompt] = input_ids.gather(
+            1, (columns + offsets[:, None]).clamp(max=prompt - 1)
+        )
         self._lengths.copy_(prompt - offsets)
         self._prompt_lengths.copy_(self._lengths)
         self._remaining.fill_(max_new_tokens)
@@ -145,14 +160,20 @@ class Decoder:
         self._longest = prompt - 1
         self._shallow_until = longrope_boundary(self._config, input_ids, offsets, max_new_tokens)
         # transformers forgets the cache of these when the factors switch, and reads the text anew.
-        self._rereads = self._shallow_until and self._config.model_type in REREADING and not bool(offsets.any())
+        self._rereads = (
+            self._shallow_until and self._config.model_type in REREADING and not bool(offsets.any())
+        )
 
     def make_room(self) -> bool:
-        """Give the cache more slots where this step, behind one that nobody has read, might not fit; whether it moved."""
+        """Give the cache more slots where this step, behind one that nobody has read, might not
+        fit; whether it moved.
+        """
         return self._cache.fit(min(self._room, self._longest + 2 * MAX_NODES), self._room)
 
     def _straddles(self, depth: int) -> bool:
-        """Whether a draft of this depth might reach across the longrope boundary: then nothing is drafted."""
+        """Whether a draft of this depth might reach across the longrope boundary: then nothing is
+        drafted.
+        """
         return self._longest < self._shallow_until <= self._longest + depth
 
     def _roots(self) -> Tensor:
@@ -177,7 +198,9 @@ class Decoder:
         self._cache.at_start(total)
         columns = torch.arange(total, device=ids.device)
         padded = bool((self._offsets > 0).any())
-        positions = (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
+        positions = (
+            (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
+        )
         mask = (columns >= self._offsets[:, None]).long() if padded else None
         with self._attention.reading():
             logits = self._forward(ids, positions, mask, keep=len(draft))
@@ -193,7 +216,9 @@ class Decoder:
         else:
             draft = self.drafter.propose(self._history, self._lengths)
         draft.tokens[:, :1] = self._roots()
-        if self.targets is not greedy:  # what could not be drawn, if nobody has read yet that it could not
+        if (
+            self.targets is not greedy
+        ):  # what could not be drawn, if nobody has read yet that it could not
             draft.tokens.clamp_(max=self._config.vocab_size - 1)
         prefix = self._prefix()
         self._cache.at(prefix, len(draft), self._longest + len(draft))
@@ -234,11 +259,23 @@ class Decoder:
             accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._cache.commit(prefix, path, accepted)
         self.drafter.observe(
-            Verified(draft, logits, targets, path, accepted, continuation, self._history, self._lengths, guesses)
+            Verified(
+                draft,
+                logits,
+                targets,
+                path,
+                accepted,
+                continuation,
+                self._history,
+                self._lengths,
+                guesses,
+            )
         )
 
         text = self._history, self._lengths, self._remaining
-        return Gained(*ops.advance_text(*text, targets, path, accepted, self._eos, logits.shape[-1]))
+        return Gained(
+            *ops.advance_text(*text, targets, path, accepted, self._eos, logits.shape[-1])
+        )
 
     @property
     def cache_bytes(self) -> int:

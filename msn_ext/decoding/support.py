@@ -15,31 +15,50 @@ from .tree import DraftTree
 
 # Families whose trees are compared with plain decoding in python_tests/test_lossless.py.
 TESTED = frozenset(
-    "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 deepseek_v2 deepseek_v3 "
-    "mixtral qwen3_moe gptj codegen".split()
+    (
+        "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 "
+        "deepseek_v2 deepseek_v3 mixtral qwen3_moe gptj codegen"
+    ).split()
 )
 # Of these, the ones that have sliding windows where their configuration says so.
-WINDOWED = frozenset("qwen2 qwen3 mistral phi3 gemma2 gemma3_text starcoder2 mixtral qwen3_moe".split())
+WINDOWED = frozenset(
+    ("qwen2 qwen3 mistral phi3 gemma2 gemma3_text starcoder2 mixtral qwen3_moe").split()
+)
 # Families that ignore the attention interface but follow a dense mask and position_ids.
 MASK_ONLY = frozenset({"gptj", "codegen"})
 
 
 def _refuse(model: PreTrainedModel, reason: str):
-    raise ValueError(f"{type(model).__name__} ({model.config.model_type}) cannot be decoded with a draft tree: {reason}")
+    raise ValueError(
+        f"{type(model).__name__} ({model.config.model_type}) cannot be decoded with a draft tree:"
+        f" {reason}"
+    )
 
 
 def rope_types(config) -> set[str]:
     """The rotary embedding types a config asks for; empty without rotary embeddings."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    groups = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
+    groups = (
+        [parameters]
+        if "rope_type" in parameters
+        else [p for p in parameters.values() if isinstance(p, dict)]
+    )
     return {group.get("rope_type", "default") for group in groups}
 
 
 def _window(config, layer: int) -> int:
     """The sliding window of a layer; 0: none."""
     if types := getattr(config, "layer_types", None):
-        return (getattr(config, "sliding_window", None) or 0) if types[layer] == "sliding_attention" else 0
-    return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
+        return (
+            (getattr(config, "sliding_window", None) or 0)
+            if types[layer] == "sliding_attention"
+            else 0
+        )
+    return (
+        getattr(config, "sliding_window", None)
+        or getattr(config, "attention_chunk_size", None)
+        or 0
+    )
 
 
 def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
@@ -60,20 +79,45 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         _refuse(model, f"its cache has layers of other kinds than keys and values ({names})")
-    if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        _refuse(model, f"it has layers of {', '.join(sorted(other))}; expected full_attention or sliding_attention")
+    if other := set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }:
+        _refuse(
+            model,
+            f"it has layers of {', '.join(sorted(other))}; expected full_attention or"
+            " sliding_attention",
+        )
     if family in TESTED - WINDOWED and DynamicSlidingWindowLayer in kinds:
-        _refuse(model, f"sliding_window is {_window(config, 0)}, which cuts its cache, but it attends without one; expected None")
+        _refuse(
+            model,
+            f"sliding_window is {_window(config, 0)}, which cuts its cache, but it attends without"
+            " one; expected None",
+        )
     if "dynamic" in rope_types(config):
-        _refuse(model, "rope_type='dynamic' changes the positions of the cached keys as the text grows")
+        _refuse(
+            model, "rope_type='dynamic' changes the positions of the cached keys as the text grows"
+        )
     if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
-        _refuse(model, f"its weights are spread over several devices ({', '.join(sorted(devices))})")
-    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        _refuse(model, "gradient checkpointing in training mode keeps no cache; call model.eval() before")
+        _refuse(
+            model, f"its weights are spread over several devices ({', '.join(sorted(devices))})"
+        )
+    if any(
+        module.training and getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
+    ):
+        _refuse(
+            model,
+            "gradient checkpointing in training mode keeps no cache; call model.eval() before",
+        )
     if family in MASK_ONLY:
         return MaskAttention(model)
     if not KernelAttention.supports(model):
-        _refuse(model, "its attention ignores transformers' AttentionInterface and is not known to follow a dense mask")
+        _refuse(
+            model,
+            "its attention ignores transformers' AttentionInterface and is not known to follow a"
+            " dense mask",
+        )
     attention = KernelAttention(model)
     if family not in TESTED:
         with torch.autocast(model.device.type, enabled=False):
@@ -92,28 +136,53 @@ def _probe(model: PreTrainedModel, attention: KernelAttention) -> None:
     config = model.config.get_text_config(decoder=True)
     tree = DraftTree((-1, 0, 0, 1, 2, 2))
     generator = torch.Generator("cpu").manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (1, 6 + len(tree)), generator=generator, device="cpu").to(model.device)
+    tokens = torch.randint(
+        config.vocab_size, (1, 6 + len(tree)), generator=generator, device="cpu"
+    ).to(model.device)
     prefix, nodes = tokens[:, :6], tokens[:, 6:]
     tensors = tree.tensors(model.device)
     lengths = torch.tensor([6], device=model.device)
     cache = TreeCache(config)
     cache.at_start(6)
-    model(input_ids=prefix, position_ids=torch.arange(6, device=model.device)[None], past_key_values=cache, use_cache=True)
+    model(
+        input_ids=prefix,
+        position_ids=torch.arange(6, device=model.device)[None],
+        past_key_values=cache,
+        use_cache=True,
+    )
     cache.at(lengths, len(tree), 6 + len(tree))
     context = TreeContext(lengths, torch.zeros_like(lengths), tensors.ancestors, windows={})
     with attention.checking(context, cache.end, model.dtype) as mask:
-        found = model(
-            input_ids=nodes, attention_mask=mask, position_ids=lengths[:, None] + tensors.depth, past_key_values=cache, use_cache=True
-        ).logits[0].float()  # fmt: skip
+        found = (
+            model(
+                input_ids=nodes,
+                attention_mask=mask,
+                position_ids=lengths[:, None] + tensors.depth,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            .logits[0]
+            .float()
+        )
     for layer, window in sorted(context.windows.items()):
         if window != (wanted := _window(config, layer)):
-            _refuse(model, f"layer {layer} attends with sliding_window={window}, and its configuration says {wanted} (0: none)")
+            _refuse(
+                model,
+                f"layer {layer} attends with sliding_window={window}, and its configuration says"
+                f" {wanted} (0: none)",
+            )
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     for leaf in (3, 4, 5):
         path = [leaf]
         while path[0]:
             path.insert(0, tree.parents[path[0]])
-        plain = model(input_ids=torch.cat([prefix, nodes[:, path]], 1), use_cache=False).logits[0, 6:].float()
-        if not torch.allclose(found[path], plain, atol=tolerance * plain.abs().max().item(), rtol=0):
+        plain = (
+            model(input_ids=torch.cat([prefix, nodes[:, path]], 1), use_cache=False)
+            .logits[0, 6:]
+            .float()
+        )
+        if not torch.allclose(
+            found[path], plain, atol=tolerance * plain.abs().max().item(), rtol=0
+        ):
             _refuse(model, "a trial tree did not give the logits of plain forward passes")
     _probed.add(model)

@@ -18,16 +18,16 @@ from msn_ext.ops.reference import MAX_NODES, RETRIEVAL
 MC_SIM_7B_63 = tuple(
     tuple(int(rank) for rank in path)
     for path in (
-        "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 "
-        "40 21 004 005 0000 011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 "
-        "90 060 0001 16 070"
+        "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 "
+        "100 020 12 003 40 21 004 005 0000 011 006 030 50 13 007 008 009 60 040 14 70 012 "
+        "200 31 22 80 050 15 101 021 90 060 0001 16 070"
     ).split()
 )
 PAPER_RETRIEVAL_LENGTH = 5
 
 
 class TreeTensors(NamedTuple):
-    """A tree on a device: ``parents``, ``rank``, ``depth`` int32 [N], ``ancestors`` int64 [N, W]."""
+    """On a device: ``parents``, ``rank``, ``depth`` int32 [N], ``ancestors`` int64 [N, W]."""
 
     parents: Tensor
     rank: Tensor
@@ -62,7 +62,9 @@ class DraftTree:
                 expected = "-1 (the root)" if node == 0 else f"a node in [0, {node - 1}]"
                 raise ValueError(f"parents[{node}] is {parent}; expected {expected}")
         if self.ranks is None:
-            ranks = tuple(parents[:node].count(parent) if node else 0 for node, parent in enumerate(parents))
+            ranks = tuple(
+                parents[:node].count(parent) if node else 0 for node, parent in enumerate(parents)
+            )
         else:
             ranks = tuple(int(r) for r in self.ranks)
         if len(ranks) != len(parents):
@@ -83,7 +85,11 @@ class DraftTree:
         parents, ranks = [-1], [0]
         for path in paths:
             if path[:-1] not in index or not path:
-                raise ValueError(f"paths has {list(path)} but not {list(path[:-1])}" if path else "paths has an empty path")
+                raise ValueError(
+                    f"paths has {list(path)} but not {list(path[:-1])}"
+                    if path
+                    else "paths has an empty path"
+                )
             index[path] = len(parents)
             parents.append(index[path[:-1]])
             ranks.append(path[-1])
@@ -91,12 +97,12 @@ class DraftTree:
 
     @classmethod
     def chain(cls, nodes: int, rank: int = 0) -> DraftTree:
-        """One path of ``nodes`` nodes, root included, all of one rank. ``chain(1)`` drafts nothing."""
+        """One path of ``nodes`` nodes, root included, of one rank. ``chain(1)`` drafts nothing."""
         return cls(tuple(range(-1, nodes - 1)), (0,) + (rank,) * (nodes - 1))
 
     @classmethod
     def paper(cls) -> DraftTree:
-        """The paper's tree (appendix B): 63 nodes of ``mc_sim_7b_63``, 5 retrieved, and the root."""
+        """The paper's tree (appendix B): ``mc_sim_7b_63`` (63 nodes), 5 retrieved, the root."""
         retrieved = [(RETRIEVAL,) * length for length in range(1, PAPER_RETRIEVAL_LENGTH + 1)]
         return cls.from_paths([*MC_SIM_7B_63, *retrieved])
 
@@ -131,4 +137,3 @@ class DraftTree:
         ancestors, depth = ops.tree_ancestors(parents)
         rank = torch.tensor(self.ranks, dtype=torch.int32, device="cpu")
         return TreeTensors(*(x.to(device) for x in (parents, rank, depth, ancestors)))
-

@@ -27,7 +27,9 @@ def _splitmix64(x: Tensor) -> Tensor:
 
 
 def counter_uniform(seed: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Uniform float64 numbers in [0, 1), each a function of (seed, row, position) alone; int64 tensors."""
+    """Uniform float64 numbers in [0, 1), each a function of (seed, row, position) alone; int64
+    tensors.
+    """
     x = _splitmix64(_splitmix64(rows) ^ seed)
     x = _splitmix64(_splitmix64(x ^ positions) ^ _NODE)
     # 52 bits, so that the largest one times a sum is less than the sum in float64.
@@ -39,7 +41,9 @@ def as_compared(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype == torch.float64 else logits
 
 
-def greedy(logits: Tensor, positions: Tensor, processors: LogitsProcessorList, texts: Texts) -> Tensor:
+def greedy(
+    logits: Tensor, positions: Tensor, processors: LogitsProcessorList, texts: Texts
+) -> Tensor:
     """The arg-max [B, N] of logits [B, N, V]."""
     targets = torch.zeros_like(positions).flatten()
     for places, scores in processed(logits, processors, texts):
@@ -60,13 +64,17 @@ class Sampler:
     """
 
     def __init__(self, seed: int, device: torch.device | str):
-        self._seed = torch.tensor(seed, device=device)  # where a recorded step finds that of another call
+        self._seed = torch.tensor(
+            seed, device=device
+        )  # where a recorded step finds that of another call
 
     def begin(self, other: Sampler) -> None:
         """Draw as ``other`` does."""
         self._seed.copy_(other._seed)
 
-    def __call__(self, logits: Tensor, positions: Tensor, processors: LogitsProcessorList, texts: Texts) -> Tensor:
+    def __call__(
+        self, logits: Tensor, positions: Tensor, processors: LogitsProcessorList, texts: Texts
+    ) -> Tensor:
         """Targets [B, N] for logits [B, N, V] of nodes at logical ``positions`` [B, N]."""
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         uniform = counter_uniform(self._seed, rows, positions).flatten()[:, None]
@@ -77,7 +85,9 @@ class Sampler:
 
 
 def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """The tokens [R] whose cumulative probability passes the numbers [R, 1] first: never one of probability 0."""
+    """The tokens [R] whose cumulative probability passes the numbers [R, 1] first: never one of
+    probability 0.
+    """
     cumulative = scores.double().softmax(-1).cumsum(-1)
     # NaN passes nothing and gives the vocabulary's size, which generation.py refuses.
     return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).squeeze(-1)

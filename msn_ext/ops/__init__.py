@@ -1,4 +1,5 @@
-"""The ops of a decoding step and of noisy training, each a :mod:`torch.library` op with a CPU and a CUDA kernel.
+"""The ops of a decoding step and of noisy training, each a :mod:`torch.library` op with a CPU and a
+CUDA kernel.
 
 Shapes: B rows of a batch, N tree nodes (1 to 256), W = ceil(N / 64) words, H query heads, H_kv key
 and value heads, C cache slots, D and D_v head sizes. Trees are int32 (``parents``, ``depth``,
@@ -53,8 +54,9 @@ def _register(schema: str, impl, fake):
 class Workspace:
     """Where the blocks of a launch on a GPU leave sums and counts for each other.
 
-    There is one per device and stream. Within ``with workspace:`` a thread's calls use this one instead, for recorded
-    launches (CUDA graphs), whose memory nobody else may use and which must stay.
+    There is one per device and stream. Within ``with workspace:`` a thread's calls use this one
+    instead, for recorded launches (CUDA graphs), whose memory nobody else may use and which must
+    stay.
     """
 
     def __init__(self):
@@ -63,13 +65,19 @@ class Workspace:
 
     def get(self, like: Tensor, floats: int, counters: int) -> tuple[Tensor, Tensor]:
         """float32 [floats or more], and int32 [counters or more] that are 0 between launches."""
-        return self._last(self._floats, like, floats, torch.float32), self._last(self._counters, like, counters, torch.int32)
+        return self._last(self._floats, like, floats, torch.float32), self._last(
+            self._counters, like, counters, torch.int32
+        )
 
     @staticmethod
     def _last(buffers: list[Tensor], like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-        """One that is large enough. The smaller ones before it stay: recorded launches know where they are."""
+        """One that is large enough. The smaller ones before it stay: recorded launches know where
+        they are.
+        """
         if not buffers or len(buffers[-1]) < size:
-            buffers.append(like.new_zeros(max(size, 2 * len(buffers[-1]) if buffers else 0), dtype=dtype))
+            buffers.append(
+                like.new_zeros(max(size, 2 * len(buffers[-1]) if buffers else 0), dtype=dtype)
+            )
         return buffers[-1]
 
     def __enter__(self) -> None:
@@ -132,7 +140,11 @@ def _tree_ancestors_impl(parents: Tensor) -> tuple[Tensor, Tensor]:
     return ancestors, depth
 
 
-_register("tree_ancestors(Tensor parents) -> (Tensor, Tensor)", _tree_ancestors_impl, _tree_ancestors_outputs)
+_register(
+    "tree_ancestors(Tensor parents) -> (Tensor, Tensor)",
+    _tree_ancestors_impl,
+    _tree_ancestors_outputs,
+)
 
 
 # ---- tree_attention ------------------------------------------------------------------------------
@@ -173,12 +185,19 @@ def tree_attention(
     Returns:
         [B, N, H, D_v] in q's dtype; sums are float32 (float64 for float64).
     """
-    return _ops.tree_attention(q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks)
+    return _ops.tree_attention(
+        q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks
+    )
 
 
-def _tree_attention_output(q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks):
+def _tree_attention_output(
+    q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks
+):
     if q.dim() != 4 or v_cache.dim() != 4:
-        raise ValueError(f"q and v_cache have shapes {list(q.shape)} and {list(v_cache.shape)}; expected 4 dimensions")
+        raise ValueError(
+            f"q and v_cache have shapes {list(q.shape)} and {list(v_cache.shape)}; expected 4"
+            " dimensions"
+        )
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3])
 
 
@@ -186,19 +205,25 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _tree_attention_impl(q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks):
-    out = _tree_attention_output(q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks)
+def _tree_attention_impl(
+    q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks
+):
+    out = _tree_attention_output(
+        q, k_cache, v_cache, lengths, ancestors, offsets, scale, window, softcap, sinks
+    )
     if scale is None:
         scale = q.shape[-1] ** -0.5
     q, k_cache, v_cache = _dense_rows(q), _dense_rows(k_cache), _dense_rows(v_cache)
     space = _workspace(q, *_C.attention_space(q, k_cache, v_cache)) if q.is_cuda else (None, None)
-    _C.tree_attention(q, k_cache, v_cache, lengths, offsets, ancestors, sinks, scale, window, softcap, out, *space)
+    _C.tree_attention(
+        q, k_cache, v_cache, lengths, offsets, ancestors, sinks, scale, window, softcap, out, *space
+    )
     return out
 
 
 _register(
-    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor ancestors, Tensor? offsets, "
-    "float? scale, int window, float softcap, Tensor? sinks) -> Tensor",
+    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor ancestors,"
+    " Tensor? offsets, float? scale, int window, float softcap, Tensor? sinks) -> Tensor",
     _tree_attention_impl,
     _tree_attention_output,
 )
@@ -207,7 +232,9 @@ _register(
 # ---- verify_tree ---------------------------------------------------------------------------------
 
 
-def verify_tree(tokens: Tensor, targets: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def verify_tree(
+    tokens: Tensor, targets: Tensor, parents: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The longest path of a draft tree that the model agrees with (arXiv 2406.17404, section 3.3).
 
     A node is accepted if its token is its parent's target and its parent is accepted; the root
@@ -232,7 +259,12 @@ def _verify_tree_outputs(tokens: Tensor, targets: Tensor, parents: Tensor):
     if tokens.dim() != 2:
         raise ValueError(f"tokens has shape {list(tokens.shape)}; expected [B, N]")
     row = tokens.new_empty(tokens.shape[:1])
-    return row, tokens.new_empty(tokens.shape), torch.empty_like(row), tokens.new_empty(tokens.shape)
+    return (
+        row,
+        tokens.new_empty(tokens.shape),
+        torch.empty_like(row),
+        tokens.new_empty(tokens.shape),
+    )
 
 
 def _verify_tree_impl(tokens: Tensor, targets: Tensor, parents: Tensor):
@@ -242,7 +274,8 @@ def _verify_tree_impl(tokens: Tensor, targets: Tensor, parents: Tensor):
 
 
 _register(
-    "verify_tree(Tensor tokens, Tensor targets, Tensor parents) -> (Tensor, Tensor, Tensor, Tensor)",
+    "verify_tree(Tensor tokens, Tensor targets, Tensor parents) -> (Tensor, Tensor, Tensor,"
+    " Tensor)",
     _verify_tree_impl,
     _verify_tree_outputs,
 )
@@ -258,7 +291,8 @@ def verify_logits(
     :func:`verify_tree`, in one launch on a GPU.
 
     Args:
-        logits: [B, N, V] behind every node, float16, bfloat16, float32 or (CPU only) float64; V <= 2^27.
+        logits: [B, N, V] behind every node, float16, bfloat16, float32 or (CPU only) float64; V <=
+        2^27.
         tokens: int64 [B, N], the draft.
         parents: int32 [N] or [B, N].
 
@@ -270,22 +304,36 @@ def verify_logits(
 
 def _verify_logits_outputs(logits: Tensor, tokens: Tensor, parents: Tensor):
     if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
-        raise ValueError(f"logits has shape {list(logits.shape)}; expected [*{list(tokens.shape)}, V], as tokens")
+        raise ValueError(
+            f"logits has shape {list(logits.shape)}; expected [*{list(tokens.shape)}, V], as tokens"
+        )
     accepted, path, bonus, continuation = _verify_tree_outputs(tokens, tokens, parents)
-    return _top_guesses_output(logits), tokens.new_empty(tokens.shape), accepted, path, bonus, continuation
+    return (
+        _top_guesses_output(logits),
+        tokens.new_empty(tokens.shape),
+        accepted,
+        path,
+        bonus,
+        continuation,
+    )
 
 
 def _verify_logits_impl(logits: Tensor, tokens: Tensor, parents: Tensor):
     out = _verify_logits_outputs(logits, tokens, parents)
     rows, batch = _dense_rows(logits.reshape(-1, logits.shape[-1])), len(tokens)
-    arrived = _workspace(tokens, 0, batch)[1] if tokens.is_cuda else tokens.new_zeros(batch, dtype=torch.int32)
+    arrived = (
+        _workspace(tokens, 0, batch)[1]
+        if tokens.is_cuda
+        else tokens.new_zeros(batch, dtype=torch.int32)
+    )
     guesses = out[0].view(-1, GUESSES)
     _C.verify_logits(rows, tokens.contiguous(), parents.contiguous(), guesses, *out[1:], arrived)
     return out
 
 
 _register(
-    "verify_logits(Tensor logits, Tensor tokens, Tensor parents) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "verify_logits(Tensor logits, Tensor tokens, Tensor parents) -> (Tensor, Tensor, Tensor,"
+    " Tensor, Tensor, Tensor)",
     _verify_logits_impl,
     _verify_logits_outputs,
 )
@@ -334,43 +382,60 @@ def advance_text(
     ends: Tensor,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
-    """Put the gained tokens, the targets along the accepted path, behind every row's text, in place.
+    """Put the gained tokens, the targets along the accepted path, behind every row's text, in
+    place.
 
-    A row takes the first ``accept_length`` of them, but no more than it may still gain, and none behind an end of text;
-    ``history`` from ``lengths`` on, ``lengths`` and ``remaining`` change.
+    A row takes the first ``accept_length`` of them, but no more than it may still gain, and none
+    behind an end of text; ``history`` from ``lengths`` on, ``lengths`` and ``remaining`` change.
 
     Args:
         history: int64 [B, C], contiguous, with room for what is gained.
         lengths: int64 [B], tokens of every row so far.
         remaining: int64 [B], tokens that a row may still gain; 0 once it has ended.
-        targets, path, accept_length: int64 [B, N], [B, N] and [B], as :func:`verify_tree` takes and gives them.
+        targets, path, accept_length: int64 [B, N], [B, N] and [B], as :func:`verify_tree` takes and
+        gives them.
         ends: int64 [E], the tokens that end a text.
         vocabulary: tokens are to be smaller.
 
     Returns:
-        ``gained`` int64 [B, N], the target of each node of the path, root first, then rubbish; ``status`` int64 [3, B]: how many of them
-        a row took, what it may still gain, and whether one that it took is none of the vocabulary.
+        ``gained`` int64 [B, N], the target of each node of the path, root first, then rubbish;
+        ``status`` int64 [3, B]: how many of them a row took, what it may still gain, and whether
+        one that it took is none of the vocabulary.
     """
-    return _ops.advance_text(history, lengths, remaining, targets, path, accept_length, ends, vocabulary)
+    return _ops.advance_text(
+        history, lengths, remaining, targets, path, accept_length, ends, vocabulary
+    )
 
 
-def _advance_text_outputs(history, lengths, remaining, targets, path, accept_length, ends, vocabulary):
+def _advance_text_outputs(
+    history, lengths, remaining, targets, path, accept_length, ends, vocabulary
+):
     if targets.dim() != 2:
         raise ValueError(f"targets has shape {list(targets.shape)}; expected [B, N]")
     return targets.new_empty(targets.shape), targets.new_empty(3, targets.shape[0])
 
 
 def _advance_text_impl(history, lengths, remaining, targets, path, accept_length, ends, vocabulary):
-    out = _advance_text_outputs(history, lengths, remaining, targets, path, accept_length, ends, vocabulary)
+    out = _advance_text_outputs(
+        history, lengths, remaining, targets, path, accept_length, ends, vocabulary
+    )
     _C.advance_text(
-        history, lengths, remaining, targets.contiguous(), path.contiguous(), accept_length.contiguous(), ends.contiguous(), vocabulary, *out
-    )  # fmt: skip
+        history,
+        lengths,
+        remaining,
+        targets.contiguous(),
+        path.contiguous(),
+        accept_length.contiguous(),
+        ends.contiguous(),
+        vocabulary,
+        *out,
+    )
     return out
 
 
 _register(
-    "advance_text(Tensor(a!) history, Tensor(b!) lengths, Tensor(c!) remaining, Tensor targets, Tensor path, "
-    "Tensor accept_length, Tensor ends, int vocabulary) -> (Tensor, Tensor)",
+    "advance_text(Tensor(a!) history, Tensor(b!) lengths, Tensor(c!) remaining, Tensor targets,"
+    " Tensor path, Tensor accept_length, Tensor ends, int vocabulary) -> (Tensor, Tensor)",
     _advance_text_impl,
     _advance_text_outputs,
 )
@@ -379,7 +444,9 @@ _register(
 # ---- lookup_ngram --------------------------------------------------------------------------------
 
 
-def lookup_ngram(history: Tensor, lengths: Tensor, max_ngram: int, length: int) -> tuple[Tensor, Tensor]:
+def lookup_ngram(
+    history: Tensor, lengths: Tensor, max_ngram: int, length: int
+) -> tuple[Tensor, Tensor]:
     """What followed the longest earlier match of the text's end (arXiv 2406.17404, appendix B).
 
     The longest suffix of ``history[b, :lengths[b]]`` of at most ``max_ngram`` tokens that also
@@ -423,7 +490,13 @@ _register(
 
 
 def fill_tree(
-    candidates: Tensor, retrieved: Tensor, history: Tensor, lengths: Tensor, depth: Tensor, rank: Tensor, seed: Tensor
+    candidates: Tensor,
+    retrieved: Tensor,
+    history: Tensor,
+    lengths: Tensor,
+    depth: Tensor,
+    rank: Tensor,
+    seed: Tensor,
 ) -> Tensor:
     """The tokens of a draft tree with a fixed shape (arXiv 2406.17404, section 3.3, appendix B).
 
@@ -448,7 +521,8 @@ def fill_tree(
 def _fill_tree_output(candidates, retrieved, history, lengths, depth, rank, seed):
     if history.dim() != 2 or rank.dim() != 1:
         raise ValueError(
-            f"history and rank have shapes {list(history.shape)} and {list(rank.shape)}; expected [B, C] and [N]"
+            f"history and rank have shapes {list(history.shape)} and {list(rank.shape)}; expected"
+            " [B, C] and [N]"
         )
     return history.new_empty(history.shape[0], rank.shape[0])
 
@@ -456,14 +530,21 @@ def _fill_tree_output(candidates, retrieved, history, lengths, depth, rank, seed
 def _fill_tree_impl(candidates, retrieved, history, lengths, depth, rank, seed):
     out = _fill_tree_output(candidates, retrieved, history, lengths, depth, rank, seed)
     _C.fill_tree(
-        candidates.contiguous(), retrieved.contiguous(), history.contiguous(), lengths, depth.contiguous(), rank.contiguous(), seed, out
-    )  # fmt: skip
+        candidates.contiguous(),
+        retrieved.contiguous(),
+        history.contiguous(),
+        lengths,
+        depth.contiguous(),
+        rank.contiguous(),
+        seed,
+        out,
+    )
     return out
 
 
 _register(
-    "fill_tree(Tensor candidates, Tensor retrieved, Tensor history, Tensor lengths, Tensor depth, Tensor rank, "
-    "Tensor seed) -> Tensor",
+    "fill_tree(Tensor candidates, Tensor retrieved, Tensor history, Tensor lengths, Tensor depth,"
+    " Tensor rank, Tensor seed) -> Tensor",
     _fill_tree_impl,
     _fill_tree_output,
 )
@@ -475,9 +556,9 @@ _register(
 def top_guesses(logits: Tensor) -> Tensor:
     """The eight likeliest tokens of every row of logits and how likely each is among them.
 
-    A *guess* is ``token * 16 + level``. The level is the number of :data:`.reference.EDGES` that are
-    no larger than the token's probability in a softmax over the eight (which needs no sum over the
-    vocabulary, and so no second pass).
+    A *guess* is ``token * 16 + level``. The level is the number of :data:`.reference.EDGES` that
+    are no larger than the token's probability in a softmax over the eight (which needs no sum over
+    the vocabulary, and so no second pass).
 
     Args:
         logits: [..., V], float16, bfloat16, float32 or (CPU only) float64; V <= 2^27.
@@ -498,7 +579,9 @@ def _top_guesses_output(logits: Tensor) -> Tensor:
 def _top_guesses_impl(logits: Tensor) -> Tensor:
     out = _top_guesses_output(logits)
     rows = logits.reshape(-1, logits.shape[-1])
-    _C.top_guesses(_dense_rows(rows) if len(rows) else rows.new_empty(rows.shape), out.view(-1, GUESSES))
+    _C.top_guesses(
+        _dense_rows(rows) if len(rows) else rows.new_empty(rows.shape), out.view(-1, GUESSES)
+    )
     return out
 
 
@@ -509,12 +592,13 @@ _register("top_guesses(Tensor logits) -> Tensor", _top_guesses_impl, _top_guesse
 
 
 def index_suffixes(heads: Tensor, history: Tensor, start: Tensor, lengths: Tensor) -> None:
-    """Note where the last 1, 2, 3, 4, 6, 8, 12 and 16 tokens before every new token stood, in place.
+    """Note where the last 1, 2, 3, 4, 6, 8, 12 and 16 tokens before every new token stood, in
+    place.
 
     For every row b, place ``max(1, start[b]) <= e < lengths[b]`` and n-gram length, the slot of the
-    n-gram that ends before e becomes e. So a slot holds the most recent place, and a token costs the
-    same however long the text is. A negative number, such as -1 between two documents, is no token:
-    it is in no n-gram, and no n-gram ends before it.
+    n-gram that ends before e becomes e. So a slot holds the most recent place, and a token costs
+    the same however long the text is. A negative number, such as -1 between two documents, is no
+    token: it is in no n-gram, and no n-gram ends before it.
 
     Args:
         heads: int32 [B, 8, S], zeros at first; n-grams share slots where their hashes do.
@@ -540,17 +624,25 @@ _register(
 
 
 def remember_guesses(
-    contexts: Tensor, history: Tensor, lengths: Tensor, tokens: Tensor, parents: Tensor, path: Tensor, guesses: Tensor
+    contexts: Tensor,
+    history: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    path: Tensor,
+    guesses: Tensor,
 ) -> None:
-    """Remember, for the last 1, 2 and 3 tokens at every node of a draft, what the model guessed next.
+    """Remember, for the last 1, 2 and 3 tokens at every node of a draft, what the model guessed
+    next.
 
     Nodes with one context: later rows over earlier ones, in a row the accepted path over the rest,
     then the higher index. Padding is left out.
 
     Args:
-        contexts: int32 [3, S, 9], zeros at first, changed in place: of an order and a hash slot, what
-            tells contexts apart (0: empty) and the guesses.
-        history: int64 [B, C]; lengths: int64 [B], >= 1: the text before the pass; its end is the root.
+        contexts: int32 [3, S, 9], zeros at first, changed in place: of an order and a hash slot,
+            what tells contexts apart (0: empty) and the guesses.
+        history: int64 [B, C]; lengths: int64 [B], >= 1: the text before the pass; its end is the
+        root.
         tokens: int64 [B, N]; parents: int32 [N] or [B, N]: the draft.
         path: int64 [B, N], as :func:`verify_tree` gives it.
         guesses: int32 [B, N, 8], as :func:`top_guesses` gives them.
@@ -564,8 +656,8 @@ def _remember_guesses_impl(contexts, history, lengths, tokens, parents, path, gu
 
 
 _register(
-    "remember_guesses(Tensor(a!) contexts, Tensor history, Tensor lengths, Tensor tokens, Tensor parents, Tensor path, "
-    "Tensor guesses) -> ()",
+    "remember_guesses(Tensor(a!) contexts, Tensor history, Tensor lengths, Tensor tokens, Tensor"
+    " parents, Tensor path, Tensor guesses) -> ()",
     _remember_guesses_impl,
     lambda contexts, history, lengths, tokens, parents, path, guesses: None,
 )
@@ -590,45 +682,67 @@ def draft_tree(
     """The best ``nodes`` nodes of the tree of everything that any source guesses.
 
     What may follow a node is what its sources list: the denoised guesses of its depth (arXiv
-    2406.17404, section 3.3), those remembered after its last 1, 2 and 3 tokens (Token Recycling, arXiv
-    2408.08696, has the first), and the tokens that followed the last places of its longest n-grams: in
-    the text, or where an n-gram has no place there, in the corpus. A token's score is a bias times the
-    factor of every source that lists it; its probability given the node is its score over 1 (nothing of
-    all this) plus all scores, at most 0.99, and that of a path is the product.
+    2406.17404, section 3.3), those remembered after its last 1, 2 and 3 tokens (Token Recycling,
+    arXiv 2408.08696, has the first), and the tokens that followed the last places of its longest
+    n-grams: in the text, or where an n-gram has no place there, in the corpus. A token's score is a
+    bias times the factor of every source that lists it; its probability given the node is its score
+    over 1 (nothing of all this) plus all scores, at most 0.99, and that of a path is the product.
 
-    Nodes are added one by one: of all children of those in the tree always the most valuable. A node's
-    value is its probability; the likeliest child of a node (noise, a token of the text, if there is no
-    guess) is worth ``foresight`` times its parent's probability more, for if the accepted path ends
-    there, what the model says below is a guess of the next step. Of equals the one whose parent comes
-    first wins, then denoised guesses before remembered ones before suffixes. So the first n nodes are the
-    tree of n nodes, and without foresight no other tree of n nodes has a larger expected accept length.
+    Nodes are added one by one: of all children of those in the tree always the most valuable. A
+    node's value is its probability; the likeliest child of a node (noise, a token of the text, if
+    there is no guess) is worth ``foresight`` times its parent's probability more, for if the
+    accepted path ends there, what the model says below is a guess of the next step. Of equals the
+    one whose parent comes first wins, then denoised guesses before remembered ones before suffixes.
+    So the first n nodes are the tree of n nodes, and without foresight no other tree of n nodes has
+    a larger expected accept length.
 
     Args:
         history: int64 [B, C]; lengths: int64 [B], >= 1: the text, whose end is the root.
         denoised: int32 [B, D, 8], guesses for the D next tokens; -1: none.
         contexts: int32 [3, S, 9], of :func:`remember_guesses`; S = 0: none.
         heads: int32 [B, 8, S'], of :func:`index_suffixes`; S' = 0: none.
-        corpus: int32 [T], T < 2^31, other texts, for all rows; T = 0: none. A negative number stands
-            between them: it matches nothing and is no guess.
-        corpus_heads: int32 [8, S''], as ``heads``, of the corpus; S'' = 0: none. What points outside
-            the corpus counts as nothing, on every device.
+        corpus: int32 [T], T < 2^31, other texts, for all rows; T = 0: none. A negative number
+            stands between them: it matches nothing and is no guess.
+        corpus_heads: int32 [8, S''], as ``heads``, of the corpus; S'' = 0: none. What points
+            outside the corpus counts as nothing, on every device.
         factors: float64 [348], each 1e-9 to 1e9; :mod:`.reference` has their places.
         nodes: N, root included, 1 to 256.
         max_depth: of any node, 0 to 256.
         foresight: 0 to 1; 0: probability alone counts, and there is no noise.
 
     Returns:
-        ``tokens`` int64 [B, N]; ``parents`` int32 [B, N], -1 at the root and where nothing was left to
-        guess; ``probability`` float64 [B, N], that the node will be accepted: their sum is the expected
-        accept length; ``sources`` int32 [B, N], the sum of 1 (denoised), 2 (remembered), 4 (suffix), 8 (noise).
+        ``tokens`` int64 [B, N]; ``parents`` int32 [B, N], -1 at the root and where nothing was left
+        to guess; ``probability`` float64 [B, N], that the node will be accepted: their sum is the
+        expected accept length; ``sources`` int32 [B, N], the sum of 1 (denoised), 2 (remembered), 4
+        (suffix), 8 (noise).
     """
     return _ops.draft_tree(
-        history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors, nodes, max_depth, foresight
+        history,
+        lengths,
+        denoised,
+        contexts,
+        heads,
+        corpus,
+        corpus_heads,
+        factors,
+        nodes,
+        max_depth,
+        foresight,
     )
 
 
 def _draft_tree_outputs(
-    history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors, nodes, max_depth, foresight
+    history,
+    lengths,
+    denoised,
+    contexts,
+    heads,
+    corpus,
+    corpus_heads,
+    factors,
+    nodes,
+    max_depth,
+    foresight,
 ):
     if history.dim() != 2:
         raise ValueError(f"history has shape {list(history.shape)}; expected [B, C]")
@@ -638,7 +752,17 @@ def _draft_tree_outputs(
 
 
 def _draft_tree_impl(
-    history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors, nodes, max_depth, foresight
+    history,
+    lengths,
+    denoised,
+    contexts,
+    heads,
+    corpus,
+    corpus_heads,
+    factors,
+    nodes,
+    max_depth,
+    foresight,
 ):
     if not 1 <= nodes <= MAX_NODES:
         raise ValueError(f"nodes is {nodes}; expected 1 to {MAX_NODES}")
@@ -649,8 +773,9 @@ def _draft_tree_impl(
 
 
 _register(
-    "draft_tree(Tensor history, Tensor lengths, Tensor denoised, Tensor contexts, Tensor heads, Tensor corpus, "
-    "Tensor corpus_heads, Tensor factors, int nodes, int max_depth, float foresight) -> (Tensor, Tensor, Tensor, Tensor)",
+    "draft_tree(Tensor history, Tensor lengths, Tensor denoised, Tensor contexts, Tensor heads,"
+    " Tensor corpus, Tensor corpus_heads, Tensor factors, int nodes, int max_depth, float"
+    " foresight) -> (Tensor, Tensor, Tensor, Tensor)",
     _draft_tree_impl,
     _draft_tree_outputs,
 )
@@ -673,11 +798,12 @@ def draw_noise(
 ) -> tuple[Tensor, Tensor]:
     """Where noise goes in every sample of a batch, and what it is (arXiv 2406.17404, Eq. 3 and 4).
 
-    A document's response are its tokens with a label other than -100, but for the document's first. A segment
-    starts anywhere in it with equal chance where ``length`` tokens of one response follow, or at the beginning
-    of a shorter response, which it fills. The noise of a place is a token drawn with equal chance from the
-    document's clean tokens before it, or from the vocabulary. What is drawn depends on the seed, the
-    document's tokens and the number of the segment alone, not on the batch that the document comes in.
+    A document's response are its tokens with a label other than -100, but for the document's first.
+    A segment starts anywhere in it with equal chance where ``length`` tokens of one response
+    follow, or at the beginning of a shorter response, which it fills. The noise of a place is a
+    token drawn with equal chance from the document's clean tokens before it, or from the
+    vocabulary. What is drawn depends on the seed, the document's tokens and the number of the
+    segment alone, not on the batch that the document comes in.
 
     Args:
         input_ids, labels: int64 [B, T].
@@ -691,23 +817,52 @@ def draw_noise(
         apart: segments of a document do not overlap; else their starts differ.
 
     Returns:
-        The starts int64 [D, S], -1 where there was no room left; the noise int64 [D, S, L], -1 behind the end of a
-        segment that is shorter.
+        The starts int64 [D, S], -1 where there was no room left; the noise int64 [D, S, L], -1
+        behind the end of a segment that is shorter.
 
     Raises:
-        ValueError: also where a given start is not in the document's response (on CUDA it counts as no segment).
+        ValueError: also where a given start is not in the document's response (on CUDA it counts as
+            no segment).
     """
-    return _ops.draw_noise(input_ids, labels, documents, keep_token_ids, starts, seed, length, random, vocabulary, apart)
+    return _ops.draw_noise(
+        input_ids,
+        labels,
+        documents,
+        keep_token_ids,
+        starts,
+        seed,
+        length,
+        random,
+        vocabulary,
+        apart,
+    )
 
 
-def _draw_noise_outputs(input_ids, labels, documents, keep_token_ids, starts, seed, length, random, vocabulary, apart):
+def _draw_noise_outputs(
+    input_ids, labels, documents, keep_token_ids, starts, seed, length, random, vocabulary, apart
+):
     if starts.dim() != 2:
         raise ValueError(f"starts has shape {list(starts.shape)}; expected [D, S]")
-    return torch.empty_like(starts, memory_format=torch.contiguous_format), starts.new_empty(*starts.shape, max(length, 0))
+    return torch.empty_like(starts, memory_format=torch.contiguous_format), starts.new_empty(
+        *starts.shape, max(length, 0)
+    )
 
 
-def _draw_noise_impl(input_ids, labels, documents, keep_token_ids, starts, seed, length, random, vocabulary, apart):
-    out = _draw_noise_outputs(input_ids, labels, documents, keep_token_ids, starts, seed, length, random, vocabulary, apart)
+def _draw_noise_impl(
+    input_ids, labels, documents, keep_token_ids, starts, seed, length, random, vocabulary, apart
+):
+    out = _draw_noise_outputs(
+        input_ids,
+        labels,
+        documents,
+        keep_token_ids,
+        starts,
+        seed,
+        length,
+        random,
+        vocabulary,
+        apart,
+    )
     out[0].copy_(starts)
     inputs = (x.contiguous() for x in (input_ids, labels, documents, keep_token_ids))
     _C.draw_noise(*inputs, seed, random, vocabulary, apart, *out)
@@ -715,8 +870,8 @@ def _draw_noise_impl(input_ids, labels, documents, keep_token_ids, starts, seed,
 
 
 _register(
-    "draw_noise(Tensor input_ids, Tensor labels, Tensor documents, Tensor keep_token_ids, Tensor starts, int seed, "
-    "int length, float random, int vocabulary, bool apart) -> (Tensor, Tensor)",
+    "draw_noise(Tensor input_ids, Tensor labels, Tensor documents, Tensor keep_token_ids, Tensor"
+    " starts, int seed, int length, float random, int vocabulary, bool apart) -> (Tensor, Tensor)",
     _draw_noise_impl,
     _draw_noise_outputs,
 )

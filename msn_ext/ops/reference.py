@@ -43,12 +43,14 @@ def tree_ancestors(parents):
                 rows.append(word - (1 << 64) if word >> 63 else word)  # as a signed integer
             depths.append(len(chain) - 1)
     ancestors = torch.tensor(rows, dtype=torch.int64).view(*parents.shape, words)
-    return ancestors.to(parents.device), torch.tensor(depths, dtype=torch.int32).view(parents.shape).to(parents.device)
+    return ancestors.to(parents.device), torch.tensor(depths, dtype=torch.int32).view(
+        parents.shape
+    ).to(parents.device)
 
 
 def ancestor_matrix(ancestors):
     """Bit words int64 [..., N, W] as a bool matrix [..., N, N]: [i, j] = j is i or above it."""
-    n, words = ancestors.shape[-2:]
+    n = ancestors.shape[-2]
     shifts = torch.arange(WORD_BITS, device=ancestors.device)
     bits = (ancestors[..., None] >> shifts) & 1
     return bits.flatten(-2)[..., :n].bool()
@@ -81,7 +83,19 @@ def tree_mask(lengths, ancestors, slots, *, offsets=None, window=0):
     return mask[:, None]
 
 
-def tree_attention(q, k_cache, v_cache, lengths, ancestors, *, offsets=None, scale=None, window=0, softcap=0.0, sinks=None):
+def tree_attention(
+    q,
+    k_cache,
+    v_cache,
+    lengths,
+    ancestors,
+    *,
+    offsets=None,
+    scale=None,
+    window=0,
+    softcap=0.0,
+    sinks=None,
+):
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, n, dim = q.shape
     group = heads // k_cache.shape[1]
@@ -135,7 +149,7 @@ def commit_kv(caches, lengths, path, accept_length):
 
 
 def advance_text(history, lengths, remaining, targets, path, accept_length, ends, vocabulary):
-    batch, nodes = targets.shape
+    batch = len(targets)
     gained = targets.gather(1, path.clamp(min=0))
     status = torch.zeros(3, batch, dtype=torch.int64, device=history.device)
     for b in range(batch):
@@ -204,10 +218,23 @@ def fill_tree(candidates, retrieved, history, lengths, depth, rank, seed):
     return tokens.to(history.device)
 
 
-# ---- best-first drafting: what is known, and the tree that is made of it ----------------------------
+# ---- best-first drafting: what is known, and the tree that is made of it
+# ----------------------------
 
 GUESSES = 8  # of the model, kept of every row of logits
-EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 0.985)  # between levels of probability
+EDGES = (
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.35,
+    0.5,
+    0.65,
+    0.8,
+    0.9,
+    0.96,
+    0.985,
+)  # between levels of probability
 LEVELS = len(EDGES) + 1
 ORDERS = 3  # contexts of 1, 2 and 3 tokens
 SUFFIXES = (1, 2, 3, 4, 6, 8, 12, 16)  # lengths of the n-grams that are indexed
@@ -216,9 +243,13 @@ CEILING = 0.99  # of the probability of a child, so that it always comes behind 
 
 # The factors, one by one (see `draft_tree`): where each table begins, its dimensions behind it.
 _BIAS = 0  # [highest order known here: 0..3, longest suffix known here: 0..8]
-_DENOISED = _BIAS + (ORDERS + 1) * (len(SUFFIXES) + 1)  # [depth: 0, 1, 2 and more, any context known here, level]
+_DENOISED = _BIAS + (ORDERS + 1) * (
+    len(SUFFIXES) + 1
+)  # [depth: 0, 1, 2 and more, any context known here, level]
 _ADJACENT = _DENOISED + 3 * 2 * LEVELS  # [order, highest order known here, level]
-_SUFFIX = _ADJACENT + ORDERS * (ORDERS + 1) * LEVELS  # [n-gram, rank: 0, 1, 2 and more, highest order known here]
+_SUFFIX = (
+    _ADJACENT + ORDERS * (ORDERS + 1) * LEVELS
+)  # [n-gram, rank: 0, 1, 2 and more, highest order known here]
 FACTORS = _SUFFIX + len(SUFFIXES) * 3 * (ORDERS + 1)
 
 
@@ -227,7 +258,9 @@ def top_guesses(logits):
     guesses = torch.full((len(rows), GUESSES), -1, dtype=torch.int32)
     for at, row in enumerate(rows.double().tolist()):
         # Largest first, NaN before everything, the lowest token of equals.
-        order = sorted(range(len(row)), key=lambda t: (row[t] == row[t], -row[t] if row[t] == row[t] else 0, t))
+        order = sorted(
+            range(len(row)), key=lambda t: (row[t] == row[t], -row[t] if row[t] == row[t] else 0, t)
+        )
         best = torch.tensor([row[t] for t in order[:GUESSES]], dtype=torch.float64)
         weights = (best - best[:1]).exp()
         total = 0.0
@@ -299,17 +332,19 @@ def remember_guesses(contexts, history, lengths, tokens, parents, path, guesses)
 
 
 def last_place(text, heads, ngram, h):
-    """Where an n-gram (newest token first) of hash h stood last in ``text``, a list or an array, by its heads of this
-    n: the place behind it; 0: it is not where they point, or nothing follows."""
+    """Where an n-gram (newest token first) of hash h stood last in ``text``, a list or an array, by
+    its heads of this n: the place behind it; 0: it is not where they point, or nothing follows.
+    """
     end = int(heads[h % len(heads)]) if len(heads) else 0
     n = len(ngram)
     return end if n <= end < len(text) and list(text[end - n : end])[::-1] == ngram else 0
 
 
 def listed_behind(context, depth, denoised, contexts, heads, corpus, corpus_heads, history):
-    """What the sources list behind a context (newest first): the place of its bias, and (token, place of its
-    factor, source) as often as a source lists a token. Denoised guesses and history as lists, the corpus as an array,
-    heads of one row."""
+    """What the sources list behind a context (newest first): the place of its bias, and (token,
+    place of its factor, source) as often as a source lists a token. Denoised guesses and history as
+    lists, the corpus as an array, heads of one row.
+    """
     hashes = _hashes(context)
     known = []
     for order, h in enumerate(hashes[:ORDERS]):
@@ -327,7 +362,9 @@ def listed_behind(context, depth, denoised, contexts, heads, corpus, corpus_head
         ngram, h, before = context[:n], hashes[n - 1], {token for _, _, token in behind}
         if end := last_place(history, heads[level], ngram, h):
             token = history[end]
-        elif (end := last_place(corpus, corpus_heads[level], ngram, h)) and min(corpus[end], *ngram) >= 0:
+        elif (end := last_place(corpus, corpus_heads[level], ngram, h)) and min(
+            corpus[end], *ngram
+        ) >= 0:
             token = int(corpus[end])  # and not what stands between documents
         else:
             continue
@@ -341,10 +378,20 @@ def listed_behind(context, depth, denoised, contexts, heads, corpus, corpus_head
         listed.append((guess >> 4, _DENOISED + row * LEVELS + guess % 16, DENOISED))
     for order, row in known:
         for guess in row:
-            listed.append((guess >> 4, _ADJACENT + (order * (ORDERS + 1) + highest) * LEVELS + guess % 16, ADJACENT))
+            listed.append(
+                (
+                    guess >> 4,
+                    _ADJACENT + (order * (ORDERS + 1) + highest) * LEVELS + guess % 16,
+                    ADJACENT,
+                )
+            )
     for level, rank, token in behind:
-        listed.append((token, _SUFFIX + (level * 3 + min(rank, 2)) * (ORDERS + 1) + highest, SUFFIX))
-    return _BIAS + highest * (len(SUFFIXES) + 1) + longest, [entry for entry in listed if entry[0] >= 0]
+        listed.append(
+            (token, _SUFFIX + (level * 3 + min(rank, 2)) * (ORDERS + 1) + highest, SUFFIX)
+        )
+    return _BIAS + highest * (len(SUFFIXES) + 1) + longest, [
+        entry for entry in listed if entry[0] >= 0
+    ]
 
 
 def _candidates(context, *known, factors):
@@ -358,7 +405,19 @@ def _candidates(context, *known, factors):
     return list(candidates.values())
 
 
-def draft_tree(history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors, nodes, max_depth, foresight):
+def draft_tree(
+    history,
+    lengths,
+    denoised,
+    contexts,
+    heads,
+    corpus,
+    corpus_heads,
+    factors,
+    nodes,
+    max_depth,
+    foresight,
+):
     batch, corpus = history.shape[0], corpus.cpu().numpy()
     tokens = torch.zeros(batch, nodes, dtype=torch.int64)
     parents = torch.full((batch, nodes), -1, dtype=torch.int32)
@@ -367,8 +426,9 @@ def draft_tree(history, lengths, denoised, contexts, heads, corpus, corpus_heads
     for b, size in enumerate(lengths.tolist()):
         text = history[b, :size].tolist()
         rows = denoised[b].tolist()
-        # (-value, parent, place among the candidates): the most valuable, of equals the one whose parent
-        # came first, then as listed. Behind it what becomes of the node. At first there is the root.
+        # (-value, parent, place among the candidates): the most valuable, of equals the one whose
+        # parent came first, then as listed. Behind it what becomes of the node. At first there is
+        # the root.
         waiting = [(-1.0, -1, 0, (text[-1], 1.0, 0))]
         made, chains = [], []
         while waiting and len(made) < nodes:
@@ -395,18 +455,35 @@ def draft_tree(history, lengths, denoised, contexts, heads, corpus, corpus_heads
                 value = p + above * foresight if at == likeliest else p
                 waiting.append((-value, node, at, (token, p, source)))
         for node, (token, parent, p, source) in enumerate(made):
-            tokens[b, node], parents[b, node], probability[b, node], sources[b, node] = token, parent, p, source
+            tokens[b, node], parents[b, node], probability[b, node], sources[b, node] = (
+                token,
+                parent,
+                p,
+                source,
+            )
         tokens[b, len(made) :] = text[-1]
     return tuple(x.to(history.device) for x in (tokens, parents, probability, sources))
 
 
-# ---- noisy training: where noise goes in a sample, and what it is -----------------------------------
+# ---- noisy training: where noise goes in a sample, and what it is
+# -----------------------------------
 
 NO_LABEL = -100
 ATTEMPTS = 64  # to draw a token that may be noise
 
 
-def draw_noise(input_ids, labels, documents, keep_token_ids, starts, seed, length, random=0.0, vocabulary=0, apart=True):
+def draw_noise(
+    input_ids,
+    labels,
+    documents,
+    keep_token_ids,
+    starts,
+    seed,
+    length,
+    random=0.0,
+    vocabulary=0,
+    apart=True,
+):
     starts, keep = starts.clone(), set(keep_token_ids.tolist())
     noise = torch.full((*starts.shape, length), -1)
     for d, (row, begin, end) in enumerate(documents.tolist()):
@@ -415,8 +492,14 @@ def draw_noise(input_ids, labels, documents, keep_token_ids, starts, seed, lengt
         size = [0] * (len(tokens) + 1)  # of a segment that starts here
         for at in reversed(range(len(tokens))):
             size[at] = min(size[at + 1] + 1, length) if response[at] else 0
-        open_ = [at for at in range(begin, end) if size[at] == length or (response[at] and not response[at - 1])]
-        identity = sum(splitmix64(tokens[at] & _MASK64 ^ splitmix64(at - begin)) for at in range(begin, end))
+        open_ = [
+            at
+            for at in range(begin, end)
+            if size[at] == length or (response[at] and not response[at - 1])
+        ]
+        identity = sum(
+            splitmix64(tokens[at] & _MASK64 ^ splitmix64(at - begin)) for at in range(begin, end)
+        )
         key = splitmix64(seed & _MASK64) ^ identity & _MASK64
         for s in range(starts.shape[1]):
             start = int(starts[d, s])
@@ -425,10 +508,15 @@ def draw_noise(input_ids, labels, documents, keep_token_ids, starts, seed, lengt
             if start < 0:
                 continue
             if not (start < len(tokens) and response[start]):
-                raise ValueError(f"starts[{d}, {s}] is {start}; expected -1 or a place in the document's response")
+                raise ValueError(
+                    f"starts[{d}, {s}] is {start}; expected -1 or a place in the document's"
+                    " response"
+                )
             starts[d, s] = start
             for i in range(size[start]):
-                noise[d, s, i] = _draw_token(tokens, begin, start + i, key, s, 1 + i, keep, random, vocabulary)
+                noise[d, s, i] = _draw_token(
+                    tokens, begin, start + i, key, s, 1 + i, keep, random, vocabulary
+                )
             if apart:
                 open_ = [at for at in open_ if at + size[at] <= start or at >= start + size[start]]
             else:

@@ -1,4 +1,6 @@
-"""Noisy supervised fine-tuning (arXiv 2406.17404, section 3): what makes a model guess well for its own decoding."""
+"""Noisy supervised fine-tuning (arXiv 2406.17404, section 3): what makes a model guess well for its
+own decoding.
+"""
 
 from .attach import add_noise
 from .collator import NoisyCollator, Starts

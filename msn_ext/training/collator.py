@@ -1,4 +1,6 @@
-"""Noise in the batches of a trainer: sections 3.1 and 3.2 of arXiv 2406.17404, and the branch layout."""
+"""Noise in the batches of a trainer: sections 3.1 and 3.2 of arXiv 2406.17404, and the branch
+layout.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,15 @@ from .layouts import branch, check_branches, documents_of, replace, unmark
 
 LAYOUTS = ("replace", "branch")
 CONTENTS = {"ahead": 0.0, "random": 1.0, "mixed": 0.5, "self": 0.0}
-"""Share of noise tokens drawn from the vocabulary; the others are drawn from the text before them."""
+"""Share of noise tokens drawn from the vocabulary; the others are drawn from the text before them.
+"""
 GOLDEN = 0x9E3779B97F4A7C15  # odd, so that seeds stay apart
 
 
 class Starts(dict[str, int]):
-    """Where the noise of each sample begins: tokens from its first one, by :func:`identity` of the sample."""
+    """Where the noise of each sample begins: tokens from its first one, by :func:`identity` of the
+    sample.
+    """
 
 
 def identity(tokens: Tensor) -> str:
@@ -33,33 +38,40 @@ def identity(tokens: Tensor) -> str:
 class NoisyCollator:
     """Adds noise to the batches of the collator that a trainer already uses; labels stay clean.
 
-    In the response part (labels other than -100) of every sample, ``segments`` segments of ``length`` input tokens
-    become noise: the model learns to predict the right next token although the tokens just before it are wrong
-    (arXiv 2406.17404, Eq. 3 to 5). What is drawn depends on ``seed``, the epoch and the sample's tokens, not on
-    batches or workers. For a trainer's own loop, :func:`msn_ext.add_noise` does all that follows in one line; in
-    a loop of your own call :meth:`set_epoch`, and evaluate under :meth:`paused`.
+    In the response part (labels other than -100) of every sample, ``segments`` segments of
+    ``length`` input tokens become noise: the model learns to predict the right next token although
+    the tokens just before it are wrong (arXiv 2406.17404, Eq. 3 to 5). What is drawn depends on
+    ``seed``, the epoch and the sample's tokens, not on batches or workers. For a trainer's own
+    loop, :func:`msn_ext.add_noise` does all that follows in one line; in a loop of your own call
+    :meth:`set_epoch`, and evaluate under :meth:`paused`.
 
     Args:
-        inner: makes a batch of samples; the batch has int64 ``input_ids`` and ``labels`` [B, T] and may have
-            ``attention_mask`` [B, T], ``position_ids`` [B, T] or ``cu_seq_lens_q``, by which packed
-            samples are told apart.
-        length: tokens of a segment, 1 to 64 (L of the paper); a shorter response becomes noise as a whole.
+        inner: makes a batch of samples; the batch has int64 ``input_ids`` and ``labels`` [B, T] and
+            may have ``attention_mask`` [B, T], ``position_ids`` [B, T] or ``cu_seq_lens_q``, by
+            which packed samples are told apart.
+        length: tokens of a segment, 1 to 64 (L of the paper); a shorter response becomes noise as a
+        whole.
         segments: per sample, 1 to 256; fewer where there is no room.
-        layout: ``"replace"``: in place, segments do not overlap (the paper). ``"branch"``: the clean text stays,
-            segments stand behind it, and a mask lets each see the text before its start and itself; the
-            clean text and some 24 segments are learned in one pass. The batch then has ``position_ids`` and a
-            mask [B, 1, T', T'], one byte each (a dict of them for models with sliding windows).
+        layout: ``"replace"``: in place, segments do not overlap (the paper). ``"branch"``: the
+            clean text stays, segments stand behind it, and a mask lets each see the text before its
+            start and itself; the clean text and some 24 segments are learned in one pass. The batch
+            then has ``position_ids`` and a mask [B, 1, T', T'], one byte each (a dict of them for
+            models with sliding windows).
         content: ``"ahead"``: tokens of the text before (Eq. 4); ``"random"``: of the vocabulary;
-            ``"mixed"``: half of each; ``"self"``: what the model guesses there, by :func:`msn_ext.add_noise` only.
-        location: ``"random"``, or what :func:`lowest_loss_starts` found, for the first segment (appendix A).
-        keep_token_ids: tokens that are neither replaced nor drawn, such as those that stand for an image.
+            ``"mixed"``: half of each; ``"self"``: what the model guesses there, by
+            :func:`msn_ext.add_noise` only.
+        location: ``"random"``, or what :func:`lowest_loss_starts` found, for the first segment
+        (appendix A).
+        keep_token_ids: tokens that are neither replaced nor drawn, such as those that stand for an
+        image.
         seed: None: ``torch.initial_seed()``, which ``set_seed`` of transformers sets.
-        config: the model's; the branch layout masks as its attention needs it, and random content needs its
-            vocabulary.
+        config: the model's; the branch layout masks as its attention needs it, and random content
+            needs its vocabulary.
 
     Attributes:
-        annotate: whether batches say where their noise is (:data:`.layouts.ANNOTATIONS`), and leave the mask of branches to be
-            made of it on the model's device. Off, since models do not take it.
+        annotate: whether batches say where their noise is (:data:`.layouts.ANNOTATIONS`), and leave
+            the mask of branches to be made of it on the model's device. Off, since models do not
+            take it.
         config, keep: of the model's text; int64 [k], of ``keep_token_ids``.
 
     Raises:
@@ -80,16 +92,22 @@ class NoisyCollator:
         config=None,
     ):
         if not callable(inner):
-            raise ValueError(f"inner is {inner!r}; expected a collator: a function of a list of samples")
+            raise ValueError(
+                f"inner is {inner!r}; expected a collator: a function of a list of samples"
+            )
         for name, value, most in (("length", length, 64), ("segments", segments, 256)):
             if not (type(value) is int and 1 <= value <= most):
                 raise ValueError(f"{name} is {value!r}; expected 1 to {most}")
         if layout not in LAYOUTS:
             raise ValueError(f"layout is {layout!r}; expected {' or '.join(map(repr, LAYOUTS))}")
         if content not in CONTENTS:
-            raise ValueError(f"content is {content!r}; expected one of {', '.join(map(repr, CONTENTS))}")
+            raise ValueError(
+                f"content is {content!r}; expected one of {', '.join(map(repr, CONTENTS))}"
+            )
         if location != "random" and not isinstance(location, Starts):
-            raise ValueError(f"location is {location!r}; expected 'random' or what lowest_loss_starts() returns")
+            raise ValueError(
+                f"location is {location!r}; expected 'random' or what lowest_loss_starts() returns"
+            )
         if config is None and (layout == "branch" or CONTENTS[content]):
             needs = "layout='branch'" if layout == "branch" else f"content={content!r}"
             raise ValueError(f"config is None; {needs} needs the model's: config=model.config")
@@ -111,7 +129,9 @@ class NoisyCollator:
 
     @contextlib.contextmanager
     def paused(self):
-        """Within: batches are those of ``inner``. A loader with workers has to be iterated within, too."""
+        """Within: batches are those of ``inner``. A loader with workers has to be iterated within,
+        too.
+        """
         before = bool(self._paused)
         self._paused.fill_(True)
         try:
@@ -124,15 +144,24 @@ class NoisyCollator:
         if self._paused:
             return batch
         if self.content == "self" and not self.annotate:
-            raise ValueError("content='self' needs the model, which a collator has not; expected add_noise(trainer, …)")
+            raise ValueError(
+                "content='self' needs the model, which a collator has not; expected"
+                " add_noise(trainer, …)"
+            )
         if not isinstance(batch, Mapping):
-            raise ValueError(f"inner gave a {type(batch).__name__}; expected a dict with input_ids and labels")
+            raise ValueError(
+                f"inner gave a {type(batch).__name__}; expected a dict with input_ids and labels"
+            )
         if missing := {"input_ids", "labels"} - set(batch):
             raise ValueError(
-                f"inner gave a batch without {' and '.join(sorted(missing))}, but {', '.join(map(str, batch))}; "
-                "expected labels, -100 where a token is no part of a response"
+                f"inner gave a batch without {' and '.join(sorted(missing))}, but"
+                f" {', '.join(map(str, batch))}; expected labels, -100 where a token is no part of"
+                " a response"
             )
-        noisy, given = self.add_noise(dict(batch)), copy.copy(batch)  # which may be a BatchEncoding, with what that can do
+        noisy, given = (
+            self.add_noise(dict(batch)),
+            copy.copy(batch),
+        )  # which may be a BatchEncoding, with what that can do
         for name in set(given) - set(noisy):
             del given[name]
         given.update(noisy)
@@ -142,18 +171,27 @@ class NoisyCollator:
         """A collated batch with noise in it; the tensors that came are left alone."""
         ids, labels = batch["input_ids"], batch["labels"]
         if labels.shape != ids.shape:
-            raise ValueError(f"labels has shape {list(labels.shape)}; expected that of input_ids, {list(ids.shape)}")
+            raise ValueError(
+                f"labels has shape {list(labels.shape)}; expected that of input_ids,"
+                f" {list(ids.shape)}"
+            )
         documents = documents_of(batch)
-        starts = torch.full((len(documents), self.segments), -1, dtype=torch.int64, device=ids.device)
+        starts = torch.full(
+            (len(documents), self.segments), -1, dtype=torch.int64, device=ids.device
+        )
         if isinstance(self.location, Starts):
-            starts[:, 0] = torch.tensor([self._known(ids, *document) for document in documents.tolist()], device=ids.device)
+            starts[:, 0] = torch.tensor(
+                [self._known(ids, *document) for document in documents.tolist()], device=ids.device
+            )
         share = CONTENTS[self.content]
         vocabulary = self.config.vocab_size if share else 0
         seed = (self.seed * GOLDEN + int(self._epoch)) % 2**64  # the kernel mixes its bits
         seed -= 2**64 if seed >= 2**63 else 0
         apart = self.layout == "replace"
         keep = self.keep.to(ids.device)
-        starts, noise = ops.draw_noise(ids, labels, documents, keep, starts, seed, self.length, share, vocabulary, apart)
+        starts, noise = ops.draw_noise(
+            ids, labels, documents, keep, starts, seed, self.length, share, vocabulary, apart
+        )
         if self.layout == "replace":
             batch = replace(batch, documents, starts, noise)
         else:
@@ -166,8 +204,9 @@ class NoisyCollator:
         start = self.location.get(identity(ids[row, begin:end]), -1)
         if start < 0:
             warnings.warn(
-                "location knows no start of some samples, whose noise is at random places; they have no response, or the batches "
-                "of lowest_loss_starts() were others (without attention_mask a sample is a row with its padding)",
+                "location knows no start of some samples, whose noise is at random places; they"
+                " have no response, or the batches of lowest_loss_starts() were others (without"
+                " attention_mask a sample is a row with its padding)",
                 stacklevel=2,
             )
         return -1 if start < 0 else begin + start

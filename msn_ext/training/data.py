@@ -16,10 +16,11 @@ Messages = list[dict[str, str]]
 
 
 def read_conversations(source: str) -> list[Messages]:
-    """The conversations of a JSON-lines file (also ``.gz``), or of the split ``train`` of a dataset on the hub.
+    """The conversations of a JSON-lines file (also ``.gz``), or of the split ``train`` of a dataset
+    on the hub.
 
-    A row has ``messages``, or ``prompt`` and ``response``; without a response the conversation ends with
-    the prompt, to be answered by ``--self-distill``.
+    A row has ``messages``, or ``prompt`` and ``response``; without a response the conversation ends
+    with the prompt, to be answered by ``--self-distill``.
 
     Raises:
         OSError: the file cannot be opened.
@@ -37,8 +38,13 @@ def _rows(source: str) -> Iterator[tuple[str, dict]]:
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise ValueError(f"{source} is no file, and for a dataset of the hub: pip install datasets") from error
-        yield from ((f"{source}: row {at}", row) for at, row in enumerate(load_dataset(source, split="train"), 1))
+            raise ValueError(
+                f"{source} is no file, and for a dataset of the hub: pip install datasets"
+            ) from error
+        yield from (
+            (f"{source}: row {at}", row)
+            for at, row in enumerate(load_dataset(source, split="train"), 1)
+        )
         return
     yield from rows(source)
 
@@ -50,24 +56,33 @@ def _messages(row: dict, place: str) -> Messages:
         if row.get("response") is not None:
             messages.append({"role": "assistant", "content": row["response"]})
     if not messages or not isinstance(messages, list):
-        raise ValueError(f"{place} has neither messages nor a prompt, but {', '.join(row) or 'nothing'}")
+        raise ValueError(
+            f"{place} has neither messages nor a prompt, but {', '.join(row) or 'nothing'}"
+        )
     for message in messages:
-        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
-            raise ValueError(f"{place}: expected messages with role and content as text, got {json.dumps(message)[:80]}")
+        if not (
+            isinstance(message, dict)
+            and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        ):
+            raise ValueError(
+                f"{place}: expected messages with role and content as text, got"
+                f" {json.dumps(message)[:80]}"
+            )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int]] | None:
-    """A training sample: what the assistant says has labels, up to and including its end-of-text token.
+    """A training sample: what the assistant says has labels, up to and including its end-of-text
+    token.
 
     Args:
-        tokenizer: with a chat template; without one, the contents follow each other, an end-of-text token
-            behind each answer.
+        tokenizer: with a chat template; without one, the contents follow each other, an end-of-text
+            token behind each answer.
         max_length: tokens that are kept, from the beginning.
 
     Returns:
-        ``input_ids`` and ``labels``, up to where the template would write an answer in another way once another one follows
-        (with a warning); None where no label is left.
+        ``input_ids`` and ``labels``, up to where the template would write an answer in another way
+        once another one follows (with a warning); None where no label is left.
 
     Raises:
         ValueError: the chat template writes a prompt in another way once it is answered.
@@ -78,18 +93,28 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
     for at in answers:
         prompt, whole = prompt_ids(tokenizer, messages[:at]), _text(tokenizer, messages[: at + 1])
         if prompt[: len(ids)] != ids:
-            message = "the chat template writes earlier answers in another way than the last; only first answers are learned"
+            message = (
+                "the chat template writes earlier answers in another way than the last; only first"
+                " answers are learned"
+            )
             warnings.warn(message, stacklevel=2)
             break
         if whole[: len(prompt)] != prompt:
             raise ValueError(
-                "the chat template does not begin an answered conversation as it begins the question, so that labels have "
-                f"no place; the conversation begins {messages[0]['content'][:60]!r}"
+                "the chat template does not begin an answered conversation as it begins the"
+                " question, so that labels have no place; the conversation begins"
+                f" {messages[0]['content'][:60]!r}"
             )
         answer = whole[len(prompt) :]
         stop = tokenizer.eos_token_id
-        size = len(answer) - answer[::-1].index(stop) if stop in answer else len(answer)  # a line feed may follow
-        labels += [NO_LABEL] * (len(prompt) - len(ids)) + answer[:size] + [NO_LABEL] * (len(answer) - size)
+        size = (
+            len(answer) - answer[::-1].index(stop) if stop in answer else len(answer)
+        )  # a line feed may follow
+        labels += (
+            [NO_LABEL] * (len(prompt) - len(ids))
+            + answer[:size]
+            + [NO_LABEL] * (len(answer) - size)
+        )
         ids = whole
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == NO_LABEL for label in labels):
@@ -101,7 +126,9 @@ def prompt_ids(tokenizer, messages: Messages) -> list[int]:
     """What the model is asked: a conversation up to where the assistant's next answer begins."""
     if tokenizer.chat_template is None:
         return _text(tokenizer, messages)
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
 
 
 def _text(tokenizer, messages: Messages) -> list[int]:
@@ -110,7 +137,11 @@ def _text(tokenizer, messages: Messages) -> list[int]:
     ids: list[int] = []
     for at, message in enumerate(messages):
         ids += tokenizer(message["content"], add_special_tokens=at == 0)["input_ids"]
-        ids += [tokenizer.eos_token_id] if message["role"] == "assistant" and tokenizer.eos_token_id is not None else []
+        ids += (
+            [tokenizer.eos_token_id]
+            if message["role"] == "assistant" and tokenizer.eos_token_id is not None
+            else []
+        )
     return ids
 
 
@@ -128,6 +159,9 @@ class Collate:
         labels, mask = torch.full_like(ids, NO_LABEL), torch.zeros_like(ids)
         for row, sample in enumerate(samples):
             size = len(sample["input_ids"])
-            ids[row, :size], labels[row, :size] = torch.tensor(sample["input_ids"]), torch.tensor(sample["labels"])
+            ids[row, :size], labels[row, :size] = (
+                torch.tensor(sample["input_ids"]),
+                torch.tensor(sample["labels"]),
+            )
             mask[row, :size] = 1
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}

@@ -22,7 +22,8 @@ class NoiseAccuracy:
     Attributes:
         loss: mean cross-entropy of the responses' tokens behind clean text, natural logarithm.
         accuracy: share of these that were the likeliest.
-        top1, top10: behind 1, 2, … noise tokens, the share of right tokens among the likeliest 1 and 10.
+        top1, top10: behind 1, 2, … noise tokens, the share of right tokens among the likeliest 1
+        and 10.
         tokens: labels behind clean text.
     """
 
@@ -35,19 +36,27 @@ class NoiseAccuracy:
 
 @torch.no_grad()
 def noise_accuracy(
-    model, samples: list[dict], collate, *, length: int = 4, batch_size: int = 4, progress: bool = True
+    model,
+    samples: list[dict],
+    collate,
+    *,
+    length: int = 4,
+    batch_size: int = 4,
+    progress: bool = True,
 ) -> NoiseAccuracy:
     """Next-token loss on clean text and accuracy behind noise, with the same noise every time.
 
     Args:
-        model: where it takes the branch layout, up to 12 segments of a sample are asked about in one pass; where not, one
-            in place, in a pass of its own.
+        model: where it takes the branch layout, up to 12 segments of a sample are asked about in
+            one pass; where not, one in place, in a pass of its own.
         samples: ``input_ids`` and ``labels``, held out from training.
         collate: makes a batch of them.
         length: noise tokens of a segment.
     """
     try:
-        noisy = NoisyCollator(collate, length=length, segments=SEGMENTS, layout="branch", seed=0, config=model.config)
+        noisy = NoisyCollator(
+            collate, length=length, segments=SEGMENTS, layout="branch", seed=0, config=model.config
+        )
     except ValueError:
         noisy = NoisyCollator(collate, length=length, seed=0)
     noisy.annotate = True
@@ -61,18 +70,34 @@ def noise_accuracy(
             for batch, depth in _passes(noisy, samples[at : at + batch_size], model.device):
                 labels, depth = batch.pop("labels")[:, 1:], depth[:, :-1]
                 live = (labels != NO_LABEL) & (depth >= 0)
-                said, right, depth = model(**batch).logits[:, :-1][live].float(), labels[live], depth[live]
+                said, right, depth = (
+                    model(**batch).logits[:, :-1][live].float(),
+                    labels[live],
+                    depth[live],
+                )
                 counts += _counts(said, right, depth, length)
-                loss += float(torch.nn.functional.cross_entropy(said[depth == 0], right[depth == 0], reduction="sum"))
+                loss += float(
+                    torch.nn.functional.cross_entropy(
+                        said[depth == 0], right[depth == 0], reduction="sum"
+                    )
+                )
     finally:
         model.train(training)
     shares = (counts[:, 1:] / counts[:, :1]).tolist()
     clean = int(counts[0, 0])
-    return NoiseAccuracy(loss / max(clean, 1), shares[0][0], [a for a, _ in shares[1:]], [b for _, b in shares[1:]], clean)
+    return NoiseAccuracy(
+        loss / max(clean, 1),
+        shares[0][0],
+        [a for a, _ in shares[1:]],
+        [b for _, b in shares[1:]],
+        clean,
+    )
 
 
 def _passes(noisy: NoisyCollator, samples: list[dict], device) -> list[tuple[dict, Tensor]]:
-    """Batches for the model, and behind how many noise tokens their columns are, int64 [B, T']; -1: they do not count."""
+    """Batches for the model, and behind how many noise tokens their columns are, int64 [B, T']; -1:
+    they do not count.
+    """
     batch = {name: x.to(device) for name, x in noisy(samples).items()}
     depth, _ = unmark(batch, noisy.config, noisy.length)
     if noisy.layout == "branch":
@@ -90,6 +115,8 @@ def _counts(said: Tensor, right: Tensor, depth: Tensor, length: int) -> Tensor:
 
 
 def new_trigrams(answers: list[list[int]]) -> float:
-    """Share of the trigrams of answers that their answer has not had before, 0 to 1; low where a model goes round in circles."""
+    """Share of the trigrams of answers that their answer has not had before, 0 to 1; low where a
+    model goes round in circles.
+    """
     trigrams = [list(zip(answer, answer[1:], answer[2:])) for answer in answers]
     return sum(len(set(of)) for of in trigrams) / max(1, sum(map(len, trigrams)))

@@ -22,16 +22,17 @@ def lowest_loss_starts(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Starts:
-    """Where in every sample the model finds ``length`` tokens of a response likeliest, for ``location=`` of a collator.
+    """Where in every sample the model finds ``length`` tokens of a response likeliest, for
+    ``location=`` of a collator.
 
-    Likeliest is the lowest mean of their cross-entropies, given the clean text (appendix A); of equal ones
-    the first counts. A response shorter than ``length`` counts as a whole.
+    Likeliest is the lowest mean of their cross-entropies, given the clean text (appendix A); of
+    equal ones the first counts. A response shorter than ``length`` counts as a whole.
 
     Args:
         model: a causal language model; it is evaluated, its mode is restored.
         dataset: samples as the trainer gives them to its collator.
-        collator: that collator, not yet noisy; None: samples have ``input_ids`` and ``labels`` and are taken one
-            by one.
+        collator: that collator, not yet noisy; None: samples have ``input_ids`` and ``labels`` and
+            are taken one by one.
         length: tokens of a segment, as the :class:`NoisyCollator`'s.
 
     Returns:
@@ -45,7 +46,9 @@ def lowest_loss_starts(
     training, starts, samples = model.training, Starts(), []
     model.eval()
     try:
-        with tqdm(dataset, unit="sample", desc="lowest loss", leave=False, disable=not progress) as bar:
+        with tqdm(
+            dataset, unit="sample", desc="lowest loss", leave=False, disable=not progress
+        ) as bar:
             for sample in bar:
                 samples.append(sample)
                 if len(samples) == batch_size:
@@ -61,26 +64,41 @@ def lowest_loss_starts(
 def _alone(samples: list) -> dict:
     sample = samples[0]
     if missing := {"input_ids", "labels"} - set(sample):
-        raise ValueError(f"dataset has samples without {' and '.join(sorted(missing))}; expected a collator that makes them")
+        raise ValueError(
+            f"dataset has samples without {' and '.join(sorted(missing))}; expected a collator that"
+            " makes them"
+        )
     return {name: torch.as_tensor(sample[name])[None] for name in ("input_ids", "labels")}
 
 
 def _find(model, batch: dict, length: int, starts: Starts) -> None:
-    inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    inputs = {
+        name: value.to(model.device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
     labels = inputs.pop("labels")
     logits = model(**inputs).logits
     loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=NO_LABEL, reduction="none"
+        logits[:, :-1].flatten(0, 1).float(),
+        labels[:, 1:].flatten(),
+        ignore_index=NO_LABEL,
+        reduction="none",
     )
-    loss = torch.cat([loss.new_zeros(len(labels), 1), loss.view(len(labels), -1)], dim=1)  # of each token, at its place
+    loss = torch.cat(
+        [loss.new_zeros(len(labels), 1), loss.view(len(labels), -1)], dim=1
+    )  # of each token, at its place
     for row, begin, end in documents_of(inputs).tolist():
-        best = _lowest(loss[row, begin:end].tolist(), (labels[row, begin:end] != NO_LABEL).tolist(), length)
+        best = _lowest(
+            loss[row, begin:end].tolist(), (labels[row, begin:end] != NO_LABEL).tolist(), length
+        )
         if best is not None:
             starts[identity(inputs["input_ids"][row, begin:end])] = best
 
 
 def _lowest(loss: list[float], response: list[bool], length: int) -> int | None:
-    """The start of a segment with the lowest loss, as ``draw_noise`` places them: whole, or a short response."""
+    """The start of a segment with the lowest loss, as ``draw_noise`` places them: whole, or a short
+    response.
+    """
     response = [False, *response[1:]]  # the first token has nothing before it
     best = None
     for at in range(len(loss)):

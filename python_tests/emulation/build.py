@@ -14,13 +14,24 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-strict-aliasing",
+    "-Wno-unknown-pragmas",
+]
 # longjmp from one stack to another, which fortified sources take for a mistake.
 FLAGS += ["-U_FORTIFY_SOURCE"]
 # What would be an alignment fault on a GPU ends the process.
 KERNEL_FLAGS = ["-x", "c++", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-KERNEL_FLAGS += ["-ffp-contract=off"]  # as -fmad=false in CMakeLists.txt; some processors fuse unasked
-DEFINES = [f'-DMSN_{name}="emulated"' for name in ("VERSION", "COMPILER", "CUDA_VERSION", "CUDA_ARCHS")]
+KERNEL_FLAGS += [
+    "-ffp-contract=off"
+]  # as -fmad=false in CMakeLists.txt; some processors fuse unasked
+DEFINES = [
+    f'-DMSN_{name}="emulated"' for name in ("VERSION", "COMPILER", "CUDA_VERSION", "CUDA_ARCHS")
+]
 
 
 def missing() -> str | None:
@@ -41,7 +52,15 @@ def compile_one(folder: Path, source: Path) -> None:
 
     includes = [HERE, folder / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     kernel = KERNEL_FLAGS if source.suffix == ".cu" else DEFINES
-    run_compiler(*FLAGS, *(f"-I{path}" for path in includes), *kernel, "-c", source, "-o", folder / f"{source.stem}.o")
+    run_compiler(
+        *FLAGS,
+        *(f"-I{path}" for path in includes),
+        *kernel,
+        "-c",
+        source,
+        "-o",
+        folder / f"{source.stem}.o",
+    )
 
 
 def link(folder: Path) -> None:
@@ -62,8 +81,12 @@ def build(folder: Path) -> None:
         shared = r"\1* \2 = reinterpret_cast<\1*>(emulation::dynamic_shared);"
         path.write_text(re.sub(r"extern __shared__ (\w+) (\w+)\[\];", shared, path.read_text()))
     installed = Path(importlib.util.find_spec("msn_ext").origin).parent
-    shutil.copytree(installed, folder / "msn_ext", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    kernels = sorted(folder.glob("csrc/cuda/*.cu"), key=lambda path: -path.stat().st_size)  # the longest first
+    shutil.copytree(
+        installed, folder / "msn_ext", ignore=shutil.ignore_patterns("_C*", "__pycache__")
+    )
+    kernels = sorted(
+        folder.glob("csrc/cuda/*.cu"), key=lambda path: -path.stat().st_size
+    )  # the longest first
     with ThreadPoolExecutor(2) as jobs:
         sources = [folder / "csrc" / "bindings.cpp", *kernels, HERE / "on_cpu.cpp"]
         list(jobs.map(lambda source: compile_one(folder, source), sources))
@@ -80,7 +103,9 @@ def mutate(folder: Path, kernel: str, old: str, new: str) -> None:
     link(folder)
 
 
-def fuzz(folder: Path, *options: str, timeout: float | None = None, **pipes) -> subprocess.CompletedProcess:
+def fuzz(
+    folder: Path, *options: str, timeout: float | None = None, **pipes
+) -> subprocess.CompletedProcess:
     """Runs fuzz.py on the build in `folder`."""
     command = [sys.executable, str(HERE / "fuzz.py"), "--built", *options]
     environment = {**os.environ, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}

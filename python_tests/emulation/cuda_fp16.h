@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
-struct __half { uint16_t bits; };
+struct __half {
+  uint16_t bits;
+};
 
 inline float __half2float(__half x) {
   const uint32_t magnitude = x.bits & 0x7fffu, sign = (x.bits & 0x8000u) << 16;

@@ -5,11 +5,11 @@
 // shuffle that not all threads reach, a partial mask) aborts with a message, and so does a write
 // to shared memory that the launch did not ask for. Shared memory holds NaN before each block.
 //
-// Not modelled: two blocks at once and their memory (they run one after the other, in random order, so
-// races between blocks do not show); memory ordering inside a warp; caches and pointers of the device (host memory
-// stands for it); alignment faults (build.py has the compiler check alignment instead); the rounding
-// of the device's exp and tanh; the limit on kernel parameters (4 KB before CUDA 12.1); registers and
-// launch bounds; streams and graph capture.
+// Not modelled: two blocks at once and their memory (they run one after the other, in random order,
+// so races between blocks do not show); memory ordering inside a warp; caches and pointers of the
+// device (host memory stands for it); alignment faults (build.py has the compiler check alignment
+// instead); the rounding of the device's exp and tanh; the limit on kernel parameters (4 KB before
+// CUDA 12.1); registers and launch bounds; streams and graph capture.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -35,7 +35,8 @@
 #define __grid_constant__
 // build.py turns `extern __shared__ T name[]` into a pointer to emulation::dynamic_shared.
 #define __shared__ static __attribute__((section("emulated_shared")))
-extern "C" char __start_emulated_shared[] __attribute__((weak)), __stop_emulated_shared[] __attribute__((weak));
+extern "C" char __start_emulated_shared[] __attribute__((weak)),
+    __stop_emulated_shared[] __attribute__((weak));
 
 #define CUDART_VERSION 13000
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
@@ -44,9 +45,15 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct alignas(8) uint2 { uint32_t x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -60,7 +67,8 @@ namespace emulation {
 
 constexpr int kWarp = 32, kMaxThreads = 1024;
 constexpr size_t kStack = 64 << 10;
-constexpr size_t kUnasked = 48 << 10, kMostShared = 99 << 10;  // 99 KB: the least that sm_80 and later offer
+constexpr size_t kUnasked = 48 << 10,
+                 kMostShared = 99 << 10;  // 99 KB: the least that sm_80 and later offer
 
 enum State { kReady, kAtWarp, kAtBlock, kDone };
 struct Fiber {
@@ -69,8 +77,9 @@ struct Fiber {
   jmp_buf at;  // swapcontext would be a system call each time
   State state;
   int operations;  // warp operations so far
-  std::vector<std::pair<void*, const void*>> copies;  // asynchronous ones that nobody has waited for (mma.cuh)
-  std::vector<size_t> groups;                         // where each group of them ends
+  std::vector<std::pair<void*, const void*>>
+      copies;                  // asynchronous ones that nobody has waited for (mma.cuh)
+  std::vector<size_t> groups;  // where each group of them ends
 };
 inline Fiber fibers[kMaxThreads];
 inline jmp_buf scheduler;
@@ -78,13 +87,14 @@ inline int running;
 inline std::function<void()> kernel;
 inline std::mt19937 order{1};
 inline uint64_t exchanged[2][kMaxThreads];  // alternating: a lane may be one operation ahead
-inline bool voted;        // of __syncthreads_or
-inline int processors = 1;  // multiprocessors of the device
+inline bool voted;                          // of __syncthreads_or
+inline int processors = 1;                  // multiprocessors of the device
 inline size_t shared_limit = kUnasked;
 alignas(16) inline char dynamic_shared[kMostShared];
 
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulation: %s (block %u %u %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z);
+  std::fprintf(stderr, "emulation: %s (block %u %u %u)\n", what, blockIdx.x, blockIdx.y,
+               blockIdx.z);
   std::abort();
 }
 
@@ -119,7 +129,8 @@ inline const uint64_t* exchange(unsigned mask, uint64_t value) {
 }
 
 inline bool all_are(State state, int first, int count) {
-  return std::all_of(fibers + first, fibers + first + count, [=](const Fiber& f) { return f.state == state; });
+  return std::all_of(fibers + first, fibers + first + count,
+                     [=](const Fiber& f) { return f.state == state; });
 }
 inline void let_go(int first, int count) {
   for (int i = first; i < first + count; ++i) fibers[i].state = kReady;
@@ -146,10 +157,12 @@ inline void run_block(size_t shared_bytes) {
       } while (all_are(kAtWarp, first, kWarp));
     }
   } while (all_are(kAtBlock, 0, threads));
-  if (!all_are(kDone, 0, threads)) fail("threads wait at a barrier or warp operation that others never reach");
+  if (!all_are(kDone, 0, threads))
+    fail("threads wait at a barrier or warp operation that others never reach");
   for (int i = 0; i < threads; ++i)
     if (!fibers[i].copies.empty()) fail("an asynchronous copy that nobody waited for");
-  if (std::any_of(dynamic_shared + shared_bytes, std::end(dynamic_shared), [](char x) { return x != '\xff'; }))
+  if (std::any_of(dynamic_shared + shared_bytes, std::end(dynamic_shared),
+                  [](char x) { return x != '\xff'; }))
     fail("a write to shared memory that the launch did not ask for");
 }
 
@@ -184,7 +197,8 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
-  return emulation::read_lane(mask, value, static_cast<int>(threadIdx.x % emulation::kWarp) ^ other);
+  return emulation::read_lane(mask, value,
+                              static_cast<int>(threadIdx.x % emulation::kWarp) ^ other);
 }
 inline void __syncwarp() { emulation::exchange(0xffffffffu, 0); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
@@ -192,7 +206,8 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   const uint64_t* votes = emulation::exchange(mask, vote);
   unsigned all = 0;
-  for (int lane = 0; lane < emulation::kWarp; ++lane) all |= static_cast<unsigned>(votes[lane]) << lane;
+  for (int lane = 0; lane < emulation::kWarp; ++lane)
+    all |= static_cast<unsigned>(votes[lane]) << lane;
   return all;
 }
 
@@ -218,7 +233,9 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount };
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = emulation::processors, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  return *value = emulation::processors, cudaSuccess;
+}
 // Holds for the next launch; a GPU keeps it with the kernel.
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
@@ -235,8 +252,9 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
-  if (!grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 || !block.x ||
-      block.x > emulation::kMaxThreads || config->dynamicSmemBytes > emulation::shared_limit)
+  if (!grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 ||
+      !block.x || block.x > emulation::kMaxThreads ||
+      config->dynamicSmemBytes > emulation::shared_limit)
     return cudaErrorInvalidConfiguration;
   if (block.x % emulation::kWarp) emulation::fail("a block that is no whole number of warps");
   emulation::shared_limit = emulation::kUnasked;

@@ -1,5 +1,6 @@
-// Tensor cores and asynchronous copies for the emulation: csrc/cuda/mma.cuh in plain C++. A copy lands when it is
-// waited for, no sooner, so that a missing wait shows; one that nobody waits for ends the process.
+// Tensor cores and asynchronous copies for the emulation: csrc/cuda/mma.cuh in plain C++. A copy
+// lands when it is waited for, no sooner, so that a missing wait shows; one that nobody waits for
+// ends the process.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -37,17 +38,22 @@ void await_copies() {
 }
 
 inline void read_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) emulation::fail("a matrix row that is not aligned to 16 bytes");
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    emulation::fail("a matrix row that is not aligned to 16 bytes");
   const uint64_t* rows = emulation::exchange(0xffffffffu, reinterpret_cast<uint64_t>(row));
   const int lane = threadIdx.x % 32;
   for (int m = 0; m < 4; ++m) {
-    const auto value = [&](int r, int c) { return uint32_t{reinterpret_cast<const uint16_t*>(rows[m * 8 + r])[c]}; };
+    const auto value = [&](int r, int c) {
+      return uint32_t{reinterpret_cast<const uint16_t*>(rows[m * 8 + r])[c]};
+    };
     const int r = lane / 4, c = lane % 4 * 2;
     to[m] = transposed ? value(c, r) | value(c + 1, r) << 16 : value(r, c) | value(r, c + 1) << 16;
   }
 }
 inline void load_matrices(uint32_t (&to)[4], const void* row) { read_matrices(to, row, false); }
-inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) { read_matrices(to, row, true); }
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  read_matrices(to, row, true);
+}
 
 inline float half_of(uint32_t pair, int which, __half) {
   return __half2float(__half{static_cast<uint16_t>(pair >> 16 * which)});
@@ -59,11 +65,15 @@ inline float half_of(uint32_t pair, int which, __nv_bfloat16) {
 template <typename T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4 * 2;
-  uint32_t left[2][2][4], right[2][2][4];  // [row g, g + 8][columns from 0, from 8][of which lane], [column][rows][lane]
+  uint32_t left[2][2][4],
+      right[2][2]
+           [4];  // [row g, g + 8][columns from 0, from 8][of which lane], [column][rows][lane]
   for (int half = 0; half < 2; ++half) {
-    const uint64_t* all = emulation::exchange(0xffffffffu, a[2 * half] | uint64_t{a[2 * half + 1]} << 32);
+    const uint64_t* all =
+        emulation::exchange(0xffffffffu, a[2 * half] | uint64_t{a[2 * half + 1]} << 32);
     for (int of = 0; of < 4; ++of)
-      for (int r = 0; r < 2; ++r) left[r][half][of] = static_cast<uint32_t>(all[group * 4 + of] >> 32 * r);
+      for (int r = 0; r < 2; ++r)
+        left[r][half][of] = static_cast<uint32_t>(all[group * 4 + of] >> 32 * r);
   }
   const uint64_t* all = emulation::exchange(0xffffffffu, b0 | uint64_t{b1} << 32);
   for (int of = 0; of < 4; ++of)
@@ -74,7 +84,8 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     for (int column = 0; column < 2; ++column) {
       double sum = c[2 * r + column];
       for (int k = 0; k < 16; ++k)
-        sum += double{half_of(left[r][k / 8][k % 8 / 2], k % 2, T{})} * half_of(right[column][k / 8][k % 8 / 2], k % 2, T{});
+        sum += double{half_of(left[r][k / 8][k % 8 / 2], k % 2, T{})} *
+               half_of(right[column][k / 8][k % 8 / 2], k % 2, T{});
       c[2 * r + column] = static_cast<float>(sum);
     }
 }
