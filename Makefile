@@ -8,13 +8,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := $(VENV)/bin
 # Made when the package in $(VENV) is that of these sources.
 STAMP := $(VENV)/.msn_ext
+LINT := $(VENV)/.lint
 SOURCES := $(shell find csrc msn_ext -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help demo test bench asan clean
+.PHONY: help demo test lint format bench asan clean
 
 help:
 	@echo "make demo   a small language model answers, several tokens per forward pass, next to plain decoding"
 	@echo "make test   the test suite, sanitizers included"
+	@echo "make lint   style and types of the sources; make format mends the style"
 	@echo "make asan   of the tests, only those of the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make bench  kernels and decoding, timed on this machine; DATA=question.jsonl is Spec-Bench's"
 	@echo "make clean  remove $(VENV) and what was built"
@@ -41,10 +43,28 @@ asan: $(STAMP)
 	@echo "== Compiling the CPU kernels with sanitizers and running their tests"
 	@$(BIN)/pytest -v python_tests/test_sanitizers.py
 
+lint: $(LINT)
+	@echo "== Checking style and types"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	@$(BIN)/mypy
+
+format: $(LINT)
+	@$(BIN)/ruff check -q --fix
+	@$(BIN)/ruff format
+	@git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
 clean:
 	@echo "== Removing $(VENV) and build outputs"
 	@if [ -e $(STAMP) ]; then rm -rf $(VENV); fi
 	@rm -rf build dist .pytest_cache .hypothesis
+
+# Tools beside the package, which they need not import: pip compiles nothing here.
+$(LINT): constraints.txt $(STAMP)
+	@echo "== Installing ruff, clang-format and mypy"
+	@$(BIN)/pip install $(Q) -c constraints.txt ruff clang-format mypy
+	@touch $@
 
 $(STAMP): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \

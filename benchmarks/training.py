@@ -34,7 +34,7 @@ folder = sys.path.pop(
     0
 )  # transformers looks for a package "kernels", which kernels.py beside this file is not
 from msn_ext import recipe  # noqa: E402
-from msn_ext.ops.reference import MAX_NODES  # noqa: E402
+from msn_ext.ops import MAX_NODES  # noqa: E402
 from msn_ext.training import NoisyCollator, lowest_loss_starts  # noqa: E402
 from msn_ext.training.data import Collate, read_conversations  # noqa: E402
 from msn_ext.training.evaluation import noise_accuracy  # noqa: E402

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .decoding import BestFirst, Verified
-from .ops.reference import ADJACENT, DENOISED, NOISE, SUFFIX
+from .ops import ADJACENT, DENOISED, NOISE, SUFFIX
 
 SOURCES = (
     # bit, letter, word, what it is, colour on light and on dark ground

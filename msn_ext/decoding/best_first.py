@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msn_ext import ops
-from msn_ext.ops.reference import FACTORS, GUESSES, MAX_NODES, ORDERS, SUFFIXES
+from msn_ext.ops import FACTORS, GUESSES, MAX_NODES, ORDERS, SUFFIXES
 
 from . import factors as weights
 from .budget import FIRST_RECORDED, RECORDED, Budget, StepTimes, reach_of

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from msn_ext import ops
-from msn_ext.ops.reference import SUFFIXES
+from msn_ext.ops import SUFFIXES
 
 MOST_SLOTS = 1 << 24
 """Per length of n-grams: 512 MB of heads. A larger corpus loses more and more of its older n-grams.

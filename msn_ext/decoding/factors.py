@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msn_ext.ops.reference import LEVELS, ORDERS, SUFFIXES
+from msn_ext.ops import LEVELS, ORDERS, SUFFIXES
 
 SHAPES = {
     "bias": (ORDERS + 1, len(SUFFIXES) + 1),  # highest order known here, longest suffix known here

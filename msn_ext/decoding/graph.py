@@ -26,7 +26,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation import TopHLogitsWarper
 
 from msn_ext import ops
-from msn_ext.ops.reference import MAX_NODES
+from msn_ext.ops import MAX_NODES
 
 from .drafting import Drafter
 from .processors import at_once

@@ -9,7 +9,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from msn_ext.ops.reference import MAX_NODES
+from msn_ext.ops import MAX_NODES
 
 from .drafting import Draft, Verified
 

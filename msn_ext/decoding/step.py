@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from msn_ext import ops
-from msn_ext.ops.reference import MAX_NODES
+from msn_ext.ops import MAX_NODES
 
 from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache

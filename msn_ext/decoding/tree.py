@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msn_ext import ops
-from msn_ext.ops.reference import MAX_NODES, RETRIEVAL
+from msn_ext.ops import MAX_NODES, RETRIEVAL
 
 # The tree of Medusa's `mc_sim_7b_63`, which the paper decodes with (appendix B): a path is the
 # rank of each node from the root down.

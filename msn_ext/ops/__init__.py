@@ -19,9 +19,34 @@ from torch import Tensor
 
 from msn_ext import _C
 
-from .reference import GUESSES, MAX_NODES
+from .reference import (
+    ADJACENT,
+    DENOISED,
+    FACTORS,
+    GUESSES,
+    LEVELS,
+    MAX_NODES,
+    NO_LABEL,
+    NOISE,
+    ORDERS,
+    RETRIEVAL,
+    SUFFIX,
+    SUFFIXES,
+)
 
 __all__ = [
+    "ADJACENT",
+    "DENOISED",
+    "FACTORS",
+    "GUESSES",
+    "LEVELS",
+    "MAX_NODES",
+    "NOISE",
+    "NO_LABEL",
+    "ORDERS",
+    "RETRIEVAL",
+    "SUFFIX",
+    "SUFFIXES",
     "Workspace",
     "advance_text",
     "commit_kv",
