@@ -41,7 +41,7 @@ from msn_ext.training.data import Collate, read_conversations  # noqa: E402
 from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
 
 sys.path.insert(0, folder)
-from decode import Results, conditions  # noqa: E402
+from common import Results, conditions  # noqa: E402
 
 NUMBER = re.compile(r"(?:(?<![\d.\w)])-)?\d[\d,]*(?:\.\d+)?")  # no minus sign in "20-5" and "9-10"
 SECONDS, MEMORY, FILE_SIZE = 10, 1 << 30, 1 << 20

@@ -42,9 +42,9 @@ from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
 from msn_ext.training.layouts import NO_LABEL  # noqa: E402
 
 sys.path.insert(0, folder)
-from decode import Results, conditions, load_model  # noqa: E402
+from common import Results, conditions, load_model  # noqa: E402
 from plot import lines  # noqa: E402
-from specbench import replay_all  # noqa: E402
+from replay import replay_all  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 NOISE = 96  # tokens of a branch run's sample
