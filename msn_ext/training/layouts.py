@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msn_ext.families import TESTED
+
 NO_LABEL = -100
 PACKING = {
     "cu_seq_lens_q",
@@ -20,13 +22,6 @@ ANNOTATIONS = ("noise_depth", "noise_before", "noise_document")
 of the token that the noise token comes behind, -1 at clean ones; and with branches, whose mask is
 made of these, which sample of its row a token belongs to, from 1 on, 0 at padding.
 """
-# Families whose clean part is compared with the text alone in python_tests/test_collator.py.
-TESTED = frozenset(
-    (
-        "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 "
-        "deepseek_v2 deepseek_v3 mixtral qwen3_moe gptj codegen"
-    ).split()
-)
 MASKED = torch.finfo(torch.float32).min
 
 
