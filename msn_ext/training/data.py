@@ -1,4 +1,4 @@
-"""Conversations from files, and training samples from conversations."""
+"""Read conversations from files, and make training samples of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Messages = list[dict[str, str]]
 
 
 def read_conversations(source: str) -> list[Messages]:
-    """The conversations of a JSON-lines file (also ``.gz``), or of the split ``train`` of a dataset
-    on the hub.
+    """Return the conversations of a JSON-lines file (also ``.gz``), or of the split ``train`` of a
+    dataset on the hub, one a row.
 
     A row has ``messages``, or ``prompt`` and ``response``; without a response the conversation ends
     with the prompt, to be answered by ``--self-distill``.
@@ -72,12 +72,12 @@ def _messages(row: dict, place: str) -> Messages:
 
 
 def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int]] | None:
-    """A training sample: what the assistant says has labels, up to and including its end-of-text
-    token.
+    """Make a sample of a conversation: what the assistant says has labels, up to and including its
+    end-of-text token.
 
     Args:
         tokenizer: with a chat template; without one, the contents follow each other, an end-of-text
-            token behind each answer.
+            token after each answer.
         max_length: tokens that are kept, from the beginning.
 
     Returns:
@@ -107,14 +107,10 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
             )
         answer = whole[len(prompt) :]
         stop = tokenizer.eos_token_id
-        size = (
-            len(answer) - answer[::-1].index(stop) if stop in answer else len(answer)
-        )  # a line feed may follow
-        labels += (
-            [NO_LABEL] * (len(prompt) - len(ids))
-            + answer[:size]
-            + [NO_LABEL] * (len(answer) - size)
-        )
+        # A line feed may follow the end-of-text token.
+        size = len(answer) - answer[::-1].index(stop) if stop in answer else len(answer)
+        labels += [NO_LABEL] * (len(prompt) - len(ids))
+        labels += answer[:size] + [NO_LABEL] * (len(answer) - size)
         ids = whole
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == NO_LABEL for label in labels):
@@ -123,7 +119,7 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
 
 
 def prompt_ids(tokenizer, messages: Messages) -> list[int]:
-    """What the model is asked: a conversation up to where the assistant's next answer begins."""
+    """Return the tokens of a conversation up to where the assistant's next answer begins."""
     if tokenizer.chat_template is None:
         return _text(tokenizer, messages)
     return tokenizer.apply_chat_template(
@@ -137,16 +133,13 @@ def _text(tokenizer, messages: Messages) -> list[int]:
     ids: list[int] = []
     for at, message in enumerate(messages):
         ids += tokenizer(message["content"], add_special_tokens=at == 0)["input_ids"]
-        ids += (
-            [tokenizer.eos_token_id]
-            if message["role"] == "assistant" and tokenizer.eos_token_id is not None
-            else []
-        )
+        if message["role"] == "assistant" and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
     return ids
 
 
 class Collate:
-    """Samples of one batch, padded on the right to the longest; labels -100 there."""
+    """Makes a batch of samples, padded on the right to the longest; labels are -100 there."""
 
     def __init__(self, pad_token_id: int):
         self._pad = pad_token_id
@@ -159,9 +152,7 @@ class Collate:
         labels, mask = torch.full_like(ids, NO_LABEL), torch.zeros_like(ids)
         for row, sample in enumerate(samples):
             size = len(sample["input_ids"])
-            ids[row, :size], labels[row, :size] = (
-                torch.tensor(sample["input_ids"]),
-                torch.tensor(sample["labels"]),
-            )
+            ids[row, :size] = torch.tensor(sample["input_ids"])
+            labels[row, :size] = torch.tensor(sample["labels"])
             mask[row, :size] = 1
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
