@@ -82,7 +82,7 @@ def add_noise(
             " expected layout='replace'"
         )
     noisy.annotate = True
-    if hasattr(inner, "tokenizer"):  # which a trainer saves beside the model
+    if hasattr(inner, "tokenizer"):
         noisy.tokenizer = inner.tokenizer
     trainer.data_collator = noisy
     for name in ("get_eval_dataloader", "get_test_dataloader"):

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 
 import torch
 from torch import Tensor
@@ -74,6 +74,8 @@ class NoisyCollator:
         ValueError: an argument is none of the above, or a batch lacks labels.
     """
 
+    tokenizer: object  # where ``inner`` has one: a trainer saves its collator's beside the model
+
     def __init__(
         self,
         inner: Callable,
@@ -124,7 +126,7 @@ class NoisyCollator:
         finally:
             self._paused.fill_(before)
 
-    def __call__(self, samples) -> dict:
+    def __call__(self, samples) -> MutableMapping:
         batch = self.inner(samples)
         if self._paused:
             return batch
@@ -133,7 +135,7 @@ class NoisyCollator:
                 "content='self' needs the model, which a collator has not; expected"
                 " add_noise(trainer, …)"
             )
-        if not isinstance(batch, Mapping):
+        if not isinstance(batch, MutableMapping):
             raise ValueError(
                 f"inner gave a {type(batch).__name__}; expected a dict with input_ids and labels"
             )

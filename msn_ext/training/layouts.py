@@ -278,6 +278,7 @@ def _masks(sees: Tensor, positions: Tensor, config) -> Tensor | dict[str, Tensor
     window = getattr(config, "sliding_window", None)
     if kinds == {"full_attention"} or not (kinds or window):
         return form(sees)
+    assert window is not None, "layers with windows and no sliding_window"
     near = sees & (positions[:, None, :, None] - positions[:, None, None, :] < window)
     near |= torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
     if not kinds:
