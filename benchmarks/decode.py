@@ -34,8 +34,8 @@ folder = sys.path.pop(
 import transformers  # noqa: E402
 
 import msn_ext  # noqa: E402
-from msn_ext.documents import whole_rows  # noqa: E402
 from msn_ext.generation import DRAFTS, _drafter  # noqa: E402
+from msn_ext.jsonl import whole_rows  # noqa: E402
 
 sys.path.insert(0, folder)
 

@@ -36,10 +36,9 @@ folder = sys.path.pop(
 )  # transformers looks for a package "kernels", which kernels.py beside this file is not
 from msn_ext import recipe  # noqa: E402
 from msn_ext.cli.common import load  # noqa: E402
-from msn_ext.documents import rows  # noqa: E402
+from msn_ext.jsonl import draw, rows  # noqa: E402
 from msn_ext.training.data import Collate, read_conversations  # noqa: E402
 from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
-from msn_ext.tuning import draw  # noqa: E402
 
 sys.path.insert(0, folder)
 from decode import Results, conditions  # noqa: E402

@@ -34,12 +34,12 @@ folder = sys.path.pop(
     0
 )  # transformers looks for a package "kernels", which kernels.py beside this file is not
 from msn_ext import recipe  # noqa: E402
+from msn_ext.jsonl import draw  # noqa: E402
 from msn_ext.ops import MAX_NODES  # noqa: E402
 from msn_ext.training import NoisyCollator, lowest_loss_starts  # noqa: E402
 from msn_ext.training.data import Collate, read_conversations  # noqa: E402
 from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
 from msn_ext.training.layouts import NO_LABEL  # noqa: E402
-from msn_ext.tuning import draw  # noqa: E402
 
 sys.path.insert(0, folder)
 from decode import Results, conditions, load_model  # noqa: E402

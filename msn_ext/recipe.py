@@ -23,8 +23,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .decoding import BestFirst
-from .documents import whole_rows
 from .generation import generate
+from .jsonl import whole_rows
 from .training import Starts, add_noise
 from .training.data import Collate, Messages, encode, prompt_ids
 from .training.evaluation import new_trigrams, noise_accuracy

@@ -76,7 +76,7 @@ def load(name: str | None, dtype: str | None, device: str | None):
 
     from transformers import AutoModelForCausalLM
 
-    from msn_ext.demo import quiet_transformers
+    from msn_ext.terminal import quiet_transformers
 
     source, local = _source(name)
     adapter = local and os.path.isfile(os.path.join(source, ADAPTER))
@@ -101,7 +101,7 @@ def _merged(source: str, **options):
 
 def load_tokenizer(name: str | None):
     """A model's tokenizer and its ``vocab_size``, without the model's weights."""
-    from msn_ext.demo import quiet_transformers
+    from msn_ext.terminal import quiet_transformers
 
     if name is None:
         from msn_ext.demo import load_model

@@ -42,17 +42,17 @@ def run(arguments) -> int:
         raise UsageError(f"--output {arguments.output}: one of the texts; it would be overwritten")
 
     from msn_ext import Corpus
-    from msn_ext.demo import quiet_transformers
-    from msn_ext.documents import batches, documents
+    from msn_ext.jsonl import batches, texts
+    from msn_ext.terminal import quiet_transformers
 
     for path in files:
         if not os.path.isfile(path):
             raise CommandError(f"{path}: no such file")
     tokenizer, vocabulary = load_tokenizer(arguments.model)
-    texts = (text for path in files for text in documents(path))
+    found = (text for path in files for text in texts(path))
     tokens = (
         row
-        for batch in batches(texts)
+        for batch in batches(found)
         for row in tokenizer(batch, add_special_tokens=False)["input_ids"]
     )
     start = time.perf_counter()

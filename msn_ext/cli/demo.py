@@ -57,7 +57,7 @@ def run(arguments) -> int:
         prompt = checked_prompt(arguments.prompt)
     color = not arguments.no_color and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
 
-    from msn_ext.demo import quiet_transformers
+    from msn_ext.terminal import quiet_transformers
 
     model, tokenizer, device = load(None, None, arguments.device)
     with quiet_transformers():

@@ -65,8 +65,8 @@ def run(arguments) -> int:
     if svg is not None and (os.path.isdir(svg) or not os.path.isdir(os.path.dirname(svg) or ".")):
         raise UsageError(f"--svg {arguments.svg}: expected a file in a folder that exists")
 
-    from msn_ext.demo import quiet_transformers
     from msn_ext.explain import as_svg, as_text, record
+    from msn_ext.terminal import quiet_transformers
 
     model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
     with quiet_transformers():

@@ -81,7 +81,7 @@ def run(arguments) -> int:
 
     import torch
 
-    from msn_ext.demo import quiet_transformers
+    from msn_ext.terminal import quiet_transformers
 
     corpus = None if arguments.corpus is None else load_corpus(arguments.corpus)
     model, tokenizer, device = load(arguments.model, arguments.dtype, arguments.device)

@@ -160,7 +160,7 @@ def add(subparsers) -> None:
 def run(arguments) -> int:
     from pathlib import Path
 
-    from msn_ext.demo import quiet_transformers
+    from msn_ext.terminal import quiet_transformers
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CommandError(
@@ -174,9 +174,9 @@ def run(arguments) -> int:
     import torch
 
     from msn_ext import recipe
+    from msn_ext.jsonl import draw
     from msn_ext.training.data import read_conversations
     from msn_ext.training.layouts import check_branches
-    from msn_ext.tuning import draw
 
     if (arguments.device or "").startswith("cuda:") and arguments.device != "cuda:0":
         raise CommandError(

@@ -42,7 +42,8 @@ def add(subparsers) -> None:
 
 
 def run(arguments) -> int:
-    from msn_ext.tuning import draw, read_prompts, tune
+    from msn_ext.jsonl import draw
+    from msn_ext.tuning import read_prompts, tune
 
     try:
         prompts = draw(
@@ -52,7 +53,7 @@ def run(arguments) -> int:
     except OSError as error:
         raise CommandError(f"--prompts {error.filename}: {error.strerror}") from error
 
-    from msn_ext.demo import quiet_transformers
+    from msn_ext.terminal import quiet_transformers
 
     model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
     with quiet_transformers():

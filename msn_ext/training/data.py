@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from msn_ext.documents import rows
+from msn_ext.jsonl import rows
 
 from .layouts import NO_LABEL
 
