@@ -35,7 +35,7 @@ folder = sys.path.pop(
     0
 )  # transformers looks for a package "kernels", which kernels.py beside this file is not
 from msn_ext import recipe  # noqa: E402
-from msn_ext.cli.common import load  # noqa: E402
+from msn_ext.cli.loading import load  # noqa: E402
 from msn_ext.jsonl import draw, rows  # noqa: E402
 from msn_ext.training.data import Collate, read_conversations  # noqa: E402
 from msn_ext.training.evaluation import noise_accuracy  # noqa: E402

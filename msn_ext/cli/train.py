@@ -11,25 +11,22 @@ from .common import (
     CommandError,
     add_device_option,
     from_to,
-    load,
     one_line,
     positive_float,
     positive_int,
 )
+from .loading import load
 
 SETTINGS, ANSWERS, FIGURES = "settings.json", "answers.jsonl", "figures.json"
+HELP = "fine-tune a model with noise, so that more of its guesses are right"
+DESCRIPTION = (
+    "Fine-tune a model so that it guesses well what it will say next (Make Some Noise):"
+    " from conversations to an adapter, with losses, accuracy behind noise and accept"
+    " lengths before and after. Run again after an interruption, it goes on where it was."
+)
 
 
-def add(subparsers) -> None:
-    parser = subparsers.add_parser(
-        "train",
-        help="fine-tune a model with noise, so that more of its guesses are right",
-        description=(
-            "Fine-tune a model so that it guesses well what it will say next (Make Some Noise):"
-            " from conversations to an adapter, with losses, accuracy behind noise and accept"
-            " lengths before and after. Run again after an interruption, it goes on where it was."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)"
     )
@@ -154,10 +151,9 @@ def add(subparsers) -> None:
         "--seed", type=from_to(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)"
     )
     add_device_option(parser)
-    parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from msn_ext.terminal import quiet_transformers
