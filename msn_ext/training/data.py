@@ -11,11 +11,11 @@ from msn_ext.jsonl import rows
 
 from .layouts import NO_LABEL
 
-Messages = list[dict[str, str]]
-"""A conversation: ``role`` and ``content`` of every message, as chat templates take them."""
+Conversation = list[dict[str, str]]
+"""Its messages: ``role`` and ``content`` of every message, as chat templates take them."""
 
 
-def read_conversations(source: str) -> list[Messages]:
+def read_conversations(source: str) -> list[Conversation]:
     """Return the conversations of a JSON-lines file (also ``.gz``), or of the split ``train`` of a
     dataset on the hub, one a row.
 
@@ -26,7 +26,7 @@ def read_conversations(source: str) -> list[Messages]:
         OSError: the file cannot be opened.
         ValueError: it is damaged or has other rows; names the file and the line.
     """
-    found = [_messages(row, place) for place, row in _rows(source)]
+    found = [_conversation(row, place) for place, row in _rows(source)]
     if not found:
         raise ValueError(f"{source} holds no conversations")
     return found
@@ -49,7 +49,7 @@ def _rows(source: str) -> Iterator[tuple[str, dict]]:
     yield from rows(source)
 
 
-def _messages(row: dict, place: str) -> Messages:
+def _conversation(row: dict, place: str) -> Conversation:
     messages = row.get("messages")
     if messages is None and isinstance(row.get("prompt"), str):
         messages = [{"role": "user", "content": row["prompt"]}]
@@ -71,7 +71,7 @@ def _messages(row: dict, place: str) -> Messages:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int]] | None:
+def encode(tokenizer, conversation: Conversation, max_length: int) -> dict[str, list[int]] | None:
     """Make a sample of a conversation: what the assistant says has labels, up to and including its
     end-of-text token.
 
@@ -89,9 +89,10 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
     """
     ids: list[int] = []
     labels: list[int] = []
-    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [at for at, message in enumerate(conversation) if message["role"] == "assistant"]
     for at in answers:
-        prompt, whole = prompt_ids(tokenizer, messages[:at]), _text(tokenizer, messages[: at + 1])
+        prompt = prompt_ids(tokenizer, conversation[:at])
+        whole = _ids(tokenizer, conversation[: at + 1])
         if prompt[: len(ids)] != ids:
             message = (
                 "the chat template writes earlier answers in another way than the last; only first"
@@ -103,7 +104,7 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
             raise ValueError(
                 "the chat template does not begin an answered conversation as it begins the"
                 " question, so that labels have no place; the conversation begins"
-                f" {messages[0]['content'][:60]!r}"
+                f" {conversation[0]['content'][:60]!r}"
             )
         answer = whole[len(prompt) :]
         stop = tokenizer.eos_token_id
@@ -118,20 +119,22 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
     return {"input_ids": ids, "labels": labels}
 
 
-def prompt_ids(tokenizer, messages: Messages) -> list[int]:
+def prompt_ids(tokenizer, conversation: Conversation) -> list[int]:
     """Return the tokens of a conversation up to where the assistant's next answer begins."""
     if tokenizer.chat_template is None:
-        return _text(tokenizer, messages)
+        return _ids(tokenizer, conversation)
     return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
 
 
-def _text(tokenizer, messages: Messages) -> list[int]:
+def _ids(tokenizer, conversation: Conversation) -> list[int]:
     if tokenizer.chat_template is not None:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        return tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
     ids: list[int] = []
-    for at, message in enumerate(messages):
+    for at, message in enumerate(conversation):
         ids += tokenizer(message["content"], add_special_tokens=at == 0)["input_ids"]
         if message["role"] == "assistant" and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
