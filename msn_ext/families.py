@@ -1,6 +1,7 @@
 """Families of models, by ``config.model_type``, and what is known of each."""
 
-# Compared with plain decoding in the tests of decoding, and in training with the text alone.
+# Compared with plain decoding in python_tests/decoding/test_lossless.py, and with branches of noise in
+# python_tests/training/test_collator.py.
 TESTED = frozenset(
     (
         "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 "
