@@ -15,16 +15,16 @@ constexpr int kContext = 16;
 constexpr int64_t kMaxVocabulary = int64_t{1} << 27;  // so that a guess fits its 32 bits
 constexpr double kCeiling = 0.99;  // of a child's probability: it always comes behind its parent
 
-enum Source : int32_t { kDenoised = 1, kAdjacent = 2, kSuffix = 4, kNoise = 8 };
+enum Source : int32_t { kDenoised = 1, kAdjacency = 2, kSuffix = 4, kNoise = 8 };
 
 // The factors: where each table begins; its dimensions behind it.
 constexpr int kBiasAt = 0;  // [highest order known here, longest suffix known here + 1 or 0]
 constexpr int kDenoisedAt =
     kBiasAt + (kOrders + 1) * (kSuffixes + 1);  // [depth <= 2, any order known, level]
-constexpr int kAdjacentAt =
+constexpr int kAdjacencyAt =
     kDenoisedAt + 3 * 2 * kLevels;  // [order, highest order known here, level]
 constexpr int kSuffixAt =
-    kAdjacentAt + kOrders * (kOrders + 1) * kLevels;  // [n-gram, rank <= 2, highest order]
+    kAdjacencyAt + kOrders * (kOrders + 1) * kLevels;  // [n-gram, rank <= 2, highest order]
 constexpr int kFactors = kSuffixAt + kSuffixes * 3 * (kOrders + 1);
 
 // Tokens that may be listed behind a context, each in a slot of its own: the denoised guesses, the
@@ -36,6 +36,14 @@ MSN_HD int suffix_length(int index) {
   return static_cast<int>(0x100c080604030201ull >> (8 * index) & 0xff);
 }
 
+// Where each level of probability but the lowest begins.
+struct Edges {
+  double at[kLevels - 1];
+};
+MSN_HD constexpr Edges edges_of_levels() {
+  return {{0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 0.985}};
+}
+
 // A guess is a token and its level of probability among the kGuesses, in one number; -1: none.
 MSN_HD int32_t pack_guess(int64_t token, int level) {
   return static_cast<int32_t>(token * 16 + level);
@@ -43,10 +51,9 @@ MSN_HD int32_t pack_guess(int64_t token, int level) {
 MSN_HD int64_t guess_token(int32_t guess) { return guess >> 4; }
 MSN_HD int guess_level(int32_t guess) { return guess & 15; }
 MSN_HD int level_of(double probability) {
-  constexpr double edges[kLevels - 1] = {0.02, 0.05, 0.1, 0.2,  0.35, 0.5,
-                                         0.65, 0.8,  0.9, 0.96, 0.985};
+  constexpr Edges edges = edges_of_levels();
   int level = 0;
-  for (int i = 0; i < kLevels - 1; ++i) level += probability >= edges[i];
+  for (int i = 0; i < kLevels - 1; ++i) level += probability >= edges.at[i];
   return level;
 }
 
@@ -94,8 +101,8 @@ struct Known {
   int highest;                      // order that is known, + 1; 0: none
   int64_t next[kSuffixes];  // token behind the n-gram's last place, in the text, else in the
                             // corpus; -1: none, or a longer one has it
-  int rank[kSuffixes];  // among the different tokens, from the longest n-gram on
-  int longest;          // n-gram that is known, + 1; 0: none
+  int rank[kSuffixes];      // among the different tokens, from the longest n-gram on
+  int longest;              // n-gram that is known, + 1; 0: none
 };
 
 // Where the n newest tokens of a context, of this hash, stood last in a text, by its heads of this
@@ -182,7 +189,7 @@ MSN_HD Listed listed_at(const Sources& from, const Known& known, int depth, int 
     const int32_t guess = known.guesses[order] ? known.guesses[order][at % kGuesses] : -1;
     if (guess < 0) return {-1, 0, 0};
     const int row = order * (kOrders + 1) + known.highest;
-    return {guess_token(guess), kAdjacentAt + row * kLevels + guess_level(guess), kAdjacent};
+    return {guess_token(guess), kAdjacencyAt + row * kLevels + guess_level(guess), kAdjacency};
   }
   const int level = kSuffixes - 1 - (at - kGuesses * kOrders);
   if (known.next[level] < 0) return {-1, 0, 0};

@@ -592,6 +592,39 @@ void draw_noise(py::handle input_ids_, py::handle labels_, py::handle documents_
   MSN_DISPATCH(draw_noise, input_ids, input_ids, labels, documents, keep, options, starts, noise)
 }
 
+// ---- the constants that Python shares, each from the header that owns it ----------------------
+
+void register_tree_constants(py::module_& m) { m.attr("MAX_NODES") = msn::kMaxNodes; }
+
+void register_drafting_constants(py::module_& m) {
+  m.attr("RETRIEVAL") = msn::kRetrieval;
+  m.attr("GUESSES") = msn::kGuesses;
+  m.attr("LEVELS") = msn::kLevels;
+  m.attr("ORDERS") = msn::kOrders;
+  m.attr("CEILING") = msn::kCeiling;
+  py::tuple edges(msn::kLevels - 1), suffixes(msn::kSuffixes);
+  for (int i = 0; i < msn::kLevels - 1; ++i) edges[i] = msn::edges_of_levels().at[i];
+  for (int i = 0; i < msn::kSuffixes; ++i) suffixes[i] = msn::suffix_length(i);
+  m.attr("EDGES") = edges;
+  m.attr("SUFFIXES") = suffixes;
+
+  m.attr("DENOISED") = static_cast<int>(msn::kDenoised);
+  m.attr("ADJACENCY") = static_cast<int>(msn::kAdjacency);
+  m.attr("SUFFIX") = static_cast<int>(msn::kSuffix);
+  m.attr("NOISE") = static_cast<int>(msn::kNoise);
+
+  m.attr("FACTORS") = msn::kFactors;
+  m.attr("FACTORS_BIAS") = msn::kBiasAt;
+  m.attr("FACTORS_DENOISED") = msn::kDenoisedAt;
+  m.attr("FACTORS_ADJACENCY") = msn::kAdjacencyAt;
+  m.attr("FACTORS_SUFFIX") = msn::kSuffixAt;
+}
+
+void register_noise_constants(py::module_& m) {
+  m.attr("NO_LABEL") = msn::kNoLabel;
+  m.attr("ATTEMPTS") = msn::kAttempts;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = MSN_VERSION;
@@ -622,4 +655,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("draft_tree", &draft_tree);
   m.def("draw_noise", &draw_noise);
   m.def("build_info", &build_info);
+  register_tree_constants(m);
+  register_drafting_constants(m);
+  register_noise_constants(m);
 }
