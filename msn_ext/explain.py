@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .decoding import BestFirst, Verified
-from .ops import ADJACENT, DENOISED, NOISE, SUFFIX
+from .ops import ADJACENCY, DENOISED, NOISE, SUFFIX
 
 SOURCES = (
     # bit, letter, word, what it is, colour on light and on dark ground
@@ -23,7 +23,7 @@ SOURCES = (
         "#4dabf7",
     ),
     (
-        ADJACENT,
+        ADJACENCY,
         "R",
         "remembered",
         "what the model guessed after the same last tokens before",
