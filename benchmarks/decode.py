@@ -26,18 +26,12 @@ import sys
 import time
 
 import torch
+import transformers
 from tqdm import tqdm
 
-folder = sys.path.pop(
-    0
-)  # transformers looks for a package "kernels", which kernels.py beside this file is not
-import transformers  # noqa: E402
-
-import msn_ext  # noqa: E402
-from msn_ext.documents import whole_rows  # noqa: E402
-from msn_ext.generation import DRAFTS, _drafter  # noqa: E402
-
-sys.path.insert(0, folder)
+import msn_ext
+from msn_ext.documents import whole_rows
+from msn_ext.generation import DRAFTS, _drafter
 
 SHARED = (
     pathlib.Path(__file__).resolve().parent.parent.parent

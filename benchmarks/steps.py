@@ -24,18 +24,12 @@ import sys
 import time
 
 import torch
+from decode import Results, conditions
+from machine import copy_bandwidth, wait
 from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
-folder = sys.path.pop(
-    0
-)  # transformers looks for a package "kernels", which kernels.py beside this file is not
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList  # noqa: E402
-
-from msn_ext.decoding import BestFirst, Decoder, attention_for, graph, greedy  # noqa: E402
-
-sys.path.insert(0, folder)
-from decode import Results, conditions  # noqa: E402
-from machine import copy_bandwidth, wait  # noqa: E402
+from msn_ext.decoding import BestFirst, Decoder, attention_for, graph, greedy
 
 SHAPES = {
     "tiny": dict(
