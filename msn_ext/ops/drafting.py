@@ -231,9 +231,8 @@ def draft_tree(
     if not 1 <= nodes <= _C.MAX_NODES:
         raise ValueError(f"nodes is {nodes}; expected 1 to {_C.MAX_NODES}")
     shape = history.shape[0], nodes
-    tokens = history.new_empty(shape)
-    parents, sources = (history.new_empty(shape, dtype=torch.int32) for _ in range(2))
-    probability = history.new_empty(shape, dtype=torch.float64)
+    tokens, parents = history.new_empty(shape), history.new_empty(shape, dtype=torch.int32)
+    probability, sources = history.new_empty(shape, dtype=torch.float64), torch.empty_like(parents)
     yield tokens, parents, probability, sources
     tables = denoised, adjacency, suffixes, corpus, corpus_suffixes, factors
     known = (x.contiguous() for x in (history, lengths, *tables))

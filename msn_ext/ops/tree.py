@@ -196,9 +196,9 @@ def verify_tree(
 
 def _new_verified(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     expect_dims("tokens", tokens, "[B, N]")
-    accept_length, bonus = (tokens.new_empty(tokens.shape[:1]) for _ in range(2))
-    path, continuation = (tokens.new_empty(tokens.shape) for _ in range(2))
-    return accept_length, path, bonus, continuation
+    accept_length = tokens.new_empty(tokens.shape[:1])
+    path = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    return accept_length, path, torch.empty_like(accept_length), torch.empty_like(path)
 
 
 @op(
@@ -224,8 +224,8 @@ def verify_logits(
         raise ValueError(
             f"logits has shape {list(logits.shape)}; expected [*{list(tokens.shape)}, V], as tokens"
         )
-    guesses, targets = new_guesses(logits), tokens.new_empty(tokens.shape)
-    verified = _new_verified(tokens)
+    guesses, verified = new_guesses(logits), _new_verified(tokens)
+    targets = torch.empty_like(verified[1])
     yield guesses, targets, *verified
     batch, rows = len(tokens), dense_rows(logits.flatten(0, 1))
     if tokens.is_cuda:
