@@ -3,7 +3,8 @@
 // in Python. Sums and products are float64 and in a fixed order, and these files are compiled
 // without fused multiply-add, so every backend builds the same tree.
 #pragma once
-#include "drafting.h"
+#include "random.h"
+#include "tree.h"
 
 namespace msn {
 

@@ -1,7 +1,9 @@
 // Where noise goes in a training sample and what it is, one value at a time. Inline for host and
 // device, like tree.h; msn_ext/ops/reference.py says the same in Python.
 #pragma once
-#include "drafting.h"
+#include <cstdint>
+
+#include "random.h"
 
 namespace msn {
 

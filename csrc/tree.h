@@ -9,11 +9,7 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MSN_HD __host__ __device__ __forceinline__
-#else
-#define MSN_HD inline
-#endif
+#include "host_device.h"
 
 namespace msn {
 

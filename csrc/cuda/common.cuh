@@ -8,9 +8,9 @@
 #include <string>
 #include <utility>
 
-#include "../ops.h"
+#include "tensor.h"
 
-namespace msn::cuda {
+namespace msn {
 
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
@@ -88,4 +88,4 @@ __device__ inline int64_t block_max(int64_t value, int64_t (&scratch)[kWarp]) {
   return value;
 }
 
-}  // namespace msn::cuda
+}  // namespace msn
