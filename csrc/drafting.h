@@ -1,5 +1,5 @@
-// How guesses are found and put into a tree, one value at a time: suffix matching and the
-// fill rule. Inline for host and device, like tree.h.
+// The rules by which guesses are found in a text and put into a tree of fixed shape, one value at a
+// time: suffix matching and the fill rule. Inline for host and device, like tree.h.
 #pragma once
 #include <cstdint>
 
@@ -36,8 +36,17 @@ struct FillSources {
   int64_t length;
 };
 
+// The sources of a row, given those of row 0 of a batch whose histories have room for `capacity`.
+MSN_HD FillSources sources_of_row(FillSources from, int64_t row, int64_t capacity, int64_t length) {
+  from.candidates += row * from.depths * from.ranks;
+  from.retrieved += row * from.retrieved_length;
+  from.history += row * capacity;
+  from.length = length;
+  return from;
+}
+
 // The token of one node: its candidate, else noise from the tokens so far. The root repeats the
-// last token; so does padding, which nobody reads.
+// last token; so does padding, which is not read.
 MSN_HD int64_t fill_node(const FillSources& from, int node, int32_t depth, int32_t rank,
                          int64_t seed, int64_t row) {
   if (node == 0 || depth <= 0) return from.history[from.length - 1];

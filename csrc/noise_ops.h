@@ -6,7 +6,7 @@
 namespace msn {
 
 struct DrawNoise {
-  Tensor input_ids, labels, documents, keep;
+  Tensor input_ids, labels, samples, keep;
   NoiseOptions options;
   Tensor starts, noise;
 

@@ -16,7 +16,8 @@ struct TreeAncestors {
   void on_cuda(void* stream) const;
 };
 
-// What blocks of one launch leave for each other, so that keys can be split over them.
+// Memory in which the blocks of one launch leave sums for each other, so that keys can be split
+// over them.
 struct AttentionSpace {
   float* partial = nullptr;
   int* arrived = nullptr;  // 0 before and after

@@ -1,5 +1,5 @@
-// What came against what an op takes. Each check that fails raises a ValueError that names the
-// argument, what came and what was expected.
+// Checks of an op's arguments. One that fails raises a ValueError that names the argument, what
+// came and what was expected.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -32,7 +32,7 @@ void run(const Tensor& on, const Op& op) {
 #endif
 }
 
-// How a parameter of a binding is made of what Python passes: a tensor is borrowed under its name,
+// The way from what Python passes to a binding's parameter: a tensor is borrowed under its name,
 // anything else is what pybind11 converts.
 template <typename T>
 struct Parameter {

@@ -52,50 +52,50 @@ void top_guesses(const Argument& logits, const Argument& guesses) {
   run(logits, TopGuesses{logits, guesses});
 }
 
-void index_suffixes(const Argument& heads, const Argument& history, const Argument& start,
+void index_suffixes(const Argument& suffixes, const Argument& history, const Argument& start,
                     const Argument& lengths) {
   expect_dims(history, 2);
   const int64_t batch = history.shape[0];
   expect_range("capacity of history", history.shape[1], 0, INT32_MAX);
   expect_dense(history, DType::kInt64, {batch, history.shape[1]}, history);
-  expect_dims(heads, 3);
-  expect_dense(heads, DType::kInt32, {batch, kSuffixes, heads.shape[2]}, history);
+  expect_dims(suffixes, 3);
+  expect_dense(suffixes, DType::kInt32, {batch, kSuffixes, suffixes.shape[2]}, history);
   expect_dense(start, DType::kInt64, {batch}, history);
   expect_dense(lengths, DType::kInt64, {batch}, history);
-  if (heads.shape[2] == 0) return;
-  run(history, IndexSuffixes{heads, history, start, lengths});
+  if (suffixes.shape[2] == 0) return;
+  run(history, IndexSuffixes{suffixes, history, start, lengths});
 }
 
-void remember_guesses(const Argument& contexts, const Argument& history, const Argument& lengths,
+void remember_guesses(const Argument& adjacency, const Argument& history, const Argument& lengths,
                       const Argument& tokens, const Argument& parents, const Argument& path,
                       const Argument& guesses) {
   expect_dims(tokens, 2);
   expect_dims(history, 2);
-  expect_dims(contexts, 3);
+  expect_dims(adjacency, 3);
   const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
   expect_nodes(tokens, nodes);
   expect_dense(tokens, DType::kInt64, {batch, nodes}, tokens);
-  expect_dense(contexts, DType::kInt32, {kOrders, contexts.shape[1], 1 + kGuesses}, tokens);
+  expect_dense(adjacency, DType::kInt32, {kOrders, adjacency.shape[1], 1 + kGuesses}, tokens);
   expect_dense(history, DType::kInt64, {batch, history.shape[1]}, tokens);
   expect_dense(lengths, DType::kInt64, {batch}, tokens);
   expect_tree(parents, DType::kInt32, batch, nodes, tokens);
   expect_dense(path, DType::kInt64, {batch, nodes}, tokens);
   expect_dense(guesses, DType::kInt32, {batch, nodes, kGuesses}, tokens);
-  if (contexts.shape[1] == 0) return;
-  run(tokens, RememberGuesses{contexts, history, lengths, tokens, parents, path, guesses});
+  if (adjacency.shape[1] == 0) return;
+  run(tokens, RememberGuesses{adjacency, history, lengths, tokens, parents, path, guesses});
 }
 
 void draft_tree(const Argument& history, const Argument& lengths, const Argument& denoised,
-                const Argument& contexts, const Argument& heads, const Argument& corpus,
-                const Argument& corpus_heads, const Argument& factors, int64_t max_depth,
+                const Argument& adjacency, const Argument& suffixes, const Argument& corpus,
+                const Argument& corpus_suffixes, const Argument& factors, int64_t max_depth,
                 double foresight, const Argument& tokens, const Argument& parents,
                 const Argument& probability, const Argument& sources) {
   expect_dims(history, 2);
   expect_dims(denoised, 3);
-  expect_dims(contexts, 3);
-  expect_dims(heads, 3);
+  expect_dims(adjacency, 3);
+  expect_dims(suffixes, 3);
   expect_dims(corpus, 1);
-  expect_dims(corpus_heads, 2);
+  expect_dims(corpus_suffixes, 2);
   expect_dims(tokens, 2);
   const int64_t batch = history.shape[0], nodes = tokens.shape[1];
   expect_nodes(tokens, nodes);
@@ -104,18 +104,18 @@ void draft_tree(const Argument& history, const Argument& lengths, const Argument
   expect_dense(history, DType::kInt64, {batch, history.shape[1]}, history);
   expect_dense(lengths, DType::kInt64, {batch}, history);
   expect_dense(denoised, DType::kInt32, {batch, denoised.shape[1], kGuesses}, history);
-  expect_dense(contexts, DType::kInt32, {kOrders, contexts.shape[1], 1 + kGuesses}, history);
-  expect_dense(heads, DType::kInt32, {batch, kSuffixes, heads.shape[2]}, history);
+  expect_dense(adjacency, DType::kInt32, {kOrders, adjacency.shape[1], 1 + kGuesses}, history);
+  expect_dense(suffixes, DType::kInt32, {batch, kSuffixes, suffixes.shape[2]}, history);
   expect_range("length of corpus", corpus.shape[0], 0, INT32_MAX);
   expect_dense(corpus, DType::kInt32, {corpus.shape[0]}, history);
-  expect_dense(corpus_heads, DType::kInt32, {kSuffixes, corpus_heads.shape[1]}, history);
+  expect_dense(corpus_suffixes, DType::kInt32, {kSuffixes, corpus_suffixes.shape[1]}, history);
   expect_dense(factors, DType::kFloat64, {kFactors}, history);
   expect_dense(tokens, DType::kInt64, {batch, nodes}, history);
   expect_dense(parents, DType::kInt32, {batch, nodes}, history);
   expect_dense(probability, DType::kFloat64, {batch, nodes}, history);
   expect_dense(sources, DType::kInt32, {batch, nodes}, history);
-  run(history, DraftTree{history, lengths, denoised, contexts, heads, corpus, corpus_heads, factors,
-                         max_depth, foresight, tokens, parents, probability, sources});
+  run(history, DraftTree{history, lengths, denoised, adjacency, suffixes, corpus, corpus_suffixes,
+                         factors, max_depth, foresight, tokens, parents, probability, sources});
 }
 
 }  // namespace
@@ -126,14 +126,14 @@ void define_drafting(py::module_& m) {
   define(m, "fill_tree", &fill_tree,
          {"candidates", "retrieved", "history", "lengths", "depth", "rank", "seed", "tokens"});
   define(m, "top_guesses", &top_guesses, {"logits", "guesses"});
-  define(m, "index_suffixes", &index_suffixes, {"heads", "history", "start", "lengths"});
+  define(m, "index_suffixes", &index_suffixes, {"suffixes", "history", "start", "lengths"});
   define(m, "remember_guesses", &remember_guesses,
-         {"contexts", "history", "lengths", "tokens", "parents", "path", "guesses"});
+         {"adjacency", "history", "lengths", "tokens", "parents", "path", "guesses"});
   define(m, "draft_tree", &draft_tree,
-         {"history", "lengths", "denoised", "contexts", "heads", "corpus", "corpus_heads",
+         {"history", "lengths", "denoised", "adjacency", "suffixes", "corpus", "corpus_suffixes",
           "factors", "max_depth", "foresight", "tokens", "parents", "probability", "sources"});
 
-  // What Python shares, from the headers that own it.
+  // The constants that Python shares, from the headers that own them.
   m.attr("RETRIEVAL") = kRetrieval;
   m.attr("GUESSES") = kGuesses;
   m.attr("LEVELS") = kLevels;

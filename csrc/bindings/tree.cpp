@@ -200,7 +200,7 @@ void define_tree(py::module_& m) {
          {"history", "lengths", "remaining", "targets", "path", "accept_length", "ends",
           "vocabulary", "gained", "status"});
 
-  // What Python shares, from the headers that own it.
+  // The constants that Python shares, from the headers that own them.
   m.attr("MAX_NODES") = kMaxNodes;
 }
 

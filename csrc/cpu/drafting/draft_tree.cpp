@@ -56,7 +56,7 @@ void expand(const Sources& from, const Known& known, int parent, int depth, doub
 }  // namespace
 
 void DraftTree::on_cpu() const {
-  const int64_t batch = history.shape[0], capacity = history.shape[1], depths = denoised.shape[1];
+  const int64_t batch = history.shape[0], capacity = history.shape[1];
   const int nodes = static_cast<int>(tokens.shape[1]);
   const double* factor = factors.as<double>();
   for (int i = 0; i < kFactors; ++i)
@@ -68,19 +68,7 @@ void DraftTree::on_cpu() const {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = lengths.as<int64_t>()[b];
     check_range("lengths", b, length, 1, capacity);
-    const Sources from{denoised.as<int32_t>() + b * depths * kGuesses,
-                       depths,
-                       contexts.as<int32_t>(),
-                       contexts.shape[1],
-                       heads.as<int32_t>() + b * kSuffixes * heads.shape[2],
-                       heads.shape[2],
-                       history.as<int64_t>() + b * capacity,
-                       length,
-                       corpus.as<int32_t>(),
-                       corpus.shape[0],
-                       corpus_heads.as<int32_t>(),
-                       corpus_heads.shape[1],
-                       factor};
+    const Sources from = sources_of_row(first_row(), b, capacity, length);
     int64_t* token = tokens.as<int64_t>() + b * nodes;
     int32_t* parent = parents.as<int32_t>() + b * nodes;
     double* chance = probability.as<double>() + b * nodes;

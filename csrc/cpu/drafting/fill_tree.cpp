@@ -7,18 +7,10 @@ namespace msn {
 void FillTree::on_cpu() const {
   const int64_t batch = history.shape[0], capacity = history.shape[1];
   const int nodes = static_cast<int>(rank.shape[0]);
-  const int64_t depths = candidates.shape[1], ranks = candidates.shape[2],
-                found = retrieved.shape[1];
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = lengths.as<int64_t>()[b];
     check_range("lengths", b, length, 1, capacity);
-    const FillSources from{candidates.as<int64_t>() + b * depths * ranks,
-                           depths,
-                           ranks,
-                           retrieved.as<int64_t>() + b * found,
-                           found,
-                           history.as<int64_t>() + b * capacity,
-                           length};
+    const FillSources from = sources_of_row(first_row(), b, capacity, length);
     const int32_t* row_depth = depth.as<int32_t>() + (depth.ndim == 2 ? b * nodes : 0);
     for (int i = 0; i < nodes; ++i)
       tokens.as<int64_t>()[b * nodes + i] =

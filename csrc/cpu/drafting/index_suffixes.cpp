@@ -5,13 +5,13 @@
 namespace msn {
 
 void IndexSuffixes::on_cpu() const {
-  const int64_t batch = history.shape[0], capacity = history.shape[1], slots = heads.shape[2];
+  const int64_t batch = history.shape[0], capacity = history.shape[1], slots = suffixes.shape[2];
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = lengths.as<int64_t>()[b], begin = start.as<int64_t>()[b];
     check_range("lengths", b, length, 0, capacity);
     check_range("start", b, begin, 0, capacity);
     const int64_t* row = history.as<int64_t>() + b * capacity;
-    int32_t* table = heads.as<int32_t>() + b * kSuffixes * slots;
+    int32_t* table = suffixes.as<int32_t>() + b * kSuffixes * slots;
     for (int64_t end = begin > 1 ? begin : 1; end < length; ++end) {
       if (row[end] < 0) continue;
       uint64_t hash = 0;

@@ -7,7 +7,7 @@
 namespace msn {
 
 void RememberGuesses::on_cpu() const {
-  const int64_t batch = tokens.shape[0], capacity = history.shape[1], slots = contexts.shape[1];
+  const int64_t batch = tokens.shape[0], capacity = history.shape[1], slots = adjacency.shape[1];
   const int nodes = static_cast<int>(tokens.shape[1]);
   for (int64_t b = 0; b < batch; ++b) {
     const int32_t* row_parents = parents.as<int32_t>() + (parents.ndim == 2 ? b * nodes : 0);
@@ -27,7 +27,7 @@ void RememberGuesses::on_cpu() const {
         hash = extend_hash(hash, context[order]);
         const int64_t slot =
             order * slots + static_cast<int64_t>(hash % static_cast<uint64_t>(slots));
-        int32_t* entry = contexts.as<int32_t>() + slot * (1 + kGuesses);
+        int32_t* entry = adjacency.as<int32_t>() + slot * (1 + kGuesses);
         entry[0] = hash_check(hash);
         std::copy_n(guesses.as<int32_t>() + (b * nodes + node) * kGuesses, kGuesses, entry + 1);
       }

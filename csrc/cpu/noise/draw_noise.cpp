@@ -11,13 +11,13 @@ void DrawNoise::on_cpu() const {
   const int64_t rows = input_ids.shape[0], columns = input_ids.shape[1];
   const int64_t* sorted = keep.as<int64_t>();
   std::vector<int64_t> open;  // where a segment may still start
-  for (int64_t d = 0; d < documents.shape[0]; ++d) {
-    const int64_t *document = documents.as<int64_t>() + 3 * d, row = document[0];
-    check_range("row of documents", d, row, 0, rows - 1);
-    check_range("end of documents", d, document[2], 0, columns);
-    check_range("begin of documents", d, document[1], 0, document[2]);
-    const Document in{input_ids.as<int64_t>() + row * columns, labels.as<int64_t>() + row * columns,
-                      document[1], document[2]};
+  for (int64_t d = 0; d < samples.shape[0]; ++d) {
+    const int64_t *sample = samples.as<int64_t>() + 3 * d, row = sample[0];
+    check_range("row of samples", d, row, 0, rows - 1);
+    check_range("end of samples", d, sample[2], 0, columns);
+    check_range("begin of samples", d, sample[1], 0, sample[2]);
+    const Sample in{input_ids.as<int64_t>() + row * columns, labels.as<int64_t>() + row * columns,
+                    sample[1], sample[2]};
     uint64_t identity = 0;
     open.clear();
     for (int64_t at = in.begin; at < in.end; ++at) {
@@ -36,7 +36,7 @@ void DrawNoise::on_cpu() const {
       if (!in_response(in, start))
         throw std::invalid_argument("starts[" + std::to_string(d) + ", " + std::to_string(segment) +
                                     "] is " + std::to_string(start) +
-                                    "; expected -1 or a place in the document's response");
+                                    "; expected -1 or a place in the sample's response");
       const int64_t size = segment_size(in, start, options.length);
       for (int64_t i = 0; i < size; ++i)
         out[i] = draw_token(in, start + i, key, segment, i, options, sorted, keep.shape[0]);

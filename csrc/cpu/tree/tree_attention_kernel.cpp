@@ -2,7 +2,7 @@
 // (row = node x query head of one key/value head).
 //
 // Blocks are aligned to *logical* positions, and a node's ancestors take the logical positions
-// behind the prefix, in path order. So the arithmetic of a row depends on its own keys alone: a
+// after the prefix, in path order. So the arithmetic of a row depends on its own keys alone: a
 // node gets bit for bit what it would get if its path had been decoded token by token, whatever
 // else is in the tree. Blocks that every row sees whole (nearly all) are two small matrix
 // products; a block that a row sees in part (the end of the prefix, the ancestors, the edge of a

@@ -9,26 +9,17 @@ namespace msn {
 
 namespace {
 
-struct Sources {
-  const int64_t *candidates, *retrieved, *history, *lengths;
-  int64_t depths, ranks, found, capacity;
-};
-
 __global__ void __launch_bounds__(kMaxNodes)
-    fill_tree_kernel(Sources from, const int32_t* depth, int64_t depth_stride, const int32_t* rank,
-                     int nodes, const int64_t* seed, int64_t* tokens) {
+    fill_tree_kernel(FillSources first_row, const int64_t* lengths, int64_t capacity,
+                     const int32_t* depth, int64_t depth_stride, const int32_t* rank, int nodes,
+                     const int64_t* seed, int64_t* tokens) {
   const int64_t row = blockIdx.x;
   const int node = threadIdx.x;
   if (node >= nodes) return;
-  const FillSources sources{from.candidates + row * from.depths * from.ranks,
-                            from.depths,
-                            from.ranks,
-                            from.retrieved + row * from.found,
-                            from.found,
-                            from.history + row * from.capacity,
-                            clamp(from.lengths[row], 1, from.capacity)};
+  const FillSources from =
+      sources_of_row(first_row, row, capacity, clamp(lengths[row], 1, capacity));
   tokens[row * nodes + node] =
-      fill_node(sources, node, depth[row * depth_stride + node], rank[node], seed[0], row);
+      fill_node(from, node, depth[row * depth_stride + node], rank[node], seed[0], row);
 }
 
 }  // namespace
@@ -40,13 +31,10 @@ void FillTree::on_cuda(void* stream) const {
   if (capacity == 0)
     throw std::invalid_argument("history has room for 0 tokens; expected at least 1");
   const DeviceGuard guard("fill_tree", history);
-  const Sources from{candidates.as<int64_t>(), retrieved.as<int64_t>(),
-                     history.as<int64_t>(),    lengths.as<int64_t>(),
-                     candidates.shape[1],      candidates.shape[2],
-                     retrieved.shape[1],       capacity};
   launch("fill_tree", fill_tree_kernel, grid_x("fill_tree", batch), whole_warps(nodes), 0, stream,
-         from, depth.as<int32_t>(), depth.ndim == 2 ? nodes : 0, rank.as<int32_t>(), nodes,
-         seed.as<int64_t>(), tokens.as<int64_t>());
+         first_row(), lengths.as<int64_t>(), capacity, depth.as<int32_t>(),
+         depth.ndim == 2 ? nodes : 0, rank.as<int32_t>(), nodes, seed.as<int64_t>(),
+         tokens.as<int64_t>());
 }
 
 }  // namespace msn

@@ -1,5 +1,5 @@
-// What followed the longest earlier match of the text's end: one block a row, threads side by side
-// over the places where a match may end, the most recent first, then the block's maximum of
+// The tokens after the longest earlier match of the text's end: one block a row, threads side by
+// side over the places where a match may end, the most recent first, then the block's maximum of
 // (length, place). A thread stops at a match that no earlier place can beat.
 // A length outside [0, C] counts as the nearest one inside. Bytes per row: reads 8 bytes a token
 // once (the longer compares hit L1), writes 8 bytes a token wanted. The work is at most

@@ -1,4 +1,4 @@
-// What the model guessed behind every node of a draft, noted under the node's last tokens: one
+// The model's guesses after every node of a draft, noted under the node's last tokens: one
 // block for each order of context, one thread a node. Orders share no slot, so their blocks share
 // nothing. A block takes the rows of the batch one after the other, for later rows overwrite
 // earlier ones. In a row every slot has one writer: of the nodes that share it the one of the
@@ -22,11 +22,11 @@ struct Draft {
 };
 
 __global__ void __launch_bounds__(kMaxNodes)
-    remember_guesses_kernel(Draft draft, int32_t* contexts, int64_t slots) {
+    remember_guesses_kernel(Draft draft, int32_t* adjacency, int64_t slots) {
   __shared__ int64_t row_tokens[kMaxNodes], slot[kMaxNodes], context[kMaxNodes][kOrders];
   __shared__ int32_t row_parents[kMaxNodes], priority[kMaxNodes];
   const int node = threadIdx.x, order = blockIdx.x, nodes = draft.nodes;
-  int32_t* table = contexts + order * slots * (1 + kGuesses);
+  int32_t* table = adjacency + order * slots * (1 + kGuesses);
   for (int64_t row = 0; row < draft.batch; ++row) {
     const int64_t first = row * nodes;
     if (node < nodes) {
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kMaxNodes)
 }  // namespace
 
 void RememberGuesses::on_cuda(void* stream) const {
-  const int64_t batch = tokens.shape[0], capacity = history.shape[1], slots = contexts.shape[1];
+  const int64_t batch = tokens.shape[0], capacity = history.shape[1], slots = adjacency.shape[1];
   const int nodes = static_cast<int>(tokens.shape[1]);
   if (batch == 0 || slots == 0) return;
   if (capacity == 0)
@@ -86,7 +86,7 @@ void RememberGuesses::on_cuda(void* stream) const {
                     parents.ndim == 2 ? nodes : 0,
                     nodes};
   launch("remember_guesses", remember_guesses_kernel, kOrders, whole_warps(nodes), 0, stream, draft,
-         contexts.as<int32_t>(), slots);
+         adjacency.as<int32_t>(), slots);
 }
 
 }  // namespace msn

@@ -1,7 +1,7 @@
-// Where noise goes in every document of a batch, and what it is: one block a document, one segment
+// The places and the tokens of noise in every sample of a batch: one block a sample, one segment
 // after the other. Its threads count the places where a segment may still start, the draw picks one
-// of them by its rank, and one thread a place draws the tokens. A document or given start outside
-// its row counts as empty. Bytes per document: reads 16 a token per segment (L1 after the first),
+// of them by its rank, and one thread a place draws the tokens. A sample or given start outside
+// its row counts as empty. Bytes per sample: reads 16 a token per segment (L1 after the first),
 // writes 8 (1 + L) S.
 #include "cuda/common.cuh"
 #include "noise.h"
@@ -14,7 +14,7 @@ namespace {
 constexpr int kThreads = 256;
 
 struct Batch {
-  const int64_t *input_ids, *labels, *documents, *keep;
+  const int64_t *input_ids, *labels, *samples, *keep;
   int64_t rows, columns, kept;
 };
 
@@ -34,15 +34,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     draw_noise_kernel(Batch batch, NoiseOptions options, int64_t* starts, int64_t* noise) {
   __shared__ uint64_t scratch[kThreads / kWarp];
   __shared__ int64_t chosen[kMaxSegments], sizes[kMaxSegments], found;
-  const int64_t* document = batch.documents + 3 * int64_t{blockIdx.x};
+  const int64_t* sample = batch.samples + 3 * int64_t{blockIdx.x};
   starts += blockIdx.x * options.segments;
   noise += blockIdx.x * options.segments * options.length;
-  const int64_t row = document[0];
+  const int64_t row = sample[0];
   const bool inside = row >= 0 && row < batch.rows;
-  const int64_t end = inside ? clamp(document[2], 0, batch.columns) : 0,
-                begin = clamp(document[1], 0, end);
+  const int64_t end = inside ? clamp(sample[2], 0, batch.columns) : 0,
+                begin = clamp(sample[1], 0, end);
   const int64_t first = inside ? row * batch.columns : 0;
-  const Document in{batch.input_ids + first, batch.labels + first, begin, end};
+  const Sample in{batch.input_ids + first, batch.labels + first, begin, end};
 
   uint64_t part = 0;
   for (int64_t at = begin + threadIdx.x; at < end; at += kThreads)
@@ -103,16 +103,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 void DrawNoise::on_cuda(void* stream) const {
-  if (documents.shape[0] == 0) return;
+  if (samples.shape[0] == 0) return;
   const DeviceGuard guard("draw_noise", input_ids);
-  const Batch batch{input_ids.as<int64_t>(),
-                    labels.as<int64_t>(),
-                    documents.as<int64_t>(),
-                    keep.as<int64_t>(),
-                    input_ids.shape[0],
-                    input_ids.shape[1],
-                    keep.shape[0]};
-  launch("draw_noise", draw_noise_kernel, grid_x("draw_noise", documents.shape[0]), kThreads, 0,
+  const Batch batch{
+      input_ids.as<int64_t>(), labels.as<int64_t>(), samples.as<int64_t>(), keep.as<int64_t>(),
+      input_ids.shape[0],      input_ids.shape[1],   keep.shape[0]};
+  launch("draw_noise", draw_noise_kernel, grid_x("draw_noise", samples.shape[0]), kThreads, 0,
          stream, batch, options, starts.as<int64_t>(), noise.as<int64_t>());
 }
 

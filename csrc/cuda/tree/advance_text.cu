@@ -1,4 +1,4 @@
-// The gained tokens of each row put behind its text: one block a row, one thread a node. The first
+// The gained tokens of each row put after its text: one block a row, one thread a node. The first
 // end of text is found by a maximum over the block. Rows and paths that lie outside are taken as
 // their borders. Bytes per row: reads 16 N + 24 and the ends of text, writes 8 N, 8 per gained
 // token and 40.

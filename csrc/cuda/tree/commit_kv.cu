@@ -1,8 +1,8 @@
-// Moves the accepted path's keys and values up behind the prefix, in place, for all layers in one
-// launch: a grid of (row, cache, part of the columns). A thread owns one column, up to 16 bytes
-// wide, of one head of one row, through all slots, so no other thread touches what it moves and
-// neither shared memory nor a barrier is needed. The i-th target is slot i behind the prefix and
-// its source lies strictly behind it (a node that is not is in place already, or malformed, and
+// Moves the accepted path's keys and values to the slots after the prefix, in place, for all layers
+// in one launch: a grid of (row, cache, part of the columns). A thread owns one column, up to 16
+// bytes wide, of one head of one row, through all slots, so no other thread touches what it moves
+// and neither shared memory nor a barrier is needed. The i-th target is slot i after the prefix and
+// its source comes strictly after it (a node that is not is in place already, or malformed, and
 // stays), so a target is never the source of a later move and several loads can be in flight.
 // A slot outside the cache is neither read nor written; a row whose length is outside is left
 // alone. Bytes: reads and writes each accepted, moved slot once, plus the row's path.

@@ -1,5 +1,5 @@
-// What both attention kernels work on: tree_attention.cu on CUDA cores, tree_attention_mma.cu on
-// tensor cores.
+// The problem that both attention kernels solve: tree_attention.cu on CUDA cores,
+// tree_attention_mma.cu on tensor cores.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -50,7 +50,7 @@ struct Shape {
   static constexpr bool kSharedQueries = kDim > 128;  // where they do not fit into the registers
   static constexpr int kQueries = 2 * kStage;         // where they begin
   static constexpr int kBytes = 2 * (2 * kStage + (kSharedQueries ? kRows * kPitch : 0));
-  // What a block leaves in the workspace is to be less than half of what it read.
+  // So many that a block leaves less than half of what it read in the workspace.
   static constexpr int kLeastTiles = 2 * kRows > kKeys ? 2 * kRows / kKeys : 1;
   static_assert(kWarpKeys % kMmaRows == 0 && kWarpKeys <= kWordBits);
   static_assert(kWarps * kMmaRows * (kDim + 2) * 4 <= kBytes,
@@ -92,7 +92,7 @@ __device__ void fetch(const T* rows, int64_t stride, int count, int width, uint1
   }
 }
 
-// What weights are relative to, given the largest score.
+// The score that weights are relative to, given the largest one.
 __device__ float base_of(float largest) {
   return largest == -INFINITY ? 0.0f : largest;
 }  // not -inf - -inf
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   float largest[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[kDim / 8][4] = {};
   for (int tile = from, stage = 0; tile < to; tile += S::kKeys, stage ^= 1) {
     await_copies<0>();
-    __syncthreads();  // the tile is there, and nobody reads the other stage any more
+    __syncthreads();  // the tile is there, and no thread reads the other stage any more
     if (tile + S::kKeys < to) fetch_tile(tile + S::kKeys, stage ^ 1);
     const uint16_t* tile_keys = stages + stage * S::kStage + key_share * S::kPitch;
     const uint16_t* tile_values = tile_keys + S::kKeys * S::kPitch;

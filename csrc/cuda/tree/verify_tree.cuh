@@ -1,7 +1,7 @@
 // The accepted path of a row, found by one block, one thread a node. Every thread walks up from its
 // node over shared memory and says how deep it is accepted; the block's maximum is the end of the
 // path. A second maximum finds the deepest node below that end, the continuation. Two threads of
-// different warps then spell the two paths out, and the block writes them, -1 behind them. At most
+// different warps then spell the two paths out, and the block writes them, -1 after them. At most
 // 255 steps a walk.
 #pragma once
 #include "cuda/common.cuh"
@@ -15,7 +15,7 @@ struct VerifyShared {
   int64_t scratch[kWarp];
 };
 
-// Where the results of one row go.
+// The places of one row's results.
 struct VerifiedRow {
   int64_t *accept_length, *path, *bonus, *continuation;
 };
