@@ -41,7 +41,7 @@ bench: $(STAMP)
 
 asan: $(STAMP)
 	@echo "== Compiling the CPU kernels with sanitizers and running their tests"
-	@$(BIN)/pytest -v python_tests/test_sanitizers.py
+	@$(BIN)/pytest -v python_tests/ops/test_sanitizers.py
 
 lint: $(LINT)
 	@echo "== Checking style and types"

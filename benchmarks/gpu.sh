@@ -41,7 +41,7 @@ build() {
 }
 
 test_() {
-  MSN_REQUIRE_CUDA=1 "$python" -P -m pytest -q python_tests/test_ops.py python_tests/test_best_first_ops.py python_tests/test_noise_op.py python_tests/test_graph.py
+  MSN_REQUIRE_CUDA=1 "$python" -P -m pytest -q python_tests/ops --ignore=python_tests/ops/test_sanitizers.py python_tests/decoding/test_runner.py python_tests/decoding/test_runner_pool.py
 }
 
 sanitize() {

@@ -3,6 +3,7 @@
 ``MSN_REQUIRE_CUDA=1`` turns missing CUDA kernels or a missing GPU from an absence into a failure.
 """
 
+import json
 import os
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import msn_ext
+from helpers.conversations import DATA, TEMPLATE, tiny_llama
+from helpers.samples import byte_tokenizer
 
 for name, examples in [("msn", 100), ("sanitizers", 15)]:
     settings.register_profile(
@@ -31,3 +34,20 @@ def device(request) -> str:
     if request.param == "cuda" and not HAVE_CUDA:
         pytest.fail("MSN_REQUIRE_CUDA=1, but there is no GPU or msn_ext was built without CUDA")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> str:
+    """A tiny chat model."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_llama().save_pretrained(path)
+    byte_tokenizer(TEMPLATE).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> str:
+    """Conversations to train it on."""
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, DATA)))
+    return str(path)

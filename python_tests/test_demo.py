@@ -141,10 +141,6 @@ def test_progress_on_a_file_is_a_line_a_stage(tmp_path):
         assert stream.read().splitlines()[1:] == ["  1/4 reading", "  2/4 writing"]
 
 
-# ---- the real one
-# ----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def loaded():
     try:

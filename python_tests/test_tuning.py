@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from families import tiny_model
 
+from helpers.families import tiny_model
 from msn_ext import generate, profile
 from msn_ext.decoding import calibration, factors
 from msn_ext.profile import Profile, profile_path

@@ -13,7 +13,7 @@ from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache
 from .tree import DraftTree
 
-# Families whose trees are compared with plain decoding in python_tests/test_lossless.py.
+# Families whose trees are compared with plain decoding in python_tests/decoding/test_lossless.py.
 TESTED = frozenset(
     (
         "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 "

@@ -20,7 +20,8 @@ ANNOTATIONS = ("noise_depth", "noise_before", "noise_document")
 of the token that the noise token comes behind, -1 at clean ones; and with branches, whose mask is
 made of these, which sample of its row a token belongs to, from 1 on, 0 at padding.
 """
-# Families whose clean part is compared with the text alone in python_tests/test_collator.py.
+# Families whose clean part is compared with the text alone in
+# python_tests/training/test_collator.py.
 TESTED = frozenset(
     (
         "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 "

@@ -1,0 +1,63 @@
+"""benchmarks/training.py compares the ways to train."""
+
+import json
+import os
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from helpers import BENCHMARKS
+
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+
+def test_the_ways_to_train_are_compared(folder, data, tmp_path):
+    """benchmarks/training.py: a line an experiment, done ones are not run again, the plots are
+    pictures.
+    """
+    script = BENCHMARKS / "training.py"
+    output, names = tmp_path / "out", "base,branch-4,replace-4-ppl,sft-compute"
+    options = [
+        "--model",
+        folder,
+        "--data",
+        data,
+        "--samples",
+        "30",
+        "--held-out",
+        "4",
+        "--max-new-tokens",
+        "12",
+        "--output",
+        output,
+    ]
+
+    def run(*more) -> str:
+        command = [sys.executable, script, *options, *more]
+        run = subprocess.run(
+            list(map(str, command)),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        return run.stdout
+
+    first = run("--only", "base,branch-4")
+    said = run("--only", names)
+    assert "== base" in first and "== base" not in said and "== sft-compute" in said
+    header, *rows = map(json.loads, (output / "results.jsonl").read_text().splitlines())
+    assert header["command"].startswith("python benchmarks/training.py") and [
+        row["experiment"] for row in rows
+    ] == names.split(",")
+    by_name = {row["experiment"]: row for row in rows}
+    assert by_name["sft-compute"]["epochs"] > 1.5 and by_name["branch-4"]["epochs"] == 1
+    assert all(len(row["top1"]) == 8 and row["MAT"]["paper"] >= 1 for row in rows)
+    assert len({row["loss"] for row in rows}) == 4
+    for name in ("accuracy", "chains", "losses"):
+        ElementTree.parse(output / f"{name}.svg")

@@ -1,0 +1,73 @@
+"""The command as a whole: help, tracebacks, interrupts, pipes."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from helpers.commands import ASK
+from msn_ext import cli
+from msn_ext.cli import common
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("MSN_DEBUG", "1")
+    with pytest.raises(common.CommandError):
+        cli.main([*ASK, "--model", "/nowhere"])
+
+
+def test_help(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("demo", "generate", "info"))
+
+
+def test_interrupt_and_gone_reader(monkeypatch, capfd):
+    for error, code in [(KeyboardInterrupt, 130), (BrokenPipeError, 141)]:
+
+        def stop(_arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(cli.info, "run", stop)
+        monkeypatch.setattr(os, "dup2", lambda *_: None)
+        assert cli.main(["info"]) == code
+    assert capfd.readouterr().err == ""
+
+
+def msn(*arguments, **options) -> subprocess.Popen:
+    code = "import sys; from msn_ext.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_ctrl_c_and_broken_pipe_in_a_process(tiny, tmp_path):
+    """Both while text streams: no traceback, no complaint at interpreter exit."""
+    options = [
+        "generate",
+        "--model",
+        tiny,
+        "--raw",
+        "--prompt",
+        "ab",
+        "--max-new-tokens",
+        "90",
+        "--draft",
+        "none",
+    ]
+    processes = [msn(*options, cwd=tmp_path), msn(*options, cwd=tmp_path)]
+    for process, stop in zip(
+        processes, (lambda p: p.send_signal(signal.SIGINT), lambda p: p.stdout.close())
+    ):
+        process.stdout.read(1)
+        stop(process)
+    errors = [process.stderr.read() for process in processes]
+    codes = [process.wait(60) for process in processes]
+    assert errors == ["", ""]
+    assert codes[0] in (130, 0) and codes[1] in (141, 0)  # 0: it was done before we were

@@ -1,0 +1,31 @@
+"""Fixtures of the tests of decoding."""
+
+import pytest
+import torch
+
+from helpers import runners
+from helpers.runners import GpuRecorder
+from helpers.tape import Recorder
+from msn_ext.decoding import graph
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models are faster without threads, and the rest of the machine is left alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tapes(device, monkeypatch):
+    """What was recorded; steps on the CPU are, too. Models and prompts are made on the device."""
+    kind = Recorder if device == "cpu" else GpuRecorder
+    monkeypatch.setitem(graph.RECORDERS, device, kind)
+    monkeypatch.setattr(kind, "made", [])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    runners.where = device
+    yield kind.made
+    torch.set_num_threads(threads)

@@ -1,0 +1,78 @@
+"""The size of a tree follows the time of a step and what came true."""
+
+import pytest
+
+from helpers.drafters import passes
+from msn_ext.decoding import BestFirst
+from msn_ext.decoding.budget import SIZES, Budget, StepTimes
+
+
+def test_the_size_follows_the_time_of_a_step():
+    """Nothing is drafted where a node costs a whole step, the largest tree where nodes are free."""
+    free, dear = StepTimes({1: 1.0, 512: 1.0}, "cpu"), StepTimes({1: 1.0, 512: 512.0}, "cpu")
+    for times in (free, dear):
+        times.observe = lambda tokens, seconds: None
+    sizes = {}
+    for name, times in (("free", free), ("dear", dear)):
+        drafter, sizes[name] = BestFirst(times=times), []
+        propose = drafter.propose
+        drafter.propose = lambda *text, propose=propose, seen=sizes[name]: (
+            draft := propose(*text),
+            seen.append(len(draft)),
+        )[0]
+        passes(drafter)
+    assert set(sizes["dear"]) == {1}
+    assert sizes["free"][5:] and min(sizes["free"][5:]) > 16
+
+
+@pytest.mark.parametrize("device, kink", [("cpu", 0.6), ("cpu", 1.0), ("cuda", 1.0)])
+def test_step_times_learn_what_they_are_shown(device, kink):
+    times = StepTimes(None, device)
+    truth = lambda tokens: 0.01 * (1 + 0.05 * tokens) * (kink if tokens == 1 else 1)  # noqa: E731
+    assert times(1) < times(8) < times(64)
+    times.observe(8, 50.0)  # the first step of all allocates, loads, compiles
+    for tokens in (8, 1, 64):
+        times.observe(tokens, truth(tokens))
+        assert times(tokens) == pytest.approx(truth(tokens), rel=0.4)
+    for tokens in (1, 8, 64) * 15:
+        times.observe(tokens, truth(tokens))
+    for tokens in (1, 8, 24, 64):
+        assert times(tokens) == pytest.approx(truth(tokens), rel=0.02)
+    times.observe(8, 100.0)  # somebody stopped the machine
+    assert times(8) == pytest.approx(truth(8), rel=0.25)
+    for tokens in (1, 64) * 20:  # another program has come, everything takes longer
+        times.observe(tokens, 3 * truth(tokens))
+    assert times(64) == pytest.approx(3 * truth(64), rel=0.2) and times(1) == pytest.approx(
+        3 * truth(1), rel=0.3
+    )
+
+
+def test_measured_step_times_are_read_between_and_behind():
+    times = StepTimes({16: 4.0, 1: 1.0, 8: 2.0, 12: 1.9}, "cuda")
+    assert [times(n) for n in (1, 8, 12, 14, 16, 24)] == [1.0, 2.0, 2.0, 3.0, 4.0, 8.0]
+    times.observe(8, 50.0)
+    assert times(8) == 2.0
+    assert StepTimes({4: 2.0}, "cpu")(100) == 2.0
+
+
+def test_the_budget_is_the_best_rate_and_trusts_what_came_true():
+    times = StepTimes({1: 1.0, 101: 2.0}, "cpu")
+    expected = [min(2.0, 0.2 * n) for n in range(SIZES[-1])]
+    budget = Budget(times, rows=1)
+    rate = {n: (1 + expected[n - 1]) / times(n) for n in SIZES}
+    assert budget.choose(expected) == max(SIZES, key=rate.get) == 12
+    for _ in range(400):
+        budget.observe(2.0, 0.0)  # nothing ever comes true
+    assert budget.choose(expected) == 1
+    assert Budget(times, rows=64).choose(expected) == 1, "a large batch has no time to spare"
+    assert Budget(times, rows=1).choose(expected[:1]) == 1
+
+
+def test_trees_grow_from_step_to_step():
+    """Where more nodes pay than are looked at, more are looked at next."""
+    budget = Budget(StepTimes({1: 1.0, 512: 1.0}, "cpu"), rows=1)
+    seen = []
+    for _ in range(4):
+        seen.append(budget.reach)
+        budget.choose([0.1 * n for n in range(budget.reach)])
+    assert seen == [16, 64, 128, 128]

@@ -1,0 +1,134 @@
+"""One right call of every op."""
+
+import torch
+
+from helpers.cases import (
+    integers,
+    seeded,
+    tree_tensor,
+)
+from msn_ext import ops
+from msn_ext.ops import reference
+
+OPS = [
+    "tree_ancestors",
+    "tree_attention",
+    "verify_tree",
+    "verify_logits",
+    "commit_kv",
+    "advance_text",
+    "lookup_ngram",
+    "fill_tree",
+    "top_guesses",
+    "remember_guesses",
+    "index_suffixes",
+    "draft_tree",
+    "draw_noise",
+]
+
+
+def example(op: str, device: str) -> dict:
+    """Arguments that the op takes."""
+    parents = tree_tensor([[-1, 0, 0, 1], [-1, 0, 1, -1]], device)
+    lengths = integers([5, 9], device)
+    source = seeded(0)
+    shapes = [(2, 4, 4, 8), (2, 2, 16, 8), (2, 2, 16, 6)]
+    q, k, v = (torch.randn(shape, generator=source).to(device) for shape in shapes)
+    tokens = integers([[1, 2, 3, 4], [1, 2, 3, 4]], device)
+    text = integers([[1, 2, 3, 1, 2, 0], [5, 5, 5, 5, 5, 5]], device)
+    guesses = (
+        torch.arange(2 * 4 * 8, dtype=torch.int32, device=device).view(2, 4, 8) * 17
+    )  # levels 0 to 15
+    return {
+        "tree_ancestors": lambda: {"parents": parents},
+        "tree_attention": lambda: {
+            "q": q,
+            "k_cache": k,
+            "v_cache": v,
+            "lengths": lengths,
+            "ancestors": ops.tree_ancestors(parents)[0],
+            "offsets": integers([0, 2], device),
+            "scale": 0.5,
+            "window": 7,
+            "softcap": 3.0,
+            "sinks": torch.ones(4, device=device),
+        },
+        "verify_tree": lambda: {"tokens": tokens, "targets": tokens + 1, "parents": parents},
+        "verify_logits": lambda: {
+            "logits": torch.randn(2, 4, 20, generator=source).to(device),
+            "tokens": tokens,
+            "parents": parents,
+        },
+        "commit_kv": lambda: {
+            "caches": [k, v],
+            "lengths": lengths,
+            "path": integers([[0, 2, -1], [0, 1, 3]], device),
+            "accept_length": integers([2, 3], device),
+        },
+        "advance_text": lambda: {
+            "history": torch.nn.functional.pad(text, (0, 4)),
+            "lengths": integers([5, 6], device),
+            "remaining": integers([9, 2], device),
+            "targets": tokens,
+            "path": integers([[0, 2, -1, -1], [0, 1, 3, -1]], device),
+            "accept_length": integers([2, 3], device),
+            "ends": integers([7, 0], device),
+            "vocabulary": 50,
+        },
+        "lookup_ngram": lambda: {
+            "history": text,
+            "lengths": integers([5, 6], device),
+            "max_ngram": 3,
+            "length": 4,
+        },
+        "fill_tree": lambda: {
+            "candidates": integers([[[5, 6], [7, 8]]] * 2, device),
+            "retrieved": integers([[9, -1]] * 2, device),
+            "history": integers([[1, 2, 3, 4], [5, 6, 7, 8]], device),
+            "lengths": integers([3, 4], device),
+            "depth": tree_tensor([[0, 1, 1, 2], [0, 1, 2, -1]], device),
+            "rank": tree_tensor([0, 0, -1, 1], device),
+            "seed": integers([42], device),
+        },
+        "top_guesses": lambda: {"logits": torch.randn(2, 4, 20, generator=source).to(device)},
+        "remember_guesses": lambda: {
+            "contexts": torch.zeros(3, 32, 9, dtype=torch.int32, device=device),
+            "history": text,
+            "lengths": integers([5, 6], device),
+            "tokens": tokens,
+            "parents": parents,
+            "path": integers([[0, 1, 3, -1], [0, -1, -1, -1]], device),
+            "guesses": guesses,
+        },
+        "index_suffixes": lambda: {
+            "heads": torch.zeros(2, 8, 32, dtype=torch.int32, device=device),
+            "history": text,
+            "start": integers([0, 2], device),
+            "lengths": integers([5, 6], device),
+        },
+        "draft_tree": lambda: {
+            "history": text,
+            "lengths": integers([5, 6], device),
+            "denoised": guesses[:, :3],
+            "contexts": torch.zeros(3, 32, 9, dtype=torch.int32, device=device),
+            "heads": torch.zeros(2, 8, 32, dtype=torch.int32, device=device),
+            "corpus": torch.arange(50, dtype=torch.int32, device=device),
+            "corpus_heads": torch.ones(8, 32, dtype=torch.int32, device=device),
+            "factors": torch.ones(reference.FACTORS, dtype=torch.float64, device=device),
+            "nodes": 6,
+            "max_depth": 3,
+            "foresight": 0.05,
+        },
+        "draw_noise": lambda: {
+            "input_ids": text,
+            "labels": text.masked_fill(torch.arange(6, device=device) < 2, -100),
+            "documents": integers([[0, 0, 6], [1, 0, 5]], device),
+            "keep_token_ids": integers([3], device),
+            "starts": integers([[-1, -1], [2, -1]], device),
+            "seed": 7,
+            "length": 2,
+            "random": 0.5,
+            "vocabulary": 20,
+            "apart": True,
+        },
+    }[op]()

@@ -1,0 +1,108 @@
+"""Runners on the device under test: what they record is counted."""
+
+from typing import ClassVar
+
+import torch
+from transformers import StoppingCriteria
+
+from helpers import families
+from helpers.families import VOCAB
+from msn_ext import DraftTree, generate
+from msn_ext.decoding import BestFirst, graph
+
+DRAFTS = {
+    "auto": lambda: "auto",
+    "auto of 16": lambda: BestFirst(16),
+    "paper": lambda: "paper",
+    "a chain": lambda: DraftTree.chain(4),
+    "none": lambda: "none",
+}
+
+
+class GpuRecorder(graph.Recorder):
+    """Counts as the tape's does."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.recordings, self.warm_ups, self.replays = [], 0, 0
+        GpuRecorder.made.append(self)
+
+    def warm_up(self, step):
+        self.warm_ups += 1
+        return super().warm_up(step)
+
+    def record(self, step):
+        recording, recorder = super().record(step), self
+        replay = recording.replay
+
+        def counted():
+            recorder.replays += 1
+            replay()
+
+        recording.replay = counted
+        self.recordings.append(recording)
+        return recording
+
+
+where = "cpu"  # the device, set by the fixture `tapes`
+
+
+def tiny_model(family: str, seed: int):
+    return families.tiny_model(family, seed).to(where)
+
+
+def prompts(seed: int, batch: int = 2, length: int = 12, padded: bool = True):
+    """Left-padded ids and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for b in range(1, batch * padded):
+        mask[b, : 3 * b] = 0
+    return ids.masked_fill(mask == 0, 0).to(where), mask.to(where)
+
+
+def plain(model, ids, mask, **options):
+    return model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, **options)
+
+
+def ours(model, ids, mask, draft, **options):
+    return generate(
+        model, ids, attention_mask=mask, draft=draft, do_sample=False, pad_token_id=0, **options
+    )
+
+
+SAMPLED = {
+    "as it is": {},
+    "penalised": dict(repetition_penalty=1.2, temperature=0.8),
+    "usual": dict(temperature=0.7, top_k=20, top_p=0.9),
+    "min_p": dict(min_p=0.05, temperature=1.5),
+    "typical": dict(typical_p=0.8),
+    "epsilon": dict(epsilon_cutoff=0.01),
+}
+
+
+def sampled(model, ids, mask, draft, seed: int, **options):
+    torch.manual_seed(seed)
+    return generate(
+        model,
+        ids,
+        attention_mask=mask,
+        draft=draft,
+        do_sample=True,
+        pad_token_id=0,
+        max_new_tokens=30,
+        eos_token_id=None,
+        **{"top_k": 0} | options,
+    )
+
+
+class EndsAfter(StoppingCriteria):
+    def __init__(self, tokens: int):
+        self._tokens = tokens
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full(
+            input_ids.shape[:1], input_ids.shape[1] >= self._tokens, device=input_ids.device
+        )

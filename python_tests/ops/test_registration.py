@@ -1,0 +1,89 @@
+"""The ops in torch: registration, compilation, autograd."""
+
+import pytest
+import torch
+
+from helpers.calls import OPS, example
+from helpers.cases import (
+    assert_equal,
+)
+from msn_ext import ops
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(device, op):
+    torch.library.opcheck(getattr(torch.ops.msn_ext, op).default, (), example(op, device))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_step_equals_the_eager_one(device, backend):
+    """All ops in one graph; caches and tables change in place."""
+
+    def step(arguments):
+        ancestors, depth = ops.tree_ancestors(**arguments["tree_ancestors"], validate=False)
+        out = ops.tree_attention(**{**arguments["tree_attention"], "ancestors": ancestors}) * 2
+        gained, status = ops.advance_text(**arguments["advance_text"])
+        retrieved, matched = ops.lookup_ngram(**arguments["lookup_ngram"])
+        filled = ops.fill_tree(**{**arguments["fill_tree"], "depth": depth, "retrieved": retrieved})
+        drafted = {
+            **arguments["verify_tree"],
+            "tokens": filled,
+            "targets": filled * 0 + 3,
+        }  # row 0 retrieved a 3
+        accept_length, path, bonus, continuation = ops.verify_tree(**drafted)
+        ops.commit_kv(**{**arguments["commit_kv"], "path": path, "accept_length": accept_length})
+        guesses = ops.top_guesses(arguments["top_guesses"]["logits"] * 2)
+        checked = ops.verify_logits(**{**arguments["verify_logits"], "tokens": filled})
+        observed = {
+            **arguments["remember_guesses"],
+            "tokens": filled,
+            "path": path,
+            "guesses": guesses,
+        }
+        ops.remember_guesses(**observed)
+        ops.index_suffixes(**arguments["index_suffixes"])
+        tables = {"contexts": observed["contexts"], "heads": arguments["index_suffixes"]["heads"]}
+        draft = ops.draft_tree(**{**arguments["draft_tree"], **tables, "denoised": guesses})
+        verified = accept_length, path, bonus, continuation
+        noise = ops.draw_noise(
+            **{**arguments["draw_noise"], "labels": arguments["draw_noise"]["labels"] + 0}
+        )
+        return (
+            ancestors,
+            depth,
+            out,
+            gained,
+            status,
+            retrieved,
+            matched,
+            filled,
+            *verified,
+            guesses,
+            *checked,
+            *draft,
+            *noise,
+        )
+
+    torch.compiler.reset()
+    eager, compiled = ({op: example(op, device) for op in OPS} for _ in range(2))
+    assert_equal(torch.compile(step, fullgraph=True, backend=backend)(compiled), step(eager))
+    for op, changed in [
+        ("commit_kv", "caches"),
+        ("remember_guesses", "contexts"),
+        ("index_suffixes", "heads"),
+        ("advance_text", "history"),
+    ]:
+        assert_equal(compiled[op][changed], eager[op][changed])
+        assert not all(
+            torch.equal(x, y) for x, y in zip(compiled[op][changed], example(op, device)[changed])
+        )
+
+
+@pytest.mark.parametrize(
+    "op, name", [("tree_attention", "q"), ("top_guesses", "logits"), ("draft_tree", "factors")]
+)
+def test_ops_take_tensors_that_require_grad(op, name):
+    arguments = example(op, "cpu")
+    expected = getattr(ops, op)(**arguments)
+    arguments[name] = torch.nn.Parameter(arguments[name])
+    assert_equal(getattr(ops, op)(**arguments), expected)
