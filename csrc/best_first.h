@@ -1,9 +1,10 @@
-// What is known behind a context, and what it is worth: the tables of best-first drafting, one
-// value at a time. Inline for host and device, like tree.h; msn_ext/ops/reference.py says the same
-// in Python. Sums and products are float64 and in a fixed order, and these files are compiled
-// without fused multiply-add, so every backend builds the same tree.
+// The rules of best-first drafting, one value at a time: the tokens that its tables know after a
+// context, and the factors of each. Inline for host and device, like tree.h; msn_ext/ops/reference
+// says the same in Python. Sums and products are float64 and in a fixed order, and these files are
+// compiled without fused multiply-add, so every backend builds the same tree.
 #pragma once
-#include "drafting.h"
+#include "random.h"
+#include "tree.h"
 
 namespace msn {
 
@@ -13,11 +14,11 @@ constexpr int kOrders = 3;    // contexts of 1, 2 and 3 tokens
 constexpr int kSuffixes = 8;  // n-grams that are indexed; the longest has kContext tokens
 constexpr int kContext = 16;
 constexpr int64_t kMaxVocabulary = int64_t{1} << 27;  // so that a guess fits its 32 bits
-constexpr double kCeiling = 0.99;  // of a child's probability: it always comes behind its parent
+constexpr double kCeiling = 0.99;  // of a child's probability: it always comes after its parent
 
 enum Source : int32_t { kDenoised = 1, kAdjacency = 2, kSuffix = 4, kNoise = 8 };
 
-// The factors: where each table begins; its dimensions behind it.
+// The factors: where each table begins, with its dimensions.
 constexpr int kBiasAt = 0;  // [highest order known here, longest suffix known here + 1 or 0]
 constexpr int kDenoisedAt =
     kBiasAt + (kOrders + 1) * (kSuffixes + 1);  // [depth <= 2, any order known, level]
@@ -27,7 +28,7 @@ constexpr int kSuffixAt =
     kAdjacencyAt + kOrders * (kOrders + 1) * kLevels;  // [n-gram, rank <= 2, highest order]
 constexpr int kFactors = kSuffixAt + kSuffixes * 3 * (kOrders + 1);
 
-// Tokens that may be listed behind a context, each in a slot of its own: the denoised guesses, the
+// Tokens that may be listed after a context, each in a slot of its own: the denoised guesses, the
 // remembered ones of every order, the suffixes from the longest to the shortest.
 constexpr int kListed = kGuesses * (1 + kOrders) + kSuffixes;
 
@@ -36,7 +37,7 @@ MSN_HD int suffix_length(int index) {
   return static_cast<int>(0x100c080604030201ull >> (8 * index) & 0xff);
 }
 
-// Where each level of probability but the lowest begins.
+// The probability at which each level but the lowest begins.
 struct Edges {
   double at[kLevels - 1];
 };
@@ -77,41 +78,50 @@ MSN_HD int context_of(const int64_t* tokens, const int32_t* parents, int node,
   return count;
 }
 
-// Everything that drafting may read about one row. The contexts, the corpus and its heads are all
-// rows'.
+// Everything that drafting may read about one row. All rows share the adjacency table, the corpus
+// and its suffixes.
 struct Sources {
   const int32_t* denoised;  // [depths, kGuesses]
   int64_t depths;
-  const int32_t* contexts;  // [kOrders, slots, 1 + kGuesses]
-  int64_t slots;
-  const int32_t* heads;  // [kSuffixes, head_slots]
-  int64_t head_slots;
+  const int32_t* adjacency;  // [kOrders, adjacency_slots, 1 + kGuesses]
+  int64_t adjacency_slots;
+  const int32_t* suffixes;  // [kSuffixes, suffix_slots]
+  int64_t suffix_slots;
   const int64_t* history;  // [length]
   int64_t length;
-  const int32_t* corpus;  // [corpus_length]; -1 between documents
+  const int32_t* corpus;  // [corpus_length]; -1 between texts
   int64_t corpus_length;
-  const int32_t* corpus_heads;  // [kSuffixes, corpus_slots]
+  const int32_t* corpus_suffixes;  // [kSuffixes, corpus_slots]
   int64_t corpus_slots;
   const double* factors;  // [kFactors]
 };
 
-// What the tables hold behind one context.
+// The sources of a row, given those of row 0 of a batch whose histories have room for `capacity`.
+MSN_HD Sources sources_of_row(Sources from, int64_t row, int64_t capacity, int64_t length) {
+  from.denoised += row * from.depths * kGuesses;
+  from.suffixes += row * kSuffixes * from.suffix_slots;
+  from.history += row * capacity;
+  from.length = length;
+  return from;
+}
+
+// The entries of the tables for one context.
 struct Known {
   const int32_t* guesses[kOrders];  // null: nothing
   int highest;                      // order that is known, + 1; 0: none
-  int64_t next[kSuffixes];  // token behind the n-gram's last place, in the text, else in the
-                            // corpus; -1: none, or a longer one has it
-  int rank[kSuffixes];      // among the different tokens, from the longest n-gram on
-  int longest;              // n-gram that is known, + 1; 0: none
+  int64_t next[kSuffixes];          // token after the n-gram's last place, in the text, else in the
+                                    // corpus; -1: none, or a longer one has it
+  int rank[kSuffixes];              // among the different tokens, from the longest n-gram on
+  int longest;                      // n-gram that is known, + 1; 0: none
 };
 
-// Where the n newest tokens of a context, of this hash, stood last in a text, by its heads of this
-// n: the place behind them, inside the text whatever the heads hold; 0: nowhere.
+// The place after the last occurrence in a text of a context's n newest tokens, which have this
+// hash, by the text's `suffixes` of this n; inside the text whatever these hold. 0: none.
 template <typename Token>
-MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* heads, int64_t slots,
+MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* suffixes, int64_t slots,
                           uint64_t hash, const int64_t* context, int n) {
   if (slots <= 0) return 0;
-  const int64_t end = heads[hash % static_cast<uint64_t>(slots)];
+  const int64_t end = suffixes[hash % static_cast<uint64_t>(slots)];
   if (end < n || end >= length) return 0;
   bool same = true;
   for (int i = 0; i < n; ++i)
@@ -119,27 +129,27 @@ MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* head
   return same ? end : 0;
 }
 
-// The guesses that are remembered behind the n newest tokens of a context, of this hash; null:
+// The guesses that are remembered after a context's n newest tokens, which have this hash; null:
 // none.
 MSN_HD const int32_t* remembered(const Sources& from, uint64_t hash, int n) {
-  if (from.slots <= 0) return nullptr;
-  const int64_t slot =
-      (n - 1) * from.slots + static_cast<int64_t>(hash % static_cast<uint64_t>(from.slots));
-  const int32_t* row = from.contexts + slot * (1 + kGuesses);
+  if (from.adjacency_slots <= 0) return nullptr;
+  const int64_t slot = (n - 1) * from.adjacency_slots +
+                       static_cast<int64_t>(hash % static_cast<uint64_t>(from.adjacency_slots));
+  const int32_t* row = from.adjacency + slot * (1 + kGuesses);
   return row[0] == hash_check(hash) ? row + 1 : nullptr;
 }
 
-// The token behind the last place of a context's n-gram of this level and hash, in the text, else
+// The token after the last place of a context's n-gram of this level and hash, in the text, else
 // in the corpus, which n-grams of `tokens` alone are looked up in; -1: none.
 MSN_HD int64_t following(const Sources& from, const int64_t* context, uint64_t hash, bool tokens,
                          int level) {
   const int n = suffix_length(level);
-  int64_t end = last_place(from.history, from.length, from.heads + level * from.head_slots,
-                           from.head_slots, hash, context, n);
+  int64_t end = last_place(from.history, from.length, from.suffixes + level * from.suffix_slots,
+                           from.suffix_slots, hash, context, n);
   if (end > 0) return from.history[end];
   if (!tokens) return -1;
-  const int32_t* heads = from.corpus_heads + level * from.corpus_slots;
-  end = last_place(from.corpus, from.corpus_length, heads, from.corpus_slots, hash, context, n);
+  const int32_t* suffixes = from.corpus_suffixes + level * from.corpus_slots;
+  end = last_place(from.corpus, from.corpus_length, suffixes, from.corpus_slots, hash, context, n);
   return end > 0 ? from.corpus[end] : -1;
 }
 
@@ -147,7 +157,7 @@ MSN_HD void look_up(const Sources& from, const int64_t* context, int count, Know
   known.highest = known.longest = 0;
   for (int order = 0; order < kOrders; ++order) known.guesses[order] = nullptr;
   uint64_t hash = 0;
-  bool tokens = true;  // and not what stands between the documents of a corpus
+  bool tokens = true;  // and not what stands between the texts of a corpus
   for (int n = 1, level = 0; level < kSuffixes; ++n) {
     if (n <= count) {
       hash = extend_hash(hash, context[n - 1]);
@@ -201,7 +211,7 @@ MSN_HD double bias_of(const Sources& from, const Known& known) {
   return from.factors[kBiasAt + known.highest * (kSuffixes + 1) + known.longest];
 }
 
-// Stands behind `parent` at `depth` where nothing is listed: a token of the text, by counter.
+// The token after `parent` at `depth` where nothing is listed: one of the text, by counter.
 MSN_HD int64_t noise_token(const Sources& from, int depth, int parent) {
   return from.history[counter_bits(0, 0, from.length + depth, parent) % from.length];
 }
