@@ -22,6 +22,7 @@ folder = sys.path.pop(
 from transformers import LlamaConfig  # noqa: E402
 
 from msn_ext import NoisyCollator  # noqa: E402
+from msn_ext.recipe.settings import NoiseSettings  # noqa: E402
 from msn_ext.training.data import Collate  # noqa: E402
 
 sys.path.insert(0, folder)
@@ -55,10 +56,10 @@ def main() -> int:
     batch, config = inner(samples), LlamaConfig(attn_implementation="sdpa")
     found = {"the wrapped collator": tokens_per_second(inner, samples)}
     for layout, segments in LAYOUTS:
-        noisy = NoisyCollator(
-            lambda _: batch, layout=layout, segments=segments, seed=0, config=config
-        )
-        found[f"{layout}, {segments} segments of 4"] = tokens_per_second(noisy, samples)
+        noise = NoiseSettings(layout=layout, segments=segments)
+        noisy = NoisyCollator(lambda _: batch, seed=0, config=config, **noise.of_collator())
+        name = f"{layout}, {segments} segments of {noise.length}"
+        found[name] = tokens_per_second(noisy, samples)
     for name, value in found.items():
         print(f"{name:<28}{value / 1e6:8.2f} million tokens/s")
     if options.json:
