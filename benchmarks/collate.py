@@ -15,18 +15,12 @@ import time
 from pathlib import Path
 
 import torch
+from machine import cpu_name, git_commit
+from transformers import LlamaConfig
 
-folder = sys.path.pop(
-    0
-)  # transformers looks for a package "kernels", which kernels.py beside this file is not
-from transformers import LlamaConfig  # noqa: E402
-
-from msn_ext import NoisyCollator  # noqa: E402
-from msn_ext.recipe.settings import NoiseSettings  # noqa: E402
-from msn_ext.training.data import Collate  # noqa: E402
-
-sys.path.insert(0, folder)
-from kernels import cpu_name, git_commit  # noqa: E402
+from msn_ext import NoisyCollator
+from msn_ext.recipe.settings import NoiseSettings
+from msn_ext.training.data import Collate
 
 SAMPLES, TOKENS, PROMPT, VOCABULARY = 32, 1024, 300, 49152
 LAYOUTS = (("replace", 1), ("replace", 8), ("branch", 8), ("branch", 24))

@@ -31,21 +31,16 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from common import Results, conditions
 
-folder = sys.path.pop(
-    0
-)  # transformers looks for a package "kernels", which kernels.py beside this file is not
-from msn_ext.cli.loading import load  # noqa: E402
-from msn_ext.cli.settings import add_settings  # noqa: E402
-from msn_ext.jsonl import draw, rows  # noqa: E402
-from msn_ext.recipe.samples import pad_of, samples_of, unasked  # noqa: E402
-from msn_ext.recipe.self_distill import self_distill  # noqa: E402
-from msn_ext.recipe.settings import SampleSettings, TrainSettings  # noqa: E402
-from msn_ext.training.data import Collate, read_conversations  # noqa: E402
-from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
-
-sys.path.insert(0, folder)
-from decode import Results, conditions  # noqa: E402
+from msn_ext.cli.loading import load
+from msn_ext.cli.settings import add_settings
+from msn_ext.jsonl import draw, rows
+from msn_ext.recipe.samples import pad_of, samples_of, unasked
+from msn_ext.recipe.self_distill import self_distill
+from msn_ext.recipe.settings import SampleSettings, TrainSettings
+from msn_ext.training.data import Collate, read_conversations
+from msn_ext.training.evaluation import noise_accuracy
 
 NUMBER = re.compile(r"(?:(?<![\d.\w)])-)?\d[\d,]*(?:\.\d+)?")  # no minus sign in "20-5" and "9-10"
 SECONDS, MEMORY, FILE_SIZE = 10, 1 << 30, 1 << 20

@@ -29,27 +29,22 @@ import time
 from dataclasses import asdict, replace
 
 import torch
+from common import Results, conditions, load_model
+from plot import lines
+from replay import replay_all
+from tqdm import tqdm
 
-folder = sys.path.pop(
-    0
-)  # transformers looks for a package "kernels", which kernels.py beside this file is not
-from msn_ext.cli.settings import add_settings, settings_from  # noqa: E402
-from msn_ext.jsonl import draw  # noqa: E402
-from msn_ext.ops import MAX_NODES  # noqa: E402
-from msn_ext.recipe.samples import pad_of, samples_of, split  # noqa: E402
-from msn_ext.recipe.self_distill import self_distill  # noqa: E402
-from msn_ext.recipe.settings import NoiseSettings, SampleSettings, TrainSettings  # noqa: E402
-from msn_ext.recipe.train import ByLength, train  # noqa: E402
-from msn_ext.training import NoisyCollator, lowest_loss_starts  # noqa: E402
-from msn_ext.training.data import Collate, read_conversations  # noqa: E402
-from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
-from msn_ext.training.layouts import NO_LABEL  # noqa: E402
-
-sys.path.insert(0, folder)
-from decode import Results, conditions, load_model  # noqa: E402
-from plot import lines  # noqa: E402
-from specbench import replay_all  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from msn_ext.cli.settings import add_settings, settings_from
+from msn_ext.jsonl import draw
+from msn_ext.ops import MAX_NODES
+from msn_ext.recipe.samples import pad_of, samples_of, split
+from msn_ext.recipe.self_distill import self_distill
+from msn_ext.recipe.settings import NoiseSettings, SampleSettings, TrainSettings
+from msn_ext.recipe.train import ByLength, train
+from msn_ext.training import NoisyCollator, lowest_loss_starts
+from msn_ext.training.data import Collate, read_conversations
+from msn_ext.training.evaluation import noise_accuracy
+from msn_ext.training.layouts import NO_LABEL
 
 NOISE = 96  # tokens of a branch run's sample
 DEEPEST = 8

@@ -3,11 +3,15 @@
 Every tensor is contiguous, unless an op says otherwise; results are written into the last ones.
 """
 
+from typing import Any, Final
+
 from torch import Tensor
 
-def build_info() -> dict: ...
+def build_info() -> dict[str, Any]: ...
 
 # ---- tree
+
+MAX_NODES: Final[int]
 
 def tree_ancestors(parents: Tensor, ancestors: Tensor, depth: Tensor, /) -> None: ...
 def tree_attention(
@@ -69,6 +73,25 @@ def advance_text(
 
 # ---- drafting
 
+RETRIEVAL: Final[int]
+GUESSES: Final[int]
+LEVELS: Final[int]
+ORDERS: Final[int]
+CEILING: Final[float]
+EDGES: Final[tuple[float, ...]]
+SUFFIXES: Final[tuple[int, ...]]
+
+DENOISED: Final[int]
+ADJACENCY: Final[int]
+SUFFIX: Final[int]
+NOISE: Final[int]
+
+FACTORS: Final[int]
+FACTORS_BIAS: Final[int]
+FACTORS_DENOISED: Final[int]
+FACTORS_ADJACENCY: Final[int]
+FACTORS_SUFFIX: Final[int]
+
 def lookup_ngram(
     history: Tensor, lengths: Tensor, max_ngram: int, tokens: Tensor, matched: Tensor, /
 ) -> None: ...
@@ -116,6 +139,9 @@ def draft_tree(
 ) -> None: ...
 
 # ---- noise
+
+NO_LABEL: Final[int]
+ATTEMPTS: Final[int]
 
 def draw_noise(
     input_ids: Tensor,

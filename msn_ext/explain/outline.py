@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..ops import ADJACENT, DENOISED, NOISE, SUFFIX
+from ..ops import ADJACENCY, DENOISED, NOISE, SUFFIX
 from .recording import Step
 
 
@@ -32,7 +32,7 @@ SOURCES = (
         "#4dabf7",
     ),
     Source(
-        ADJACENT,
+        ADJACENCY,
         "R",
         "remembered",
         "what the model guessed after the same last tokens before",
