@@ -1,5 +1,5 @@
-"""How many tokens a second NoisyCollator adds noise to, on one core: what a data loader's worker
-would wait for.
+"""Time NoisyCollator: to how many tokens a second it adds noise on one core, which a data loader's
+worker would wait for.
 
     python benchmarks/collate.py --json out.json
 

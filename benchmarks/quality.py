@@ -1,5 +1,5 @@
-"""Whether training for decoding costs quality: loss on held-out answers, GSM8K, HumanEval; one
-model a call.
+"""Measure whether training for decoding costs quality, one model a call: loss on held-out answers,
+GSM8K, HumanEval.
 
     python benchmarks/quality.py --name base --data prompts.jsonl … --skip 400 \\
         --gsm8k gsm8k_dev.jsonl --humaneval humaneval_dev.jsonl --output DIR
@@ -132,7 +132,7 @@ def summarise(models: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -164,6 +164,41 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--summary", type=pathlib.Path, help="print the table of such a folder and stop"
     )
+    return parser
+
+
+def held_out_loss(model, answerer, tokenizer, options) -> dict:
+    """Return the loss of held-out answers, and what share of their tokens is the likeliest."""
+    drawn = draw(
+        [read_conversations(path) for path in options.data], options.skip + options.held_out
+    )
+    held = unasked(drawn[options.skip :], drawn[: options.skip])
+    file = options.output / "held-out.jsonl"
+    answers = self_distill(answerer, tokenizer, held, file, max_new_tokens=options.max_new_tokens)
+    samples = samples_of(tokenizer, answers, options.max_length)
+    found = noise_accuracy(model, samples, Collate(pad_of(tokenizer)))
+    return {"loss": found.loss, "accuracy": found.accuracy, "held out": len(samples)}
+
+
+def right_answers(task: str, answerer, tokenizer, options) -> tuple[int, int]:
+    """Return how many questions of a task are answered right, and how many were asked."""
+    question, right = TASKS[task]
+    asked = rows_of(getattr(options, task))[: options.questions]
+    answers = self_distill(
+        answerer,
+        tokenizer,
+        [[{"role": "user", "content": question(item)}] for item in asked],
+        options.output / f"{options.name}-{task}.jsonl",
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+    )
+    with ThreadPoolExecutor(os.cpu_count()) as jobs:
+        verdicts = list(jobs.map(right, asked, [answer["response"] for answer in answers]))
+    return sum(verdicts), len(asked)
+
+
+def main(arguments: list[str]) -> int:
+    parser = arguments_parser()
     options = parser.parse_args(arguments)
     if options.summary:
         print(summarise(Results(options.summary / "results.jsonl").rows))
@@ -177,34 +212,10 @@ def main(arguments: list[str]) -> int:
     answerer = copy.deepcopy(model).to(getattr(torch, options.dtype))
     row = {"name": options.name}
     if options.data:
-        drawn = draw(
-            [read_conversations(path) for path in options.data], options.skip + options.held_out
-        )
-        held = unasked(drawn[options.skip :], drawn[: options.skip])
-        file = options.output / "held-out.jsonl"
-        answers = self_distill(
-            answerer, tokenizer, held, file, max_new_tokens=options.max_new_tokens
-        )
-        samples = samples_of(tokenizer, answers, options.max_length)
-        found = noise_accuracy(model, samples, Collate(pad_of(tokenizer)))
-        row |= {"loss": found.loss, "accuracy": found.accuracy, "held out": len(samples)}
-    for task, (question, right) in TASKS.items():
-        if not getattr(options, task):
-            continue
-        asked = rows_of(getattr(options, task))[: options.questions]
-        conversations = [[{"role": "user", "content": question(item)}] for item in asked]
-        file = options.output / f"{options.name}-{task}.jsonl"
-        answers = self_distill(
-            answerer,
-            tokenizer,
-            conversations,
-            file,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-        )
-        with ThreadPoolExecutor(os.cpu_count()) as jobs:
-            verdicts = list(jobs.map(right, asked, [answer["response"] for answer in answers]))
-        row[task] = sum(verdicts), len(asked)
+        row |= held_out_loss(model, answerer, tokenizer, options)
+    for task in TASKS:
+        if getattr(options, task):
+            row[task] = right_answers(task, answerer, tokenizer, options)
     results.save(conditions(answerer, "quality.py", arguments), row)
     print(summarise([row]))
     return 0

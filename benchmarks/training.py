@@ -1,5 +1,5 @@
-"""Ways to train for decoding, compared: what the paper's tables 1, 3 and 4 and its figure 4 ask, at
-a small scale.
+"""Compare ways to train for decoding: what the paper's tables 1, 3 and 4 and its figure 4 ask, at a
+small scale.
 
     python benchmarks/training.py --data prompts.jsonl … --samples 900 --output DIR
     # hours on a CPU, minutes on a GPU
@@ -186,7 +186,7 @@ def draw_plots(rows: list[dict], output: pathlib.Path) -> None:
         )
 
 
-def main(arguments: list[str]) -> int:
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -206,6 +206,11 @@ def main(arguments: list[str]) -> int:
         type=pathlib.Path,
         help="print the table of such a folder, draw its plots and stop",
     )
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    parser = arguments_parser()
     options = parser.parse_args(arguments)
     output = options.summary or options.output
     if output is None or not (options.summary or options.data):

@@ -9,9 +9,9 @@ from transformers import LlamaForCausalLM
 from helpers import BENCHMARKS
 from helpers.conversations import TEMPLATE, tiny_llama
 from helpers.samples import byte_tokenizer
+from msn_ext.jsonl import draw
 from msn_ext.recipe.samples import before_repetition
 from msn_ext.training.data import prompt_ids, read_conversations
-from msn_ext.tuning import draw
 
 
 @pytest.fixture
