@@ -1,7 +1,7 @@
 """Families of models, by ``config.model_type``, and what is known of each."""
 
-# Compared with plain decoding in python_tests/decoding/test_lossless.py, and with branches of noise in
-# python_tests/training/test_collator.py.
+# Decoding is compared with plain decoding in python_tests/decoding/test_lossless.py, branches of
+# noise with the text alone in python_tests/training/test_collator.py.
 TESTED = frozenset(
     (
         "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 "

@@ -89,7 +89,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SampleSettings(Settings):
-    """Which conversations become samples, and whose answers they hold."""
+    """Settings of the samples: the conversations they are made of, and whose answers they hold."""
 
     samples: int | None = option(
         None, whole(1), "conversations, as many of each file", "N", shown="all"
@@ -100,7 +100,7 @@ class SampleSettings(Settings):
 
 @dataclass(frozen=True)
 class NoiseSettings(Settings):
-    """Where noise goes in a sample, what it is, and what a label after it counts.
+    """Settings of the noise: its place in a sample, its content, and what a label after it counts.
 
     Attributes:
         layout: of :class:`msn_ext.NoisyCollator`; "none": no noise, plain fine-tuning.
@@ -152,7 +152,7 @@ class NoiseSettings(Settings):
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
-    """How long samples are, how many are held out, and how the others are learned.
+    """Settings of the training: length of samples, samples held out, how the others are learned.
 
     Attributes:
         lora_rank: of the adapter; 0: all weights are trained.

@@ -22,7 +22,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # odd, so that seeds stay apart
 
 
 class Starts(dict[str, int]):
-    """Where the noise of each sample begins, in tokens from its first one, by :func:`identity`."""
+    """Starts of the noise of samples, in tokens from the first one, by :func:`identity`."""
 
 
 def identity(tokens: Tensor) -> str:

@@ -17,7 +17,7 @@ TOP = 10
 
 @dataclass
 class NoiseAccuracy:
-    """How well a model does on clean text, and after noise.
+    """Losses and accuracy of a model on clean text, and after noise.
 
     Attributes:
         loss: mean cross-entropy of the responses' tokens after clean text, natural logarithm.
