@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py runs and writes what it promises."""
+"""benchmarks/ops.py runs and writes what it promises."""
 
 import json
 import subprocess
@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 from helpers import BENCHMARKS
 
 
-def test_kernels_quick_run_writes_complete_json(tmp_path):
-    file = tmp_path / "kernels.json"
+def test_quick_run_writes_complete_json(tmp_path):
+    file = tmp_path / "ops.json"
     options = ["--quick", "--device", "cpu", "--ops", "verify_tree", "--json", str(file)]
-    command = [str(BENCHMARKS / "kernels.py"), *options]
+    command = [str(BENCHMARKS / "ops.py"), *options]
     run = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
