@@ -1,0 +1,37 @@
+"""benchmarks/ops.py runs and writes what it promises."""
+
+import json
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+from helpers import BENCHMARKS
+
+
+def test_quick_run_writes_complete_json(tmp_path):
+    file = tmp_path / "ops.json"
+    options = ["--quick", "--device", "cpu", "--ops", "verify_tree", "--json", str(file)]
+    command = [str(BENCHMARKS / "ops.py"), *options]
+    run = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads(file.read_text())
+    about, results = report["environment"], report["results"]
+    assert " ".join(command) in about["command"]
+    assert about["msn_ext"]["version"] and about["torch"] and about["device"] and about["commit"]
+    assert about["copy_bytes_per_second"] > 1e8
+    assert [row["size"] for row in results] == ["N=1", "N=16", "N=69"]
+    for row in results:
+        lower, upper = row["seconds_quartiles"]
+        assert row["op"] == "verify_tree" and 0 < lower <= row["seconds"] <= upper
+        assert row["bytes"] == 36 * int(row["size"].removeprefix("N=")) + 16
+        assert row["eager_ratio"] == row["eager_seconds"] / row["seconds"]
+        assert 0 < row["share_of_copy"] < 1
+        assert row["size"] in run.stdout
+    dots = ElementTree.parse(file.with_suffix(".svg")).iter("{http://www.w3.org/2000/svg}circle")
+    # A copy so short that no call could be as quick is left out.
+    copies = sum(row["bytes"] / about["copy_bytes_per_second"] > 1e-6 for row in results)
+    assert len(list(dots)) == 2 + 2 * len(results) + copies + (copies > 0), (
+        "of every case the op, eager PyTorch and a copy, and a legend"
+    )
