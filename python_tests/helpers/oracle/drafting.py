@@ -9,7 +9,7 @@ from .tree import path
 
 
 def lookup(text: list[int], max_ngram: int, length: int) -> tuple[list[int], int]:
-    """Return what followed the best earlier match of the text's end, and how many tokens matched."""
+    """Return what followed the best earlier match of the text's end, and how many matched."""
     best = (0, len(text))
     for end in range(1, len(text)):
         size = 0
