@@ -75,8 +75,9 @@ def fill_tree(
     expect_dims("rank", rank, "[N]")
     tokens = history.new_empty(history.shape[0], rank.shape[0])
     yield tokens
-    sources = (x.contiguous() for x in (candidates, retrieved, history))
-    _C.fill_tree(*sources, lengths, depth.contiguous(), rank.contiguous(), seed, tokens)
+    candidates, retrieved, history = (x.contiguous() for x in (candidates, retrieved, history))
+    depth, rank = depth.contiguous(), rank.contiguous()
+    _C.fill_tree(candidates, retrieved, history, lengths, depth, rank, seed, tokens)
 
 
 # ---- what best-first drafting knows: top_guesses, index_suffixes, remember_guesses ---------------
@@ -235,6 +236,16 @@ def draft_tree(
     probability, sources = history.new_empty(shape, dtype=torch.float64), torch.empty_like(parents)
     draft = tokens, parents, probability, sources
     yield draft
-    tables = denoised, adjacency, suffixes, corpus, corpus_suffixes, factors
-    known = (x.contiguous() for x in (history, lengths, *tables))
-    _C.draft_tree(*known, max_depth, foresight, *draft)
+    _C.draft_tree(
+        history.contiguous(),
+        lengths.contiguous(),
+        denoised.contiguous(),
+        adjacency.contiguous(),
+        suffixes.contiguous(),
+        corpus.contiguous(),
+        corpus_suffixes.contiguous(),
+        factors.contiguous(),
+        max_depth,
+        foresight,
+        *draft,
+    )

@@ -77,5 +77,6 @@ def _draw_noise(
     noise = starts.new_empty(*starts.shape, max(length, 0))
     yield drawn, noise
     drawn.copy_(starts)
-    inputs = (x.contiguous() for x in (input_ids, labels, samples, keep_token_ids))
-    _C.draw_noise(*inputs, seed, random, vocabulary, apart, drawn, noise)
+    ids, labels = input_ids.contiguous(), labels.contiguous()
+    samples, keep = samples.contiguous(), keep_token_ids.contiguous()
+    _C.draw_noise(ids, labels, samples, keep, seed, random, vocabulary, apart, drawn, noise)

@@ -295,5 +295,15 @@ def advance_text(
     expect_dims("targets", targets, "[B, N]")
     gained, status = targets.new_empty(targets.shape), targets.new_empty(3, targets.shape[0])
     yield gained, status
-    inputs = (x.contiguous() for x in (targets, path, accept_length, ends))
-    _C.advance_text(history, lengths, remaining, *inputs, vocabulary, gained, status)
+    _C.advance_text(
+        history,
+        lengths,
+        remaining,
+        targets.contiguous(),
+        path.contiguous(),
+        accept_length.contiguous(),
+        ends.contiguous(),
+        vocabulary,
+        gained,
+        status,
+    )
