@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msn_ext.ops import reference
+from msn_ext.ops import SUFFIXES, reference
 
 from .best_first import BestFirst
 from .drafting import Verified
@@ -53,8 +53,8 @@ class Recorder(BestFirst):
             chain = []
             for node in path[: int(verified.accept_length[b])]:
                 chain.append(node)
-                context = reference.context_of(text, tokens, chain, reference.SUFFIXES[-1])
-                bias, listed = reference.listed_behind(
+                context = reference.context_of(text, tokens, chain, SUFFIXES[-1])
+                bias, listed = reference.listed_after(
                     context,
                     len(chain) - 1,
                     denoised,

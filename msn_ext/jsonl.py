@@ -1,17 +1,22 @@
-"""Files of text, line by line and document by document."""
+"""Read files of text: lines, rows of JSON lines, the texts of a corpus."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
+import random
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
 
 
 def lines(path: str) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, unpacked where its name ends in .gz, and their numbers from 1 on.
+    """Yield the lines of a UTF-8 file with their numbers, from 1; a file whose name ends in .gz is
+    unpacked.
 
     Raises:
         OSError: it cannot be opened.
@@ -26,7 +31,7 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def row(line: str, place: str) -> dict:
-    """A line of JSON lines.
+    """Return the object in a line of JSON lines.
 
     Raises:
         ValueError: it is no JSON object; names the place.
@@ -41,8 +46,12 @@ def row(line: str, place: str) -> dict:
 
 
 def rows(path: str) -> Iterator[tuple[str, dict]]:
-    """The rows of a file of JSON lines, and what to call each in a message; empty lines are left
-    out.
+    """Yield the rows of a file of JSON lines, each after its place as messages name it; empty
+    lines are left out.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is damaged, or a line is no JSON object; names the file and the line.
     """
     for number, line in lines(path):
         if line.strip():
@@ -51,8 +60,8 @@ def rows(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def whole_rows(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines that somebody may have been killed writing: a last line that
-    is cut off is removed.
+    """Return the rows of a file of JSON lines whose writer may have been killed: a last line that
+    is cut off is removed from the file. A file that is not there has no rows.
 
     Raises:
         ValueError: it is damaged otherwise; names the file.
@@ -63,21 +72,19 @@ def whole_rows(path: Path) -> list[dict]:
     end = content.rfind(b"\n") + 1
     if end < len(content):
         os.truncate(path, end)
-    try:
-        return [
-            json.loads(line) for line in content[:end].split(b"\n")[:-1]
-        ]  # str.splitlines knows other ends of lines
+    try:  # not str.splitlines, which knows other ends of lines
+        return [json.loads(line) for line in content[:end].split(b"\n")[:-1]]
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to begin anew") from error
 
 
-def documents(path: str) -> Iterator[str]:
-    """The documents of a file: the whole of it, or with JSON lines (.jsonl, .jsonl.gz) in every
-    line ``text``, else ``prompt`` and ``response``, each of which is one.
+def texts(path: str) -> Iterator[str]:
+    """Yield the texts of a corpus file: the whole of it, or with JSON lines (.jsonl, .jsonl.gz) of
+    every line ``text``, else ``prompt`` and ``response``, each of which is one.
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is damaged, or a line holds no document; names the file and the line.
+        ValueError: it is damaged, or a line holds no text; names the file and the line.
     """
     if not path.removesuffix(".gz").endswith(".jsonl"):
         yield "".join(line for _, line in lines(path))
@@ -94,10 +101,11 @@ def documents(path: str) -> Iterator[str]:
 
 
 def batches(texts: Iterable[str], characters: int = 1 << 20) -> Iterator[list[str]]:
-    """The texts in lists of about so many characters, which a tokenizer can take at once, on all
-    cores.
+    """Yield the texts in lists of about so many characters, which a tokenizer can take at once, on
+    all cores.
     """
-    batch, size = [], 0
+    batch: list[str] = []
+    size = 0
     for text in texts:
         batch.append(text)
         size += len(text)
@@ -106,3 +114,17 @@ def batches(texts: Iterable[str], characters: int = 1 << 20) -> Iterator[list[st
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def draw(files: list[list[Entry]], count: int) -> list[Entry]:
+    """Return ``count`` of the files' entries, as many from each file as can be, the same ones every
+    time.
+    """
+    shuffled = [random.Random(0).sample(entries, len(entries)) for entries in files]
+    in_turn = [
+        entries[i]
+        for i in range(max(map(len, shuffled), default=0))
+        for entries in shuffled
+        if i < len(entries)
+    ]
+    return in_turn[:count]
