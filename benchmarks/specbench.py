@@ -43,8 +43,8 @@ from tqdm import tqdm
 import msn_ext
 from msn_ext import ops
 from msn_ext.decoding import BestFirst, Draft, DraftTree, Verified
-from msn_ext.decoding.best_first import SOURCES
 from msn_ext.decoding.cache import TreeCache
+from msn_ext.decoding.drafters.best_first import SOURCES
 from msn_ext.generation import _drafter
 from msn_ext.ops import MAX_NODES
 from msn_ext.training.evaluation import new_trigrams

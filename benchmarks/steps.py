@@ -7,7 +7,7 @@ drawn at random.
     # a CPU will do, too
 
 Weights at random make no sense of a text, but their time is that of real ones. A step is everything
-from the draft to the next tree: "recorded" replays a CUDA graph (`msn_ext.decoding.graph`; a GPU
+from the draft to the next tree: "recorded" replays a CUDA graph (`msn_ext.decoding.runner`; a GPU
 only), "one by one" launches each kernel. transformers decodes greedily behind the same prompt,
 "eager" as it comes, and on a GPU "static" with its static cache and `torch.compile`. The limit is
 the time to read the weights that a step needs once, at the bandwidth of a large copy measured in
@@ -31,7 +31,8 @@ folder = sys.path.pop(
 )  # transformers looks for a package "kernels", which kernels.py beside this file is not
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList  # noqa: E402
 
-from msn_ext.decoding import BestFirst, Decoder, attention_for, graph, greedy  # noqa: E402
+from msn_ext.decoding import BestFirst, Decoder, attention_for, greedy  # noqa: E402
+from msn_ext.decoding import runner as graph  # noqa: E402
 
 sys.path.insert(0, folder)
 from decode import Results, conditions  # noqa: E402

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from transformers import LogitsProcessorList
 
 from .decoding import BestFirst, attention_for, greedy
-from .decoding.calibration import Record, Recorder, fit
-from .decoding.factors import load as shipped_factors
-from .decoding.graph import steps
+from .decoding.drafters.calibration import Record, Recorder, fit
+from .decoding.drafters.factors import load as shipped_factors
+from .decoding.runner import steps
 from .documents import lines, row
 from .generation import generate
 from .profile import Profile, machine, profile_path
@@ -35,7 +35,7 @@ def measure_step_times(
     """Seconds of a whole step, drafting to commit, by the nodes of its tree; batch 1.
 
     The sizes take turns, so that whatever else the machine does meets all alike; the first two
-    rounds warm up (and record, where decoding does: :mod:`.decoding.graph`), and of the others the
+    rounds warm up (and record, where decoding does: :mod:`.decoding.runner`), and of the others the
     median counts.
 
     Args:

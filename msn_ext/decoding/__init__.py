@@ -1,16 +1,16 @@
 """The decoding step, from draft to commit; see docs/how-it-works.md."""
 
-from .best_first import BestFirst
-from .corpus import Corpus
-from .drafting import Draft, Drafter, TreeDrafter, Verified
-from .graph import steps
-from .lookahead import Lookahead
+from .decoder import Decoder, Gained
+from .drafters.best_first import BestFirst
+from .drafters.corpus import Corpus
+from .drafters.lookahead import Lookahead
+from .drafters.protocol import Draft, Drafter, TreeDrafter, Verified
+from .drafters.recycling import TokenRecycling
+from .drafters.sam import SamDecoding
+from .drafters.tree import RETRIEVAL, DraftTree
 from .processors import followed
-from .recycling import TokenRecycling
-from .sam import SamDecoding
-from .step import Decoder, Gained
+from .runner import steps
 from .support import attention_for
-from .tree import RETRIEVAL, DraftTree
 from .verification import Sampler, greedy
 
 __all__ = [

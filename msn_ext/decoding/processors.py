@@ -34,7 +34,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from .drafting import Draft
+from .drafters.protocol import Draft
 
 ROWS = 64  # of logits that are processed at a time, some of it in float64
 PREFIX_FREE = frozenset(
@@ -112,7 +112,7 @@ class Texts:
 
     Attributes:
         draft: of B rows and N nodes.
-        history, lengths: as a :class:`.drafting.Drafter` has them, before the draft was checked.
+        history, lengths: as a :class:`.drafters.Drafter` has them, before the draft was checked.
         prompts: int64 [B, P or more], of which the first ``offsets`` [B] of a row are padding.
     """
 

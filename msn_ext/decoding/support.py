@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache
-from .tree import DraftTree
+from .drafters.tree import DraftTree
 
 # Families whose trees are compared with plain decoding in python_tests/decoding/test_lossless.py.
 TESTED = frozenset(

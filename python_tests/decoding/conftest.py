@@ -6,7 +6,7 @@ import torch
 from helpers import runners
 from helpers.runners import GpuRecorder
 from helpers.tape import Recorder
-from msn_ext.decoding import graph
+from msn_ext.decoding import runner as graph
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,7 +6,7 @@ import torch
 from helpers.drafters import CPU, passes, text, verify
 from helpers.families import VOCAB
 from msn_ext.decoding import BestFirst, Corpus
-from msn_ext.decoding.best_first import SOURCES
+from msn_ext.decoding.drafters.best_first import SOURCES
 from msn_ext.ops import reference
 
 

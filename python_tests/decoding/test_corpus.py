@@ -15,8 +15,8 @@ from helpers import ROOT, oracle
 from helpers.cases import assert_equal
 from helpers.families import VOCAB, tiny_model
 from msn_ext import BestFirst, Corpus, generate
-from msn_ext.decoding import calibration
-from msn_ext.decoding import corpus as corpus_module
+from msn_ext.decoding.drafters import calibration
+from msn_ext.decoding.drafters import corpus as corpus_module
 from msn_ext.ops import reference
 
 HEADER = struct.Struct("<16s4q16x")  # magic, version, vocabulary, tokens, slots

@@ -23,8 +23,9 @@ from helpers.runners import (
 )
 from helpers.tape import Recorder, Recording
 from msn_ext import DraftTree, generate
-from msn_ext.decoding import BestFirst, TreeDrafter, graph
-from msn_ext.decoding.budget import RECORDED as RECORDED_SIZES
+from msn_ext.decoding import BestFirst, TreeDrafter
+from msn_ext.decoding import runner as graph
+from msn_ext.decoding.sizing import RECORDED as RECORDED_SIZES
 from msn_ext.tuning import ROUNDS, SIZES, measure_step_times
 
 pytestmark = pytest.mark.usefixtures("tapes")  # steps on the CPU are recorded, too

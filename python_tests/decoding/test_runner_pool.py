@@ -13,7 +13,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from helpers import runners
 from helpers.runners import EndsAfter, ours, plain, prompts, sampled, tiny_model
 from msn_ext import DraftTree
-from msn_ext.decoding import BestFirst, TreeDrafter, graph, step
+from msn_ext.decoding import BestFirst, TreeDrafter
+from msn_ext.decoding import decoder as step
+from msn_ext.decoding import runner as graph
 
 pytestmark = pytest.mark.usefixtures("tapes")  # steps on the CPU are recorded, too
 

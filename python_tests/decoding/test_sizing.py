@@ -4,7 +4,7 @@ import pytest
 
 from helpers.drafters import passes
 from msn_ext.decoding import BestFirst
-from msn_ext.decoding.budget import SIZES, Budget, StepTimes
+from msn_ext.decoding.sizing import SIZES, Budget, StepTimes
 
 
 def test_the_size_follows_the_time_of_a_step():

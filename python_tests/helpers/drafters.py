@@ -16,8 +16,8 @@ from msn_ext.decoding import (
     TreeDrafter,
     greedy,
 )
-from msn_ext.decoding.best_first import SOURCES
-from msn_ext.decoding.tree import RETRIEVAL
+from msn_ext.decoding.drafters.best_first import SOURCES
+from msn_ext.decoding.drafters.tree import RETRIEVAL
 
 
 def random_tree(rng: random.Random) -> DraftTree:

@@ -8,7 +8,8 @@ from transformers import StoppingCriteria
 from helpers import families
 from helpers.families import VOCAB
 from msn_ext import DraftTree, generate
-from msn_ext.decoding import BestFirst, graph
+from msn_ext.decoding import BestFirst
+from msn_ext.decoding import runner as graph
 
 DRAFTS = {
     "auto": lambda: "auto",

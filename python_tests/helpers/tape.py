@@ -74,7 +74,7 @@ class Recording(TorchDispatchMode):
 
 
 class Recorder:
-    """As :class:`msn_ext.decoding.graph.Recorder`; counts what was recorded and run."""
+    """As :class:`msn_ext.decoding.runner.Recorder`; counts what was recorded and run."""
 
     made: ClassVar[list] = []
     memory = 1 << 30

@@ -12,12 +12,12 @@ from torch import Tensor
 from msn_ext import ops
 from msn_ext.ops import FACTORS, GUESSES, MAX_NODES, ORDERS, SUFFIXES
 
+from ..sizing import FIRST_RECORDED, RECORDED, Budget, StepTimes, reach_of
+from ..verification import as_compared
 from . import factors as weights
-from .budget import FIRST_RECORDED, RECORDED, Budget, StepTimes, reach_of
 from .corpus import Corpus
-from .drafting import Draft, TreeDrafter, Verified
+from .protocol import Draft, TreeDrafter, Verified
 from .tree import RETRIEVAL, DraftTree
-from .verification import as_compared
 
 OPENING = 5
 """Guesses behind the prompt, a chain: text that followed its end before, noise where there is none.
@@ -262,7 +262,7 @@ class BestFirst:
 
     @property
     def report(self) -> Tensor | None:
-        """Of recorded steps (:mod:`.graph`): the probabilities that the size of the next tree is
+        """Of recorded steps (:mod:`..runner`): the probabilities that the size of the next tree is
         chosen by.
         """
         return None if self.budget else self.probability

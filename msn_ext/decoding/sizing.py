@@ -10,7 +10,7 @@ from itertools import accumulate
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Trees that are considered."""
 RECORDED = (1, 8, 16, 32, 64, 128)
-"""The same where each size costs a recording (:mod:`.graph`);"""
+"""The same where each size costs a recording (:mod:`.runner`);"""
 FIRST_RECORDED = 16
 """and the one to begin with, before anything is known of the text."""
 MEMORY = 0.95  # what the past still counts after one more step

@@ -15,10 +15,10 @@ from msn_ext.ops import MAX_NODES
 
 from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache
-from .drafting import Draft, Drafter, Verified
+from .drafters.protocol import Draft, Drafter, Verified
+from .drafters.tree import DraftTree
 from .processors import Texts
 from .support import rope_types
-from .tree import DraftTree
 from .verification import as_compared, greedy
 
 REREADING = {"phi3", "phimoe", "phi4_multimodal"}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msn_ext.ops import MAX_NODES
 
-from .drafting import Draft, Verified
+from .protocol import Draft, Verified
 
 
 class Lookahead:

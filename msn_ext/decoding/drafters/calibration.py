@@ -14,7 +14,7 @@ from torch import Tensor
 from msn_ext.ops import reference
 
 from .best_first import BestFirst
-from .drafting import Verified
+from .protocol import Verified
 
 PULL = 0.3
 """Nodes' worth of evidence, per factor and unit of its squared logarithm, that holds it at the

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .drafting import Draft, Verified
+from .protocol import Draft, Verified
 from .tree import DraftTree
 
 # The paper's tree (figure 5; the authors' released data): 80 nodes below the root, a path being the

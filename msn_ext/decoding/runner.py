@@ -2,7 +2,7 @@
 graphs).
 
 A recording repeats the same kernels on the same memory, so it is of one size of tree, and
-everything that a step changes it changes in place (:class:`.step.Decoder` with ``room``). The host
+everything that a step changes it changes in place (:class:`.Decoder` with ``room``). The host
 reads what a step gained while the next one runs. Recordings stay with their model from call to
 call, a few of them, and go when it goes.
 """
@@ -28,10 +28,10 @@ from transformers.generation import TopHLogitsWarper
 from msn_ext import ops
 from msn_ext.ops import MAX_NODES
 
-from .drafting import Drafter
+from .decoder import Decoder, Gained, Targets, longrope_boundary
+from .drafters.protocol import Drafter
+from .drafters.tree import DraftTree
 from .processors import at_once
-from .step import Decoder, Gained, Targets, longrope_boundary
-from .tree import DraftTree
 from .verification import Sampler
 
 logger = logging.getLogger("msn_ext")
@@ -51,7 +51,7 @@ ROOM = 512
 
 @runtime_checkable
 class Plannable(Protocol):
-    """What a :class:`.drafting.Drafter` needs beside for its steps to be recorded: ``propose`` and
+    """What a :class:`.drafters.Drafter` needs beside for its steps to be recorded: ``propose`` and
     ``observe`` do not ask the device anything, keep their state in place, and ``propose`` gives as
     many nodes as ``plan`` said.
 
@@ -155,7 +155,7 @@ RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": Recorder}
 
 
 class Late:
-    """What a step gained, on its way to the host; read as :class:`.step.Gained`, once."""
+    """What a step gained, on its way to the host; read as :class:`.decoder.Gained`, once."""
 
     def __init__(self, read: Callable[[], Gained]):
         self.read = read
@@ -337,7 +337,7 @@ def steps(
     max_new_tokens: int,
     eos_token_ids: Tensor,
 ) -> Iterator[Replay | Eager]:
-    """A decoder at the beginning of its prompts (arguments as :class:`.step.Decoder` has them),
+    """A decoder at the beginning of its prompts (arguments as :class:`.Decoder` has them),
     recorded where possible.
 
     Args:
