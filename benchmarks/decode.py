@@ -35,7 +35,7 @@ import transformers  # noqa: E402
 
 import msn_ext  # noqa: E402
 from msn_ext.documents import whole_rows  # noqa: E402
-from msn_ext.generation import DRAFTS, _drafter  # noqa: E402
+from msn_ext.generation import DRAFTS, drafter_for  # noqa: E402
 
 sys.path.insert(0, folder)
 
@@ -123,7 +123,7 @@ def run(
     if gpu:
         torch.cuda.synchronize()
     inside = None if gpu else ModelTime(model)
-    drafter = draft if gpu or not ours else DraftTime(_drafter(draft, model))
+    drafter = draft if gpu or not ours else DraftTime(drafter_for(draft, model))
     start = time.perf_counter()
     if ours:
         out = msn_ext.generate(model, **inputs, draft=drafter, **settings)

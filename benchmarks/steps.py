@@ -29,10 +29,11 @@ from tqdm import tqdm
 folder = sys.path.pop(
     0
 )  # transformers looks for a package "kernels", which kernels.py beside this file is not
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from msn_ext.decoding import BestFirst, Decoder, attention_for, greedy  # noqa: E402
-from msn_ext.decoding import runner as graph  # noqa: E402
+from msn_ext.decoding import BestFirst, Decoder, Request  # noqa: E402
+from msn_ext.decoding.capture import BACKENDS  # noqa: E402
+from msn_ext.decoding.runner import EagerRunner, GraphRunner, room_for  # noqa: E402
 
 sys.path.insert(0, folder)
 from decode import Results, conditions  # noqa: E402
@@ -91,25 +92,16 @@ class Ours:
 
     def __init__(self, model, prompt, nodes: int, recorded: bool, longest: int):
         self._device = prompt.device.type
-        no_padding, no_end = prompt.new_zeros(len(prompt)), prompt.new_empty(0)
         decoder = Decoder(
-            model,
-            attention_for(model),
-            prompt,
-            no_padding,
-            BestFirst(nodes),
-            greedy,
-            LogitsProcessorList(),
-            longest,
-            no_end,
-            room=graph.room_for(prompt.shape[1] + longest),
+            Request.plain(model, prompt, BestFirst(nodes), longest),
+            room=room_for(prompt.shape[1] + longest),
         )
         decoder.prefill()
         decoder.advance(longest)  # a bound; the cache has its room
         self._run = (
-            graph.Replay(decoder, graph.RECORDERS[self._device](prompt.device))
+            GraphRunner(decoder, BACKENDS[self._device](prompt.device))
             if recorded
-            else graph.Eager(decoder)
+            else EagerRunner(decoder)
         )
 
     def __call__(self) -> float:
@@ -159,7 +151,7 @@ def ways(model, prompt, sizes: list[int], options) -> dict[str, object]:
     made = {}
     for nodes in sizes:
         made[f"{nodes} one by one"] = lambda nodes=nodes: Ours(model, prompt, nodes, False, longest)
-        if options.device in graph.RECORDERS:
+        if options.device in BACKENDS:
             made[f"{nodes} recorded"] = lambda nodes=nodes: Ours(
                 model, prompt, nodes, True, longest
             )

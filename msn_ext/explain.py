@@ -122,7 +122,7 @@ class Recorder(BestFirst):
             draft.parents.reshape(-1, len(draft))[0].tolist(),
         )
         nodes = 1 + sum(parent >= 0 for parent in parents)  # padding comes last
-        if draft is self._draft:
+        if draft is self.draft:
             probability, sources = (
                 self.probability[0, :nodes].tolist(),
                 self.sources[0, :nodes].tolist(),

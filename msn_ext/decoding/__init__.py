@@ -1,35 +1,47 @@
-"""The decoding step, from draft to commit; see docs/how-it-works.md."""
+"""Decoding with draft trees: a request, its loop, and the steps from draft to commit; see
+docs/how-it-works.md.
+"""
 
-from .decoder import Decoder, Gained
-from .drafters.best_first import BestFirst
-from .drafters.corpus import Corpus
-from .drafters.lookahead import Lookahead
-from .drafters.protocol import Draft, Drafter, TreeDrafter, Verified
-from .drafters.recycling import TokenRecycling
-from .drafters.sam import SamDecoding
-from .drafters.tree import RETRIEVAL, DraftTree
-from .processors import followed
-from .runner import steps
+from .decoder import Decoder, PassResult
+from .drafters import (
+    RETRIEVAL,
+    BestFirst,
+    CapturableDrafter,
+    Corpus,
+    Draft,
+    Drafter,
+    DraftTree,
+    Lookahead,
+    SamDecoding,
+    TokenRecycling,
+    TreeDrafter,
+    Verified,
+)
+from .loop import decode
+from .request import Request
+from .runner import runner_for
 from .support import attention_for
 from .verification import Sampler, greedy
 
 __all__ = [
     "RETRIEVAL",
     "BestFirst",
+    "CapturableDrafter",
     "Corpus",
     "Decoder",
     "Draft",
     "DraftTree",
     "Drafter",
-    "Gained",
     "Lookahead",
+    "PassResult",
+    "Request",
     "SamDecoding",
     "Sampler",
     "TokenRecycling",
     "TreeDrafter",
     "Verified",
     "attention_for",
-    "followed",
+    "decode",
     "greedy",
-    "steps",
+    "runner_for",
 ]

@@ -34,7 +34,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from .drafters.protocol import Draft
+from .drafters import Draft
 
 ROWS = 64  # of logits that are processed at a time, some of it in float64
 PREFIX_FREE = frozenset(
@@ -70,8 +70,8 @@ PREFIX_BOUND = frozenset(
 """Processors whose result depends on nothing but the text before and the logits."""
 
 
-def followed(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
-    """Processors of a batch of so many rows.
+def checked_processors(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
+    """Return the processors as they apply to the nodes of ``rows`` rows.
 
     Raises:
         ValueError: one of them cannot be followed; says why.
@@ -112,7 +112,7 @@ class Texts:
 
     Attributes:
         draft: of B rows and N nodes.
-        history, lengths: as a :class:`.drafters.Drafter` has them, before the draft was checked.
+        history, lengths: as a :class:`.drafting.Drafter` has them, before the draft was checked.
         prompts: int64 [B, P or more], of which the first ``offsets`` [B] of a row are padding.
     """
 

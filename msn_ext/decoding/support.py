@@ -1,4 +1,4 @@
-"""Which models can be decoded with a tree. What cannot be right is refused, with the reason."""
+"""The models that can be decoded with a tree. What cannot be right is refused, with the reason."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import inspect
 import weakref
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache
-from .drafters.tree import DraftTree
+from .drafters import DraftTree
 
 # Families whose trees are compared with plain decoding in python_tests/decoding/test_lossless.py.
 TESTED = frozenset(
@@ -36,7 +37,7 @@ def _refuse(model: PreTrainedModel, reason: str):
 
 
 def rope_types(config) -> set[str]:
-    """The rotary embedding types a config asks for; empty without rotary embeddings."""
+    """Return the rotary embedding types of a config; empty without rotary embeddings."""
     parameters = getattr(config, "rope_parameters", None) or {}
     groups = (
         [parameters]
@@ -46,8 +47,33 @@ def rope_types(config) -> set[str]:
     return {group.get("rope_type", "default") for group in groups}
 
 
+def longrope_boundary(config, input_ids: Tensor, offsets: Tensor, max_new_tokens: int) -> int:
+    """Return the slot where 'longrope' switches its factors for the whole batch; 0: not on the way.
+
+    Raises:
+        ValueError: it lies on the way of several rows.
+    """
+    if "longrope" not in rope_types(config):
+        return 0
+    batch, prompt = input_ids.shape
+    boundary = (
+        config.rope_parameters.get("original_max_position_embeddings")
+        or config.max_position_embeddings
+    )
+    boundary += int(offsets.min())
+    if not prompt - 1 < boundary < prompt + max_new_tokens:
+        return 0
+    if batch > 1:
+        raise ValueError(
+            f"rope_type='longrope' changes its factors at {boundary} tokens, in the middle of this"
+            " batch, and rows that grow at their own pace would not switch together; generate row"
+            " by row, or stop before"
+        )
+    return boundary
+
+
 def _window(config, layer: int) -> int:
-    """The sliding window of a layer; 0: none."""
+    """Return the sliding window of a layer; 0: none."""
     if types := getattr(config, "layer_types", None):
         return (
             (getattr(config, "sliding_window", None) or 0)
@@ -62,7 +88,7 @@ def _window(config, layer: int) -> int:
 
 
 def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
-    """The way to make ``model`` attend to a tree.
+    """Return the way to make ``model`` attend to a tree.
 
     Raises:
         ValueError: the model cannot be decoded with a tree; says why.
@@ -152,7 +178,7 @@ def _probe(model: PreTrainedModel, attention: KernelAttention) -> None:
     )
     cache.at(lengths, len(tree), 6 + len(tree))
     context = TreeContext(lengths, torch.zeros_like(lengths), tensors.ancestors, windows={})
-    with attention.checking(context, cache.end, model.dtype) as mask:
+    with attention.over_tree(context, cache.end, model.dtype) as mask:
         found = (
             model(
                 input_ids=nodes,

@@ -1,4 +1,4 @@
-"""What a drafter is, and the paper's: TR-Jacobi on a tree of a fixed shape."""
+"""The contract of a drafter: what it proposes, what it is shown, and what capturing asks of it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from torch import Tensor
 
 from msn_ext import ops
 
-from .tree import RETRIEVAL, DraftTree, TreeTensors
+from .tree import TreeTensors
 
-MAX_NGRAM = 3
-"""Longest suffix that retrieval looks up (arXiv 2406.17404, appendix B)."""
+
+def as_compared(logits: Tensor) -> Tensor:
+    """Return logits in the float32 in which transformers compares them; what is narrower compares
+    the same.
+    """
+    return logits.float() if logits.dtype == torch.float64 else logits
 
 
 @dataclass
 class Draft:
     """Guesses for the next tokens, laid out as a tree; all on the model's device. Made by
     :meth:`of`.
+
+    A draft is handed over: the decoder puts the last token of the text at its root, in a tensor of
+    its own.
 
     Attributes:
         tokens: int64 [B, N], at most 256 nodes, all in the vocabulary, padding too; node 0 stands
@@ -37,12 +44,13 @@ class Draft:
 
     @classmethod
     def of(cls, tokens: Tensor, parents: Tensor) -> Draft:
-        """A draft from its tokens and parents."""
+        """Make a draft from its tokens and parents."""
+        parents = parents.contiguous()  # once, and not in each op that reads them
         return cls(tokens, parents, *ops.tree_ancestors(parents, validate=False))
 
     @classmethod
     def shaped(cls, tokens: Tensor, shape: TreeTensors) -> Draft:
-        """A draft on a tree whose tensors are there already."""
+        """Make a draft on a tree whose tensors are there already."""
         return cls(tokens, shape.parents, shape.ancestors, shape.depth)
 
     def __len__(self) -> int:
@@ -51,16 +59,16 @@ class Draft:
 
 @dataclass
 class Verified:
-    """What one forward pass showed about a draft; all on the model's device.
+    """A draft and the model's answer to it, of one forward pass; all on the model's device.
 
     Attributes:
         draft: the guesses.
-        logits: [B, N, V], behind every node.
+        logits: [B, N, V], of the token after every node.
         targets: int64 [B, N], the token the model itself puts after each node.
         path, accept_length, continuation: as :func:`msn_ext.ops.verify_tree` gives them.
         history, lengths: the text before the pass, as :class:`Drafter` has it.
-        guesses: int32 [B, N, 8], as :func:`msn_ext.ops.top_guesses` gives them of ``logits``; None:
-            ask for them.
+        guesses: int32 [B, N, 8], as :func:`msn_ext.ops.top_guesses` gives them of ``logits``; None
+            where verifying did not need them (:meth:`top_guesses`).
     """
 
     draft: Draft
@@ -73,14 +81,20 @@ class Verified:
     lengths: Tensor
     guesses: Tensor | None = None
 
+    def top_guesses(self) -> Tensor:
+        """Return ``guesses``, computed now where they are None."""
+        if self.guesses is None:
+            return ops.top_guesses(as_compared(self.logits))
+        return self.guesses
+
 
 @runtime_checkable
 class Drafter(Protocol):
     """A source of guesses. It can be wrong, never harmful: it only decides where the model looks.
 
     ``history[b, :lengths[b]]`` is the text of row b so far, prompt included, without padding; what
-    lies behind is rubbish. Both grow in place: what is to be kept must be copied. docs/drafters.md
-    has an example.
+    comes after it is rubbish. Both grow in place: what is to be kept must be copied.
+    docs/drafters.md has an example.
 
     Attributes:
         max_depth: bound on the depth of any node it proposes.
@@ -89,84 +103,73 @@ class Drafter(Protocol):
     max_depth: int
 
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
-        """A new call of ``generate`` with ``batch`` rows begins."""
+        """Begin a new call of ``generate`` with ``batch`` rows."""
 
     def first(self, history: Tensor, lengths: Tensor) -> Tensor:
-        """The guesses behind the prompt in the first pass, one chain: int64 [B, n], n >= 0."""
+        """Return the guesses after the prompt in the first pass, a chain: int64 [B, n], n >= 0."""
 
     def propose(self, history: Tensor, lengths: Tensor) -> Draft:
-        """The tree of every later pass."""
+        """Return the tree of a later pass."""
 
     def observe(self, verified: Verified) -> None:
-        """What came of a pass. Now and then that is the root alone, although more was proposed."""
+        """Learn from a pass. Now and then it checked the root alone, although more was proposed."""
 
 
-class TreeDrafter:
-    """TR-Jacobi drafting (arXiv 2406.17404, section 3.3 and appendix B) on a tree of a fixed shape.
+@runtime_checkable
+class CapturableDrafter(Drafter, Protocol):
+    """A drafter whose steps may be captured and replayed (:mod:`msn_ext.decoding.runner`).
 
-    The guesses for depth d are the top-k of the logits at the d-th rejected node below the accepted
-    path (Jacobi iteration: a node that was wrong still predicts what comes after it), and the text
-    that followed the most recent match of the longest suffix. Noise stands where there is no guess.
+    Its ``propose`` and ``observe`` do not ask the device anything, keep their state in place, and
+    ``propose`` gives as many nodes as ``plan`` said. A class says so itself: one that inherits
+    these methods from another is not captured, since its own ``observe`` may do what it likes.
 
-    Args:
-        tree: which guesses to keep, and where.
-        seed: of the noise.
+    Attributes:
+        report: what ``observe_step`` wants to know of a proposal, on the device; None: nothing.
+        allocations: how often its state was laid out anew, at other places of memory.
     """
 
-    def __init__(self, tree: DraftTree, seed: int = 0):
-        self._tree, self._seed_value = tree, seed
-        self.max_depth = tree.max_depth
-        rank = RETRIEVAL if RETRIEVAL in tree.ranks else 0
-        self._chain = DraftTree.chain(tree.max_depth + 1, rank)
+    @property
+    def report(self) -> Tensor | None: ...
 
-        self._of: tuple[int, int, torch.device] | None = None
-        self.report, self.allocations = None, 0
-
-    def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
-        if self._of == (batch, vocabulary, device):
-            self._candidates.fill_(-1)
-            return
-        self._of = batch, vocabulary, device
-        self.allocations += 1
-        self._batch, self._device = batch, device
-        self._top_k = min(self._tree.top_k, vocabulary)
-        self._seed = torch.tensor([self._seed_value], device=device)
-        # Held here, since recordings read them; the trees' own are forgotten when others come.
-        self._shapes = {tree: tree.tensors(device) for tree in (self._tree, self._chain)}
-        self._candidates, self._nothing = self._none(self.max_depth, self._top_k), self._none(0)
-
-    def _none(self, *shape: int) -> Tensor:
-        return torch.full((self._batch, *shape), -1, dtype=torch.int64, device=self._device)
-
-    def first(self, history: Tensor, lengths: Tensor) -> Tensor:
-        return self._fill(self._chain, history, lengths).tokens[:, 1:]
-
-    def propose(self, history: Tensor, lengths: Tensor) -> Draft:
-        return self._fill(self._tree, history, lengths)
-
-    def _fill(self, tree: DraftTree, history: Tensor, lengths: Tensor) -> Draft:
-        if tree.retrieval_length:
-            retrieved, _ = ops.lookup_ngram(history, lengths, MAX_NGRAM, tree.retrieval_length)
-        else:
-            retrieved = self._nothing
-        shape = self._shapes[tree]
-        tokens = ops.fill_tree(
-            self._candidates, retrieved, history, lengths, shape.depth, shape.rank, self._seed
-        )
-        return Draft.shaped(tokens, shape)
-
-    def observe(self, verified: Verified) -> None:
-        """Take the next guesses from the logits at the rejected continuation."""
-        if not self._top_k:
-            return
-        nodes = verified.continuation[:, : self.max_depth]
-        rows = torch.arange(self._batch, device=self._device)[:, None]
-        top = verified.logits[rows, nodes.clamp(min=0)].topk(self._top_k, dim=-1).indices
-        self._candidates[:, nodes.shape[1] :] = -1
-        self._candidates[:, : nodes.shape[1]] = torch.where((nodes >= 0)[..., None], top, -1)
+    allocations: int
 
     def plan(self) -> int:
-        return len(self._tree)
+        """Return the number of nodes of the next tree."""
 
-    def told(self, report: None, nodes: int, gained: list[int], seconds: float) -> None:
-        """The shape is fixed, whatever comes of it."""
+    def observe_step(
+        self, report: Tensor | None, nodes: int, gained: list[int], seconds: float
+    ) -> None:
+        """Learn from a step, which the host hears of one step late.
+
+        Args:
+            report: of its proposal, on the host.
+            nodes: of its tree.
+            gained: tokens per row.
+            seconds: that it took.
+        """
+
+    def forget(self) -> None:
+        """Forget the tokens that are remembered from call to call."""
+
+
+class ObservedDrafter:
+    """Drafts as another drafter does; a subclass looks on in its own ``observe``.
+
+    Args:
+        drafter: the one that drafts; public attributes only are for others to read.
+    """
+
+    def __init__(self, drafter: Drafter):
+        self.drafter, self.max_depth = drafter, drafter.max_depth
+
+    def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
+        self.drafter.start(batch, vocabulary, device)
+
+    def first(self, history: Tensor, lengths: Tensor) -> Tensor:
+        return self.drafter.first(history, lengths)
+
+    def propose(self, history: Tensor, lengths: Tensor) -> Draft:
+        return self.drafter.propose(history, lengths)
+
+    def observe(self, verified: Verified) -> None:
+        self.drafter.observe(verified)
