@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -64,12 +65,12 @@ def generate(
     *,
     draft: str | DraftTree | Drafter = "auto",
     tokenizer=None,
-    streamer: BaseStreamer | None = None,
+    streamer=None,
     generation_config: GenerationConfig | None = None,
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
     **generation_kwargs,
-) -> Tensor | MSNGenerateOutput:
+):
     """Generate what ``model.generate`` would, several tokens per forward pass.
 
     Every pass checks a tree of guesses and keeps the longest path that the model itself would have
@@ -100,7 +101,7 @@ def generate(
     Raises:
         ValueError: a model, an option or an input that cannot be followed exactly; says which.
     """
-    if getattr(generation_config, "_eos_token_tensor", "unprepared") != "unprepared":
+    if generation_config is not None and hasattr(generation_config, "_eos_token_tensor"):
         # transformers calls us back: `custom_generate=msn_ext.generate`, everything prepared.
         ours = streamer is not None  # transformers' own streamer has the prompt
         return _decode(
@@ -124,7 +125,7 @@ def generate(
         generation_kwargs["stop_strings"] = None  # takes the place of what both configs say
     if stop_strings:
         stopping_criteria = with_stop_strings(stopping_criteria, stop_strings, tokenizer)
-    return model.generate(
+    return model.generate(  # type: ignore[operator]  # GenerationMixin's
         input_ids.to(model.device, torch.int64),
         generation_config=generation_config,
         logits_processor=logits_processor,
@@ -200,7 +201,10 @@ def _decode(
     sequences = decoded.sequences.to(result_device)
     if not generation_config.return_dict_in_generate:
         return sequences
-    return MSNGenerateOutput(sequences=sequences, accept_lengths=decoded.accept_lengths())
+    accept_lengths = decoded.accept_lengths()
+    return MSNGenerateOutput(
+        sequences=cast(torch.LongTensor, sequences), accept_lengths=accept_lengths
+    )
 
 
 def _own_buffers(model: PreTrainedModel) -> None:

@@ -70,7 +70,9 @@ class Decoder:
         self.drafter, self._attention = request.drafter, request.attention
         self.targets, self._processors = request.targets, request.processors
         self._config = request.model.config.get_text_config(decoder=True)
-        self._forwards_all_logits = not request.model._supports_logits_to_keep()
+        # GenerationMixin's, which PreTrainedModel does not declare.
+        limits_logits = request.model._supports_logits_to_keep()  # type: ignore[operator]
+        self._forwards_all_logits = not limits_logits
         self._room = room
         self._cache = TreeCache(self._config, fixed=room and min(room, prompt + AT_FIRST))
         ids, offsets = request.input_ids, request.offsets

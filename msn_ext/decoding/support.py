@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ WINDOWED = frozenset(
 MASK_ONLY = frozenset({"gptj", "codegen"})
 
 
-def _refuse(model: PreTrainedModel, reason: str):
+def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:
     raise ValueError(
         f"{type(model).__name__} ({model.config.model_type}) cannot be decoded with a draft tree:"
         f" {reason}"
@@ -93,49 +94,10 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
     Raises:
         ValueError: the model cannot be decoded with a tree; says why.
     """
-    config = model.config.get_text_config(decoder=True)
-    family = config.model_type
-    if model.config.is_encoder_decoder:
-        _refuse(model, "it is an encoder-decoder model")
-    if getattr(model, "_is_stateful", False) or not model._supports_default_dynamic_cache():
-        _refuse(model, "it has recurrent state, which cannot be rolled back past a rejected token")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        _refuse(model, "its forward takes no position_ids")
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        _refuse(model, f"its cache has layers of other kinds than keys and values ({names})")
-    if other := set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }:
-        _refuse(
-            model,
-            f"it has layers of {', '.join(sorted(other))}; expected full_attention or"
-            " sliding_attention",
-        )
-    if family in TESTED - WINDOWED and DynamicSlidingWindowLayer in kinds:
-        _refuse(
-            model,
-            f"sliding_window is {_window(config, 0)}, which cuts its cache, but it attends without"
-            " one; expected None",
-        )
-    if "dynamic" in rope_types(config):
-        _refuse(
-            model, "rope_type='dynamic' changes the positions of the cached keys as the text grows"
-        )
-    if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
-        _refuse(
-            model, f"its weights are spread over several devices ({', '.join(sorted(devices))})"
-        )
-    if any(
-        module.training and getattr(module, "gradient_checkpointing", False)
-        for module in model.modules()
-    ):
-        _refuse(
-            model,
-            "gradient checkpointing in training mode keeps no cache; call model.eval() before",
-        )
+    family = model.config.get_text_config(decoder=True).model_type
+    _check_kind(model)
+    _check_layers(model)
+    _check_state(model)
     if family in MASK_ONLY:
         return MaskAttention(model)
     if not KernelAttention.supports(model):
@@ -149,6 +111,60 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
         with torch.autocast(model.device.type, enabled=False):
             _probe(model, attention)
     return attention
+
+
+def _check_kind(model: PreTrainedModel) -> None:
+    """Refuse models that are no decoders whose nodes can be rolled back and have positions."""
+    if model.config.is_encoder_decoder:
+        _refuse(model, "it is an encoder-decoder model")
+    # GenerationMixin's, which PreTrainedModel does not declare.
+    dynamic_cache = model._supports_default_dynamic_cache()  # type: ignore[operator]
+    if getattr(model, "_is_stateful", False) or not dynamic_cache:
+        _refuse(model, "it has recurrent state, which cannot be rolled back past a rejected token")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        _refuse(model, "its forward takes no position_ids")
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    """Refuse layers that a tree cannot be cached in, or that change what positions mean."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        _refuse(model, f"its cache has layers of other kinds than keys and values ({names})")
+    known = {"full_attention", "sliding_attention"}
+    if other := set(getattr(config, "layer_types", None) or ()) - known:
+        _refuse(
+            model,
+            f"it has layers of {', '.join(sorted(other))}; expected full_attention or"
+            " sliding_attention",
+        )
+    if config.model_type in TESTED - WINDOWED and DynamicSlidingWindowLayer in kinds:
+        _refuse(
+            model,
+            f"sliding_window is {_window(config, 0)}, which cuts its cache, but it attends without"
+            " one; expected None",
+        )
+    if "dynamic" in rope_types(config):
+        _refuse(
+            model, "rope_type='dynamic' changes the positions of the cached keys as the text grows"
+        )
+
+
+def _check_state(model: PreTrainedModel) -> None:
+    """Refuse a model on several devices, or in a mode that keeps no cache."""
+    if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
+        _refuse(
+            model, f"its weights are spread over several devices ({', '.join(sorted(devices))})"
+        )
+    if any(
+        module.training and getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
+    ):
+        _refuse(
+            model,
+            "gradient checkpointing in training mode keeps no cache; call model.eval() before",
+        )
 
 
 _probed: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
@@ -177,7 +193,8 @@ def _probe(model: PreTrainedModel, attention: KernelAttention) -> None:
         use_cache=True,
     )
     cache.at(lengths, len(tree), 6 + len(tree))
-    context = TreeContext(lengths, torch.zeros_like(lengths), tensors.ancestors, windows={})
+    windows: dict[int, int] = {}
+    context = TreeContext(lengths, torch.zeros_like(lengths), tensors.ancestors, windows)
     with attention.over_tree(context, cache.end, model.dtype) as mask:
         found = (
             model(
@@ -190,7 +207,7 @@ def _probe(model: PreTrainedModel, attention: KernelAttention) -> None:
             .logits[0]
             .float()
         )
-    for layer, window in sorted(context.windows.items()):
+    for layer, window in sorted(windows.items()):
         if window != (wanted := _window(config, layer)):
             _refuse(
                 model,

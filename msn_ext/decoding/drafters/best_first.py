@@ -63,6 +63,12 @@ class BestFirst:
             before the first proposal.
     """
 
+    denoised: Denoised
+    adjacency: Adjacency
+    sources: Tensor
+    _growing: Tensor  # bool [B], rows that go on; where there are several
+    _began: float  # when the last step did
+
     def __init__(
         self,
         budget: int | None = None,

@@ -26,6 +26,8 @@ class TreeDrafter:
         seed: of the noise.
     """
 
+    _candidates: Tensor  # int64 [B, depths, k]; -1: none
+
     def __init__(self, tree: DraftTree, seed: int = 0):
         self._tree, self._seed_value = tree, seed
         self.max_depth = tree.max_depth
