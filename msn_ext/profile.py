@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .decoding import BestFirst, Corpus, factors
-from .decoding.budget import StepTimes
+from .decoding import BestFirst, Corpus
+from .decoding.drafters import factors
+from .decoding.sizing import StepTimes
 from .paths import cache_root
 
 

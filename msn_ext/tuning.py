@@ -12,12 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LogitsProcessorList
 
-from .decoding import BestFirst, attention_for, greedy
-from .decoding.calibration import Record, Recorder, fit
-from .decoding.factors import load as shipped_factors
-from .decoding.graph import steps
+from .decoding import BestFirst, Request, runner_for
+from .decoding.drafters.calibration import FactorRecorder, Record, fit
+from .decoding.drafters.factors import load as shipped_factors
 from .generation import generate
 from .jsonl import lines, row
 from .profile import Profile, machine, profile_path
@@ -34,7 +32,7 @@ def measure_step_times(
     """Seconds of a whole step, drafting to commit, by the nodes of its tree; batch 1.
 
     The sizes take turns, so that whatever else the machine does meets all alike; the first two
-    rounds warm up (and record, where decoding does: :mod:`.decoding.graph`), and of the others the
+    rounds warm up (and record, where decoding does: :mod:`.decoding.runner`), and of the others the
     median counts.
 
     Args:
@@ -49,12 +47,8 @@ def measure_step_times(
         config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)
     ).to(model.device)
     drafter = BestFirst(budget=1)
-    no_padding, no_end = text.new_zeros(1), text.new_empty(0)
-    prompt = text, no_padding, context, no_end
     with (
-        steps(
-            model, attention_for(model), drafter, drafter, greedy, LogitsProcessorList(), *prompt
-        ) as run,
+        runner_for(Request.plain(model, text, drafter, context)) as runner,
         tqdm(
             total=ROUNDS * len(sizes),
             unit="step",
@@ -63,13 +57,13 @@ def measure_step_times(
             disable=not progress,
         ) as bar,
     ):
-        gained = int(run.decoder.prefill().read().status[0])
+        gained = int(runner.prefill().result().status[0])
         for _ in range(ROUNDS):
             for size in sizes:
-                run.decoder.advance(gained)
+                runner.decoder.advance(gained)
                 drafter.budget = size
                 start = time.perf_counter()
-                gained += int(run.step().read().status[0])
+                gained += int(runner.step().result().status[0])
                 seconds[size].append(time.perf_counter() - start)
                 bar.update()
     return {size: statistics.median(taken[WARM_UP:]) for size, taken in seconds.items()}
@@ -99,13 +93,12 @@ def learn_factors(
         if not 0 < length < room:
             continue  # nothing to ask, or no room for an answer
         asked += 1
-        drafter, new_tokens = Recorder(records, budget=64, factors=prior), min(128, room - length)
         generate(
             model,
             prompt.to(model.device),
-            draft=drafter,
+            draft=FactorRecorder(records, BestFirst(budget=64, factors=prior)),
             do_sample=False,
-            max_new_tokens=new_tokens,
+            max_new_tokens=min(128, room - length),
         )
     if not any(entries for _, entries, _ in records):
         raise ValueError(

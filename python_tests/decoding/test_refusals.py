@@ -144,13 +144,13 @@ def test_a_drafter_in_use(llama):
         (torch.tensor([[0.5]]), None, "input_ids is .* torch.float32"),
         (torch.zeros(1, 0, dtype=torch.int64), None, r"input_ids has shape \[1, 0\]"),
         (IDS, torch.ones(2, 4), r"attention_mask has shape \[2, 4\]; expected \[2, 3\]"),
-        (IDS, torch.tensor([[1, 1, 0], [1, 1, 1]]), "0 behind a 1; expected left padding"),
-        (IDS, torch.tensor([[1, 0, 1], [1, 1, 1]]), "0 behind a 1"),
+        (IDS, torch.tensor([[1, 1, 0], [1, 1, 1]]), "0 after a 1; expected left padding"),
+        (IDS, torch.tensor([[1, 0, 1], [1, 1, 1]]), "0 after a 1"),
         (IDS, torch.tensor([[0, 0, 0], [1, 1, 1]]), "masks a whole row"),
         (
             torch.tensor([[3, 0, 4]]),
             None,
-            "0 behind a 1; .*; where none is given, transformers masks every token 0",
+            "0 after a 1; .*; where none is given, transformers masks every token 0",
         ),
     ],
 )
