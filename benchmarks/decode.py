@@ -29,7 +29,7 @@ from common import CATEGORIES, SPECBENCH, Results, conditions, load_model, load_
 from tqdm import tqdm
 
 import msn_ext
-from msn_ext.generation import DRAFTS
+from msn_ext.generation import DRAFTS, drafter_for
 
 NEAR_TIE = 1e-3
 
