@@ -35,7 +35,7 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	@echo "== Timing the kernels"
-	@$(BIN)/python benchmarks/kernels.py
+	@$(BIN)/python benchmarks/ops.py
 	@echo "== Timing decoding"
 	@$(BIN)/python benchmarks/decode.py $(if $(DATA),--data $(DATA))
 

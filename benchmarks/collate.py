@@ -1,5 +1,5 @@
-"""How many tokens a second NoisyCollator adds noise to, on one core: what a data loader's worker
-would wait for.
+"""Time NoisyCollator: to how many tokens a second it adds noise on one core, which a data loader's
+worker would wait for.
 
     python benchmarks/collate.py --json out.json
 
@@ -15,17 +15,12 @@ import time
 from pathlib import Path
 
 import torch
+from machine import cpu_name, git_commit
+from transformers import LlamaConfig
 
-folder = sys.path.pop(
-    0
-)  # transformers looks for a package "kernels", which kernels.py beside this file is not
-from transformers import LlamaConfig  # noqa: E402
-
-from msn_ext import NoisyCollator  # noqa: E402
-from msn_ext.training.data import Collate  # noqa: E402
-
-sys.path.insert(0, folder)
-from kernels import cpu_name, git_commit  # noqa: E402
+from msn_ext import NoisyCollator
+from msn_ext.recipe.settings import NoiseSettings
+from msn_ext.training.data import Collate
 
 SAMPLES, TOKENS, PROMPT, VOCABULARY = 32, 1024, 300, 49152
 LAYOUTS = (("replace", 1), ("replace", 8), ("branch", 8), ("branch", 24))
@@ -55,10 +50,10 @@ def main() -> int:
     batch, config = inner(samples), LlamaConfig(attn_implementation="sdpa")
     found = {"the wrapped collator": tokens_per_second(inner, samples)}
     for layout, segments in LAYOUTS:
-        noisy = NoisyCollator(
-            lambda _: batch, layout=layout, segments=segments, seed=0, config=config
-        )
-        found[f"{layout}, {segments} segments of 4"] = tokens_per_second(noisy, samples)
+        noise = NoiseSettings(layout=layout, segments=segments)
+        noisy = NoisyCollator(lambda _: batch, seed=0, config=config, **noise.of_collator())
+        name = f"{layout}, {segments} segments of {noise.length}"
+        found[name] = tokens_per_second(noisy, samples)
     for name, value in found.items():
         print(f"{name:<28}{value / 1e6:8.2f} million tokens/s")
     if options.json:

@@ -21,60 +21,39 @@ import argparse
 import functools
 import json
 import pathlib
-import subprocess
 import sys
 import time
 
 import torch
+from common import CATEGORIES, SPECBENCH, Results, conditions, load_model, load_questions
 from tqdm import tqdm
 
-folder = sys.path.pop(
-    0
-)  # transformers looks for a package "kernels", which kernels.py beside this file is not
-import transformers  # noqa: E402
+import msn_ext
+from msn_ext.generation import DRAFTS, drafter_for
 
-import msn_ext  # noqa: E402
-from msn_ext.documents import whole_rows  # noqa: E402
-from msn_ext.generation import DRAFTS, drafter_for  # noqa: E402
-
-sys.path.insert(0, folder)
-
-SHARED = (
-    pathlib.Path(__file__).resolve().parent.parent.parent
-    / "shared"
-    / "data"
-    / "bench"
-    / "specbench_dev.jsonl"
-)
-CATEGORIES = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
 NEAR_TIE = 1e-3
 
 
 def load_prompts(path: pathlib.Path, count: int) -> list[tuple[str, int, str]]:
-    """(category, question id, text): ``count`` prompts, the first of each category in turn."""
-    groups: dict[str, list] = {category: [] for category in CATEGORIES}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        category = row["category"] if row["category"] in groups else "mt_bench"
-        groups[category].append((category, row["question_id"], row["turns"][0]))
-    in_turn = [
-        group[i]
-        for i in range(max(map(len, groups.values())))
-        for group in groups.values()
-        if i < len(group)
+    """Return category, question id and first turn of ``count`` prompts, the first of each category
+    in turn, by category.
+    """
+    prompts = [
+        (question["category"], question["question"], question["turns"][0])
+        for question in load_questions(path)[:count]
     ]
-    return sorted(in_turn[:count], key=lambda prompt: CATEGORIES.index(prompt[0]))
+    return sorted(prompts, key=lambda prompt: CATEGORIES.index(prompt[0]))
 
 
 def top_two_gap(model, ids: torch.Tensor) -> float:
-    """Distance between the two largest logits behind ``ids`` [1, length]."""
+    """Return the distance between the two largest logits after ``ids`` [1, length]."""
     with torch.no_grad():
         best = model(ids, logits_to_keep=1).logits[0, -1].topk(2).values
     return float(best[0] - best[1])
 
 
 class ModelTime:
-    """Seconds spent inside the model's forward (CPU; on a GPU, work goes on behind the call)."""
+    """Seconds spent inside the model's forward (CPU; on a GPU, work goes on after the call)."""
 
     def __init__(self, model):
         self.seconds = 0.0
@@ -95,7 +74,7 @@ class ModelTime:
 
 
 class DraftTime:
-    """A drafter, and the seconds spent in it (CPU; on a GPU, work goes on behind the calls)."""
+    """A drafter, and the seconds spent in it (CPU; on a GPU, work goes on after the calls)."""
 
     def __init__(self, drafter):
         self.seconds, self.max_depth = 0.0, drafter.max_depth
@@ -115,8 +94,8 @@ class DraftTime:
 def run(
     model, inputs, draft: str, new_tokens: int
 ) -> tuple[list[int], list[int], float, float, float]:
-    """New tokens, accept lengths (one a forward pass), seconds, and those inside the model and the
-    drafter (on a GPU, where steps are recorded, nobody can tell: NaN).
+    """Return new tokens, accept lengths (one a forward pass), seconds, and those inside the model
+    and the drafter (NaN on a GPU, where steps are recorded and nobody can tell).
     """
     settings = dict(do_sample=False, max_new_tokens=new_tokens, return_dict_in_generate=True)
     gpu, ours = model.device.type == "cuda", draft != "transformers"
@@ -138,7 +117,15 @@ def run(
     return new, accepts, seconds, inside.seconds, drafter.seconds if ours else 0.0
 
 
+def difference(model, input_ids: torch.Tensor, new: list[int], plain: list[int]) -> dict:
+    """Return where ``new`` leaves ``plain``, and how near a tie the model was there."""
+    at = next(i for i, (a, b) in enumerate(zip([*new, -1], [*plain, -1])) if a != b)
+    prefix = torch.tensor([plain[:at]], dtype=torch.int64, device=model.device)
+    return dict(flip_at=at, gap=top_two_gap(model, torch.cat([input_ids, prefix], 1)))
+
+
 def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> list[dict]:
+    """Return a row per prompt and draft, plain decoding first; those in ``done`` are not run."""
     rows = []
     bar = tqdm(total=len(prompts) * (len(drafts) + 1), unit="run", disable=None)
     for category, question, text in prompts:
@@ -159,22 +146,16 @@ def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> 
                     question=question,
                     draft=draft,
                     prompt=inputs["input_ids"].shape[1],
-                )
-                row |= dict(
                     tokens=new,
                     accept_lengths=accepts,
                     seconds=round(seconds, 4),
                     model_seconds=round(inside, 4),
+                    drafting_seconds=round(drafting, 4),
+                    flip_at=None,
+                    gap=None,
                 )
-                row["drafting_seconds"] = round(drafting, 4)
-                row |= dict(flip_at=None, gap=None)
                 if draft != "transformers" and new != plain:
-                    at = next(i for i, (a, b) in enumerate(zip([*new, -1], [*plain, -1])) if a != b)
-                    prefix = torch.tensor([plain[:at]], dtype=torch.int64, device=model.device)
-                    row |= dict(
-                        flip_at=at,
-                        gap=top_two_gap(model, torch.cat([inputs["input_ids"], prefix], 1)),
-                    )
+                    row |= difference(model, inputs["input_ids"], new, plain)
                 save(row)
             if draft == "transformers":
                 plain = row["tokens"]
@@ -185,9 +166,9 @@ def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> 
 
 
 def summarise(rows: list[dict], drafts: list[str]) -> str:
-    """One line per draft and category: MAT, tokens/s and speed-up over plain transformers; "other"
-    is the share of the time that is not spent in the model's forward, "drafting" what of it is
-    spent in the drafter.
+    """Return a table, a line per draft and category: MAT, tokens/s and speed-up over plain
+    transformers; "other" is the share of the time that is not spent in the model's forward,
+    "drafting" that which is spent in the drafter.
     """
     seconds = {(r["question"], r["draft"]): r["seconds"] for r in rows}
     lines = [
@@ -217,73 +198,13 @@ def summarise(rows: list[dict], drafts: list[str]) -> str:
     return "\n".join(lines)
 
 
-def conditions(model, program: str, arguments) -> dict:
-    """What the figures depend on, for the record."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=pathlib.Path(__file__).parent,
-    )
-    device = (
-        torch.cuda.get_device_name()
-        if model.device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
-    return dict(
-        command=f"python benchmarks/{program} " + " ".join(arguments),
-        commit=commit.stdout.strip() or "unknown",
-        device=device,
-        dtype=str(model.dtype).removeprefix("torch."),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        msn_ext=msn_ext.build_info(),
-    )
-
-
-class Results:
-    """JSON lines: the conditions, then rows; every row is written at once. Without a path nothing
-    is kept.
-    """
-
-    def __init__(self, path: pathlib.Path | None):
-        self._path = path
-        self.lines: list[dict] = whole_rows(path) if path else []
-
-    @property
-    def rows(self) -> list[dict]:
-        return self.lines[1:]
-
-    def save(self, header: dict, row: dict) -> None:
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = [row] if self.lines else [header, row]
-        self.lines += fresh
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in fresh)
-
-
-def load_model(options):
-    if options.model is None:
-        from msn_ext.demo import load_model
-
-        model, tokenizer = load_model()
-    else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=getattr(torch, options.dtype)
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    return model.to(options.device, getattr(torch, options.dtype)).eval(), tokenizer
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="path or id; the demo model where none is named")
     parser.add_argument(
-        "--data", type=pathlib.Path, default=SHARED, help="a Spec-Bench question file"
+        "--data", type=pathlib.Path, default=SPECBENCH, help="a Spec-Bench question file"
     )
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=96)

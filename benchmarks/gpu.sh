@@ -55,7 +55,7 @@ sanitize() {
   return "$failed"
 }
 
-bench() { "$python" benchmarks/kernels.py --device cuda --json "$out/kernels.json"; }
+bench() { "$python" benchmarks/ops.py --device cuda --json "$out/kernels.json"; }
 
 # An 8-billion model's step, plain and with 64 nodes, weights drawn at random.
 steps() {

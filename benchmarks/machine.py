@@ -1,6 +1,8 @@
 """What the benchmarks ask of the machine."""
 
+import platform
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -37,3 +39,27 @@ def copy_bandwidth(device: str) -> float:
         wait(device)
         seconds.append(time.perf_counter() - start)
     return 2 * source.numel() / statistics.median(seconds[1:])
+
+
+def git_commit() -> str:
+    """The checkout's commit; "unknown" outside one."""
+    describe = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

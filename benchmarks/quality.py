@@ -1,14 +1,15 @@
-"""Whether training for decoding costs quality: loss on held-out answers, GSM8K, HumanEval; one
-model a call.
+"""Measure whether training for decoding costs quality, one model a call: loss on held-out answers,
+GSM8K, HumanEval.
 
-    python benchmarks/quality.py --name base --data prompts.jsonl … --skip 400 --gsm8k
-        gsm8k_dev.jsonl \\ --humaneval humaneval_dev.jsonl --output DIR
+    python benchmarks/quality.py --name base --data prompts.jsonl … --skip 400 \\
+        --gsm8k gsm8k_dev.jsonl --humaneval humaneval_dev.jsonl --output DIR
         # the demo model as published
-    python benchmarks/quality.py --name branch --model TRAINED … --output DIR       # what msn train
-    left, or any model python benchmarks/quality.py --summary DIR
+    python benchmarks/quality.py --name branch --model TRAINED … --output DIR
+        # what msn train left, or any model
+    python benchmarks/quality.py --summary DIR
 
 --data and --skip are the files and the number of samples of msn train or training.py: --held-out
-conversations behind those are held out. The first model of DIR answers them, so let it be the one
+conversations after those are held out. The first model of DIR answers them, so let it be the one
 before training; the loss of all is that of its answers. Tasks are asked in the chat template,
 greedily, without examples. GSM8K: the last number of an answer is compared with the reference's.
 HumanEval: the first block of code, or the whole answer, is run with the task's tests in a process
@@ -30,23 +31,20 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from common import Results, conditions
 
-folder = sys.path.pop(
-    0
-)  # transformers looks for a package "kernels", which kernels.py beside this file is not
-from msn_ext import recipe  # noqa: E402
-from msn_ext.cli.common import load  # noqa: E402
-from msn_ext.documents import rows  # noqa: E402
-from msn_ext.training.data import Collate, read_conversations  # noqa: E402
-from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
-from msn_ext.tuning import draw  # noqa: E402
-
-sys.path.insert(0, folder)
-from decode import Results, conditions  # noqa: E402
+from msn_ext.cli.loading import load
+from msn_ext.cli.settings import add_settings
+from msn_ext.jsonl import draw, rows
+from msn_ext.recipe.samples import pad_of, samples_of, unasked
+from msn_ext.recipe.self_distill import self_distill
+from msn_ext.recipe.settings import SampleSettings, TrainSettings
+from msn_ext.training.data import Collate, read_conversations
+from msn_ext.training.evaluation import noise_accuracy
 
 NUMBER = re.compile(r"(?:(?<![\d.\w)])-)?\d[\d,]*(?:\.\d+)?")  # no minus sign in "20-5" and "9-10"
 SECONDS, MEMORY, FILE_SIZE = 10, 1 << 30, 1 << 20
-PASSED = 42  # what a program exits with behind its tests, and not where it stops on the way
+PASSED = 42  # what a program exits with after its tests, and not where it stops on the way
 
 
 def last_number(text: str) -> float | None:
@@ -71,7 +69,7 @@ def humaneval_question(row: dict) -> str:
 
 
 def program_of(row: dict, answer: str) -> str:
-    """The answer's code, behind the imports and helpers of the task, and its tests."""
+    """Return the imports and helpers of the task, the answer's code, and the tests."""
     block = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.S)
     code = block[1] if block else answer
     whole = re.search(rf"^def {re.escape(row['entry_point'])}\b", code, re.M)
@@ -117,7 +115,7 @@ def rows_of(path: pathlib.Path) -> list[dict]:
 
 
 def summarise(models: list[dict]) -> str:
-    """A line a model; behind a share its binomial standard error."""
+    """Return a line a model; after a share its binomial standard error."""
     lines = [f"{'':<14}{'loss':>8}{'next token':>12}" + "".join(f"{task:>18}" for task in TASKS)]
     for row in models:
         line = f"{row['name']:<14}" + (
@@ -134,7 +132,7 @@ def summarise(models: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -149,12 +147,11 @@ def main(arguments: list[str]) -> int:
         default=0,
         help="conversations of --data that were trained on or looked at",
     )
-    parser.add_argument("--held-out", type=int, default=300, help="conversations behind those")
-    parser.add_argument("--max-length", type=int, default=400, help="tokens of a held-out sample")
+    add_settings(parser, TrainSettings(held_out=300, max_length=400), "held_out", "max_length")
     for task in TASKS:
         parser.add_argument(f"--{task}", type=pathlib.Path, help="its JSON lines")
     parser.add_argument("--questions", type=int, help="of each task, the first ones (default: all)")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    add_settings(parser, SampleSettings(), "max_new_tokens")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(
         "--dtype",
@@ -167,6 +164,41 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--summary", type=pathlib.Path, help="print the table of such a folder and stop"
     )
+    return parser
+
+
+def held_out_loss(model, answerer, tokenizer, options) -> dict:
+    """Return the loss of held-out answers, and what share of their tokens is the likeliest."""
+    drawn = draw(
+        [read_conversations(path) for path in options.data], options.skip + options.held_out
+    )
+    held = unasked(drawn[options.skip :], drawn[: options.skip])
+    file = options.output / "held-out.jsonl"
+    answers = self_distill(answerer, tokenizer, held, file, max_new_tokens=options.max_new_tokens)
+    samples = samples_of(tokenizer, answers, options.max_length)
+    found = noise_accuracy(model, samples, Collate(pad_of(tokenizer)))
+    return {"loss": found.loss, "accuracy": found.accuracy, "held out": len(samples)}
+
+
+def right_answers(task: str, answerer, tokenizer, options) -> tuple[int, int]:
+    """Return how many questions of a task are answered right, and how many were asked."""
+    question, right = TASKS[task]
+    asked = rows_of(getattr(options, task))[: options.questions]
+    answers = self_distill(
+        answerer,
+        tokenizer,
+        [[{"role": "user", "content": question(item)}] for item in asked],
+        options.output / f"{options.name}-{task}.jsonl",
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+    )
+    with ThreadPoolExecutor(os.cpu_count()) as jobs:
+        verdicts = list(jobs.map(right, asked, [answer["response"] for answer in answers]))
+    return sum(verdicts), len(asked)
+
+
+def main(arguments: list[str]) -> int:
+    parser = arguments_parser()
     options = parser.parse_args(arguments)
     if options.summary:
         print(summarise(Results(options.summary / "results.jsonl").rows))
@@ -180,34 +212,10 @@ def main(arguments: list[str]) -> int:
     answerer = copy.deepcopy(model).to(getattr(torch, options.dtype))
     row = {"name": options.name}
     if options.data:
-        drawn = draw(
-            [read_conversations(path) for path in options.data], options.skip + options.held_out
-        )
-        held = recipe.unasked(drawn[options.skip :], drawn[: options.skip])
-        file = options.output / "held-out.jsonl"
-        answers = recipe.self_distill(
-            answerer, tokenizer, held, file, max_new_tokens=options.max_new_tokens
-        )
-        samples = recipe.samples_of(tokenizer, answers, options.max_length)
-        found = noise_accuracy(model, samples, Collate(recipe.pad_of(tokenizer)))
-        row |= {"loss": found.loss, "accuracy": found.accuracy, "held out": len(samples)}
-    for task, (question, right) in TASKS.items():
-        if not getattr(options, task):
-            continue
-        asked = rows_of(getattr(options, task))[: options.questions]
-        conversations = [[{"role": "user", "content": question(item)}] for item in asked]
-        file = options.output / f"{options.name}-{task}.jsonl"
-        answers = recipe.self_distill(
-            answerer,
-            tokenizer,
-            conversations,
-            file,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-        )
-        with ThreadPoolExecutor(os.cpu_count()) as jobs:
-            verdicts = list(jobs.map(right, asked, [answer["response"] for answer in answers]))
-        row[task] = sum(verdicts), len(asked)
+        row |= held_out_loss(model, answerer, tokenizer, options)
+    for task in TASKS:
+        if getattr(options, task):
+            row[task] = right_answers(task, answerer, tokenizer, options)
     results.save(conditions(answerer, "quality.py", arguments), row)
     print(summarise([row]))
     return 0

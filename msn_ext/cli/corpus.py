@@ -1,22 +1,22 @@
 """``msn corpus``: texts of one's own, to draft from."""
 
+import argparse
 import os
 import sys
 import time
 
-from .common import CommandError, UsageError, load_tokenizer
+from .common import CommandError, UsageError, output_file
+from .loading import load_tokenizer
+
+HELP = "index texts of your own, so that generate --corpus drafts from them"
+DESCRIPTION = (
+    "Index texts that answers may repeat, such as templates, a code base or earlier"
+    " answers, for models with one tokenizer. generate --corpus looks there for what"
+    " followed the last words."
+)
 
 
-def add(subparsers) -> None:
-    parser = subparsers.add_parser(
-        "corpus",
-        help="index texts of your own, so that generate --corpus drafts from them",
-        description=(
-            "Index texts that answers may repeat, such as templates, a code base or earlier"
-            " answers, for models with one tokenizer. generate --corpus looks there for what"
-            " followed the last words."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files",
         nargs="+",
@@ -27,14 +27,11 @@ def add(subparsers) -> None:
         "--model", metavar="PATH_OR_ID", help="whose tokenizer to use (default: the demo model)"
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
-    parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     files = [os.path.expanduser(path) for path in arguments.files]
-    output = os.path.expanduser(arguments.output)
-    if os.path.isdir(output) or not os.path.isdir(os.path.dirname(output) or "."):
-        raise UsageError(f"--output {arguments.output}: expected a file in a folder that exists")
+    output = output_file("--output", arguments.output)
     if any(
         os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
         for path in files
@@ -42,17 +39,17 @@ def run(arguments) -> int:
         raise UsageError(f"--output {arguments.output}: one of the texts; it would be overwritten")
 
     from msn_ext import Corpus
-    from msn_ext.demo import quiet_transformers
-    from msn_ext.documents import batches, documents
+    from msn_ext.jsonl import batches, texts
+    from msn_ext.terminal import quiet_transformers
 
     for path in files:
         if not os.path.isfile(path):
             raise CommandError(f"{path}: no such file")
     tokenizer, vocabulary = load_tokenizer(arguments.model)
-    texts = (text for path in files for text in documents(path))
+    found = (text for path in files for text in texts(path))
     tokens = (
         row
-        for batch in batches(texts)
+        for batch in batches(found)
         for row in tokenizer(batch, add_special_tokens=False)["input_ids"]
     )
     start = time.perf_counter()

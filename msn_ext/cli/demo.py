@@ -1,6 +1,6 @@
 """``msn demo``: an answer, its passes in colours, and plain decoding beside it."""
 
-import os
+import argparse
 import random
 import sys
 from collections import Counter
@@ -9,11 +9,11 @@ from .common import (
     add_device_option,
     add_draft_option,
     checked_prompt,
-    encode,
-    load,
     positive_int,
     status,
+    wants_color,
 )
+from .loading import encode, load
 from .runs import PassStreamer, Run, timed, timed_plain
 
 PROMPTS = (
@@ -25,17 +25,14 @@ PROMPTS = (
         " numbered list."
     ),
 )
+HELP = "stream an answer of a small model, then compare with plain decoding"
+DESCRIPTION = (
+    "Stream an answer of SmolLM2-135M-Instruct, the tokens of one forward pass in one"
+    " colour, then decode the same prompt plainly and compare."
+)
 
 
-def add(subparsers) -> None:
-    parser = subparsers.add_parser(
-        "demo",
-        help="stream an answer of a small model, then compare with plain decoding",
-        description=(
-            "Stream an answer of SmolLM2-135M-Instruct, the tokens of one forward pass in one"
-            " colour, then decode the same prompt plainly and compare."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "prompt", nargs="?", help="what to ask (default: one of a few built-in prompts)"
     )
@@ -47,17 +44,16 @@ def add(subparsers) -> None:
     )
     add_draft_option(parser)
     add_device_option(parser)
-    parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     if arguments.prompt is None:
         prompt = random.choice(PROMPTS)
     else:
         prompt = checked_prompt(arguments.prompt)
-    color = not arguments.no_color and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
+    color = not arguments.no_color and wants_color()
 
-    from msn_ext.demo import quiet_transformers
+    from msn_ext.terminal import quiet_transformers
 
     model, tokenizer, device = load(None, None, arguments.device)
     with quiet_transformers():
@@ -78,9 +74,9 @@ def run(arguments) -> int:
 
 
 def comparison(
-    drafted: "Run", plain: "Run", draft: str, device: str, tokenizer, color: bool = False
+    drafted: Run, plain: Run, draft: str, device: str, tokenizer, color: bool = False
 ) -> str:
-    """The demo's closing table.
+    """Return the demo's closing table.
 
     Args:
         drafted, plain: the two runs of one prompt.
@@ -140,7 +136,7 @@ def _same_text(drafted: list[int], plain: list[int], tokenizer) -> str:
 
 
 def histogram(accept_lengths: list[int], width: int = 40) -> str:
-    """How many passes gained how many tokens, one bar a line.
+    """Draw how many passes gained how many tokens, one bar a line.
 
     Args:
         accept_lengths: tokens gained, one entry a pass; not empty.

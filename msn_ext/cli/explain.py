@@ -1,32 +1,28 @@
 """``msn explain``: one step's draft tree, as text and as a picture."""
 
-import os
-import sys
+import argparse
 
 from .common import (
     CommandError,
-    UsageError,
     add_model_options,
     add_prompt_options,
-    checked_prompt,
-    encode,
-    load,
     number,
+    output_file,
     positive_int,
-    standard_input,
+    read_prompt,
+    wants_color,
+)
+from .loading import encode, load
+
+HELP = "draw one step's draft tree and what the model accepted of it"
+DESCRIPTION = (
+    "Decode greedily with best-first draft trees and draw one forward pass: the tree of"
+    " guesses, where they come from, how probable they were, and the path that the model"
+    " accepted."
 )
 
 
-def add(subparsers) -> None:
-    parser = subparsers.add_parser(
-        "explain",
-        help="draw one step's draft tree and what the model accepted of it",
-        description=(
-            "Decode greedily with best-first draft trees and draw one forward pass: the tree of"
-            " guesses, where they come from, how probable they were, and the path that the model"
-            " accepted."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_prompt_options(parser)
     parser.add_argument(
@@ -39,16 +35,14 @@ def add(subparsers) -> None:
     parser.add_argument("--svg", metavar="FILE", help="also write the picture to this file")
     parser.add_argument(
         "--min-probability",
-        type=lambda text: number(text, float, lambda value: 0 <= value <= 1, "a number of 0 to 1"),
+        type=_zero_to_one,
         default=0.0,
         metavar="P",
         help="leave out less probable nodes, unless they were accepted (default: 0, show all)",
     )
     parser.add_argument(
         "--nodes",
-        type=lambda text: number(
-            text, int, lambda value: 1 <= value <= 256, "a whole number of 1 to 256"
-        ),
+        type=_tree_size,
         default=32,
         metavar="N",
         help="per tree, root included (default: 32)",
@@ -56,17 +50,22 @@ def add(subparsers) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=48, metavar="N", help="(default: 48)"
     )
-    parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
-    prompt = checked_prompt(standard_input() if arguments.prompt == "-" else arguments.prompt)
-    svg = None if arguments.svg is None else os.path.expanduser(arguments.svg)
-    if svg is not None and (os.path.isdir(svg) or not os.path.isdir(os.path.dirname(svg) or ".")):
-        raise UsageError(f"--svg {arguments.svg}: expected a file in a folder that exists")
+def _zero_to_one(text: str) -> float:
+    return number(text, float, lambda value: 0 <= value <= 1, "a number of 0 to 1")
 
-    from msn_ext.demo import quiet_transformers
+
+def _tree_size(text: str) -> int:
+    return number(text, int, lambda value: 1 <= value <= 256, "a whole number of 1 to 256")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    prompt = read_prompt(arguments.prompt)
+    svg = None if arguments.svg is None else output_file("--svg", arguments.svg)
+
     from msn_ext.explain import as_svg, as_text, record
+    from msn_ext.terminal import quiet_transformers
 
     model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
     with quiet_transformers():
@@ -94,6 +93,5 @@ def run(arguments) -> int:
                 file.write(picture)
         except OSError as error:
             raise CommandError(f"--svg {arguments.svg}: {error.strerror or error}") from error
-    color = not os.environ.get("NO_COLOR") and sys.stdout.isatty()
-    print(as_text(step, tokenizer, arguments.min_probability, color))
+    print(as_text(step, tokenizer, arguments.min_probability, color=wants_color()))
     return 0

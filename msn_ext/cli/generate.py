@@ -1,5 +1,6 @@
 """``msn generate``: the answer to a prompt, as text or JSON."""
 
+import argparse
 import json
 import os
 import sys
@@ -10,26 +11,21 @@ from .common import (
     add_draft_option,
     add_model_options,
     add_prompt_options,
-    checked_prompt,
-    encode,
-    load,
     positive_float,
     positive_int,
     probability,
-    standard_input,
+    read_prompt,
 )
+from .loading import encode, load
 from .runs import PassStreamer, timed
 
+HELP = "generate with any causal language model"
+DESCRIPTION = (
+    "Generate with any causal language model of transformers, several tokens per forward pass."
+)
 
-def add(subparsers) -> None:
-    parser = subparsers.add_parser(
-        "generate",
-        help="generate with any causal language model",
-        description=(
-            "Generate with any causal language model of transformers, several tokens per forward"
-            " pass."
-        ),
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_prompt_options(parser)
     parser.add_argument(
@@ -63,10 +59,9 @@ def add(subparsers) -> None:
     sampling.add_argument(
         "--seed", type=int, metavar="S", help="a seed gives the same text whatever the draft"
     )
-    parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     sampling = {
         name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")
     }
@@ -77,11 +72,11 @@ def run(arguments) -> int:
         raise UsageError(
             f"--corpus needs --draft auto, which looks into it; --draft is {arguments.draft}"
         )
-    prompt = checked_prompt(standard_input() if arguments.prompt == "-" else arguments.prompt)
+    prompt = read_prompt(arguments.prompt)
 
     import torch
 
-    from msn_ext.demo import quiet_transformers
+    from msn_ext.terminal import quiet_transformers
 
     corpus = None if arguments.corpus is None else load_corpus(arguments.corpus)
     model, tokenizer, device = load(arguments.model, arguments.dtype, arguments.device)

@@ -1,18 +1,18 @@
 """``msn info``: what was built and what is in use."""
 
-from .common import default_device
+import argparse
+
+from .loading import default_device
+
+HELP = "what was built and what is in use"
+DESCRIPTION = "Show what was built and what is in use."
 
 
-def add(subparsers) -> None:
-    parser = subparsers.add_parser(
-        "info",
-        help="what was built and what is in use",
-        description="Show what was built and what is in use.",
-    )
-    parser.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add none: there is nothing to choose."""
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     import platform
 
     import torch

@@ -1,15 +1,26 @@
-"""One answer: how it is timed, and how it is shown while it comes."""
+"""Time an answer, and show it while it comes."""
+
+from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
+@dataclass
 class Run:
-    """One generated answer: ``tokens``, ``accept_lengths`` (one entry a forward pass) and
-    ``seconds``.
+    """One generated answer.
+
+    Attributes:
+        accept_lengths: tokens gained, one entry a forward pass.
     """
 
-    def __init__(self, tokens: list[int], accept_lengths: list[int], seconds: float):
-        self.tokens, self.accept_lengths, self.seconds = tokens, accept_lengths, seconds
+    tokens: list[int]
+    accept_lengths: list[int]
+    seconds: float
 
     @property
     def passes(self) -> int:
@@ -25,7 +36,8 @@ class Run:
         return len(self.tokens) / self.seconds
 
 
-def timed(model, input_ids, draft, streamer, **options) -> Run:
+def timed(model, input_ids: Tensor, draft, streamer, **options) -> Run:
+    """Generate an answer to one prompt, int64 [1, P], and time it."""
     from msn_ext import generate
 
     start = time.perf_counter()
@@ -36,7 +48,8 @@ def timed(model, input_ids, draft, streamer, **options) -> Run:
     return Run(tokens, out.accept_lengths[0].tolist(), time.perf_counter() - start)
 
 
-def timed_plain(model, input_ids, max_new_tokens: int) -> Run:
+def timed_plain(model, input_ids: Tensor, max_new_tokens: int) -> Run:
+    """Generate an answer to one prompt, int64 [1, P], by transformers alone, and time it."""
     import torch
 
     start = time.perf_counter()
@@ -63,14 +76,16 @@ class PassStreamer:
 
     colors = ("\033[32m", "\033[36m", "\033[35m")
 
-    def __init__(self, tokenizer, stream, *, color: bool = False, mark: bool = False):
+    def __init__(
+        self, tokenizer, stream: TextIO, *, color: bool = False, mark: bool = False
+    ) -> None:
         self._decoder = _TextDecoder(tokenizer)
         self._stream = stream
         self._color, self._mark = color, mark
         self._prompt = True
         self._groups = 0
 
-    def put(self, value) -> None:
+    def put(self, value: Tensor) -> None:
         """Write the tokens of one forward pass; the first call brings the prompt, and skips it."""
         if self._prompt:
             self._prompt = False
@@ -87,7 +102,7 @@ class PassStreamer:
         self._write(text)
 
     def end(self) -> None:
-        """Write what was held back in the hope of the rest of a character."""
+        """Write what was held back until the rest of a character would come."""
         self._write(self._decoder.rest())
 
     def _write(self, text: str) -> None:
@@ -102,7 +117,7 @@ class _TextDecoder:
     that a tokenizer that drops the first space of a text does so only once.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer) -> None:
         self._tokenizer = tokenizer
         self._before: list[int] = []
         self._open: list[int] = []

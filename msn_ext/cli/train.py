@@ -1,35 +1,33 @@
 """``msn train``: noisy fine-tuning, from a file to a model with better guesses."""
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
 import os
 import sys
 import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from .common import (
-    CommandError,
-    add_device_option,
-    from_to,
-    load,
-    one_line,
-    positive_float,
-    positive_int,
-)
+from msn_ext.recipe.settings import NoiseSettings, SampleSettings, TrainSettings
+
+from .common import CommandError, add_device_option, one_line
+from .loading import load
+from .settings import add_settings, settings_from
 
 SETTINGS, ANSWERS, FIGURES = "settings.json", "answers.jsonl", "figures.json"
+HELP = "fine-tune a model with noise, so that more of its guesses are right"
+DESCRIPTION = (
+    "Fine-tune a model so that it guesses well what it will say next (Make Some Noise):"
+    " from conversations to an adapter, with losses, accuracy after noise and accept"
+    " lengths before and after. Run again after an interruption, it goes on where it was."
+)
 
 
-def add(subparsers) -> None:
-    parser = subparsers.add_parser(
-        "train",
-        help="fine-tune a model with noise, so that more of its guesses are right",
-        description=(
-            "Fine-tune a model so that it guesses well what it will say next (Make Some Noise):"
-            " from conversations to an adapter, with losses, accuracy behind noise and accept"
-            " lengths before and after. Run again after an interruption, it goes on where it was."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="PATH_OR_ID", help="a folder or a hub id (default: the demo model)"
     )
@@ -46,122 +44,52 @@ def add(subparsers) -> None:
         metavar="DIR",
         help="for checkpoints, the adapter and the figures",
     )
-    parser.add_argument(
-        "--samples",
-        type=positive_int,
-        metavar="N",
-        help="conversations, as many of each file (default: all)",
-    )
-    parser.add_argument(
-        "--self-distill",
-        action="store_true",
-        help="learn the model's own answers to the first questions",
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=positive_int,
-        default=256,
-        metavar="N",
-        help="of an answer of its own (default: 256)",
-    )
-    noise = parser.add_argument_group("noise")
-    noise.add_argument(
-        "--layout",
-        choices=("branch", "replace", "none"),
-        default="branch",
-        help="(default: branch)",
-    )
-    noise.add_argument(
-        "--length",
-        type=from_to(1, 64),
-        default=4,
-        metavar="N",
-        help="noise tokens of a segment (default: 4)",
-    )
-    noise.add_argument(
-        "--segments",
-        type=from_to(1, 256),
-        metavar="N",
-        help="of noise in a sample (default: 24 branches, 1 in place)",
-    )
-    noise.add_argument(
-        "--content",
-        choices=("ahead", "random", "mixed", "self"),
-        default="ahead",
-        help="(default: ahead)",
-    )
-    noise.add_argument(
-        "--noise-weight",
-        type=positive_float,
-        metavar="X",
-        help=(
-            "of a label behind noise, where a clean one counts 1; a tenth of it in the last third"
-            " of the steps (default: 0.3 for branches; in place 1 throughout, as in the paper)"
-        ),
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--lora-rank",
-        type=from_to(0, 1024),
-        default=16,
-        metavar="R",
-        help="0: all weights (default: 16)",
-    )
-    training.add_argument(
-        "--learning-rate",
-        type=positive_float,
-        metavar="X",
-        help="(default: 1e-3 for an adapter, 2e-5 for all weights)",
-    )
-    training.add_argument(
-        "--epochs", type=positive_float, default=1.0, metavar="N", help="(default: 1)"
-    )
-    training.add_argument(
-        "--max-steps", type=positive_int, default=-1, metavar="N", help="stop after so many steps"
-    )
-    training.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=4,
-        metavar="N",
-        help="samples of a step (default: 4)",
-    )
-    training.add_argument(
-        "--max-length",
-        type=positive_int,
-        default=512,
-        metavar="N",
-        help="tokens of a sample (default: 512)",
-    )
-    training.add_argument(
-        "--save-steps",
-        type=positive_int,
-        default=50,
-        metavar="N",
-        help="between checkpoints (default: 50)",
-    )
-    training.add_argument(
-        "--held-out",
-        type=positive_int,
-        default=32,
-        metavar="N",
-        help="samples for the figures (default: 32)",
-    )
-    training.add_argument(
-        "--bf16", action="store_true", help="compute in bfloat16 (the weights stay float32)"
-    )
-    training.add_argument(
-        "--seed", type=from_to(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)"
-    )
+    add_settings(parser, SampleSettings())
+    add_settings(parser.add_argument_group("noise"), NoiseSettings())
+    add_settings(parser.add_argument_group("training"), TrainSettings())
     add_device_option(parser)
-    parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
-    from pathlib import Path
+def run(arguments: argparse.Namespace) -> int:
+    from msn_ext.terminal import quiet_transformers
 
-    from msn_ext.demo import quiet_transformers
+    _check_machine(arguments)
+    sampling = settings_from(arguments, SampleSettings())
+    noise = settings_from(arguments, NoiseSettings())
+    training = settings_from(arguments, TrainSettings())
+    conversations = _read(arguments.data, sampling.samples)
+    folder = _Folder(arguments.output, _recorded(arguments, conversations))
+    folder.check_settings()
+    model, tokenizer, _ = load(arguments.model, "float32", arguments.device)
+    recipe = _Recipe(arguments, sampling, noise, training, folder, model, tokenizer)
+    learned, held = recipe.split(conversations)
+    started = time.time()
+    with quiet_transformers():
+        samples, evaluated = recipe.samples(learned, held)
+        folder.keep_settings()
+        labels = sum(label >= 0 for sample in samples for label in sample["labels"])
+        print(
+            f"{len(samples):,} samples, {labels:,} tokens to learn; {len(evaluated)} held out",
+            flush=True,
+        )
+        figures = folder.figures()
+        if "before" not in figures:
+            figures["before"] = recipe.measure(recipe.model, evaluated, held)
+            folder.keep_figures(figures)
+        print(_table(figures), flush=True)
+        if "after" in figures:
+            print(f"trained already, in {folder.path}")
+            return 0
+        trained = recipe.train(samples, figures)
+        figures["after"] = recipe.measure(trained, evaluated, held)
+        figures["seconds"] = round(time.time() - started)
+        folder.keep_figures(figures)
+    print(_table(figures))
+    print(f"kept in {folder.path}; use it with --model {arguments.output}")
+    return 0
 
+
+def _check_machine(arguments: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CommandError(
             "msn train is one process; in several, use msn_ext.add_noise in a trainer of your own"
@@ -171,21 +99,20 @@ def run(arguments) -> int:
         import peft  # noqa: F401
     except ImportError as error:
         raise CommandError(f"training needs {error.name}: pip install accelerate peft") from error
-    import torch
-
-    from msn_ext import recipe
-    from msn_ext.training.data import read_conversations
-    from msn_ext.training.layouts import check_branches
-    from msn_ext.tuning import draw
-
     if (arguments.device or "").startswith("cuda:") and arguments.device != "cuda:0":
         raise CommandError(
             f"--device {arguments.device}: a Trainer takes the first GPU that it sees; set"
             " CUDA_VISIBLE_DEVICES instead"
         )
-    output = Path(os.path.expanduser(arguments.output))
+
+
+def _read(sources: list[str], count: int | None) -> list:
+    """Return so many conversations, or all, as many of each source."""
+    from msn_ext.jsonl import draw
+    from msn_ext.training.data import read_conversations
+
     try:
-        files = [read_conversations(os.path.expanduser(path)) for path in arguments.data]
+        files = [read_conversations(os.path.expanduser(source)) for source in sources]
     except OSError as error:
         where = (
             f"--data {error.filename}: {error.strerror}"
@@ -193,153 +120,180 @@ def run(arguments) -> int:
             else f"--data: {one_line(error)}"
         )
         raise CommandError(where) from error
-    conversations = draw(files, arguments.samples or sum(map(len, files)))
-    settings = _settings(arguments, conversations)
-    _check_settings(settings, output, begun=recipe.last_checkpoint(output) is not None)
-    progress = sys.stderr.isatty()
-    model, tokenizer, _ = load(arguments.model, "float32", arguments.device)
-    if arguments.layout == "branch":
-        check_branches(model.config.get_text_config(decoder=True))
-    context = recipe.context_of(model)
-    max_new_tokens = min(arguments.max_new_tokens, context // 2)
-    usable = recipe.askable(
-        tokenizer, conversations, min(arguments.max_length, context - max_new_tokens)
-    )
-    if len(usable) < len(conversations):
-        left_out = len(conversations) - len(usable)
-        print(
-            f"{left_out:,} conversations begin without a question, or with one that leaves no room",
-            flush=True,
-        )
-    learned, held = recipe.split(usable, arguments.held_out, arguments.seed)
-    if not held:
-        raise CommandError(
-            f"--data has {len(usable)} conversations; expected 5 or more, some of which are"
-            " held out"
-        )
-    started = time.time()
-    with quiet_transformers():
-        questions = held
-        if arguments.self_distill:
-            _keep_settings(settings, output)
-            options = dict(max_new_tokens=max_new_tokens, progress=progress)
-            if arguments.bf16:
-                model.to(torch.bfloat16)
-            rows = recipe.self_distill(
-                model, tokenizer, held + learned, output / ANSWERS, **options
+    return draw(files, count or sum(map(len, files)))
+
+
+@dataclass
+class _Recipe:
+    """The steps of one run, and what they share."""
+
+    arguments: argparse.Namespace
+    sampling: SampleSettings
+    noise: NoiseSettings
+    training: TrainSettings
+    folder: _Folder
+    model: Any
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        from msn_ext.recipe.samples import context_of
+        from msn_ext.training.layouts import check_branches
+
+        if self.noise.layout == "branch":
+            check_branches(self.model.config.get_text_config(decoder=True))
+        self.progress = sys.stderr.isatty()
+        self.context = context_of(self.model)
+        longest = min(self.sampling.max_new_tokens, self.context // 2)
+        self.sampling = replace(self.sampling, max_new_tokens=longest)
+
+    def split(self, conversations: list) -> tuple[list, list]:
+        """Return the conversations to learn and those held out, of those that can be asked."""
+        from msn_ext.recipe.samples import askable, split
+
+        room = min(self.training.max_length, self.context - self.sampling.max_new_tokens)
+        usable = askable(self.tokenizer, conversations, room)
+        if left_out := len(conversations) - len(usable):
+            print(
+                f"{left_out:,} conversations begin without a question, or with one that leaves no"
+                " room",
+                flush=True,
             )
-            held, learned = rows[: len(held)], rows[len(held) :]
-            if arguments.bf16:  # what was rounded is read again
-                model, tokenizer, _ = load(arguments.model, "float32", arguments.device)
+        learned, held = split(usable, self.training.held_out, self.training.seed)
+        if not held:
+            raise CommandError(
+                f"--data has {len(usable)} conversations; expected 5 or more, some of which are"
+                " held out"
+            )
+        return learned, held
+
+    def samples(self, learned: list, held: list) -> tuple[list[dict], list[dict]]:
+        """Return the samples of both, with answers of the model itself if asked for."""
+        from msn_ext.recipe.samples import samples_of
+
+        if self.sampling.self_distill:
+            answers = self._self_distill(held + learned)
+            held, learned = answers[: len(held)], answers[len(held) :]
         samples, evaluated = (
-            recipe.samples_of(tokenizer, rows, arguments.max_length) for rows in (learned, held)
+            samples_of(self.tokenizer, answered, self.training.max_length)
+            for answered in (learned, held)
         )
         if not samples or not evaluated:
             raise CommandError(
                 "--data has no answers to learn; expected responses (or --self-distill)"
             )
-        _keep_settings(settings, output)
-        print(
-            f"{len(samples):,} samples, {sum(map(_labels, samples)):,} tokens to learn;"
-            f" {len(evaluated)} held out",
-            flush=True,
-        )
+        return samples, evaluated
 
-        figures_file = output / FIGURES
-        figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
-        length = arguments.length
-        if "before" not in figures:
-            figures["before"] = recipe.figures(
-                model, tokenizer, evaluated, questions, length, progress=progress
-            )
-            _write(figures_file, figures)
-        print(_table(figures), flush=True)
-        if "after" in figures:
-            print(f"trained already, in {output}")
-            return 0
-        segments = arguments.segments or (24 if arguments.layout == "branch" else 1)
+    def _self_distill(self, conversations: list) -> list:
+        import torch
+
+        from msn_ext.recipe.self_distill import self_distill
+
+        self.folder.keep_settings()
+        if self.training.bf16:
+            self.model.to(torch.bfloat16)
+        answers = self_distill(
+            self.model,
+            self.tokenizer,
+            conversations,
+            self.folder.path / ANSWERS,
+            max_new_tokens=self.sampling.max_new_tokens,
+            progress=self.progress,
+        )
+        if self.training.bf16:  # what was rounded is read again
+            name, device = self.arguments.model, self.arguments.device
+            self.model, self.tokenizer, _ = load(name, "float32", device)
+        return answers
+
+    def measure(self, model, samples: list[dict], questions: list) -> dict:
+        from msn_ext.recipe.metrics import figures
+
+        length = self.noise.length
+        return figures(model, self.tokenizer, samples, questions, length, progress=self.progress)
+
+    def train(self, samples: list[dict], figures: dict):
+        """Return the trained model, without an adapter, and add to the figures how it went."""
+        from msn_ext.recipe.train import train
+
         begun = time.time()
-        trained, log = recipe.train(
-            model,
-            tokenizer,
+        model, log = train(
+            self.model,
+            self.tokenizer,
             samples,
-            output,
-            layout=None if arguments.layout == "none" else arguments.layout,
-            length=length,
-            segments=segments,
-            content=arguments.content,
-            noise_weight=arguments.noise_weight,
-            lora_rank=arguments.lora_rank,
-            bf16=arguments.bf16,
-            learning_rate=arguments.learning_rate,
-            epochs=arguments.epochs,
-            max_steps=arguments.max_steps,
-            batch_size=arguments.batch_size,
-            save_steps=arguments.save_steps,
-            seed=arguments.seed,
-            progress=progress,
+            self.folder.path,
+            self.noise,
+            self.training,
+            progress=self.progress,
         )
         figures["training seconds"] = round(time.time() - begun)
         figures["log"] = log
-        if hasattr(trained, "merge_and_unload"):
-            trained = trained.merge_and_unload()
-        figures["after"] = recipe.figures(
-            trained.eval(), tokenizer, evaluated, questions, length, progress=progress
-        )
-        figures["seconds"] = round(time.time() - started)
-        _write(figures_file, figures)
-    print(_table(figures))
-    print(f"kept in {output}; use it with --model {arguments.output}")
-    return 0
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        return model.eval()
 
 
-def _labels(sample: dict) -> int:
-    return sum(label >= 0 for label in sample["labels"])
-
-
-def _settings(arguments: argparse.Namespace, conversations: list) -> dict:
-    """What a run depends on."""
+def _recorded(arguments: argparse.Namespace, conversations: list) -> dict:
+    """Return what a run depends on, by names of options, as its folder keeps it."""
     free = {"run", "output", "device", "save_steps"}
     settings = {name: value for name, value in vars(arguments).items() if name not in free}
     content = json.dumps(conversations, ensure_ascii=False).encode()
     return settings | {"content of --data": hashlib.blake2b(content, digest_size=8).hexdigest()}
 
 
-def _check_settings(settings: dict, output, begun: bool) -> None:
-    """A run is gone on with only as it was begun: answers need the same model, a checkpoint needs
-    all the same.
+class _Folder:
+    """The folder that keeps a run.
+
+    Args:
+        settings: of the run that is to begin or to be resumed.
     """
-    file = output / SETTINGS
-    before = json.loads(file.read_text()) if file.exists() else settings
-    needed = set(before) | set(settings)
-    if not begun:
-        needed = {"model", "max_new_tokens", "bf16"} if (output / ANSWERS).exists() else set()
-    for name in sorted(needed):
-        if before.get(name) != settings.get(name):
-            option = name if " " in name else "--" + name.replace("_", "-")
-            raise CommandError(
-                f"--output {output} holds a run with {option} {before.get(name)}, now it is"
-                f" {settings.get(name)}; expected the same settings, or another folder"
-            )
+
+    def __init__(self, output: str, settings: dict):
+        self.path = Path(os.path.expanduser(output))
+        self._settings, self._figures = settings, self.path / FIGURES
+
+    def check_settings(self) -> None:
+        """Raise CommandError where the folder holds a run with other settings: answers need the
+        same model, a checkpoint needs all the same.
+        """
+        from msn_ext.recipe.train import last_checkpoint
+
+        file = self.path / SETTINGS
+        before = json.loads(file.read_text()) if file.exists() else self._settings
+        needed = set(before) | set(self._settings)
+        if last_checkpoint(self.path) is None:
+            answered = (self.path / ANSWERS).exists()
+            needed = {"model", "max_new_tokens", "bf16"} if answered else set()
+        for name in sorted(needed):
+            if before.get(name) != self._settings.get(name):
+                option = name if " " in name else "--" + name.replace("_", "-")
+                raise CommandError(
+                    f"--output {self.path} holds a run with {option} {before.get(name)}, now it is"
+                    f" {self._settings.get(name)}; expected the same settings, or another folder"
+                )
+
+    def keep_settings(self) -> None:
+        """Write the settings, once there is something to resume; forget figures of others."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / SETTINGS
+        if file.exists() and json.loads(file.read_text()) != self._settings:
+            self._figures.unlink(missing_ok=True)
+        _write(file, self._settings)
+
+    def figures(self) -> dict:
+        return json.loads(self._figures.read_text()) if self._figures.exists() else {}
+
+    def keep_figures(self, figures: dict) -> None:
+        _write(self._figures, figures)
 
 
-def _keep_settings(settings: dict, output) -> None:
-    """Once there is something to go on with; figures of other settings are forgotten."""
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / SETTINGS
-    if file.exists() and json.loads(file.read_text()) != settings:
-        (output / FIGURES).unlink(missing_ok=True)
-    _write(file, settings)
-
-
-def _write(file, content: dict) -> None:
+def _write(file: Path, content: dict) -> None:
+    """Write JSON so that a process that is killed leaves the file as it was, or whole."""
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     unfinished.replace(file)
 
 
 def _table(figures: dict) -> str:
-    """Before and after, a line a figure."""
+    """Return the figures before and after, a line each."""
     columns = [name for name in ("before", "after") if name in figures]
     lines = [f"{'':<34}" + "".join(f"{name:>10}" for name in columns)]
     first = figures[columns[0]]
@@ -350,8 +304,8 @@ def _table(figures: dict) -> str:
     line("next-token loss", [figures[c]["loss"] for c in columns], "{:.4f}".format)
     line("next token right, %", [100 * figures[c]["accuracy"] for c in columns], "{:.1f}".format)
     for kind, title in (
-        ("top1", "right behind {} noise tokens, %"),
-        ("top10", "among ten behind {}, %"),
+        ("top1", "right after {} noise tokens, %"),
+        ("top10", "among ten after {}, %"),
     ):
         for at in range(len(first[kind])):
             line(

@@ -1,22 +1,22 @@
 """``msn tune``: a model measured on this machine."""
 
+import argparse
 import os
 import sys
 
-from .common import CommandError, add_model_options, load, positive_int, tokens_of
+from .common import CommandError, add_model_options, positive_int
+from .loading import load, tokens_of
+
+HELP = "measure a model on this machine, so that drafts are sized to it"
+DESCRIPTION = (
+    "Measure how long a step takes by the nodes of its draft tree, and with --prompts also"
+    " learn how far each source of guesses is right for this model. The result is kept for"
+    " models of this shape, on this device, in this dtype; generate's default draft goes"
+    " by it."
+)
 
 
-def add(subparsers) -> None:
-    parser = subparsers.add_parser(
-        "tune",
-        help="measure a model on this machine, so that drafts are sized to it",
-        description=(
-            "Measure how long a step takes by the nodes of its draft tree, and with --prompts also"
-            " learn how far each source of guesses is right for this model. The result is kept for"
-            " models of this shape, on this device, in this dtype; generate's default draft goes"
-            " by it."
-        ),
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument(
         "--context",
@@ -38,11 +38,11 @@ def add(subparsers) -> None:
         metavar="N",
         help="prompts to draw (default: 100)",
     )
-    parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
-    from msn_ext.tuning import draw, read_prompts, tune
+def run(arguments: argparse.Namespace) -> int:
+    from msn_ext.jsonl import draw
+    from msn_ext.tuning import read_prompts, tune
 
     try:
         prompts = draw(
@@ -52,7 +52,7 @@ def run(arguments) -> int:
     except OSError as error:
         raise CommandError(f"--prompts {error.filename}: {error.strerror}") from error
 
-    from msn_ext.demo import quiet_transformers
+    from msn_ext.terminal import quiet_transformers
 
     model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
     with quiet_transformers():

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from msn_ext import ops
-from msn_ext.ops.reference import tree_mask
+from msn_ext.ops import tree_mask
 
 IMPLEMENTATION = "msn_tree"
 

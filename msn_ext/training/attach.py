@@ -1,10 +1,11 @@
-"""Noise in a trainer that is there already: one line."""
+"""Put noise into a trainer that is there already, in one line."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,15 +20,15 @@ ROWS = 512  # of logits in float32 at a time
 
 
 class _Epochs(TrainerCallback):
-    """Tells the collator which epoch it is: counted, since a trainer that has a number of steps
-    knows no epochs.
+    """Tells the collator which epoch it is: counts them, since a trainer that has a number of steps
+    knows none.
     """
 
     def __init__(self, collator: NoisyCollator, loss: NoisyLoss):
         self._collator, self._loss, self._epoch = collator, loss, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._epoch = int((state.epoch or 0.0) + 1e-6)  # of a run that goes on
+        self._epoch = int((state.epoch or 0.0) + 1e-6)  # not 0 in a resumed run
         self._loss.read()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -45,16 +46,15 @@ def add_noise(
         trainer.train()
 
     Evaluation and prediction stay free of noise, epochs are counted. Logged beside the loss:
-    ``clean_loss`` and ``noise_loss`` (mean cross-entropy behind clean and behind noise tokens,
-    natural logarithm) and ``noise_accuracy`` (share of noise tokens behind which the likeliest
+    ``clean_loss`` and ``noise_loss`` (mean cross-entropy after clean and after noise tokens,
+    natural logarithm) and ``noise_accuracy`` (share of noise tokens after which the likeliest
     token is right), since the last log.
 
     Args:
         trainer: not yet trained; packing and padding-free batches are fine.
-        loss_weights: of the labels behind clean tokens and behind noise, or a function that gives
-            them for the share of the steps that are done, 0 to 1; the trainer goes on dividing by
-            the number of labels. Others than (1, 1) need a trainer whose loss is plain
-            cross-entropy.
+        loss_weights: of the labels after clean tokens and after noise, or a function that gives
+            them for the share of the steps that are done, 0 to 1; the trainer still divides by the
+            number of labels. Others than (1, 1) need a trainer whose loss is plain cross-entropy.
         settings: of :class:`NoisyCollator`, all but ``inner`` and ``config``.
 
     Returns:
@@ -82,20 +82,20 @@ def add_noise(
             " expected layout='replace'"
         )
     noisy.annotate = True
-    if hasattr(inner, "tokenizer"):  # which a trainer saves beside the model
+    if hasattr(inner, "tokenizer"):
         noisy.tokenizer = inner.tokenizer
     trainer.data_collator = noisy
     for name in ("get_eval_dataloader", "get_test_dataloader"):
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
-    trainer.noise = NoisyLoss(noisy, _now(trainer, loss_weights))
+    trainer.noise = NoisyLoss(noisy, _weights_of_step(trainer, loss_weights))
     trainer.add_callback(_Epochs(noisy, trainer.noise))
     trainer.compute_loss = trainer.noise.around(trainer.compute_loss)
-    trainer.log = _logging(trainer, trainer.log)
+    trainer.log = _with_noise_logged(trainer, trainer.log)
     return trainer
 
 
 def _own_loss(trainer) -> str | None:
-    """What makes a trainer's loss another one than cross-entropy."""
+    """Name the setting that makes a trainer's loss another one than cross-entropy."""
     if getattr(trainer, "label_smoother", None) is not None:
         return "label_smoothing_factor"
     if getattr(trainer, "compute_loss_func", None) is not None:
@@ -115,15 +115,15 @@ def _check(weights: Weights) -> Weights:
     return clean, noise
 
 
-def _now(trainer, loss_weights) -> Callable[[], Weights]:
-    """The weights of the step that is being made."""
+def _weights_of_step(trainer, loss_weights) -> Callable[[], Weights]:
+    """Return a function that gives the weights of the trainer's current step."""
     if not callable(loss_weights):
         return lambda: loss_weights
     return lambda: _check(loss_weights(trainer.state.global_step / max(trainer.state.max_steps, 1)))
 
 
 def _with_collator(trainer, collator, make_loader):
-    """``make_loader`` with another collator for as long as it runs."""
+    """Return ``make_loader`` with another collator for as long as it runs."""
 
     @functools.wraps(make_loader)
     def make(*args, **kwargs):
@@ -136,7 +136,9 @@ def _with_collator(trainer, collator, make_loader):
     return make
 
 
-def _logging(trainer, log):
+def _with_noise_logged(trainer, log):
+    """Return ``log`` of a trainer, with what :class:`NoisyLoss` observed beside the loss."""
+
     @functools.wraps(log)
     def logging(logs, *args, **kwargs):
         if "loss" in logs:
@@ -147,67 +149,64 @@ def _logging(trainer, log):
 
 
 class NoisyLoss:
-    """What comes before and behind a trainer's loss: the mask of branches, the model's own guesses
-    as noise, weights, and what is logged.
+    """Wraps a trainer's loss: with the mask of branches, the model's own guesses as noise, weights,
+    and figures for the log.
     """
 
     def __init__(self, collator: NoisyCollator, weights: Callable[[], Weights]):
         self._collator, self._weights = collator, weights
-        self._sums: Tensor | None = (
-            None  # loss, labels behind clean; loss, labels, right ones behind noise
-        )
+        # Of the labels after clean tokens loss and count; after noise loss, count and right ones.
+        self._sums: Tensor | None = None
 
     def around(self, compute_loss):
-        """``compute_loss`` of a trainer for batches that say where their noise is."""
+        """Return ``compute_loss`` of a trainer for annotated batches; others stay as they are."""
 
         @functools.wraps(compute_loss)
         def computed(model, inputs, *args, **kwargs):
             inputs = dict(inputs)  # a trainer may compute the loss of a batch twice
-            depth, before, document = (inputs.pop(name, None) for name in ANNOTATIONS)
+            depth, before, sample = (inputs.pop(name, None) for name in ANNOTATIONS)
             if depth is None:  # evaluation
                 return compute_loss(model, inputs, *args, **kwargs)
-            labels, said = inputs["labels"], []
-            # What the model said is taken here: a trainer may not return it, or not without another
-            # pass.
-            hooks = [
-                model.register_forward_hook(lambda model, given, outputs: said.append(outputs))
-            ]
-            if document is not None:
-                # Not before: trainers and losses read attention_mask as [B, T'].
-                mask = branch_mask(
-                    depth,
-                    before,
-                    document,
-                    inputs["position_ids"],
-                    self._collator.config,
-                    self._collator.length,
-                )
-                hooks.append(
-                    model.register_forward_pre_hook(
-                        functools.partial(self._with_mask, mask), with_kwargs=True
-                    )
-                )
-            try:
+            labels = inputs["labels"]
+            mask = None
+            if sample is not None:
+                config, length = self._collator.config, self._collator.length
+                mask = branch_mask(depth, before, sample, inputs["position_ids"], config, length)
+            with self._hooked(model, mask) as outputs:
                 if self._collator.content == "self":
                     inputs["input_ids"] = guess(model, inputs, depth, before, self._collator.keep)
-                    said.clear()
+                    outputs.clear()
                 result = compute_loss(model, inputs, *args, **kwargs)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            loss, outputs = result if isinstance(result, tuple) else (result, None)
-            loss = self._observe(loss, said[0] if said else None, labels, depth)
-            return loss if outputs is None else (loss, outputs)
+            loss, returned = result if isinstance(result, tuple) else (result, None)
+            loss = self._observe(loss, outputs[0] if outputs else None, labels, depth)
+            return loss if returned is None else (loss, returned)
 
         return computed
 
+    @contextlib.contextmanager
+    def _hooked(self, model, mask) -> Iterator[list]:
+        """Give the model ``mask``, unless None, and collect its outputs within this context.
+
+        Trainers and losses read ``attention_mask`` as [B, T'], so that the mask of branches comes
+        in where the model is called. The outputs are taken there, too: a trainer may not return
+        them, or not without another pass.
+        """
+        outputs: list = []
+        hooks = [model.register_forward_hook(lambda model, given, output: outputs.append(output))]
+        if mask is not None:
+            with_mask = functools.partial(self._with_mask, mask)
+            hooks.append(model.register_forward_pre_hook(with_mask, with_kwargs=True))
+        try:
+            yield outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def _with_mask(self, mask, model, args: tuple, given: dict) -> tuple[tuple, dict]:
         routed = given.get("output_router_logits")
-        if (
-            getattr(self._collator.config, "output_router_logits", False)
-            if routed is None
-            else routed
-        ):
+        if routed is None:
+            routed = getattr(self._collator.config, "output_router_logits", False)
+        if routed:
             raise ValueError(
                 "layout='branch' and the loss that balances a mixture of experts do not go"
                 " together: the model would count by the mask; set router_aux_loss_coef=0 (TRL) or"
@@ -216,7 +215,7 @@ class NoisyLoss:
         return args, given | {"attention_mask": mask}
 
     def _observe(self, loss: Tensor, outputs, labels: Tensor, depth: Tensor) -> Tensor:
-        """Adds a batch; returns its loss, weighted."""
+        """Add a batch to the figures; return its loss, weighted."""
         clean, noise = self._weights()
         weighted = (clean, noise) != PLAIN
         targets, noisy = labels[:, 1:], depth[:, :-1] > 0
@@ -230,7 +229,7 @@ class NoisyLoss:
                     " without; leave them at (1, 1)"
                 )
             warnings.warn(
-                "the trainer's loss does without logits of the model: the losses behind noise are"
+                "the trainer's loss does without logits of the model: the losses after noise are"
                 " not logged",
                 stacklevel=2,
             )
@@ -247,66 +246,66 @@ class NoisyLoss:
                 "loss_weights cannot be told apart from a mixture of experts' own loss; leave them"
                 " at (1, 1)"
             )
-        # By what the trainer divides, and what it multiplies with, is its own affair.
+        # The trainer alone knows what it divides by and multiplies with: keep both.
         scale = loss.detach() / losses.detach().sum().clamp(min=torch.finfo(losses.dtype).tiny)
         return scale * (losses * torch.where(noisy, noise, clean)).sum()
 
     def read(self) -> dict[str, float]:
-        """What was observed since the last call, by this process."""
+        """Return what this process observed since the last call."""
         if self._sums is None:
             return {}
-        clean, cleans, noise, noises, right = self._sums.tolist()
+        clean_loss, clean_labels, noise_loss, noise_labels, right = self._sums.tolist()
         self._sums = None
-        read = {"clean_loss": clean / cleans} if cleans else {}
-        return read | (
-            {"noise_loss": noise / noises, "noise_accuracy": right / noises} if noises else {}
-        )
+        figures = {}
+        if clean_labels:
+            figures["clean_loss"] = clean_loss / clean_labels
+        if noise_labels:
+            figures["noise_loss"] = noise_loss / noise_labels
+            figures["noise_accuracy"] = right / noise_labels
+        return figures
 
 
 @torch.no_grad()
 def guess(model, inputs: dict, depth: Tensor, before: Tensor, keep: Tensor) -> Tensor:
-    """The batch's tokens with what the model guesses in place of the noise: one more pass, one
-    Jacobi iteration.
+    """Return the batch's tokens with what the model guesses in place of the noise: one more pass,
+    one Jacobi iteration.
 
     A segment's first guess is the likeliest that is wrong: were it right, it would have been
-    accepted (the drafts that are checked behind it in decoding are behind a wrong one, too). Tokens
+    accepted (the drafts that are checked after it in decoding are after a wrong one, too). Tokens
     of ``keep``, int64 [k], are not guessed.
     """
     ids = inputs["input_ids"].clone()
-    logits = _logits(
-        model(**{name: x for name, x in inputs.items() if name != "labels"}), ids.shape[1]
-    )
+    outputs = model(**{name: x for name, x in inputs.items() if name != "labels"})
+    logits = _logits(outputs, ids.shape[1])
     if logits is None:
         raise ValueError(
             "content='self' needs the logits of the model, which gives none; expected another"
             " content"
         )
     rows, columns = depth.nonzero(as_tuple=True)
-    behind = before[rows, columns]
-    likeliest = (
-        logits[rows, behind].index_fill(1, keep.to(ids.device), -torch.inf).topk(2, -1).indices
-    )
-    right = inputs["labels"][rows, behind + 1]
+    previous = before[rows, columns]
+    # [n, V], without the tokens that are kept.
+    guesses = logits[rows, previous].index_fill(1, keep.to(ids.device), -torch.inf)
+    likeliest = guesses.topk(2, -1).indices
+    right = inputs["labels"][rows, previous + 1]
     first = (depth[rows, columns] == 1) & (likeliest[:, 0] == right)
     ids[rows, columns] = torch.where(first, likeliest[:, 1], likeliest[:, 0])
     return ids
 
 
 def _logits(outputs, width: int) -> Tensor | None:
-    """[B, width, V] of what a model returned; behind a prompt that PEFT put before the text."""
+    """Return [B, width, V] of a model's outputs, without a prompt that PEFT put before the text."""
     logits = (
         outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
     )
-    return (
-        None
-        if logits is None or logits.dim() != 3 or logits.shape[1] < width
-        else logits[:, -width:]
-    )
+    if logits is None or logits.dim() != 3 or logits.shape[1] < width:
+        return None
+    return logits[:, -width:]
 
 
 def _by_label(outputs, targets: Tensor, live: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Cross-entropy at every label, float32 [n], and whether the likeliest token is right, bool
-    [n]; None: nobody knows.
+    """Return cross-entropy at every label, float32 [n], and whether the likeliest token is right,
+    bool [n]; None where the outputs do not tell.
     """
     if getattr(outputs, "log_probs", None) is not None:  # TRL's fused head gives no logits
         return -outputs.log_probs[live].float(), outputs.is_top1[live].bool()
@@ -317,7 +316,8 @@ def _by_label(outputs, targets: Tensor, live: Tensor) -> tuple[Tensor, Tensor] |
     losses, right = [logits.new_zeros(0, dtype=torch.float32)], [live.new_zeros(0)]
     # In parts, which bounds the memory; gradients keep all of it anyway.
     for part in places.split(max(len(places), 1) if torch.is_grad_enabled() else ROWS):
-        said, target = logits[part[:, 0], part[:, 1]], targets[part[:, 0], part[:, 1]]
+        at = part[:, 0], part[:, 1]
+        said, target = logits[at], targets[at]
         losses.append(torch.nn.functional.cross_entropy(said.float(), target, reduction="none"))
         right.append(said.detach().argmax(-1) == target)
     return torch.cat(losses), torch.cat(right)

@@ -1,6 +1,4 @@
-"""Noise in the batches of a trainer: sections 3.1 and 3.2 of arXiv 2406.17404, and the branch
-layout.
-"""
+"""Put noise into the batches of a collator (arXiv 2406.17404, sections 3.1 and 3.2)."""
 
 from __future__ import annotations
 
@@ -8,30 +6,27 @@ import contextlib
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 
 import torch
 from torch import Tensor
 
 from msn_ext import ops
 
-from .layouts import branch, check_branches, documents_of, replace, unmark
+from .layouts import branch, check_branches, replace, sample_bounds, unmark
 
 LAYOUTS = ("replace", "branch")
 CONTENTS = {"ahead": 0.0, "random": 1.0, "mixed": 0.5, "self": 0.0}
-"""Share of noise tokens drawn from the vocabulary; the others are drawn from the text before them.
-"""
+"""Share of noise tokens drawn from the vocabulary; the others come from the text before them."""
 GOLDEN = 0x9E3779B97F4A7C15  # odd, so that seeds stay apart
 
 
 class Starts(dict[str, int]):
-    """Where the noise of each sample begins: tokens from its first one, by :func:`identity` of the
-    sample.
-    """
+    """Starts of the noise of samples, in tokens from the first one, by :func:`identity`."""
 
 
 def identity(tokens: Tensor) -> str:
-    """Names a sample by its tokens, int64 [n]."""
+    """Name a sample by its tokens, int64 [n]."""
     return hashlib.blake2b(tokens.cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
@@ -50,10 +45,10 @@ class NoisyCollator:
             may have ``attention_mask`` [B, T], ``position_ids`` [B, T] or ``cu_seq_lens_q``, by
             which packed samples are told apart.
         length: tokens of a segment, 1 to 64 (L of the paper); a shorter response becomes noise as a
-        whole.
+            whole.
         segments: per sample, 1 to 256; fewer where there is no room.
         layout: ``"replace"``: in place, segments do not overlap (the paper). ``"branch"``: the
-            clean text stays, segments stand behind it, and a mask lets each see the text before its
+            clean text stays, segments stand after it, and a mask lets each see the text before its
             start and itself; the clean text and some 24 segments are learned in one pass. The batch
             then has ``position_ids`` and a mask [B, 1, T', T'], one byte each (a dict of them for
             models with sliding windows).
@@ -61,9 +56,9 @@ class NoisyCollator:
             ``"mixed"``: half of each; ``"self"``: what the model guesses there, by
             :func:`msn_ext.add_noise` only.
         location: ``"random"``, or what :func:`lowest_loss_starts` found, for the first segment
-        (appendix A).
+            (appendix A).
         keep_token_ids: tokens that are neither replaced nor drawn, such as those that stand for an
-        image.
+            image.
         seed: None: ``torch.initial_seed()``, which ``set_seed`` of transformers sets.
         config: the model's; the branch layout masks as its attention needs it, and random content
             needs its vocabulary.
@@ -72,11 +67,14 @@ class NoisyCollator:
         annotate: whether batches say where their noise is (:data:`.layouts.ANNOTATIONS`), and leave
             the mask of branches to be made of it on the model's device. Off, since models do not
             take it.
-        config, keep: of the model's text; int64 [k], of ``keep_token_ids``.
+        config: of the model's text.
+        keep: ``keep_token_ids``, int64 [k].
 
     Raises:
         ValueError: an argument is none of the above, or a batch lacks labels.
     """
+
+    tokenizer: object  # where ``inner`` has one: a trainer saves its collator's beside the model
 
     def __init__(
         self,
@@ -95,19 +93,7 @@ class NoisyCollator:
             raise ValueError(
                 f"inner is {inner!r}; expected a collator: a function of a list of samples"
             )
-        for name, value, most in (("length", length, 64), ("segments", segments, 256)):
-            if not (type(value) is int and 1 <= value <= most):
-                raise ValueError(f"{name} is {value!r}; expected 1 to {most}")
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout is {layout!r}; expected {' or '.join(map(repr, LAYOUTS))}")
-        if content not in CONTENTS:
-            raise ValueError(
-                f"content is {content!r}; expected one of {', '.join(map(repr, CONTENTS))}"
-            )
-        if location != "random" and not isinstance(location, Starts):
-            raise ValueError(
-                f"location is {location!r}; expected 'random' or what lowest_loss_starts() returns"
-            )
+        _check_noise(length, segments, layout, content, location)
         if config is None and (layout == "branch" or CONTENTS[content]):
             needs = "layout='branch'" if layout == "branch" else f"content={content!r}"
             raise ValueError(f"config is None; {needs} needs the model's: config=model.config")
@@ -124,13 +110,14 @@ class NoisyCollator:
         self.annotate = False
 
     def set_epoch(self, epoch: int) -> None:
-        """The noise changes with it; before a pass over the data begins."""
+        """Draw other noise from now on; call it before a pass over the data begins."""
         self._epoch.fill_(epoch)
 
     @contextlib.contextmanager
     def paused(self):
-        """Within: batches are those of ``inner``. A loader with workers has to be iterated within,
-        too.
+        """Leave the batches of ``inner`` as they are within this context.
+
+        A loader with workers has to be iterated within it, too.
         """
         before = bool(self._paused)
         self._paused.fill_(True)
@@ -139,7 +126,7 @@ class NoisyCollator:
         finally:
             self._paused.fill_(before)
 
-    def __call__(self, samples) -> dict:
+    def __call__(self, samples) -> MutableMapping:
         batch = self.inner(samples)
         if self._paused:
             return batch
@@ -148,7 +135,7 @@ class NoisyCollator:
                 "content='self' needs the model, which a collator has not; expected"
                 " add_noise(trainer, …)"
             )
-        if not isinstance(batch, Mapping):
+        if not isinstance(batch, MutableMapping):
             raise ValueError(
                 f"inner gave a {type(batch).__name__}; expected a dict with input_ids and labels"
             )
@@ -158,31 +145,26 @@ class NoisyCollator:
                 f" {', '.join(map(str, batch))}; expected labels, -100 where a token is no part of"
                 " a response"
             )
-        noisy, given = (
-            self.add_noise(dict(batch)),
-            copy.copy(batch),
-        )  # which may be a BatchEncoding, with what that can do
-        for name in set(given) - set(noisy):
-            del given[name]
-        given.update(noisy)
-        return given
+        noisy = self._noisy(dict(batch))
+        result = copy.copy(batch)  # which may be a BatchEncoding, with what that can do
+        for name in set(result) - set(noisy):
+            del result[name]
+        result.update(noisy)
+        return result
 
-    def add_noise(self, batch: dict) -> dict:
-        """A collated batch with noise in it; the tensors that came are left alone."""
+    def _noisy(self, batch: dict) -> dict:
+        """Return a collated batch with noise in it; the tensors that came stay as they are."""
         ids, labels = batch["input_ids"], batch["labels"]
         if labels.shape != ids.shape:
             raise ValueError(
                 f"labels has shape {list(labels.shape)}; expected that of input_ids,"
                 f" {list(ids.shape)}"
             )
-        documents = documents_of(batch)
-        starts = torch.full(
-            (len(documents), self.segments), -1, dtype=torch.int64, device=ids.device
-        )
+        samples = sample_bounds(batch)
+        starts = torch.full((len(samples), self.segments), -1, dtype=torch.int64, device=ids.device)
         if isinstance(self.location, Starts):
-            starts[:, 0] = torch.tensor(
-                [self._known(ids, *document) for document in documents.tolist()], device=ids.device
-            )
+            known = [_known_start(self.location, ids, *bounds) for bounds in samples.tolist()]
+            starts[:, 0] = torch.tensor(known, device=ids.device)
         share = CONTENTS[self.content]
         vocabulary = self.config.vocab_size if share else 0
         seed = (self.seed * GOLDEN + int(self._epoch)) % 2**64  # the kernel mixes its bits
@@ -190,23 +172,39 @@ class NoisyCollator:
         apart = self.layout == "replace"
         keep = self.keep.to(ids.device)
         starts, noise = ops.draw_noise(
-            ids, labels, documents, keep, starts, seed, self.length, share, vocabulary, apart
+            ids, labels, samples, keep, starts, seed, self.length, share, vocabulary, apart
         )
-        if self.layout == "replace":
-            batch = replace(batch, documents, starts, noise)
-        else:
-            batch = branch(batch, documents, starts, noise)
+        lay_out = replace if self.layout == "replace" else branch
+        batch = lay_out(batch, samples, starts, noise)
         if not self.annotate:
             unmark(batch, self.config, self.length)
         return batch
 
-    def _known(self, ids: Tensor, row: int, begin: int, end: int) -> int:
-        start = self.location.get(identity(ids[row, begin:end]), -1)
-        if start < 0:
-            warnings.warn(
-                "location knows no start of some samples, whose noise is at random places; they"
-                " have no response, or the batches of lowest_loss_starts() were others (without"
-                " attention_mask a sample is a row with its padding)",
-                stacklevel=2,
-            )
-        return -1 if start < 0 else begin + start
+
+def _check_noise(length, segments, layout, content, location) -> None:
+    for name, value, most in (("length", length, 64), ("segments", segments, 256)):
+        if not (type(value) is int and 1 <= value <= most):
+            raise ValueError(f"{name} is {value!r}; expected 1 to {most}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; expected {' or '.join(map(repr, LAYOUTS))}")
+    if content not in CONTENTS:
+        raise ValueError(
+            f"content is {content!r}; expected one of {', '.join(map(repr, CONTENTS))}"
+        )
+    if location != "random" and not isinstance(location, Starts):
+        raise ValueError(
+            f"location is {location!r}; expected 'random' or what lowest_loss_starts() returns"
+        )
+
+
+def _known_start(location: Starts, ids: Tensor, row: int, begin: int, end: int) -> int:
+    """Return the column where a sample's noise begins; -1: not known."""
+    start = location.get(identity(ids[row, begin:end]), -1)
+    if start < 0:
+        warnings.warn(
+            "location knows no start of some samples, whose noise is at random places; they"
+            " have no response, or the batches of lowest_loss_starts() were others (without"
+            " attention_mask a sample is a row with its padding)",
+            stacklevel=2,
+        )
+    return -1 if start < 0 else begin + start

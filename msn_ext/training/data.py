@@ -1,4 +1,4 @@
-"""Conversations from files, and training samples from conversations."""
+"""Read conversations from files, and make training samples of them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from msn_ext.documents import rows
+from msn_ext.jsonl import rows
 
 from .layouts import NO_LABEL
 
-Messages = list[dict[str, str]]
-"""A conversation: ``role`` and ``content`` of every message, as chat templates take them."""
+Conversation = list[dict[str, str]]
+"""Its messages: ``role`` and ``content`` of every message, as chat templates take them."""
 
 
-def read_conversations(source: str) -> list[Messages]:
-    """The conversations of a JSON-lines file (also ``.gz``), or of the split ``train`` of a dataset
-    on the hub.
+def read_conversations(source: str) -> list[Conversation]:
+    """Return the conversations of a JSON-lines file (also ``.gz``), or of the split ``train`` of a
+    dataset on the hub, one a row.
 
     A row has ``messages``, or ``prompt`` and ``response``; without a response the conversation ends
     with the prompt, to be answered by ``--self-distill``.
@@ -26,7 +26,7 @@ def read_conversations(source: str) -> list[Messages]:
         OSError: the file cannot be opened.
         ValueError: it is damaged or has other rows; names the file and the line.
     """
-    found = [_messages(row, place) for place, row in _rows(source)]
+    found = [_conversation(row, place) for place, row in _rows(source)]
     if not found:
         raise ValueError(f"{source} holds no conversations")
     return found
@@ -49,7 +49,7 @@ def _rows(source: str) -> Iterator[tuple[str, dict]]:
     yield from rows(source)
 
 
-def _messages(row: dict, place: str) -> Messages:
+def _conversation(row: dict, place: str) -> Conversation:
     messages = row.get("messages")
     if messages is None and isinstance(row.get("prompt"), str):
         messages = [{"role": "user", "content": row["prompt"]}]
@@ -71,13 +71,13 @@ def _messages(row: dict, place: str) -> Messages:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int]] | None:
-    """A training sample: what the assistant says has labels, up to and including its end-of-text
-    token.
+def encode(tokenizer, conversation: Conversation, max_length: int) -> dict[str, list[int]] | None:
+    """Make a sample of a conversation: what the assistant says has labels, up to and including its
+    end-of-text token.
 
     Args:
         tokenizer: with a chat template; without one, the contents follow each other, an end-of-text
-            token behind each answer.
+            token after each answer.
         max_length: tokens that are kept, from the beginning.
 
     Returns:
@@ -89,9 +89,10 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
     """
     ids: list[int] = []
     labels: list[int] = []
-    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [at for at, message in enumerate(conversation) if message["role"] == "assistant"]
     for at in answers:
-        prompt, whole = prompt_ids(tokenizer, messages[:at]), _text(tokenizer, messages[: at + 1])
+        prompt = prompt_ids(tokenizer, conversation[:at])
+        whole = _ids(tokenizer, conversation[: at + 1])
         if prompt[: len(ids)] != ids:
             message = (
                 "the chat template writes earlier answers in another way than the last; only first"
@@ -103,18 +104,14 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
             raise ValueError(
                 "the chat template does not begin an answered conversation as it begins the"
                 " question, so that labels have no place; the conversation begins"
-                f" {messages[0]['content'][:60]!r}"
+                f" {conversation[0]['content'][:60]!r}"
             )
         answer = whole[len(prompt) :]
         stop = tokenizer.eos_token_id
-        size = (
-            len(answer) - answer[::-1].index(stop) if stop in answer else len(answer)
-        )  # a line feed may follow
-        labels += (
-            [NO_LABEL] * (len(prompt) - len(ids))
-            + answer[:size]
-            + [NO_LABEL] * (len(answer) - size)
-        )
+        # A line feed may follow the end-of-text token.
+        size = len(answer) - answer[::-1].index(stop) if stop in answer else len(answer)
+        labels += [NO_LABEL] * (len(prompt) - len(ids))
+        labels += answer[:size] + [NO_LABEL] * (len(answer) - size)
         ids = whole
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == NO_LABEL for label in labels):
@@ -122,31 +119,30 @@ def encode(tokenizer, messages: Messages, max_length: int) -> dict[str, list[int
     return {"input_ids": ids, "labels": labels}
 
 
-def prompt_ids(tokenizer, messages: Messages) -> list[int]:
-    """What the model is asked: a conversation up to where the assistant's next answer begins."""
+def prompt_ids(tokenizer, conversation: Conversation) -> list[int]:
+    """Return the tokens of a conversation up to where the assistant's next answer begins."""
     if tokenizer.chat_template is None:
-        return _text(tokenizer, messages)
+        return _ids(tokenizer, conversation)
     return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
 
 
-def _text(tokenizer, messages: Messages) -> list[int]:
+def _ids(tokenizer, conversation: Conversation) -> list[int]:
     if tokenizer.chat_template is not None:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        return tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
     ids: list[int] = []
-    for at, message in enumerate(messages):
+    for at, message in enumerate(conversation):
         ids += tokenizer(message["content"], add_special_tokens=at == 0)["input_ids"]
-        ids += (
-            [tokenizer.eos_token_id]
-            if message["role"] == "assistant" and tokenizer.eos_token_id is not None
-            else []
-        )
+        if message["role"] == "assistant" and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
     return ids
 
 
 class Collate:
-    """Samples of one batch, padded on the right to the longest; labels -100 there."""
+    """Makes a batch of samples, padded on the right to the longest; labels are -100 there."""
 
     def __init__(self, pad_token_id: int):
         self._pad = pad_token_id
@@ -159,9 +155,7 @@ class Collate:
         labels, mask = torch.full_like(ids, NO_LABEL), torch.zeros_like(ids)
         for row, sample in enumerate(samples):
             size = len(sample["input_ids"])
-            ids[row, :size], labels[row, :size] = (
-                torch.tensor(sample["input_ids"]),
-                torch.tensor(sample["labels"]),
-            )
+            ids[row, :size] = torch.tensor(sample["input_ids"])
+            labels[row, :size] = torch.tensor(sample["labels"])
             mask[row, :size] = 1
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}

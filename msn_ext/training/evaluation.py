@@ -1,4 +1,4 @@
-"""What noisy fine-tuning is to raise, and what it is not to lower."""
+"""Measure what noisy fine-tuning is to raise, and what it is not to lower."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TOP = 10
 
 @dataclass
 class NoiseAccuracy:
-    """How well a model does on clean text, and behind noise.
+    """Losses and accuracy of a model on clean text, and after noise.
 
     Attributes:
-        loss: mean cross-entropy of the responses' tokens behind clean text, natural logarithm.
+        loss: mean cross-entropy of the responses' tokens after clean text, natural logarithm.
         accuracy: share of these that were the likeliest.
-        top1, top10: behind 1, 2, … noise tokens, the share of right tokens among the likeliest 1
-        and 10.
-        tokens: labels behind clean text.
+        top1, top10: after 1, 2, … noise tokens, the share of right tokens among the likeliest 1
+            and 10.
+        tokens: labels after clean text.
     """
 
     loss: float
@@ -44,7 +44,7 @@ def noise_accuracy(
     batch_size: int = 4,
     progress: bool = True,
 ) -> NoiseAccuracy:
-    """Next-token loss on clean text and accuracy behind noise, with the same noise every time.
+    """Measure next-token loss on clean text and accuracy after noise, the same noise every time.
 
     Args:
         model: where it takes the branch layout, up to 12 segments of a sample are asked about in
@@ -60,7 +60,7 @@ def noise_accuracy(
     except ValueError:
         noisy = NoisyCollator(collate, length=length, seed=0)
     noisy.annotate = True
-    # Behind 0, 1, … noise tokens: labels, right ones, right among ten; and the loss behind none.
+    # After 0, 1, … noise tokens: labels, right ones, right among ten; and the loss after none.
     counts, loss = torch.zeros(length + 1, 3, dtype=torch.float64), 0.0
     training = model.training
     model.eval()
@@ -70,33 +70,29 @@ def noise_accuracy(
             for batch, depth in _passes(noisy, samples[at : at + batch_size], model.device):
                 labels, depth = batch.pop("labels")[:, 1:], depth[:, :-1]
                 live = (labels != NO_LABEL) & (depth >= 0)
-                said, right, depth = (
-                    model(**batch).logits[:, :-1][live].float(),
-                    labels[live],
-                    depth[live],
-                )
-                counts += _counts(said, right, depth, length)
+                logits = model(**batch).logits[:, :-1][live].float()
+                right, depth = labels[live], depth[live]
+                counts += _counts(logits, right, depth, length)
+                clean = depth == 0
                 loss += float(
-                    torch.nn.functional.cross_entropy(
-                        said[depth == 0], right[depth == 0], reduction="sum"
-                    )
+                    torch.nn.functional.cross_entropy(logits[clean], right[clean], reduction="sum")
                 )
     finally:
         model.train(training)
     shares = (counts[:, 1:] / counts[:, :1]).tolist()
-    clean = int(counts[0, 0])
+    tokens = int(counts[0, 0])
     return NoiseAccuracy(
-        loss / max(clean, 1),
-        shares[0][0],
-        [a for a, _ in shares[1:]],
-        [b for _, b in shares[1:]],
-        clean,
+        loss=loss / max(tokens, 1),
+        accuracy=shares[0][0],
+        top1=[top1 for top1, _ in shares[1:]],
+        top10=[top10 for _, top10 in shares[1:]],
+        tokens=tokens,
     )
 
 
 def _passes(noisy: NoisyCollator, samples: list[dict], device) -> list[tuple[dict, Tensor]]:
-    """Batches for the model, and behind how many noise tokens their columns are, int64 [B, T']; -1:
-    they do not count.
+    """Make batches for the model, each with the depth of its tokens in noise, int64 [B, T']: 0 at
+    clean ones, -1 at those that do not count.
     """
     batch = {name: x.to(device) for name, x in noisy(samples).items()}
     depth, _ = unmark(batch, noisy.config, noisy.length)
@@ -107,16 +103,16 @@ def _passes(noisy: NoisyCollator, samples: list[dict], device) -> list[tuple[dic
     return [(clean, torch.zeros_like(depth)), (batch, torch.where(depth > 0, depth, -1))]
 
 
-def _counts(said: Tensor, right: Tensor, depth: Tensor, length: int) -> Tensor:
-    """Per depth: labels, right ones, right ones among the likeliest ten."""
-    best = said.topk(min(TOP, said.shape[-1]), -1).indices == right[:, None]
+def _counts(logits: Tensor, right: Tensor, depth: Tensor, length: int) -> Tensor:
+    """Count per depth: labels, right ones, right ones among the likeliest ten."""
+    best = logits.topk(min(TOP, logits.shape[-1]), -1).indices == right[:, None]
     found = torch.stack([torch.ones_like(best[:, 0]), best[:, 0], best.any(1)], 1).cpu().double()
     return torch.zeros(length + 1, 3, dtype=torch.float64).index_add(0, depth.cpu(), found)
 
 
 def new_trigrams(answers: list[list[int]]) -> float:
-    """Share of the trigrams of answers that their answer has not had before, 0 to 1; low where a
-    model goes round in circles.
+    """Return the share of the trigrams of answers that are new to their answer, 0 to 1; low where a
+    model repeats itself.
     """
     trigrams = [list(zip(answer, answer[1:], answer[2:])) for answer in answers]
     return sum(len(set(of)) for of in trigrams) / max(1, sum(map(len, trigrams)))

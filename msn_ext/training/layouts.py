@@ -1,38 +1,32 @@
-"""What a batch with noise looks like: in place (arXiv 2406.17404, section 3.1), or as branches
-beside the clean text.
+"""The form of a batch with noise: in place (arXiv 2406.17404, section 3.1), or as branches beside
+the clean text.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from msn_ext.families import TESTED
+
 NO_LABEL = -100
-PACKING = {
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "seq_idx",
-}  # of kernels without a mask
-ANNOTATIONS = ("noise_depth", "noise_before", "noise_document")
-"""Of a batch, int64 [B, T']: i at the i-th noise token of a segment and 0 at clean ones; the column
-of the token that the noise token comes behind, -1 at clean ones; and with branches, whose mask is
-made of these, which sample of its row a token belongs to, from 1 on, 0 at padding.
+# What attention kernels without a mask take; branches have a mask instead.
+PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+ANNOTATIONS = ("noise_depth", "noise_before", "noise_sample")
+"""Entries of an annotated batch, int64 [B, T']:
+
+noise_depth: i at the i-th noise token of a segment, 0 at clean tokens.
+noise_before: at noise tokens the column of the token before, -1 at clean tokens.
+noise_sample: with branches only, whose mask is made of these: the number of a token's sample in its
+    row, from 1 on, 0 at padding.
 """
-# Families whose clean part is compared with the text alone in
-# python_tests/training/test_collator.py.
-TESTED = frozenset(
-    (
-        "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 "
-        "deepseek_v2 deepseek_v3 mixtral qwen3_moe gptj codegen"
-    ).split()
-)
 MASKED = torch.finfo(torch.float32).min
 
 
-def documents_of(batch: dict) -> Tensor:
-    """The samples of a collated batch, int64 [D, 3]: row, begin and end of each, in order.
+def sample_bounds(batch: dict) -> Tensor:
+    """Return the samples of a collated batch, int64 [S, 3]: row, begin and end of each, in order.
 
     A row is one sample, without the padding that ``attention_mask`` [B, T] shows, unless it is
     packed: then a sample begins wherever ``position_ids`` [B, T] do not go on by one, or as
@@ -42,20 +36,12 @@ def documents_of(batch: dict) -> Tensor:
     positions, bounds = batch.get("position_ids"), batch.get("cu_seq_lens_q")
     live = torch.ones_like(ids, dtype=torch.bool)
     if mask is not None:
-        if mask.shape != ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {list(mask.shape)}; expected that of input_ids,"
-                f" {list(ids.shape)}"
-            )
+        _check_shape("attention_mask", mask, ids)
         live = mask.bool()
     first = live.clone()
     first[:, 1:] &= ~live[:, :-1]
     if positions is not None:
-        if positions.shape != ids.shape:
-            raise ValueError(
-                f"position_ids has shape {list(positions.shape)}; expected that of input_ids,"
-                f" {list(ids.shape)}"
-            )
+        _check_shape("position_ids", positions, ids)
         first[:, 1:] |= live[:, 1:] & (positions[:, 1:] != positions[:, :-1] + 1)
     elif bounds is not None:
         first.view(-1)[bounds[:-1].long()] = True
@@ -66,25 +52,122 @@ def documents_of(batch: dict) -> Tensor:
     return torch.cat([begins, ends[:, 1:] + 1], dim=1)
 
 
-def replace(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor) -> dict:
-    """Noise in place of the tokens; the labels stay (Eq. 3 and 4)."""
+def _check_shape(name: str, x: Tensor, ids: Tensor) -> None:
+    if x.shape != ids.shape:
+        raise ValueError(
+            f"{name} has shape {list(x.shape)}; expected that of input_ids, {list(ids.shape)}"
+        )
+
+
+class _NoiseTokens(NamedTuple):
+    """All noise tokens of a batch; every field int64 [n].
+
+    Attributes:
+        sample, segment: indices of the token's sample in the batch and of its segment there.
+        depth: place in the segment, 0 for the first token.
+        row, column: place in the clean batch.
+        token: the noise.
+    """
+
+    sample: Tensor
+    segment: Tensor
+    depth: Tensor
+    row: Tensor
+    column: Tensor
+    token: Tensor
+
+
+def _noise_tokens(samples: Tensor, starts: Tensor, noise: Tensor) -> _NoiseTokens:
+    sample, segment, depth = (noise >= 0).nonzero(as_tuple=True)
+    return _NoiseTokens(
+        sample=sample,
+        segment=segment,
+        depth=depth,
+        row=samples[sample, 0],
+        column=starts[sample, segment] + depth,
+        token=noise[sample, segment, depth],
+    )
+
+
+def replace(batch: dict, samples: Tensor, starts: Tensor, noise: Tensor) -> dict:
+    """Return the annotated batch with noise in place of tokens; labels stay (Eq. 3 and 4).
+
+    Args:
+        batch: collated, not changed.
+        samples: int64 [S, 3], of :func:`sample_bounds`.
+        starts, noise: int64 [S, N] and [S, N, L], of ``draw_noise``.
+    """
     ids = batch["input_ids"].clone()
     depth, before = torch.zeros_like(ids), torch.full_like(ids, -1)
-    rows, columns, tokens, depths = _placed(documents, starts, noise)
-    ids[rows, columns] = tokens
-    depth[rows, columns], before[rows, columns] = depths + 1, columns - 1
+    tokens = _noise_tokens(samples, starts, noise)
+    at = tokens.row, tokens.column
+    ids[at], depth[at], before[at] = tokens.token, tokens.depth + 1, tokens.column - 1
     return batch | {"input_ids": ids, "noise_depth": depth, "noise_before": before}
 
 
-def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor) -> dict:
-    """The clean text, and behind it every segment as a branch that shall only see the text before
-    its start and itself (:func:`branch_mask`); ``attention_mask`` [B, T'] says what is no padding.
+def branch(batch: dict, samples: Tensor, starts: Tensor, noise: Tensor) -> dict:
+    """Return the annotated batch with the clean text and, after it, every segment as a branch.
 
-    Of a branch each token stands at the position of the token that it replaces, and its label is
-    the clean token behind that one. A label stands one place behind the token that shall predict
-    it, as models shift them; so one column of padding ends the row.
+    A branch shall only see the text before its start and itself (:func:`branch_mask`). Each of its
+    tokens has the position of the token that it replaces, and as label the clean token after that
+    one. A label stands one column after the token that shall predict it, as models shift them; so
+    one column of padding ends the row. ``attention_mask`` [B, T'] tells tokens from padding.
+
+    Args:
+        batch: collated, not changed.
+        samples: int64 [S, 3], of :func:`sample_bounds`.
+        starts, noise: int64 [S, N] and [S, N, L], of ``draw_noise``.
+
+    Raises:
+        ValueError: the batch has entries per token that are not known, or padding inside a row.
     """
+    _check_branches_fit(batch, samples)
     ids, labels = batch["input_ids"], batch["labels"]
+    width = ids.shape[1]
+    tokens = _noise_tokens(samples, starts, noise)
+    row = tokens.row
+    at = width + _branch_columns(samples, starts, tokens, noise.shape[2])
+    total = int(at.max()) + 2 if len(at) else width + 1
+
+    def widened(x: Tensor, value: int) -> Tensor:
+        return torch.cat([x, x.new_full((len(x), total - width), value)], dim=1)
+
+    positions = batch.get("position_ids")
+    if positions is None:
+        positions = torch.arange(width, device=ids.device).expand_as(ids)
+    new_ids, new_positions = widened(ids, 0), widened(positions, 0)
+    new_ids[row, at] = tokens.token
+    new_positions[row, at] = positions[row, tokens.column]
+
+    new_labels, next_column = widened(labels, NO_LABEL), tokens.column + 1
+    targets = labels[row, next_column.clamp(max=width - 1)]
+    inside = next_column < samples[tokens.sample, 2]
+    new_labels[row, at + 1] = torch.where(inside, targets, NO_LABEL)
+
+    depth, before = torch.zeros_like(new_ids), torch.full_like(new_ids, -1)
+    depth[row, at] = tokens.depth + 1
+    before[row, at] = torch.where(tokens.depth == 0, tokens.column, at) - 1
+
+    sample = torch.zeros_like(new_ids)
+    number = _count_within(samples[:, 0]) + 1
+    for (r, begin, end), n in zip(samples.tolist(), number.tolist()):
+        sample[r, begin:end] = n
+    sample[row, at] = number[tokens.sample]
+
+    kept = {name: value for name, value in batch.items() if name not in PACKING}
+    return kept | {
+        "input_ids": new_ids,
+        "labels": new_labels,
+        "position_ids": new_positions,
+        "attention_mask": (sample > 0).long(),
+        "noise_depth": depth,
+        "noise_before": before,
+        "noise_sample": sample,
+    }
+
+
+def _check_branches_fit(batch: dict, samples: Tensor) -> None:
+    ids = batch["input_ids"]
     known = PACKING | {"input_ids", "labels", "attention_mask", "position_ids"}
     if others := [
         name
@@ -95,66 +178,35 @@ def branch(batch: dict, documents: Tensor, starts: Tensor, noise: Tensor) -> dic
             f"layout='branch' does not know what {', '.join(others)} {list(ids.shape)} would be at"
             " the branches; leave it out of the batch"
         )
-    same = documents[1:, 0] == documents[:-1, 0]
-    if (gaps := same & (documents[1:, 1] > documents[:-1, 2])).any():
-        row = int(documents[1:][gaps][0, 0])
+    same_row = samples[1:, 0] == samples[:-1, 0]
+    if (gaps := same_row & (samples[1:, 1] > samples[:-1, 2])).any():
+        row = int(samples[1:][gaps][0, 0])
         raise ValueError(
             f"attention_mask has a gap in row {row}; layout='branch' expects padding at the ends of"
             " a row only"
         )
-    (batch_size, width), length = ids.shape, noise.shape[2]
-    rows, columns, tokens, depths = _placed(documents, starts, noise)
-    document, segment, _ = (noise >= 0).nonzero(as_tuple=True)
-    # Segments of a row stand behind the text one after the other.
+
+
+def _branch_columns(samples: Tensor, starts: Tensor, tokens: _NoiseTokens, length: int) -> Tensor:
+    """Return where noise tokens stand after the text, int64 [n]: segment by segment of their row,
+    ``length`` columns each.
+    """
     used = starts >= 0
-    place = torch.zeros_like(starts)
-    place[used] = _count_within(documents[:, 0][used.nonzero(as_tuple=True)[0]])
-    at = width + place[document, segment] * length + depths
-    total = int(at.max()) + 2 if len(at) else width + 1
-
-    def widened(x: Tensor, value: int) -> Tensor:
-        return torch.cat([x, x.new_full((batch_size, total - width), value)], dim=1)
-
-    positions = batch.get("position_ids")
-    if positions is None:
-        positions = torch.arange(width, device=ids.device).expand(batch_size, width)
-    new_ids, new_labels, new_positions = (
-        widened(ids, 0),
-        widened(labels, NO_LABEL),
-        widened(positions, 0),
-    )
-    new_ids[rows, at] = tokens
-    new_positions[rows, at] = positions[rows, columns]
-    ends = documents[document, 2]
-    target = labels[rows, (columns + 1).clamp(max=width - 1)]
-    new_labels[rows, at + 1] = torch.where(columns + 1 < ends, target, NO_LABEL)
-    depth, before = torch.zeros_like(new_ids), torch.full_like(new_ids, -1)
-    depth[rows, at], before[rows, at] = depths + 1, torch.where(depths == 0, columns, at) - 1
-
-    sample = torch.zeros_like(new_ids)
-    number = _count_within(documents[:, 0]) + 1
-    for (row, begin, end), n in zip(documents.tolist(), number.tolist()):
-        sample[row, begin:end] = n
-    sample[rows, at] = number[document]
-    kept = {name: value for name, value in batch.items() if name not in PACKING}
-    changed = {
-        "input_ids": new_ids,
-        "labels": new_labels,
-        "position_ids": new_positions,
-        "attention_mask": (sample > 0).long(),
-    }
-    return kept | changed | {"noise_depth": depth, "noise_before": before, "noise_document": sample}
+    place = torch.zeros_like(starts)  # of a segment among those of its row
+    place[used] = _count_within(samples[used.nonzero(as_tuple=True)[0], 0])
+    return place[tokens.sample, tokens.segment] * length + tokens.depth
 
 
 def branch_mask(
-    depth: Tensor, before: Tensor, document: Tensor, positions: Tensor, config, length: int
+    depth: Tensor, before: Tensor, sample: Tensor, positions: Tensor, config, length: int
 ) -> Tensor | dict[str, Tensor]:
-    """Who sees what in a batch of :func:`branch`: the text as usual; a branch the text before its
-    start, and itself so far.
+    """Return who sees what in a batch of :func:`branch`: text the text before it, as usual; a
+    branch the text before its start, and itself so far.
 
     Args:
-        depth, before, document: :data:`ANNOTATIONS`, int64 [B, T'].
+        depth, before, sample: :data:`ANNOTATIONS`, int64 [B, T'].
         positions: int64 [B, T'].
+        config: of the model's text.
         length: of the longest branch, or more; a GPU is not asked for it.
 
     Returns:
@@ -162,43 +214,44 @@ def branch_mask(
         for a model with windows, which count positions, a dict of them by kind of layer.
     """
     width = depth.shape[1]
-    column, live = torch.arange(width, device=depth.device).expand_as(depth), document > 0
+    column, live = torch.arange(width, device=depth.device).expand_as(depth), sample > 0
     # Of the text a token sees the columns from its sample's first one to the last before its
     # branch, or to itself.
     anchor = torch.where(
         depth > 0, before.gather(1, (column - depth + 1).clamp(max=width - 1)), column
     )
     opens = torch.ones_like(live)
-    opens[:, 1:] = document[:, 1:] != document[:, :-1]
+    opens[:, 1:] = sample[:, 1:] != sample[:, :-1]
     begin = torch.where(opens, column, 0).cummax(1).values.gather(1, anchor.clamp(min=0))
     begin, end = torch.where(live, begin, 0), torch.where(live, anchor + 1, 0)
-    below = (
-        column[:1] < torch.arange(width + 1, device=depth.device)[:, None]
-    )  # rows of it are copied, which is fast
+    # Copying rows of a table of all columns below 0, 1, … is fast.
+    below = column[:1] < torch.arange(width + 1, device=depth.device)[:, None]
     sees = below[end]
     if sees.is_cuda or bool(begin.any()):
         sees &= ~below[begin]
-    # Of its branch those so far; itself anyway, so that no row is empty.
+    # Of its branch a token sees those so far, and in any case itself, so that no row is empty.
     for back in range(max(1, length)):
         sees.scatter_(2, torch.where(depth > back, column - back, column)[..., None], True)
     return _masks(sees[:, None], positions, config)
 
 
 def unmark(batch: dict, config, length: int) -> tuple[Tensor, Tensor]:
-    """Make a batch with :data:`ANNOTATIONS` one that a model takes, in place, with the mask of
-    branches where there are any; gives what said how deep in noise its tokens are, and behind which
-    column.
+    """Take :data:`ANNOTATIONS` out of a batch and put in the mask of branches where there are any,
+    in place, so that a model can take it.
+
+    Returns:
+        ``noise_depth`` and ``noise_before``, int64 [B, T'].
     """
-    depth, before, document = (batch.pop(name, None) for name in ANNOTATIONS)
-    if document is not None:
+    depth, before, sample = (batch.pop(name, None) for name in ANNOTATIONS)
+    if sample is not None:
         batch["attention_mask"] = branch_mask(
-            depth, before, document, batch["position_ids"], config, length
+            depth, before, sample, batch["position_ids"], config, length
         )
     return depth, before
 
 
 def check_branches(config) -> None:
-    """Raise ValueError where a model cannot take the branch layout's mask."""
+    """Raise ValueError where a model, by its text's config, cannot take the mask of branches."""
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(
@@ -214,7 +267,7 @@ def check_branches(config) -> None:
 
 
 def _masks(sees: Tensor, positions: Tensor, config) -> Tensor | dict[str, Tensor]:
-    """As the model's attention takes them; windows count positions."""
+    """Turn bool [B, 1, T', T'] into what the model's attention takes; windows count positions."""
 
     def form(mask: Tensor) -> Tensor:
         if config._attn_implementation == "eager":
@@ -225,6 +278,7 @@ def _masks(sees: Tensor, positions: Tensor, config) -> Tensor | dict[str, Tensor
     window = getattr(config, "sliding_window", None)
     if kinds == {"full_attention"} or not (kinds or window):
         return form(sees)
+    assert window is not None, "layers with windows and no sliding_window"
     near = sees & (positions[:, None, :, None] - positions[:, None, None, :] < window)
     near |= torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
     if not kinds:
@@ -232,20 +286,7 @@ def _masks(sees: Tensor, positions: Tensor, config) -> Tensor | dict[str, Tensor
     return {kind: form(near if kind == "sliding_attention" else sees) for kind in sorted(kinds)}
 
 
-def _placed(
-    documents: Tensor, starts: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row, column, token and depth (0 for the first of a segment) of every noise token."""
-    document, segment, depth = (noise >= 0).nonzero(as_tuple=True)
-    return (
-        documents[document, 0],
-        starts[document, segment] + depth,
-        noise[document, segment, depth],
-        depth,
-    )
-
-
 def _count_within(groups: Tensor) -> Tensor:
-    """For every entry of an ascending tensor, how many equal ones stand before it."""
+    """Count, for every entry of an ascending tensor, the equal ones before it."""
     groups, at = groups.contiguous(), torch.arange(len(groups), device=groups.device)
     return at - torch.searchsorted(groups, groups)

@@ -1,4 +1,4 @@
-"""Where noise is easiest to learn: appendix A of arXiv 2406.17404."""
+"""Find the places where noise is easiest to learn (arXiv 2406.17404, appendix A)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .collator import Starts, identity
-from .layouts import NO_LABEL, documents_of
+from .layouts import NO_LABEL, sample_bounds
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def lowest_loss_starts(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Starts:
-    """Where in every sample the model finds ``length`` tokens of a response likeliest, for
+    """Find where in every sample the model finds ``length`` tokens of a response likeliest, for
     ``location=`` of a collator.
 
     Likeliest is the lowest mean of their cross-entropies, given the clean text (appendix A); of
@@ -72,6 +72,7 @@ def _alone(samples: list) -> dict:
 
 
 def _find(model, batch: dict, length: int, starts: Starts) -> None:
+    """Add the starts of a collated batch's samples to ``starts``."""
     inputs = {
         name: value.to(model.device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
@@ -84,23 +85,21 @@ def _find(model, batch: dict, length: int, starts: Starts) -> None:
         ignore_index=NO_LABEL,
         reduction="none",
     )
-    loss = torch.cat(
-        [loss.new_zeros(len(labels), 1), loss.view(len(labels), -1)], dim=1
-    )  # of each token, at its place
-    for row, begin, end in documents_of(inputs).tolist():
-        best = _lowest(
-            loss[row, begin:end].tolist(), (labels[row, begin:end] != NO_LABEL).tolist(), length
-        )
+    # The loss of each token, in the token's own column.
+    loss = torch.cat([loss.new_zeros(len(labels), 1), loss.view(len(labels), -1)], dim=1)
+    for row, begin, end in sample_bounds(inputs).tolist():
+        response = (labels[row, begin:end] != NO_LABEL).tolist()
+        best = _lowest(loss[row, begin:end].tolist(), response, length)
         if best is not None:
             starts[identity(inputs["input_ids"][row, begin:end])] = best
 
 
 def _lowest(loss: list[float], response: list[bool], length: int) -> int | None:
-    """The start of a segment with the lowest loss, as ``draw_noise`` places them: whole, or a short
-    response.
+    """Return the start of the segment with the lowest mean loss, of those that ``draw_noise`` could
+    place: whole ones, or all of a shorter response.
     """
     response = [False, *response[1:]]  # the first token has nothing before it
-    best = None
+    best: tuple[float, int] | None = None
     for at in range(len(loss)):
         size = 0
         while size < length and at + size < len(loss) and response[at + size]:

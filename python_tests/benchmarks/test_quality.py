@@ -9,9 +9,9 @@ from transformers import LlamaForCausalLM
 from helpers import BENCHMARKS
 from helpers.conversations import TEMPLATE, tiny_llama
 from helpers.samples import byte_tokenizer
-from msn_ext import recipe
-from msn_ext.training.data import read_conversations
-from msn_ext.tuning import draw
+from msn_ext.jsonl import draw
+from msn_ext.recipe.samples import before_repetition
+from msn_ext.training.data import prompt_ids, read_conversations
 
 
 @pytest.fixture
@@ -166,8 +166,8 @@ def test_quality_is_compared_on_the_first_model_s_answers(
     )
     tokenizer, samples = byte_tokenizer(TEMPLATE), []
     for row in answers:
-        prompt = recipe.prompt_ids(tokenizer, row["messages"])
-        answer = recipe.before_circling(row["tokens"])
+        prompt = prompt_ids(tokenizer, row["messages"])
+        answer = before_repetition(row["tokens"])
         samples.append((prompt, answer))
     for row, path in ((base, folder), (changed, other)):
         model, losses = LlamaForCausalLM.from_pretrained(path), []

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.conversations import DATA, TEMPLATE, command, tiny_llama
 from helpers.samples import byte_tokenizer
-from msn_ext import cli, recipe
+from msn_ext import cli
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -52,6 +52,21 @@ def test_a_model_learns_to_guess(folder, data, tmp_path, capsys):
     assert "holds a run with --epochs 6.0, now it is 7.0" in capsys.readouterr().err
 
 
+KEPT = (
+    "model data samples self_distill max_new_tokens layout length segments content noise_weight"
+    " lora_rank learning_rate epochs max_steps batch_size max_length held_out bf16 seed"
+)
+
+
+def test_a_folder_names_settings_as_it_always_has(folder, data, tmp_path):
+    """Another version has to resume the run, or to say which setting is another one."""
+    output = tmp_path / "out"
+    assert cli.main(command(folder, data, output, "--max-steps", "1", "--segments", "7")) == 0
+    kept = json.loads((output / "settings.json").read_text())
+    assert set(kept) == {*KEPT.split(), "content of --data"}
+    assert kept["segments"] == 7 and kept["noise_weight"] is None and kept["data"] == [data]
+
+
 def test_what_went_wrong_may_be_corrected(folder, data, tmp_path, capsys, monkeypatch):
     """Until there is a checkpoint; answers that are there are not asked for again."""
     output, answers = (
@@ -69,7 +84,7 @@ def test_what_went_wrong_may_be_corrected(folder, data, tmp_path, capsys, monkey
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(recipe, "train", out_of_memory)
+        patched.setattr("msn_ext.recipe.train.train", out_of_memory)
         assert cli.main(command(folder, data, output, *answers)) == 1
     written = (output / "answers.jsonl").read_text()
     assert cli.main(command(folder, data, output, *answers[:2], "10", *answers[3:])) == 1
@@ -83,7 +98,7 @@ def test_what_went_wrong_may_be_corrected(folder, data, tmp_path, capsys, monkey
     assert len(figures["before"]["top1"]) == len(figures["after"]["top1"]) == 3
 
 
-def test_changed_data_is_not_gone_on_with(folder, data, tmp_path, capsys):
+def test_a_run_is_not_resumed_with_changed_data(folder, data, tmp_path, capsys):
     file, output = tmp_path / "data.jsonl", tmp_path / "out"
     shutil.copy(data, file)
     assert cli.main(command(folder, str(file), output, "--max-steps", "1")) == 0
@@ -187,7 +202,7 @@ def test_noise_weighs_less_in_the_last_third(folder, data, tmp_path, monkeypatch
         told.extend(at(done) for done in (0, 0.6, 0.7, 1))
         raise RuntimeError("enough")
 
-    monkeypatch.setattr("msn_ext.recipe.add_noise", add_noise)
+    monkeypatch.setattr("msn_ext.recipe.train.add_noise", add_noise)
     assert cli.main(command(folder, data, tmp_path / "out", *more)) == 1
     first, last = noise
     assert told == [pytest.approx(pair) for pair in [(1, first), (1, first), (1, last), (1, last)]]

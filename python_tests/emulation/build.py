@@ -76,8 +76,8 @@ def run_compiler(*arguments) -> None:
 def build(folder: Path) -> None:
     """Puts a package msn_ext into `folder`: the installed one's Python, over emulated kernels."""
     shutil.copytree(CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    shutil.copy(HERE / "mma.cuh", folder / "csrc" / "cuda" / "mma.cuh")
-    for path in folder.glob("csrc/cuda/*.cu*"):
+    shutil.copy(HERE / "mma.cuh", folder / "csrc" / "cuda" / "tree" / "mma.cuh")
+    for path in folder.glob("csrc/cuda/**/*.cu*"):
         shared = r"\1* \2 = reinterpret_cast<\1*>(emulation::dynamic_shared);"
         path.write_text(re.sub(r"extern __shared__ (\w+) (\w+)\[\];", shared, path.read_text()))
     installed = Path(importlib.util.find_spec("msn_ext").origin).parent
@@ -85,17 +85,17 @@ def build(folder: Path) -> None:
         installed, folder / "msn_ext", ignore=shutil.ignore_patterns("_C*", "__pycache__")
     )
     kernels = sorted(
-        folder.glob("csrc/cuda/*.cu"), key=lambda path: -path.stat().st_size
+        folder.glob("csrc/cuda/*/*.cu"), key=lambda path: -path.stat().st_size
     )  # the longest first
     with ThreadPoolExecutor(2) as jobs:
-        sources = [folder / "csrc" / "bindings.cpp", *kernels, HERE / "on_cpu.cpp"]
+        sources = [*folder.glob("csrc/bindings/*.cpp"), *kernels, HERE / "on_cpu.cpp"]
         list(jobs.map(lambda source: compile_one(folder, source), sources))
     link(folder)
 
 
 def mutate(folder: Path, kernel: str, old: str, new: str) -> None:
     """Replaces every `old` by `new` in a kernel of a build, and builds that one again."""
-    path = folder / "csrc" / "cuda" / kernel
+    (path,) = folder.glob(f"csrc/cuda/*/{kernel}")
     source = path.read_text()
     assert old in source, f"{kernel} has no {old!r}"
     path.write_text(source.replace(old, new))

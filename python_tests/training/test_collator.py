@@ -12,8 +12,9 @@ from helpers.cases import assert_equal
 from helpers.families import FAMILIES, VOCAB, tiny_model
 from helpers.samples import NONE, Pad, flatten, sample, samples
 from msn_ext import NoisyCollator, lowest_loss_starts
+from msn_ext.families import TESTED
 from msn_ext.training.attach import guess
-from msn_ext.training.layouts import TESTED, documents_of, unmark
+from msn_ext.training.layouts import sample_bounds, unmark
 
 LENGTH = 4  # of a segment, where nothing else is said
 CONFIG = tiny_model("llama", 0).config
@@ -25,17 +26,17 @@ def annotated(*arguments, **settings) -> NoisyCollator:
     return collator
 
 
-def test_padding_belongs_to_no_document():
+def test_padding_belongs_to_no_sample():
     rows = samples(3)
     sizes = [len(row["input_ids"]) for row in rows]
     width = max(sizes)
-    assert documents_of(Pad()(rows)).tolist() == [[i, 0, n] for i, n in enumerate(sizes)]
-    assert documents_of(Pad("left")(rows)).tolist() == [
+    assert sample_bounds(Pad()(rows)).tolist() == [[i, 0, n] for i, n in enumerate(sizes)]
+    assert sample_bounds(Pad("left")(rows)).tolist() == [
         [i, width - n, width] for i, n in enumerate(sizes)
     ]
     batch = Pad()(rows)
     del batch["attention_mask"]
-    assert documents_of(batch).tolist() == [[i, 0, width] for i in range(3)]
+    assert sample_bounds(batch).tolist() == [[i, 0, width] for i in range(3)]
 
 
 def test_packed_samples_are_told_apart():
@@ -44,17 +45,17 @@ def test_packed_samples_are_told_apart():
     ends = sizes.cumsum(0)
     expected = [[0, int(end - n), int(end)] for end, n in zip(ends, sizes)]
     batch = flatten(rows)
-    assert documents_of(batch).tolist() == expected
+    assert sample_bounds(batch).tolist() == expected
     bounds = torch.cat([ends.new_zeros(1), ends]).int()
     by_bounds = {"input_ids": batch["input_ids"], "cu_seq_lens_q": bounds}
-    assert documents_of(by_bounds).tolist() == expected
+    assert sample_bounds(by_bounds).tolist() == expected
     two = {
         name: torch.cat([x, x]) for name, x in batch.items()
     }  # two packed rows, the second with padding
     two["attention_mask"] = torch.ones_like(two["input_ids"])
     two["attention_mask"][1, -3:] = 0
     shortened = [[1, begin, min(end, int(ends[-1]) - 3)] for _, begin, end in expected]
-    assert documents_of(two).tolist() == expected + shortened
+    assert sample_bounds(two).tolist() == expected + shortened
 
 
 @pytest.mark.parametrize("inner", [Pad(), Pad("left"), flatten], ids=["right", "left", "packed"])
@@ -72,7 +73,7 @@ def test_replaced_tokens_are_noise_and_nothing_else_changes(inner):
     segments = (depth == 1).sum()
     assert segments == 16 and sorted(depth[depth > 0].tolist()) == sorted([1, 2, 3, 4] * 16)
     assert (noisy["input_ids"] != clean["input_ids"]).sum() > 40
-    for row, begin, end in documents_of(clean).tolist():
+    for row, begin, end in sample_bounds(clean).tolist():
         for at in (depth[row, begin:end] > 0).nonzero()[:, 0].tolist():
             assert (
                 noisy["input_ids"][row, begin + at] in clean["input_ids"][row, begin : begin + at]
@@ -284,7 +285,7 @@ def test_the_clean_part_is_as_without_branches(family, attention, form):
 
     logits = model(**batch).logits
     alone = [Pad()([row]) for row in rows]
-    for (row, begin, end), one in zip(documents_of(inner).tolist(), alone):
+    for (row, begin, end), one in zip(sample_bounds(inner).tolist(), alone):
         close(logits[row, begin:end], model(**one).logits[0], model.config)
     batch["labels"][:, width:] = NONE  # branches are there, and count nothing
     loss, expected = loss_sum(model, batch), sum(loss_sum(model, one) for one in alone)
@@ -408,7 +409,7 @@ def test_the_lowest_loss_is_found():
         starts.values()
     )
     packed = annotated(flatten, location=starts)(rows)
-    found = (packed["noise_depth"] == 1).nonzero()[:, 1] - documents_of(flatten(rows))[:, 1]
+    found = (packed["noise_depth"] == 1).nonzero()[:, 1] - sample_bounds(flatten(rows))[:, 1]
     assert found.tolist() == list(starts.values())
     with pytest.warns(UserWarning, match="location knows no start"):
         unknown = annotated(Pad(), location=type(starts)())(rows)

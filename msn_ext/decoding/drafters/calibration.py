@@ -55,7 +55,7 @@ class FactorRecorder(ObservedDrafter):
             for node in path[: int(verified.accept_length[b])]:
                 chain.append(node)
                 context = reference.context_of(text, tokens, chain, SUFFIXES[-1])
-                bias, listed = reference.listed_behind(
+                bias, listed = reference.listed_after(
                     context,
                     len(chain) - 1,
                     denoised,

@@ -1,0 +1,160 @@
+// The bindings of the ops in drafting_ops.h.
+#include "drafting.h"
+#include "best_first.h"
+#include "bindings/checks.h"
+#include "bindings/define.h"
+#include "drafting_ops.h"
+
+namespace py = pybind11;
+
+namespace msn {
+
+namespace {
+
+void lookup_ngram(const Argument& history, const Argument& lengths, int64_t max_ngram,
+                  const Argument& tokens, const Argument& matched) {
+  expect_dims(history, 2);
+  expect_dims(tokens, 2);
+  const int64_t batch = history.shape[0];
+  expect_dense(history, DType::kInt64, {batch, history.shape[1]}, history);
+  expect_dense(lengths, DType::kInt64, {batch}, history);
+  expect_range("max_ngram", max_ngram, 1, 1 << 20);
+  expect_dense(tokens, DType::kInt64, {batch, tokens.shape[1]}, history);
+  expect_dense(matched, DType::kInt64, {batch}, history);
+  run(history, LookupNgram{history, lengths, max_ngram, tokens, matched});
+}
+
+void fill_tree(const Argument& candidates, const Argument& retrieved, const Argument& history,
+               const Argument& lengths, const Argument& depth, const Argument& rank,
+               const Argument& seed, const Argument& tokens) {
+  expect_dims(candidates, 3);
+  expect_dims(retrieved, 2);
+  expect_dims(history, 2);
+  expect_dims(rank, 1);
+  const int64_t batch = history.shape[0], nodes = rank.shape[0];
+  expect_nodes(rank, nodes);
+  expect_dense(candidates, DType::kInt64, {batch, candidates.shape[1], candidates.shape[2]},
+               history);
+  expect_dense(retrieved, DType::kInt64, {batch, retrieved.shape[1]}, history);
+  expect_dense(history, DType::kInt64, {batch, history.shape[1]}, history);
+  expect_dense(lengths, DType::kInt64, {batch}, history);
+  expect_tree(depth, DType::kInt32, batch, nodes, history);
+  expect_dense(rank, DType::kInt32, {nodes}, history);
+  expect_dense(seed, DType::kInt64, {1}, history);
+  expect_dense(tokens, DType::kInt64, {batch, nodes}, history);
+  run(history, FillTree{candidates, retrieved, history, lengths, depth, rank, seed, tokens});
+}
+
+void top_guesses(const Argument& logits, const Argument& guesses) {
+  expect_logits(logits);
+  expect_dense(guesses, DType::kInt32, {logits.shape[0], kGuesses}, logits);
+  if (logits.shape[0] == 0) return;
+  run(logits, TopGuesses{logits, guesses});
+}
+
+void index_suffixes(const Argument& suffixes, const Argument& history, const Argument& start,
+                    const Argument& lengths) {
+  expect_dims(history, 2);
+  const int64_t batch = history.shape[0];
+  expect_range("capacity of history", history.shape[1], 0, INT32_MAX);
+  expect_dense(history, DType::kInt64, {batch, history.shape[1]}, history);
+  expect_dims(suffixes, 3);
+  expect_dense(suffixes, DType::kInt32, {batch, kSuffixes, suffixes.shape[2]}, history);
+  expect_dense(start, DType::kInt64, {batch}, history);
+  expect_dense(lengths, DType::kInt64, {batch}, history);
+  if (suffixes.shape[2] == 0) return;
+  run(history, IndexSuffixes{suffixes, history, start, lengths});
+}
+
+void remember_guesses(const Argument& adjacency, const Argument& history, const Argument& lengths,
+                      const Argument& tokens, const Argument& parents, const Argument& path,
+                      const Argument& guesses) {
+  expect_dims(tokens, 2);
+  expect_dims(history, 2);
+  expect_dims(adjacency, 3);
+  const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
+  expect_nodes(tokens, nodes);
+  expect_dense(tokens, DType::kInt64, {batch, nodes}, tokens);
+  expect_dense(adjacency, DType::kInt32, {kOrders, adjacency.shape[1], 1 + kGuesses}, tokens);
+  expect_dense(history, DType::kInt64, {batch, history.shape[1]}, tokens);
+  expect_dense(lengths, DType::kInt64, {batch}, tokens);
+  expect_tree(parents, DType::kInt32, batch, nodes, tokens);
+  expect_dense(path, DType::kInt64, {batch, nodes}, tokens);
+  expect_dense(guesses, DType::kInt32, {batch, nodes, kGuesses}, tokens);
+  if (adjacency.shape[1] == 0) return;
+  run(tokens, RememberGuesses{adjacency, history, lengths, tokens, parents, path, guesses});
+}
+
+void draft_tree(const Argument& history, const Argument& lengths, const Argument& denoised,
+                const Argument& adjacency, const Argument& suffixes, const Argument& corpus,
+                const Argument& corpus_suffixes, const Argument& factors, int64_t max_depth,
+                double foresight, const Argument& tokens, const Argument& parents,
+                const Argument& probability, const Argument& sources) {
+  expect_dims(history, 2);
+  expect_dims(denoised, 3);
+  expect_dims(adjacency, 3);
+  expect_dims(suffixes, 3);
+  expect_dims(corpus, 1);
+  expect_dims(corpus_suffixes, 2);
+  expect_dims(tokens, 2);
+  const int64_t batch = history.shape[0], nodes = tokens.shape[1];
+  expect_nodes(tokens, nodes);
+  expect_range("max_depth", max_depth, 0, kMaxNodes);
+  if (!(foresight >= 0 && foresight <= 1)) refuse("foresight is ", foresight, "; expected 0 to 1");
+  expect_dense(history, DType::kInt64, {batch, history.shape[1]}, history);
+  expect_dense(lengths, DType::kInt64, {batch}, history);
+  expect_dense(denoised, DType::kInt32, {batch, denoised.shape[1], kGuesses}, history);
+  expect_dense(adjacency, DType::kInt32, {kOrders, adjacency.shape[1], 1 + kGuesses}, history);
+  expect_dense(suffixes, DType::kInt32, {batch, kSuffixes, suffixes.shape[2]}, history);
+  expect_range("length of corpus", corpus.shape[0], 0, INT32_MAX);
+  expect_dense(corpus, DType::kInt32, {corpus.shape[0]}, history);
+  expect_dense(corpus_suffixes, DType::kInt32, {kSuffixes, corpus_suffixes.shape[1]}, history);
+  expect_dense(factors, DType::kFloat64, {kFactors}, history);
+  expect_dense(tokens, DType::kInt64, {batch, nodes}, history);
+  expect_dense(parents, DType::kInt32, {batch, nodes}, history);
+  expect_dense(probability, DType::kFloat64, {batch, nodes}, history);
+  expect_dense(sources, DType::kInt32, {batch, nodes}, history);
+  run(history, DraftTree{history, lengths, denoised, adjacency, suffixes, corpus, corpus_suffixes,
+                         factors, max_depth, foresight, tokens, parents, probability, sources});
+}
+
+}  // namespace
+
+void define_drafting(py::module_& m) {
+  define(m, "lookup_ngram", &lookup_ngram,
+         {"history", "lengths", "max_ngram", "tokens", "matched"});
+  define(m, "fill_tree", &fill_tree,
+         {"candidates", "retrieved", "history", "lengths", "depth", "rank", "seed", "tokens"});
+  define(m, "top_guesses", &top_guesses, {"logits", "guesses"});
+  define(m, "index_suffixes", &index_suffixes, {"suffixes", "history", "start", "lengths"});
+  define(m, "remember_guesses", &remember_guesses,
+         {"adjacency", "history", "lengths", "tokens", "parents", "path", "guesses"});
+  define(m, "draft_tree", &draft_tree,
+         {"history", "lengths", "denoised", "adjacency", "suffixes", "corpus", "corpus_suffixes",
+          "factors", "max_depth", "foresight", "tokens", "parents", "probability", "sources"});
+
+  // The constants that Python shares, from the headers that own them.
+  m.attr("RETRIEVAL") = kRetrieval;
+  m.attr("GUESSES") = kGuesses;
+  m.attr("LEVELS") = kLevels;
+  m.attr("ORDERS") = kOrders;
+  m.attr("CEILING") = kCeiling;
+  py::tuple edges(kLevels - 1), suffixes(kSuffixes);
+  for (int i = 0; i < kLevels - 1; ++i) edges[i] = edges_of_levels().at[i];
+  for (int i = 0; i < kSuffixes; ++i) suffixes[i] = suffix_length(i);
+  m.attr("EDGES") = edges;
+  m.attr("SUFFIXES") = suffixes;
+
+  m.attr("DENOISED") = static_cast<int>(kDenoised);
+  m.attr("ADJACENCY") = static_cast<int>(kAdjacency);
+  m.attr("SUFFIX") = static_cast<int>(kSuffix);
+  m.attr("NOISE") = static_cast<int>(kNoise);
+
+  m.attr("FACTORS") = kFactors;
+  m.attr("FACTORS_BIAS") = kBiasAt;
+  m.attr("FACTORS_DENOISED") = kDenoisedAt;
+  m.attr("FACTORS_ADJACENCY") = kAdjacencyAt;
+  m.attr("FACTORS_SUFFIX") = kSuffixAt;
+}
+
+}  // namespace msn

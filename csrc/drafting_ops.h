@@ -1,0 +1,84 @@
+// The ops that find guesses and put them into a draft tree; see tree_ops.h.
+#pragma once
+#include "best_first.h"
+#include "drafting.h"
+#include "tensor.h"
+
+namespace msn {
+
+struct LookupNgram {
+  Tensor history, lengths;
+  int64_t max_ngram = 0;
+  Tensor tokens, matched;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+struct FillTree {
+  Tensor candidates, retrieved, history, lengths, depth, rank, seed, tokens;
+
+  // Of row 0, without its length.
+  FillSources first_row() const {
+    FillSources from{};
+    from.candidates = candidates.as<int64_t>();
+    from.depths = candidates.shape[1];
+    from.ranks = candidates.shape[2];
+    from.retrieved = retrieved.as<int64_t>();
+    from.retrieved_length = retrieved.shape[1];
+    from.history = history.as<int64_t>();
+    return from;
+  }
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+struct TopGuesses {
+  Tensor logits, guesses;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+struct IndexSuffixes {
+  Tensor suffixes, history, start, lengths;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+struct RememberGuesses {
+  Tensor adjacency, history, lengths, tokens, parents, path, guesses;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+struct DraftTree {
+  Tensor history, lengths, denoised, adjacency, suffixes, corpus, corpus_suffixes, factors;
+  int64_t max_depth = 0;
+  double foresight = 0.0;
+  Tensor tokens, parents, probability, sources;
+
+  // Of row 0, without its length.
+  Sources first_row() const {
+    Sources from{};
+    from.denoised = denoised.as<int32_t>();
+    from.depths = denoised.shape[1];
+    from.adjacency = adjacency.as<int32_t>();
+    from.adjacency_slots = adjacency.shape[1];
+    from.suffixes = suffixes.as<int32_t>();
+    from.suffix_slots = suffixes.shape[2];
+    from.history = history.as<int64_t>();
+    from.corpus = corpus.as<int32_t>();
+    from.corpus_length = corpus.shape[0];
+    from.corpus_suffixes = corpus_suffixes.as<int32_t>();
+    from.corpus_slots = corpus_suffixes.shape[1];
+    from.factors = factors.as<double>();
+    return from;
+  }
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+}  // namespace msn

@@ -1,0 +1,74 @@
+// The ops on a draft tree. An op is its arguments and one function for each backend; shapes, dtypes
+// and meaning stand in msn_ext/ops, and csrc/bindings has checked them before either is called.
+// Integer tensors are contiguous; a tensor that is not given has no data. `stream` is a
+// cudaStream_t; a build without CUDA has no `on_cuda`.
+#pragma once
+#include <vector>
+
+#include "tensor.h"
+
+namespace msn {
+
+struct TreeAncestors {
+  Tensor parents, ancestors, depth;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+// Memory in which the blocks of one launch leave sums for each other, so that keys can be split
+// over them.
+struct AttentionSpace {
+  float* partial = nullptr;
+  int* arrived = nullptr;  // 0 before and after
+  int64_t floats = 0, counters = 0;
+};
+
+struct TreeAttention {
+  Tensor q, k, v, lengths, offsets, ancestors, sinks;
+  double scale = 1.0;
+  int64_t window = 0;    // 0: none
+  double softcap = 0.0;  // 0: none
+  Tensor out;
+  AttentionSpace space;  // CUDA only
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+const char* attention_isa();  // instruction set that TreeAttention::on_cpu runs on here
+// The sizes that TreeAttention::on_cuda wants for 16-bit tensors.
+AttentionSpace attention_space(const Tensor& q, const Tensor& k, const Tensor& v);
+
+struct VerifyTree {
+  Tensor tokens, targets, parents, accept_length, path, bonus, continuation;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+struct VerifyLogits {
+  Tensor logits, tokens, parents, guesses, targets, accept_length, path, bonus, continuation;
+  Tensor arrived;  // CUDA only
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+struct CommitKV {
+  std::vector<Tensor> caches;
+  Tensor lengths, path, accept_length;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+struct AdvanceText {
+  Tensor history, lengths, remaining, targets, path, accept_length, ends;
+  int64_t vocabulary = 0;
+  Tensor gained, status;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+}  // namespace msn

@@ -1,0 +1,158 @@
+"""The compiled kernels, called through :mod:`msn_ext.ops`, where shapes and dtypes are written.
+
+Every tensor is contiguous, unless an op says otherwise; results are written into the last ones.
+"""
+
+from typing import Any, Final
+
+from torch import Tensor
+
+def build_info() -> dict[str, Any]: ...
+
+# ---- tree
+
+MAX_NODES: Final[int]
+
+def tree_ancestors(parents: Tensor, ancestors: Tensor, depth: Tensor, /) -> None: ...
+def tree_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    offsets: Tensor | None,
+    ancestors: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    out: Tensor,
+    partial: Tensor | None,
+    arrived: Tensor | None,
+    /,
+) -> None: ...
+def attention_space(q: Tensor, k_cache: Tensor, v_cache: Tensor, /) -> tuple[int, int]: ...
+def verify_tree(
+    tokens: Tensor,
+    targets: Tensor,
+    parents: Tensor,
+    accept_length: Tensor,
+    path: Tensor,
+    bonus: Tensor,
+    continuation: Tensor,
+    /,
+) -> None: ...
+def verify_logits(
+    logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    guesses: Tensor,
+    targets: Tensor,
+    accept_length: Tensor,
+    path: Tensor,
+    bonus: Tensor,
+    continuation: Tensor,
+    arrived: Tensor,
+    /,
+) -> None: ...
+def commit_kv(
+    caches: list[Tensor], lengths: Tensor, path: Tensor, accept_length: Tensor, /
+) -> None: ...
+def advance_text(
+    history: Tensor,
+    lengths: Tensor,
+    remaining: Tensor,
+    targets: Tensor,
+    path: Tensor,
+    accept_length: Tensor,
+    ends: Tensor,
+    vocabulary: int,
+    gained: Tensor,
+    status: Tensor,
+    /,
+) -> None: ...
+
+# ---- drafting
+
+RETRIEVAL: Final[int]
+GUESSES: Final[int]
+LEVELS: Final[int]
+ORDERS: Final[int]
+CEILING: Final[float]
+EDGES: Final[tuple[float, ...]]
+SUFFIXES: Final[tuple[int, ...]]
+
+DENOISED: Final[int]
+ADJACENCY: Final[int]
+SUFFIX: Final[int]
+NOISE: Final[int]
+
+FACTORS: Final[int]
+FACTORS_BIAS: Final[int]
+FACTORS_DENOISED: Final[int]
+FACTORS_ADJACENCY: Final[int]
+FACTORS_SUFFIX: Final[int]
+
+def lookup_ngram(
+    history: Tensor, lengths: Tensor, max_ngram: int, tokens: Tensor, matched: Tensor, /
+) -> None: ...
+def fill_tree(
+    candidates: Tensor,
+    retrieved: Tensor,
+    history: Tensor,
+    lengths: Tensor,
+    depth: Tensor,
+    rank: Tensor,
+    seed: Tensor,
+    tokens: Tensor,
+    /,
+) -> None: ...
+def top_guesses(logits: Tensor, guesses: Tensor, /) -> None: ...
+def index_suffixes(
+    suffixes: Tensor, history: Tensor, start: Tensor, lengths: Tensor, /
+) -> None: ...
+def remember_guesses(
+    adjacency: Tensor,
+    history: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    path: Tensor,
+    guesses: Tensor,
+    /,
+) -> None: ...
+def draft_tree(
+    history: Tensor,
+    lengths: Tensor,
+    denoised: Tensor,
+    adjacency: Tensor,
+    suffixes: Tensor,
+    corpus: Tensor,
+    corpus_suffixes: Tensor,
+    factors: Tensor,
+    max_depth: int,
+    foresight: float,
+    tokens: Tensor,
+    parents: Tensor,
+    probability: Tensor,
+    sources: Tensor,
+    /,
+) -> None: ...
+
+# ---- noise
+
+NO_LABEL: Final[int]
+ATTEMPTS: Final[int]
+
+def draw_noise(
+    input_ids: Tensor,
+    labels: Tensor,
+    samples: Tensor,
+    keep_token_ids: Tensor,
+    seed: int,
+    random: float,
+    vocabulary: int,
+    apart: bool,
+    starts: Tensor,
+    noise: Tensor,
+    /,
+) -> None: ...

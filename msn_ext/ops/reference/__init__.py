@@ -1,0 +1,55 @@
+"""The ops in plain PyTorch: the specification that every kernel is tested against.
+
+Written to be read, not to be fast: loops over rows and nodes, one rule a line.
+Signatures, shapes, dtypes and errors are those of :mod:`msn_ext.ops`.
+
+For tests, and for fitting factors offline; nothing that decodes or trains imports it.
+"""
+
+from .drafting import (
+    context_of,
+    draft_tree,
+    fill_tree,
+    index_suffixes,
+    last_place,
+    listed_after,
+    lookup_ngram,
+    remember_guesses,
+    top_guesses,
+)
+from .noise import draw_noise
+from .rules import check_parents, counter_bits, splitmix64
+from .tree import (
+    advance_text,
+    ancestor_matrix,
+    commit_kv,
+    tree_ancestors,
+    tree_attention,
+    tree_mask,
+    verify_logits,
+    verify_tree,
+)
+
+__all__ = [
+    "advance_text",
+    "ancestor_matrix",
+    "check_parents",
+    "commit_kv",
+    "context_of",
+    "counter_bits",
+    "draft_tree",
+    "draw_noise",
+    "fill_tree",
+    "index_suffixes",
+    "last_place",
+    "listed_after",
+    "lookup_ngram",
+    "remember_guesses",
+    "splitmix64",
+    "top_guesses",
+    "tree_ancestors",
+    "tree_attention",
+    "tree_mask",
+    "verify_logits",
+    "verify_tree",
+]

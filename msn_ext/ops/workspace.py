@@ -1,0 +1,57 @@
+"""Memory that the blocks of one launch on a GPU share."""
+
+import threading
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """Where the blocks of a launch on a GPU leave sums and counts for each other.
+
+    There is one per device and stream. Within ``with workspace:`` a thread's calls use this one
+    instead, for recorded launches (CUDA graphs), whose memory nobody else may use and which must
+    stay.
+    """
+
+    def __init__(self):
+        self._floats: list[Tensor] = []
+        self._counters: list[Tensor] = []
+
+    def get(self, like: Tensor, floats: int, counters: int) -> tuple[Tensor, Tensor]:
+        """float32 [floats or more], and int32 [counters or more] that are 0 between launches."""
+        return (
+            self._last(self._floats, like, floats, torch.float32),
+            self._last(self._counters, like, counters, torch.int32),
+        )
+
+    @staticmethod
+    def _last(buffers: list[Tensor], like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        """Return one that is large enough. The smaller ones before it stay: recorded launches know
+        where they are.
+        """
+        if not buffers or len(buffers[-1]) < size:
+            least = 2 * len(buffers[-1]) if buffers else 0
+            buffers.append(like.new_zeros(max(size, least), dtype=dtype))
+        return buffers[-1]
+
+    def __enter__(self) -> None:
+        _own.workspace, self._before = self, getattr(_own, "workspace", None)
+
+    def __exit__(self, *error) -> None:
+        _own.workspace = self._before
+
+
+_own = threading.local()
+_workspaces: dict[tuple[int, int], Workspace] = {}
+
+
+def workspace(like: Tensor, floats: int, counters: int) -> tuple[Tensor, Tensor]:
+    """Return what :meth:`Workspace.get` does, from the workspace of the current stream of the
+    device that ``like`` is on, or from that of the ``with`` around this call.
+    """
+    space = getattr(_own, "workspace", None)
+    if space is None:
+        key = like.device.index, torch.cuda.current_stream(like.device).cuda_stream
+        space = _workspaces.setdefault(key, Workspace())
+    return space.get(like, floats, counters)

@@ -1,0 +1,180 @@
+"""Settings of noisy fine-tuning, each defined once: its default, its values, its words for
+``--help``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from msn_ext.training import Starts
+
+SEGMENTS = {"branch": 24, "replace": 1, "none": 1}
+NOISE_WEIGHT, SETTLING = 0.3, 2 / 3
+LORA_RATE, FULL_RATE = 1e-3, 2e-5
+
+
+class Numbers(NamedTuple):
+    """The numbers that an option takes."""
+
+    kind: type[int] | type[float]
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def whole(least: int, most: int | None = None) -> Numbers:
+    """Return the whole numbers of at least ``least``, and at most ``most``."""
+    if most is None:
+        return Numbers(int, lambda x: x >= least, f"a whole number of at least {least}")
+    return Numbers(int, lambda x: least <= x <= most, f"a whole number from {least} to {most}")
+
+
+ABOVE_0 = Numbers(float, lambda x: 0 < x < float("inf"), "a number above 0")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting as an option of the command line.
+
+    Attributes:
+        values: numbers, texts to choose from, or bool for a switch.
+        help: without the default.
+        metavar: of the value.
+        shown: what help says instead of the default's value; "": nothing.
+    """
+
+    values: Numbers | tuple[str, ...] | type[bool]
+    help: str = ""
+    metavar: str | None = None
+    shown: str | None = None
+
+    def check(self, name: str, value) -> None:
+        """Raise ValueError, with the option's name, for a value that it does not take."""
+        if isinstance(self.values, Numbers):
+            kinds = (int,) if self.values.kind is int else (int, float)
+            right = type(value) in kinds and self.values.holds(value)
+            expected = self.values.expected
+        elif isinstance(self.values, tuple):
+            right = value in self.values
+            expected = "one of " + ", ".join(map(repr, self.values))
+        else:
+            right, expected = isinstance(value, bool), "True or False"
+        if not right:
+            raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def option(
+    default, values, help: str = "", metavar: str | None = None, shown: str | None = None
+) -> Any:
+    """Return a field that is an :class:`Option` of the command line, too."""
+    return field(default=default, metadata={"option": Option(values, help, metavar, shown)})
+
+
+def options(settings: Settings) -> list[tuple[Field, Option]]:
+    """Return the fields of settings that are options."""
+    return [(f, f.metadata["option"]) for f in fields(settings) if "option" in f.metadata]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fields that are checked when they are set; the default of a field is always right."""
+
+    def __post_init__(self) -> None:
+        for f, found in options(self):
+            if (value := getattr(self, f.name)) != f.default:
+                found.check(f.name, value)
+
+
+@dataclass(frozen=True)
+class SampleSettings(Settings):
+    """Settings of the samples: the conversations they are made of, and whose answers they hold."""
+
+    samples: int | None = option(
+        None, whole(1), "conversations, as many of each file", "N", shown="all"
+    )
+    self_distill: bool = option(False, bool, "learn the model's own answers to the first questions")
+    max_new_tokens: int = option(256, whole(1), "of an answer of its own", "N")
+
+
+@dataclass(frozen=True)
+class NoiseSettings(Settings):
+    """Settings of the noise: its place in a sample, its content, and what a label after it counts.
+
+    Attributes:
+        layout: of :class:`msn_ext.NoisyCollator`; "none": no noise, plain fine-tuning.
+        segments: None: 24 branches, or one segment in place.
+        noise_weight: a tenth of it in the last third of the steps, so that what the model says on
+            clean text settles. None: 0.3 for branches; in place 1 throughout, as the paper.
+        length, content, location: of :class:`msn_ext.NoisyCollator`.
+    """
+
+    layout: str = option("branch", ("branch", "replace", "none"))
+    length: int = option(4, whole(1, 64), "noise tokens of a segment", "N")
+    segments: int | None = option(
+        None,
+        whole(1, 256),
+        "of noise in a sample",
+        "N",
+        shown=f"{SEGMENTS['branch']} branches, {SEGMENTS['replace']} in place",
+    )
+    content: str = option("ahead", ("ahead", "random", "mixed", "self"))
+    noise_weight: float | None = option(
+        None,
+        ABOVE_0,
+        "of a label after noise, where a clean one counts 1; a tenth of it in the last third of the"
+        " steps",
+        "X",
+        shown=f"{NOISE_WEIGHT} for branches; in place 1 throughout, as in the paper",
+    )
+    location: str | Starts = "random"
+
+    def of_collator(self) -> dict[str, Any]:
+        """Return the settings of :class:`msn_ext.NoisyCollator`, all but the seed."""
+        return {
+            "layout": self.layout,
+            "length": self.length,
+            "segments": self.segments or SEGMENTS[self.layout],
+            "content": self.content,
+            "location": self.location,
+        }
+
+    def loss_weights(self) -> tuple[float, float] | Callable[[float], tuple[float, float]]:
+        """Return ``loss_weights`` of :func:`msn_ext.add_noise`."""
+        weight = self.noise_weight
+        if weight is None:
+            if self.layout == "replace":
+                return 1.0, 1.0
+            weight = NOISE_WEIGHT
+        return lambda done: (1.0, weight if done < SETTLING else weight / 10)
+
+
+@dataclass(frozen=True)
+class TrainSettings(Settings):
+    """Settings of the training: length of samples, samples held out, how the others are learned.
+
+    Attributes:
+        lora_rank: of the adapter; 0: all weights are trained.
+        learning_rate: None: 1e-3 for an adapter, 2e-5 for all weights (the paper's).
+        max_steps: -1: as many as ``epochs`` takes.
+        seed: of the samples held out, the adapter, the order of the samples, and the noise.
+    """
+
+    lora_rank: int = option(16, whole(0, 1024), "0: all weights", "R")
+    learning_rate: float | None = option(
+        None, ABOVE_0, metavar="X", shown="1e-3 for an adapter, 2e-5 for all weights"
+    )
+    epochs: float = option(1.0, ABOVE_0, metavar="N")
+    max_steps: int = option(-1, whole(1), "stop after so many steps", "N", shown="")
+    batch_size: int = option(4, whole(1), "samples of a step", "N")
+    max_length: int = option(512, whole(1), "tokens of a sample", "N")
+    save_steps: int = option(50, whole(1), "between checkpoints", "N")
+    held_out: int = option(32, whole(1), "samples for the figures", "N")
+    bf16: bool = option(False, bool, "compute in bfloat16 (the weights stay float32)")
+    seed: int = option(0, whole(0, 2**32 - 1), metavar="N")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, with its default."""
+        return self.learning_rate or (LORA_RATE if self.lora_rank else FULL_RATE)
