@@ -12,8 +12,8 @@ mask, with enable_gqa or repeat_interleave, whichever is faster (the column says
 
 Bytes are what an op must move at least, each tensor once (the ``bytes`` of each case in op_cases);
 GB/s is bytes / median; "of copy" is its share of the bandwidth of a large Tensor.copy_ measured in
-the same run. On CUDA a call is recorded as a CUDA graph, so that no launch is waited for, and timed
-with CUDA events around its replay (what cannot be recorded is timed as it is called);
+the same run. On CUDA a call is captured as a CUDA graph, so that no launch is waited for, and timed
+with CUDA events around its replay (what cannot be captured is timed as it is called);
 FlexAttention, compiled, with a block mask is timed there for the largest contexts.
 """
 

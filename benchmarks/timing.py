@@ -18,24 +18,24 @@ class Timer:
         for _ in range(2):
             call()
         if self.device == "cuda":
-            call = self._recorded(call)
+            call = self._captured(call)
         return [self._once(call) for _ in range(self.repeats)]
 
-    def _recorded(self, call: Callable) -> Callable:
+    def _captured(self, call: Callable) -> Callable:
         """The replay of a graph of the call; the call itself where it asks the device, which a
         graph cannot.
         """
-        stream, recording = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         try:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 call()
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(recording, stream=stream):
+            with torch.cuda.graph(graph, stream=stream):
                 call()
         except RuntimeError:
             return call
-        return recording.replay
+        return graph.replay
 
     def _once(self, call: Callable) -> float:
         self.flushed.add_(1)

@@ -134,7 +134,7 @@ def test_missing_package(monkeypatch):
 
 def test_progress_on_a_file_is_a_line_a_stage(tmp_path):
     with open(tmp_path / "log", "w+") as stream:
-        with demo._Progress(stream, tmp_path) as progress:
+        with demo._progress_bar(stream, tmp_path) as progress:
             progress.stage("reading")
             progress.stage("writing")
         stream.seek(0)

@@ -13,6 +13,7 @@ from helpers.drawings import SVG, boxes, drawn
 from helpers.families import VOCAB, tiny_model
 from msn_ext import explain, generate, ops
 from msn_ext.explain import Step, as_svg, as_text, record
+from msn_ext.explain.outline import columns, percent, token_text
 
 
 class Words:
@@ -66,7 +67,7 @@ def test_text_shows_the_whole_tree(seed):
     for node, (parent, probability) in enumerate(zip(step.parents, step.probability)):
         line = nodes[f"w{node}"]
         assert line["parent"] == (None if parent < 0 else f"w{parent}")
-        assert line["percent"] == explain._percent(probability)
+        assert line["percent"] == percent(probability)
         assert line["mark"] == ("✓" if node in step.path else " ")
         assert line["more"] == 0
         expected = "".join(
@@ -135,7 +136,7 @@ def test_what_a_pass_was_good_for():
     ],
 )
 def test_percent(probability, text):
-    assert explain._percent(probability) == text
+    assert percent(probability) == text
 
 
 STRANGE = {
@@ -170,10 +171,10 @@ def test_strange_tokens(word):
     assert texts(as_svg(step, tokenizer)).count(shown) == 3
 
 
-def test_columns_line_up_behind_wide_characters():
+def test_columns_line_up_after_wide_characters():
     step = Step(1, [0], [0, 1, 2], [-1, 0, 0], [1.0, 0.5, 0.2], [0, 1, 1], [0], 3, 1, 1)
     tree = as_text(step, Words(["日本語", "abcdef", "e\u0301", "x"])).split("\n\n")[1].splitlines()
-    assert len({explain._columns(line[: line.index("%")]) for line in tree if "%" in line}) == 1
+    assert len({columns(line[: line.index("%")]) for line in tree if "%" in line}) == 1
 
 
 def test_tokenizers_that_drop_the_first_space():
@@ -181,7 +182,7 @@ def test_tokenizers_that_drop_the_first_space():
         def decode(self, tokens, **_):
             return super().decode(tokens).removeprefix(" ")
 
-    assert [explain._token(Dropping([" one", "two", " "]), token) for token in range(3)] == [
+    assert [token_text(Dropping([" one", "two", " "]), token) for token in range(3)] == [
         "␣one",
         "two",
         "␣",

@@ -170,6 +170,7 @@ def remember_guesses(
 # ---- draft_tree ----------------------------------------------------------------------------------
 
 
+# Longer than 60 lines by what is said of its eleven arguments; the code has ten.
 @op(
     "draft_tree(Tensor history, Tensor lengths, Tensor denoised, Tensor adjacency, Tensor suffixes,"
     " Tensor corpus, Tensor corpus_suffixes, Tensor factors, int nodes, int max_depth, float"
@@ -215,9 +216,8 @@ def draft_tree(
             stands between them: it matches nothing and is no guess.
         corpus_suffixes: int32 [8, S''], as ``suffixes``, of the corpus; S'' = 0: none. What points
             outside the corpus counts as nothing, on every device.
-        factors: float64 [348] (:data:`.FACTORS`), each 1e-9 to 1e9: four tables, which begin at
-            :data:`.FACTORS_BIAS`, :data:`.FACTORS_DENOISED`, :data:`.FACTORS_ADJACENCY` and
-            :data:`.FACTORS_SUFFIX`; :mod:`.reference.drafting` has their dimensions.
+        factors: float64 [348] (:data:`.FACTORS`), each 1e-9 to 1e9: the tables of
+            :func:`.reference.listed_after`, one after the other.
         nodes: N, root included, 1 to 256.
         max_depth: of any node, 0 to 256.
         foresight: 0 to 1; 0: probability alone counts, and there is no noise.
@@ -225,8 +225,8 @@ def draft_tree(
     Returns:
         ``tokens`` int64 [B, N]; ``parents`` int32 [B, N], -1 at the root and where nothing was left
         to guess; ``probability`` float64 [B, N], that the node will be accepted: their sum is the
-        expected accept length; ``sources`` int32 [B, N], the sum of :data:`.DENOISED` (1),
-        :data:`.ADJACENCY` (2), :data:`.SUFFIX` (4) and :data:`.NOISE` (8).
+        expected accept length; ``sources`` int32 [B, N], the sum of DENOISED (1), ADJACENCY (2),
+        SUFFIX (4) and NOISE (8).
     """
     expect_dims("history", history, "[B, C]")
     if not 1 <= nodes <= _C.MAX_NODES:
@@ -234,7 +234,8 @@ def draft_tree(
     shape = history.shape[0], nodes
     tokens, parents = history.new_empty(shape), history.new_empty(shape, dtype=torch.int32)
     probability, sources = history.new_empty(shape, dtype=torch.float64), torch.empty_like(parents)
-    yield tokens, parents, probability, sources
+    draft = tokens, parents, probability, sources
+    yield draft
     _C.draft_tree(
         history.contiguous(),
         lengths.contiguous(),
@@ -246,8 +247,5 @@ def draft_tree(
         factors.contiguous(),
         max_depth,
         foresight,
-        tokens,
-        parents,
-        probability,
-        sources,
+        *draft,
     )

@@ -10,11 +10,11 @@ class Workspace:
     """Where the blocks of a launch on a GPU leave sums and counts for each other.
 
     There is one per device and stream. Within ``with workspace:`` a thread's calls use this one
-    instead, for recorded launches (CUDA graphs), whose memory nobody else may use and which must
+    instead, for captured launches (CUDA graphs), whose memory nobody else may use and which must
     stay.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._floats: list[Tensor] = []
         self._counters: list[Tensor] = []
 
@@ -27,7 +27,7 @@ class Workspace:
 
     @staticmethod
     def _last(buffers: list[Tensor], like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-        """Return one that is large enough. The smaller ones before it stay: recorded launches know
+        """Return one that is large enough. The smaller ones before it stay: captured launches know
         where they are.
         """
         if not buffers or len(buffers[-1]) < size:
@@ -38,7 +38,7 @@ class Workspace:
     def __enter__(self) -> None:
         _own.workspace, self._before = self, getattr(_own, "workspace", None)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         _own.workspace = self._before
 
 

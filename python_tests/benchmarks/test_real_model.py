@@ -18,7 +18,6 @@ def decode():
     sys.path.insert(0, str(BENCHMARKS))
     import decode
 
-    # kernels.py there is not the package that transformers looks for.
     sys.path.remove(str(BENCHMARKS))
     return decode
 

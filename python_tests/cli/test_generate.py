@@ -15,7 +15,7 @@ from transformers import (
 from helpers.commands import CONTEXT, KEYS, TEMPLATE, generate_json
 from helpers.samples import byte_tokenizer
 from msn_ext import cli
-from msn_ext.cli import common
+from msn_ext.cli import common, loading
 
 
 def test_the_listed_drafts_are_those_of_generate():
@@ -55,8 +55,8 @@ def test_text_and_json_agree(tiny, capsys, monkeypatch):
 def test_raw_skips_the_chat_template(tiny):
     model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=CONTEXT), device="cpu")
     tokenizer = byte_tokenizer(TEMPLATE)
-    chat, _ = common.encode(model, tokenizer, "hi", True, 1)
-    raw, _ = common.encode(model, tokenizer, "hi", False, 1)
+    chat, _ = loading.encode(model, tokenizer, "hi", True, 1)
+    raw, _ = loading.encode(model, tokenizer, "hi", False, 1)
     assert tokenizer.decode(chat[0]) == "<user>hi<answer>"
     assert tokenizer.decode(raw[0]) == "hi"
 

@@ -6,8 +6,9 @@ import torch
 
 from helpers.drafters import CPU, text, verify
 from helpers.families import VOCAB
-from msn_ext import Draft, ops
+from msn_ext import Draft
 from msn_ext.decoding import Lookahead
+from msn_ext.ops import reference
 
 
 def test_lookahead_window_pool_and_guesses():
@@ -66,7 +67,7 @@ def test_lookahead_sees_its_window_as_the_paper_draws_it():
     drafter._levels = [
         torch.zeros(1, n, dtype=torch.int64) for n in (columns - 1, columns, columns)
     ]
-    seen = ops.reference.ancestor_matrix(drafter.propose(history, lengths).ancestors)[0]
+    seen = reference.ancestor_matrix(drafter.propose(history, lengths).ancestors)[0]
     for level in range(3):
         for column in range(columns):
             expected = {*range(column + 1)} | {

@@ -23,7 +23,7 @@ import build
 import torch
 
 import msn_ext
-from msn_ext import _C
+from msn_ext import _C, ops
 from msn_ext.ops import reference
 
 NODES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256]
@@ -188,8 +188,7 @@ def fuzz_verify_logits(rng: random.Random, nodes: int) -> None:
         memory.place(bad),
     ]
     outputs = [
-        memory.place(torch.full_like(x, 77), want=x)
-        for x in (guesses.view(-1, reference.GUESSES), *want)
+        memory.place(torch.full_like(x, 77), want=x) for x in (guesses.view(-1, ops.GUESSES), *want)
     ]
     _C.verify_logits(
         *inputs, *outputs, memory.place(torch.zeros(batch + rng.randrange(3), dtype=torch.int32))
@@ -421,8 +420,8 @@ def random_tokens(rng: random.Random, *shape: int) -> torch.Tensor:
 
 
 def random_guesses(rng: random.Random, *shape: int) -> torch.Tensor:
-    guesses = random_tokens(rng, *shape, reference.GUESSES) * 16
-    guesses = (guesses + torch.randint(0, reference.LEVELS, guesses.shape)).int()
+    guesses = random_tokens(rng, *shape, ops.GUESSES) * 16
+    guesses = (guesses + torch.randint(0, ops.LEVELS, guesses.shape)).int()
     none = torch.rand(guesses.shape) < rng.choice([0.0, 0.0, 0.3, 0.9])
     return guesses.masked_fill(none, rng.choice([-1, -(2**31)]))
 
@@ -430,7 +429,7 @@ def random_guesses(rng: random.Random, *shape: int) -> torch.Tensor:
 def random_heads(rng: random.Random, history: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Of the first ``lengths`` tokens; any slots may hold anything."""
     heads = torch.zeros(
-        len(history), len(reference.SUFFIXES), rng.choice([0, 1, 7, 300]), dtype=torch.int32
+        len(history), len(ops.SUFFIXES), rng.choice([0, 1, 7, 300]), dtype=torch.int32
     )
     if heads.shape[2]:
         reference.index_suffixes(heads, history, torch.zeros_like(lengths), lengths)
@@ -462,7 +461,7 @@ def random_contexts(rng: random.Random, history: torch.Tensor) -> torch.Tensor:
     """What drafts behind the texts of ``history`` left."""
     batch, capacity = history.shape
     contexts = torch.zeros(
-        reference.ORDERS, rng.choice([0, 1, 7, 300]), 1 + reference.GUESSES, dtype=torch.int32
+        ops.ORDERS, rng.choice([0, 1, 7, 300]), 1 + ops.GUESSES, dtype=torch.int32
     )
     for _ in range(rng.choice([0, 1, 10]) if contexts.shape[1] else 0):
         parents = torch.tensor(random_tree(rng, 8), dtype=torch.int32)
@@ -488,7 +487,7 @@ def fuzz_index_suffixes(rng: random.Random, nodes: int) -> None:
     )
     inside = lengths.clamp(0, capacity), start.clamp(0, capacity)
     # What earlier calls may have left: places before the first new one.
-    heads = torch.rand(batch, len(reference.SUFFIXES), rng.choice([0, 1, 2, 50, 3000]))
+    heads = torch.rand(batch, len(ops.SUFFIXES), rng.choice([0, 1, 2, 50, 3000]))
     heads = (heads * inside[1].clamp(min=1)[:, None, None]).int()
     want, memory = heads.clone(), Memory(rng)
     if heads.shape[2]:
@@ -511,12 +510,8 @@ def fuzz_remember_guesses(rng: random.Random, nodes: int) -> None:
         path[rng.randrange(batch), rng.randrange(nodes)] = rng.choice(
             [*FAR, nodes, rng.randrange(nodes)]
         )
-    guesses = torch.randint(
-        -(2**31), 2**31 - 1, (batch, nodes, reference.GUESSES), dtype=torch.int32
-    )
-    contexts = torch.randint(
-        -9, 9, (reference.ORDERS, slots, 1 + reference.GUESSES), dtype=torch.int32
-    )
+    guesses = torch.randint(-(2**31), 2**31 - 1, (batch, nodes, ops.GUESSES), dtype=torch.int32)
+    contexts = torch.randint(-9, 9, (ops.ORDERS, slots, 1 + ops.GUESSES), dtype=torch.int32)
     want, memory = contexts.clone(), Memory(rng)
     if slots:
         inside = lengths.clamp(1, capacity), torch.where(path < nodes, path, -1)
@@ -536,7 +531,7 @@ def fuzz_draft_tree(rng: random.Random, nodes: int) -> None:
     corpus = random_corpus(rng, history)
     # Powers of two give many equal values; with the smallest factors, or down a deep path, values
     # reach 0.
-    factors = torch.randn(reference.FACTORS, dtype=torch.float64) * rng.choice([0, 1, 3, 10])
+    factors = torch.randn(ops.FACTORS, dtype=torch.float64) * rng.choice([0, 1, 3, 10])
     factors = 2.0 ** factors.round() if rng.random() < 0.3 else factors.exp()
     factors = (factors * rng.choice([1e-9, 0.1, 1.0, 1e9])).clamp(1e-9, 1e9)
     options = rng.choice([0, 1, 3, 16, 256, 256]), rng.choice([0.0, 0.05, 0.5, 1.0])

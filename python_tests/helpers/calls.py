@@ -8,7 +8,6 @@ from helpers.cases import (
     tree_tensor,
 )
 from msn_ext import ops
-from msn_ext.ops import reference
 
 OPS = [
     "tree_ancestors",
@@ -92,7 +91,7 @@ def example(op: str, device: str) -> dict:
         },
         "top_guesses": lambda: {"logits": torch.randn(2, 4, 20, generator=source).to(device)},
         "remember_guesses": lambda: {
-            "contexts": torch.zeros(3, 32, 9, dtype=torch.int32, device=device),
+            "adjacency": torch.zeros(3, 32, 9, dtype=torch.int32, device=device),
             "history": text,
             "lengths": integers([5, 6], device),
             "tokens": tokens,
@@ -101,7 +100,7 @@ def example(op: str, device: str) -> dict:
             "guesses": guesses,
         },
         "index_suffixes": lambda: {
-            "heads": torch.zeros(2, 8, 32, dtype=torch.int32, device=device),
+            "suffixes": torch.zeros(2, 8, 32, dtype=torch.int32, device=device),
             "history": text,
             "start": integers([0, 2], device),
             "lengths": integers([5, 6], device),
@@ -110,11 +109,11 @@ def example(op: str, device: str) -> dict:
             "history": text,
             "lengths": integers([5, 6], device),
             "denoised": guesses[:, :3],
-            "contexts": torch.zeros(3, 32, 9, dtype=torch.int32, device=device),
-            "heads": torch.zeros(2, 8, 32, dtype=torch.int32, device=device),
+            "adjacency": torch.zeros(3, 32, 9, dtype=torch.int32, device=device),
+            "suffixes": torch.zeros(2, 8, 32, dtype=torch.int32, device=device),
             "corpus": torch.arange(50, dtype=torch.int32, device=device),
-            "corpus_heads": torch.ones(8, 32, dtype=torch.int32, device=device),
-            "factors": torch.ones(reference.FACTORS, dtype=torch.float64, device=device),
+            "corpus_suffixes": torch.ones(8, 32, dtype=torch.int32, device=device),
+            "factors": torch.ones(ops.FACTORS, dtype=torch.float64, device=device),
             "nodes": 6,
             "max_depth": 3,
             "foresight": 0.05,
@@ -122,7 +121,7 @@ def example(op: str, device: str) -> dict:
         "draw_noise": lambda: {
             "input_ids": text,
             "labels": text.masked_fill(torch.arange(6, device=device) < 2, -100),
-            "documents": integers([[0, 0, 6], [1, 0, 5]], device),
+            "samples": integers([[0, 0, 6], [1, 0, 5]], device),
             "keep_token_ids": integers([3], device),
             "starts": integers([[-1, -1], [2, -1]], device),
             "seed": 7,

@@ -16,9 +16,8 @@ from helpers.cases import (
     tree_tensor,
 )
 from msn_ext import ops
-from msn_ext.ops import reference
 
-FACTORS = reference.FACTORS
+FACTORS = ops.FACTORS
 NOTHING = [-1] * 8
 
 
@@ -49,17 +48,17 @@ def texts(draw, longest: int = 60) -> list[int]:
 
 
 def histories(
-    rows: list[list[int]], device: str, behind: int = 3
+    rows: list[list[int]], device: str, after: int = 3
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, C] and [B]; behind each text lies the text again, which would count if it were read."""
-    width = max(map(len, rows), default=0) + behind
+    """[B, C] and [B]; after each text lies the text again, which would count if it were read."""
+    width = max(map(len, rows), default=0) + after
     history = [(row * width)[:width] for row in rows]
     return integers(history, device).view(len(rows), width), integers(
         [len(row) for row in rows], device
     )
 
 
-def no_places(batch: int, slots: int, device: str) -> torch.Tensor:
+def empty_suffixes(batch: int, slots: int, device: str) -> torch.Tensor:
     return torch.zeros(batch, 8, slots, dtype=torch.int32, device=device)
 
 
@@ -75,7 +74,7 @@ class Pass:
 
     @classmethod
     def random(cls, texts, parents, vocabulary: int, rng: random.Random) -> "Pass":
-        """Verified trees behind the texts, with few enough tokens that something is accepted."""
+        """Verified trees after the texts, with few enough tokens that something is accepted."""
         tokens, targets = (
             [[rng.randrange(vocabulary) for _ in row] for row in parents] for _ in range(2)
         )
@@ -114,24 +113,22 @@ def random_guesses(vocabulary: int, rng: random.Random) -> list[int]:
     return guesses
 
 
-def no_contexts(slots: int, device: str) -> torch.Tensor:
+def empty_adjacency(slots: int, device: str) -> torch.Tensor:
     return torch.zeros(3, slots, 9, dtype=torch.int32, device=device)
 
 
-def corpus_of(
-    documents: list[list[int]], slots: int, device: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def corpus_of(texts: list[list[int]], slots: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """[T] and [8, slots]"""
-    corpus = [token for document in documents for token in [-1, *document]][1:]
-    heads = no_places(1, slots, device)
+    corpus = [token for text in texts for token in [-1, *text]][1:]
+    suffixes = empty_suffixes(1, slots, device)
     if corpus:
         ops.index_suffixes(
-            heads,
+            suffixes,
             integers([corpus], device),
             integers([0], device),
             integers([len(corpus)], device),
         )
-    return tree_tensor(corpus, device), heads[0]
+    return tree_tensor(corpus, device), suffixes[0]
 
 
 @dataclasses.dataclass
@@ -146,8 +143,8 @@ class Known:
     depths: int = 3
     passes: int = 3
     slots: int = 1 << 14
-    head_slots: int = 1 << 13
-    documents: int = 0
+    suffix_slots: int = 1 << 13
+    corpus_texts: int = 0
     factors: str = "random"
     seed: int = 0
 
@@ -172,7 +169,7 @@ class Known:
             "extreme": lambda: rng.choice([1e-9, 1.0, 1e9]),
         }[self.factors]
         self.weights = [draw() for _ in range(FACTORS)]
-        self.corpus = [self._document(rng) for _ in range(self.documents)]
+        self.corpus = [self._corpus_text(rng) for _ in range(self.corpus_texts)]
 
     def _text(self, rng: random.Random) -> list[int]:
         size = rng.randint(1, self.longest)
@@ -182,29 +179,29 @@ class Known:
             for i in range(size)
         ]
 
-    def _document(self, rng: random.Random) -> list[int]:
+    def _corpus_text(self, rng: random.Random) -> list[int]:
         """Some of what the texts say, and something else."""
         pieces = [rng.choice([self._text(rng), *self.texts]) for _ in range(3)]
         return [token for piece in pieces for token in piece[rng.randrange(len(piece)) :]]
 
     def arguments(self, device: str) -> dict:
         history, lengths = histories(self.texts, device)
-        corpus, corpus_heads = corpus_of(self.corpus, self.head_slots, device)
-        contexts, heads = (
-            no_contexts(self.slots, device),
-            no_places(self.batch, self.head_slots, device),
+        corpus, corpus_suffixes = corpus_of(self.corpus, self.suffix_slots, device)
+        adjacency, suffixes = (
+            empty_adjacency(self.slots, device),
+            empty_suffixes(self.batch, self.suffix_slots, device),
         )
         for observed in self.observed:
-            ops.remember_guesses(contexts, **observed.arguments(device))
-        ops.index_suffixes(heads, history, torch.zeros_like(lengths), lengths)
+            ops.remember_guesses(adjacency, **observed.arguments(device))
+        ops.index_suffixes(suffixes, history, torch.zeros_like(lengths), lengths)
         return {
             "history": history,
             "lengths": lengths,
             "denoised": tree_tensor(self.denoised, device).view(self.batch, self.depths, 8),
-            "contexts": contexts,
-            "heads": heads,
+            "adjacency": adjacency,
+            "suffixes": suffixes,
             "corpus": corpus,
-            "corpus_heads": corpus_heads,
+            "corpus_suffixes": corpus_suffixes,
             "factors": torch.tensor(self.weights, dtype=torch.float64, device=device),
         }
 
@@ -221,11 +218,11 @@ class Known:
             sum(len(oracle.places(text, size)) for text in texts for size in oracle.NGRAMS)
             for texts in (self.texts, [whole])
         )
-        return int((arguments["contexts"][..., 0] != 0).sum()) == len(self.memory()) and (
-            self.head_slots == 0
+        return int((arguments["adjacency"][..., 0] != 0).sum()) == len(self.memory()) and (
+            self.suffix_slots == 0
             or (
-                int((arguments["heads"] != 0).sum()) == ngrams
-                and int((arguments["corpus_heads"] != 0).sum()) == of_corpus
+                int((arguments["suffixes"] != 0).sum()) == ngrams
+                and int((arguments["corpus_suffixes"] != 0).sum()) == of_corpus
             )
         )
 
@@ -245,13 +242,13 @@ class Known:
         memory, factors = self.memory(), arguments["factors"].cpu()
         tokens, parents, probability, sources = (x.tolist() for x in got)
         for b, (text, denoised) in enumerate(zip(self.texts, self.denoised)):
-            documents = self.corpus if self.head_slots else []
+            corpus = self.corpus if self.suffix_slots else []
             draft = oracle.Draft(
                 text,
                 denoised,
                 memory,
-                self.head_slots > 0,
-                documents,
+                self.suffix_slots > 0,
+                corpus,
                 factors,
                 max_depth,
                 foresight,
@@ -270,8 +267,8 @@ def knowledge(draw) -> Known:
         depths=draw(st.integers(0, 4)),
         passes=draw(st.integers(0, 4)),
         slots=draw(st.sampled_from([0, 1, 7]) | st.just(1 << 14)),
-        head_slots=draw(st.sampled_from([0, 1, 7]) | st.just(1 << 13)),
-        documents=draw(st.integers(0, 3)),
+        suffix_slots=draw(st.sampled_from([0, 1, 7]) | st.just(1 << 13)),
+        corpus_texts=draw(st.integers(0, 3)),
         factors=draw(st.sampled_from(["random", "ones", "few", "extreme"])),
         seed=draw(st.integers(0, 999)),
     )

@@ -15,7 +15,7 @@ from msn_ext.ops import reference
 
 @st.composite
 def texts_that_grow(draw):
-    """Arguments of advance_text: ends inside the path, at its end and behind it, rows that may gain
+    """Arguments of advance_text: ends inside the path, at its end and after it, rows that may gain
     little or nothing.
     """
     rows, nodes = draw(st.integers(0, 4)), draw(st.sampled_from([1, 2, 7, 33, 64, 65, 256]))

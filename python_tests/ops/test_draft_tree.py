@@ -23,11 +23,11 @@ from helpers.knowledge import (
     Known,
     Pass,
     corpus_of,
+    empty_adjacency,
+    empty_suffixes,
     guess,
     histories,
     knowledge,
-    no_contexts,
-    no_places,
     only,
 )
 from msn_ext import ops
@@ -43,12 +43,17 @@ def test_drafts_of_random_knowledge(device, known, nodes, max_depth, foresight):
     known.check(nodes, max_depth, foresight, device)
 
 
-@pytest.mark.parametrize("documents", [0, 3])
+@pytest.mark.parametrize("corpus_texts", [0, 3])
 @pytest.mark.parametrize("factors", ["random", "few"])
 @pytest.mark.parametrize("seed", range(8))
-def test_drafts_of_much_knowledge(device, seed, factors, documents):
+def test_drafts_of_much_knowledge(device, seed, factors, corpus_texts):
     """Whole texts, so that every list has its say, by the oracle too."""
-    options = {"head_slots": 1 << 19, "documents": documents, "factors": factors, "seed": seed}
+    options = {
+        "suffix_slots": 1 << 19,
+        "corpus_texts": corpus_texts,
+        "factors": factors,
+        "seed": seed,
+    }
     known = Known(1, 2 + seed, longest=80, depths=4, passes=4, **options)
     assert known.is_told_apart(known.arguments(device))
     known.check(30, 6, 0.05 * (seed % 2), device)
@@ -60,7 +65,7 @@ def test_every_ngram_may_have_a_follower_of_its_own(device, places):
     another token.
     """
     end = list(range(16))
-    known = Known(1, 30, depths=0, passes=2, head_slots=1 << 16)
+    known = Known(1, 30, depths=0, passes=2, suffix_slots=1 << 16)
     sizes = oracle.NGRAMS[-places:]
     known.texts = [
         [t for size in reversed(sizes) for t in (99, *end[-size:], 2**40 + size)] + [99, *end]
@@ -78,7 +83,7 @@ def test_the_corpus_is_asked_for_the_ngrams_that_the_text_does_not_have(device, 
     own.
     """
     end, short = list(range(16)), oracle.NGRAMS[:of_text]
-    known = Known(1, 30, depths=0, passes=0, head_slots=1 << 16)
+    known = Known(1, 30, depths=0, passes=0, suffix_slots=1 << 16)
     known.texts = [[t for size in reversed(short) for t in (99, *end[-size:], 100 + size)] + end]
     known.corpus = [[98, *end[-size:], 200 + size] for size in reversed(oracle.NGRAMS)]
     arguments = known.arguments(device)
@@ -89,7 +94,7 @@ def test_the_corpus_is_asked_for_the_ngrams_that_the_text_does_not_have(device, 
     assert sorted(tokens[sources == 4].tolist()) == sorted(expected)
     for name in (
         "corpus",
-        "corpus_heads",
+        "corpus_suffixes",
     ):  # negative control: without either there are only the text's
         tokens, _, _, sources = ops.draft_tree(
             **{**arguments, name: arguments[name][..., :0]}, nodes=60, max_depth=1, foresight=0.0
@@ -97,53 +102,53 @@ def test_the_corpus_is_asked_for_the_ngrams_that_the_text_does_not_have(device, 
         assert sorted(tokens[sources == 4].tolist()) == [100 + size for size in short]
 
 
-def test_documents_do_not_continue_each_other(device):
-    """Neither is the next one's beginning behind the end of one, nor is what stands between them a
+def test_texts_of_a_corpus_do_not_continue_each_other(device):
+    """Neither is the next one's beginning after the end of one, nor is what stands between them a
     guess or a match.
     """
-    known = Known(1, depths=0, slots=0, head_slots=64, passes=0)
+    known = Known(1, depths=0, slots=0, suffix_slots=64, passes=0)
     for text, corpus, expected in [
         ([1, 2, 3], [[9, 1, 2, 3], [4, 5]], set()),
         ([1, 2, 3], [[1, 2, 3, 8], [9, 1, 2, 3], [4, 5]], {8}),
-        ([5, 1, -1, 2], [[1], [2, 7]], {7}),  # 7 behind the 2, not behind 1 -1 2
+        ([5, 1, -1, 2], [[1], [2, 7]], {7}),  # 7 after the 2, not after 1 -1 2
     ]:
         known.texts, known.corpus = [text], corpus
         arguments = {**known.arguments(device), "nodes": 60, "max_depth": 1, "foresight": 0.0}
         got = ops.draft_tree(**arguments)
         assert_equal(got, specified("draft_tree", **arguments))
         assert set(got[0][got[3] > 0].tolist()) == expected
-    # Heads that lead to what stands between two documents, or to an n-gram with it inside.
+    # Slots that lead to what stands between two texts, or to an n-gram with it inside.
     arguments["factors"] = torch.arange(1.0, FACTORS + 1, dtype=torch.float64, device=device)
     before = ops.draft_tree(**arguments)
     for level, ngram, end in [(0, (2,), 1), (1, (-1, 2), 3), (2, (1, -1, 2), 3)]:
-        arguments["corpus_heads"][level, oracle.hashed(ngram) % 64] = end
+        arguments["corpus_suffixes"][level, oracle.hashed(ngram) % 64] = end
         got = ops.draft_tree(**arguments)
         assert_equal(got, specified("draft_tree", **arguments))
         if level:
             assert_equal(got, before)
         else:
             assert not (got[3] > 0).any()
-            arguments["corpus_heads"][0, oracle.hashed((2,)) % 64] = 3
+            arguments["corpus_suffixes"][0, oracle.hashed((2,)) % 64] = 3
 
 
 @given(known=knowledge(), foresight=st.sampled_from(FORESIGHT))
 def test_without_a_corpus_a_draft_is_what_it_was(device, known, foresight):
-    """No tokens, no heads, or only gaps: bit for bit the same."""
+    """No tokens, no slots, or only gaps: bit for bit the same."""
     options = {"nodes": 30, "max_depth": 5, "foresight": foresight}
-    known = dataclasses.replace(known, documents=0)
+    known = dataclasses.replace(known, corpus_texts=0)
     arguments = known.arguments(device)
     assert arguments["corpus"].numel() == 0
     expected = ops.draft_tree(**arguments, **options)
-    tokens, heads = corpus_of([text * 2 for text in known.texts] or [[1]], 64, device)
-    for corpus, corpus_heads in [
-        (tokens[:0], heads),
-        (tokens, heads[:, :0]),
-        (tokens * 0 - 1, heads),
-        (tokens, heads * 0),
+    tokens, suffixes = corpus_of([text * 2 for text in known.texts] or [[1]], 64, device)
+    for corpus, corpus_suffixes in [
+        (tokens[:0], suffixes),
+        (tokens, suffixes[:, :0]),
+        (tokens * 0 - 1, suffixes),
+        (tokens, suffixes * 0),
     ]:
         assert_equal(
             ops.draft_tree(
-                **{**arguments, "corpus": corpus, "corpus_heads": corpus_heads}, **options
+                **{**arguments, "corpus": corpus, "corpus_suffixes": corpus_suffixes}, **options
             ),
             expected,
         )
@@ -164,23 +169,23 @@ def test_drafts_of_many_guesses(device, factors):
 
 @pytest.mark.parametrize("factors", ["random", "ones", "extreme"])
 @pytest.mark.parametrize(
-    "depths, slots, head_slots", [*itertools.product([0, 3], [0, 1 << 14], [0, 1 << 13])]
+    "depths, slots, suffix_slots", [*itertools.product([0, 3], [0, 1 << 14], [0, 1 << 13])]
 )
 @pytest.mark.parametrize("foresight", [0.0, 0.05])
-def test_drafts_of_some_sources(device, depths, slots, head_slots, factors, foresight):
-    known = Known(3, 4, depths=depths, slots=slots, head_slots=head_slots, factors=factors)
+def test_drafts_of_some_sources(device, depths, slots, suffix_slots, factors, foresight):
+    known = Known(3, 4, depths=depths, slots=slots, suffix_slots=suffix_slots, factors=factors)
     known.check(16, 4, foresight, device)
     arguments = known.arguments(device)
     assert known.is_told_apart(arguments)
     sources = ops.draft_tree(**arguments, nodes=64, max_depth=4, foresight=foresight)[3]
-    expected = (depths > 0) + 2 * (slots > 0) + 4 * (head_slots > 0)
+    expected = (depths > 0) + 2 * (slots > 0) + 4 * (suffix_slots > 0)
     assert sum(bit for bit in (1, 2, 4) if (sources & bit).any()) == expected
     assert bool((sources == 8).any()) <= (foresight > 0) and not (sources > 8).any()
 
 
-def test_a_draft_of_nothing_is_the_root_and_with_foresight_noise_behind_it(device):
-    """Noise has no probability, so there is none behind noise."""
-    known = Known(3, depths=0, slots=0, head_slots=0)
+def test_a_draft_of_nothing_is_the_root_and_with_foresight_noise_after_it(device):
+    """Noise has no probability, so there is none after noise."""
+    known = Known(3, depths=0, slots=0, suffix_slots=0)
     arguments = {**known.arguments(device), "nodes": 4, "max_depth": 9}
     last = [text[-1] for text in known.texts]
     tokens, parents, probability, sources = ops.draft_tree(**arguments, foresight=0.0)
@@ -195,7 +200,7 @@ def test_a_draft_of_nothing_is_the_root_and_with_foresight_noise_behind_it(devic
 
 
 def test_a_draft_in_numbers(device):
-    """Two guesses behind the root, 0.6 and 0.3, and one with 0.5 behind either."""
+    """Two guesses after the root, 0.6 and 0.3, and one with 0.5 after either."""
     factors = torch.ones(FACTORS, dtype=torch.float64)
     factors[36:60].view(2, 12)[:, 1:3] = torch.tensor(
         [6.0, 3.0]
@@ -205,9 +210,9 @@ def test_a_draft_in_numbers(device):
         "history": integers([[5]], device),
         "lengths": integers([1], device),
         "denoised": tree_tensor(denoised, device),
-        "contexts": no_contexts(0, device),
-        "heads": no_places(1, 0, device),
-        **dict(zip(("corpus", "corpus_heads"), corpus_of([], 0, device))),
+        "adjacency": empty_adjacency(0, device),
+        "suffixes": empty_suffixes(1, 0, device),
+        **dict(zip(("corpus", "corpus_suffixes"), corpus_of([], 0, device))),
         "factors": factors.to(device),
     }
 
@@ -222,7 +227,7 @@ def test_a_draft_in_numbers(device):
         1,
         2,
         -1,
-    ]  # of equals, the one behind the root
+    ]  # of equals, the one after the root
     assert probability == pytest.approx([1, 0.6, 0.3, 0.3, 0.15, 0]) and sources == [
         0,
         1,
@@ -256,7 +261,7 @@ def test_a_draft_in_numbers(device):
 
 
 def worked_example(device: str) -> dict:
-    """Behind 1 2 3 1 2: 8, denoised and remembered behind the 2, and 3, remembered and behind the
+    """After 1 2 3 1 2: 8, denoised and remembered after the 2, and 3, remembered and after the
     earlier 1 2.
     """
     factors = torch.ones(FACTORS, dtype=torch.float64)
@@ -265,19 +270,21 @@ def worked_example(device: str) -> dict:
     denoised.view(3, 2, 12)[0, 1, 11] = 3
     remembered.view(3, 4, 12)[0, 1, :5:4] = torch.tensor([5.0, 7.0])
     suffix.view(8, 3, 4)[1, 0, 1] = 11
-    contexts, heads = no_contexts(64, device), no_places(1, 64, device)
+    adjacency, suffixes = empty_adjacency(64, device), empty_suffixes(1, 64, device)
     observed = Pass([[2]], [[2]], [[-1]], [[0]], [[only(guess(3, 4), guess(8, 0))]])
-    ops.remember_guesses(contexts, **observed.arguments(device))
+    ops.remember_guesses(adjacency, **observed.arguments(device))
     history, lengths = histories([[1, 2, 3, 1, 2]], device)
-    ops.index_suffixes(heads, history, lengths * 0, lengths)
+    ops.index_suffixes(suffixes, history, lengths * 0, lengths)
     return {
         "history": history,
         "lengths": lengths,
         "denoised": tree_tensor([[only(guess(8, 11)), only(guess(6, 5))]], device),
-        "contexts": contexts,
-        "heads": heads,
+        "adjacency": adjacency,
+        "suffixes": suffixes,
         **dict(
-            zip(("corpus", "corpus_heads"), corpus_of([[7, 2, 1], [5, 1, 2, 4, 4]], 1024, device))
+            zip(
+                ("corpus", "corpus_suffixes"), corpus_of([[7, 2, 1], [5, 1, 2, 4, 4]], 1024, device)
+            )
         ),
         "factors": factors.to(device),
         "nodes": 4,
@@ -310,7 +317,7 @@ def test_a_draft_would_notice_a_changed_factor(device):
 
 
 def test_a_draft_would_notice_a_changed_entry(device):
-    """Negative control: what is known behind the root counts, what is known elsewhere does not."""
+    """Negative control: what is known after the root counts, what is known elsewhere does not."""
     arguments = worked_example(device)
     slot = oracle.hashed((2,)) % 64
     place = oracle.hashed((1, 2)) % 64
@@ -324,21 +331,21 @@ def test_a_draft_would_notice_a_changed_entry(device):
             for x, y in zip(before, ops.draft_tree(**{**arguments, name: changed}))
         )
 
-    assert changes("contexts", (0, slot, 0), 1)  # another context has the slot
-    assert changes("contexts", (0, slot, 1), guess(4, 4)) and changes(
-        "contexts", (0, slot, 2), guess(8, 4)
+    assert changes("adjacency", (0, slot, 0), 1)  # another context has the slot
+    assert changes("adjacency", (0, slot, 1), guess(4, 4)) and changes(
+        "adjacency", (0, slot, 2), guess(8, 4)
     )
-    assert changes("contexts", (0, slot, 8), guess(4)) and not changes(
-        "contexts", (0, slot, 8), -77
+    assert changes("adjacency", (0, slot, 8), guess(4)) and not changes(
+        "adjacency", (0, slot, 8), -77
     )
-    assert not changes("contexts", (0, (slot + 1) % 64), 77) and not changes(
-        "contexts", (slice(1, 3),), 77
+    assert not changes("adjacency", (0, (slot + 1) % 64), 77) and not changes(
+        "adjacency", (slice(1, 3),), 77
     )
-    assert changes("heads", (0, 1, place), 0) and not changes("heads", (0, 7), 3)
+    assert changes("suffixes", (0, 1, place), 0) and not changes("suffixes", (0, 7), 3)
     for wrong in (1, 3, 4, 5, 6, -1, *EXTREMES):  # not the n-gram, or outside the text
-        assert changes("heads", (0, 1, place), wrong)
+        assert changes("suffixes", (0, 1, place), wrong)
     assert changes("denoised", (0, 0, 0), -1) and changes("denoised", (0, 0, 1), guess(8, 11))
-    assert not changes("denoised", (0, 1), guess(8, 11))  # behind max_depth
+    assert not changes("denoised", (0, 1), guess(8, 11))  # past max_depth
     assert (
         changes("history", (0, 2), 4)
         and changes("history", (0, 0), 4)
@@ -353,7 +360,7 @@ def test_a_draft_would_notice_a_changed_entry(device):
     )  # whose end is in the corpus only, before a 4
     before = ops.draft_tree(**arguments)
     ends = {size: oracle.hashed((5, 1, 2)[3 - size :]) % 1024 for size in (1, 2, 3)}
-    assert all(arguments["corpus_heads"][size - 1, slot] == 7 for size, slot in ends.items())
+    assert all(arguments["corpus_suffixes"][size - 1, slot] == 7 for size, slot in ends.items())
     assert (
         changes("corpus", 7, 3) and changes("corpus", 6, 9) and changes("corpus", slice(None), -1)
     )
@@ -362,8 +369,8 @@ def test_a_draft_would_notice_a_changed_entry(device):
     )  # a shorter n-gram weighs something else
     assert not changes("corpus", 8, 9) and not changes("corpus", slice(0, 4), 3)
     for wrong in (0, 1, 3, 5, 6, 9, -1, *EXTREMES):
-        assert changes("corpus_heads", (2, ends[3]), wrong)
-    assert not changes("corpus_heads", 7, 7)
+        assert changes("corpus_suffixes", (2, ends[3]), wrong)
+    assert not changes("corpus_suffixes", 7, 7)
 
 
 @given(known=knowledge(), foresight=st.sampled_from(FORESIGHT), junk=st.integers(0, 999))
@@ -372,7 +379,7 @@ def test_drafts_survive_any_tables(device, known, foresight, junk):
     of range included.
     """
     known = dataclasses.replace(
-        known, slots=min(known.slots, 64), head_slots=min(known.head_slots, 64)
+        known, slots=min(known.slots, 64), suffix_slots=min(known.suffix_slots, 64)
     )
     arguments = {**known.arguments(device), "nodes": 12, "max_depth": 4, "foresight": foresight}
     source = seeded(junk)
@@ -382,10 +389,10 @@ def test_drafts_survive_any_tables(device, known, foresight, junk):
 
     tables = (
         arguments["denoised"],
-        arguments["contexts"][..., 1:],
-        arguments["heads"],
+        arguments["adjacency"][..., 1:],
+        arguments["suffixes"],
     )  # no context is forgotten
-    for table in (*tables, arguments["corpus"], arguments["corpus_heads"]):
+    for table in (*tables, arguments["corpus"], arguments["corpus_suffixes"]):
         noise = torch.randint(-(2**31), 2**31, table.shape, generator=source).int().to(device)
         noise = torch.where(chance(table) < 0.5, noise, noise % 50)
         table.copy_(torch.where(chance(table) < 0.3, table, noise))
@@ -437,7 +444,7 @@ def test_a_draft_is_a_tree_of_shrinking_probability(device, known, max_depth, fo
 
 @given(known=knowledge(), max_depth=st.sampled_from([3, 256]), foresight=st.sampled_from(FORESIGHT))
 def test_the_draft_of_a_row_ignores_the_others_bit_for_bit(device, known, max_depth, foresight):
-    """Nor does it matter what lies behind the text or deeper than the tree, or how the arguments
+    """Nor does it matter what lies past the text or deeper than the tree, or how the arguments
     are strided.
     """
     arguments = {
@@ -447,18 +454,18 @@ def test_the_draft_of_a_row_ignores_the_others_bit_for_bit(device, known, max_de
         "foresight": foresight,
     }
     together = ops.draft_tree(**arguments)
-    per_row = ("history", "lengths", "denoised", "heads")
+    per_row = ("history", "lengths", "denoised", "suffixes")
     for b in range(known.batch):
         alone = ops.draft_tree(
             **{**arguments, **{name: arguments[name][b : b + 1] for name in per_row}}
         )
         assert_equal(alone, tuple(x[b : b + 1] for x in together))
-    behind = (
+    past = (
         torch.arange(arguments["history"].shape[1], device=device) >= arguments["lengths"][:, None]
     )
-    arguments["history"].masked_fill_(behind, -(2**63))
+    arguments["history"].masked_fill_(past, -(2**63))
     arguments["denoised"][:, max_depth:] = guess(1, 11)
-    for name in ("history", "denoised", "contexts", "heads", "corpus_heads"):
+    for name in ("history", "denoised", "adjacency", "suffixes", "corpus_suffixes"):
         arguments[name] = arguments[name].transpose(0, 1).contiguous().transpose(0, 1)
     for name in ("corpus", "factors"):
         arguments[name] = arguments[name].repeat_interleave(2)[::2]
@@ -531,7 +538,7 @@ def test_the_largest_and_smallest_factors_are_taken(device):
     arguments = worked_example(device)
     arguments["denoised"][:] = guess(3, 1)
     observed = Pass([[3, 1, 2]], [[2]], [[-1]], [[0]], [[[guess(3, 1)] * 8]])
-    ops.remember_guesses(arguments["contexts"], **observed.arguments(device))
+    ops.remember_guesses(arguments["adjacency"], **observed.arguments(device))
     for factor, probability in [(1e-9, 1e-306), (1e9, 0.99)]:
         arguments["factors"][:] = factor
         got = ops.draft_tree(**arguments)

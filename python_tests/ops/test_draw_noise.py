@@ -18,7 +18,7 @@ NONE = -100
 
 @st.composite
 def batches(draw, device: str) -> dict:
-    """Rows of several documents each, with responses anywhere in them, padding between them."""
+    """Rows of several samples each, with responses anywhere in them, padding between them."""
     rows, columns = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 5, 9, 30, 70]))
     rng = random.Random(draw(st.integers(0, 10**9)))
     vocabulary = draw(st.sampled_from([2, 5, 1000]))
@@ -30,19 +30,19 @@ def batches(draw, device: str) -> dict:
         for token in row:
             on ^= rng.random() < few
             labels[-1].append(token if on else NONE)
-    documents = []
+    samples = []
     for row in range(rows):
         cuts = sorted(rng.randrange(columns + 1) for _ in range(rng.choice([2, 2, 4])))
-        documents += [[row, begin, end] for begin, end in zip(cuts[::2], cuts[1::2])]
-    rng.shuffle(documents)
+        samples += [[row, begin, end] for begin, end in zip(cuts[::2], cuts[1::2])]
+    rng.shuffle(samples)
     keep = sorted(rng.sample(range(vocabulary), rng.choice([0, 1, min(3, vocabulary)])))
     return {
         "input_ids": integers(tokens, device),
         "labels": integers(labels, device),
-        "documents": integers(documents, device).reshape(-1, 3),
+        "samples": integers(samples, device).reshape(-1, 3),
         "keep_token_ids": integers(keep, device),
         "starts": torch.full(
-            (len(documents), draw(st.sampled_from([1, 2, 5, 40]))), -1, device=device
+            (len(samples), draw(st.sampled_from([1, 2, 5, 40]))), -1, device=device
         ),
         "seed": draw(st.integers(-(2**63), 2**63 - 1)),
         "length": draw(st.sampled_from([1, 2, 4, 64])),
@@ -82,7 +82,7 @@ def test_noise_is_where_and_what_the_paper_says(device, data):
     starts, noise = (x.tolist() for x in ops.draw_noise(**arguments))
     tokens, labels = arguments["input_ids"].tolist(), arguments["labels"].tolist()
     keep, length = set(arguments["keep_token_ids"].tolist()), arguments["length"]
-    for (row, begin, end), places, drawn in zip(arguments["documents"].tolist(), starts, noise):
+    for (row, begin, end), places, drawn in zip(arguments["samples"].tolist(), starts, noise):
         response = {at for at in range(begin + 1, end) if labels[row][at] != NONE}
         covered: Counter = Counter()
         for start, segment in zip(places, drawn):
@@ -117,13 +117,13 @@ def test_noise_is_where_and_what_the_paper_says(device, data):
             assert len(used) == sum(max(len(run) - length + 1, 1) for run in runs if run)
 
 
-def one_document(tokens: list[int], prompt: int, **options) -> dict:
+def one_sample(tokens: list[int], prompt: int, **options) -> dict:
     ids = integers([tokens])
     labels = ids.masked_fill(torch.arange(len(tokens)) < prompt, NONE)
     return {
         "input_ids": ids,
         "labels": labels,
-        "documents": integers([[0, 0, len(tokens)]]),
+        "samples": integers([[0, 0, len(tokens)]]),
         "keep_token_ids": integers([]),
         "starts": integers([[-1]]),
         "seed": 0,
@@ -149,7 +149,7 @@ def draws(arguments: dict, rounds: int) -> list:
 
 
 def test_starts_are_uniform():
-    arguments = one_document(list(range(40)), prompt=9)
+    arguments = one_sample(list(range(40)), prompt=9)
     starts = Counter(start for start, _ in draws(arguments, 8000))
     assert chi_square(starts, range(9, 37)) < 4
     assert (
@@ -163,7 +163,7 @@ def test_starts_are_uniform():
 
 
 def test_starts_are_uniform_over_several_responses():
-    arguments = one_document(list(range(40)), prompt=0)
+    arguments = one_sample(list(range(40)), prompt=0)
     arguments["labels"][0, [0, 1, 2, 10, 20, 21, 24, 39]] = (
         NONE  # one of two tokens, which is short, is 22 and 23
     )
@@ -173,7 +173,7 @@ def test_starts_are_uniform_over_several_responses():
 
 @pytest.mark.parametrize("random_share", [0.0, 1.0])
 def test_noise_is_uniform_over_its_source(random_share):
-    arguments = one_document(list(range(100, 130)), prompt=20, random=random_share, vocabulary=50)
+    arguments = one_sample(list(range(100, 130)), prompt=20, random=random_share, vocabulary=50)
     by_place: dict = {}
     for start, segment in draws(arguments, 12000):
         for at, token in enumerate(segment, start):
@@ -183,13 +183,13 @@ def test_noise_is_uniform_over_its_source(random_share):
 
 
 def test_a_share_of_the_noise_is_random():
-    arguments = one_document(list(range(100, 130)), prompt=20, random=0.3, vocabulary=50)
+    arguments = one_sample(list(range(100, 130)), prompt=20, random=0.3, vocabulary=50)
     tokens = [token for _, segment in draws(arguments, 4000) for token in segment]
     assert sum(token < 50 for token in tokens) / len(tokens) == pytest.approx(0.3, abs=0.02)
 
 
 def test_later_segments_are_uniform_where_there_is_room():
-    arguments = one_document(list(range(40)), prompt=9, starts=integers([[12, -1]]))
+    arguments = one_sample(list(range(40)), prompt=9, starts=integers([[12, -1]]))
     second = Counter(
         int(ops.draw_noise(**{**arguments, "seed": seed})[0][0, 1]) for seed in range(6000)
     )
@@ -201,8 +201,8 @@ def test_later_segments_are_uniform_where_there_is_room():
     assert chi_square(second, [at for at in range(9, 37) if at != 12]) < 4
 
 
-def test_what_is_drawn_belongs_to_the_document(device):
-    """Alone, in a batch, behind padding or behind another document: the same noise at the same
+def test_what_is_drawn_belongs_to_the_sample(device):
+    """Alone, in a batch, after padding or after another sample: the same noise at the same
     places.
     """
     rng = random.Random(0)
@@ -211,26 +211,26 @@ def test_what_is_drawn_belongs_to_the_document(device):
 
     def drawn(rows: list[list[int]], columns: int, gap: int, seed: int = 3) -> dict:
         tokens, labels = torch.full((len(rows), columns), 7), torch.full((len(rows), columns), NONE)
-        documents, names = [], []
+        bounds, names = [], []
         for row, members in enumerate(rows):
             at = gap
             for i in members:
                 end = at + len(samples[i])
                 tokens[row, at:end] = integers(samples[i])
                 labels[row, at + responses[i] : end] = tokens[row, at + responses[i] : end]
-                documents.append([row, at, end])
+                bounds.append([row, at, end])
                 names.append(i)
                 at = end + gap
-        tokens, labels, documents = (
+        tokens, labels, bounds = (
             tokens.to(device),
             labels.to(device),
-            integers(documents, device),
+            integers(bounds, device),
         )
-        starts = torch.full((len(documents), 3), -1, device=device)
+        starts = torch.full((len(bounds), 3), -1, device=device)
         found, noise = ops.draw_noise(
-            tokens, labels, documents, integers([5], device), starts, seed, 4, 0.4, 90
+            tokens, labels, bounds, integers([5], device), starts, seed, 4, 0.4, 90
         )
-        inside = torch.where(found < 0, found, found - documents[:, 1:2])
+        inside = torch.where(found < 0, found, found - bounds[:, 1:2])
         return {i: (a, b) for i, a, b in zip(names, inside.tolist(), noise.tolist())}
 
     alone = {i: drawn([[i]], len(samples[i]), 0)[i] for i in range(12)}
@@ -244,18 +244,18 @@ def test_what_is_drawn_belongs_to_the_document(device):
 def test_nothing_is_drawn_where_there_is_no_response(device):
     tokens = torch.arange(12, device=device).view(2, 6)
     starts = torch.full((3, 2), -1, device=device)
-    documents = integers([[0, 0, 6], [1, 2, 3], [1, 4, 4]], device)  # no label, one token, nothing
+    samples = integers([[0, 0, 6], [1, 2, 3], [1, 4, 4]], device)  # no label, one token, nothing
     labels = torch.stack([torch.full_like(tokens[0], NONE), tokens[1]])
-    found, noise = ops.draw_noise(tokens, labels, documents, integers([], device), starts, 0, 4)
+    found, noise = ops.draw_noise(tokens, labels, samples, integers([], device), starts, 0, 4)
     assert found.eq(-1).all() and noise.eq(-1).all()
     found, noise = ops.draw_noise(
-        tokens, labels, documents[:0], integers([], device), starts[:0], 0, 4
+        tokens, labels, samples[:0], integers([], device), starts[:0], 0, 4
     )
     assert found.shape == (0, 2) and noise.shape == (0, 2, 4)
 
 
 def test_inputs_are_left_alone():
-    arguments = one_document(list(range(40)), prompt=9)
+    arguments = one_sample(list(range(40)), prompt=9)
     before = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
     ops.draw_noise(**arguments)
     for name, x in before.items():

@@ -33,7 +33,7 @@ def test_the_oracle_generator_gives_the_published_numbers():
 def check_fill(
     candidates, retrieved, histories, lengths, depth, rank, seed, device
 ) -> torch.Tensor:
-    """``depth`` is one list a row; what lies behind a row's length is poison."""
+    """``depth`` is one list a row; what lies past a row's length is poison."""
     batch, ranks = len(histories), len(candidates[0][0]) if candidates[0] else 3
     arguments = [
         integers(candidates, device).view(batch, len(candidates[0]), ranks),

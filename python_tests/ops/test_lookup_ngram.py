@@ -17,11 +17,11 @@ from msn_ext.ops import reference
 
 
 def check_lookup(
-    texts: list[list[int]], behind: list[list[int]], max_ngram: int, length: int, device: str
+    texts: list[list[int]], after: list[list[int]], max_ngram: int, length: int, device: str
 ) -> None:
-    """``behind`` is what lies in the history after each text."""
-    width = max(len(t) + len(p) for t, p in zip(texts, behind))
-    history = integers(padded([t + p for t, p in zip(texts, behind)], width), device)
+    """``after`` is what lies in the history after each text."""
+    width = max(len(t) + len(p) for t, p in zip(texts, after))
+    history = integers(padded([t + p for t, p in zip(texts, after)], width), device)
     lengths = integers([len(t) for t in texts], device)
     got = ops.lookup_ngram(history, lengths, max_ngram, length)
     assert_equal(got, reference.lookup_ngram(history, lengths, max_ngram, length))
@@ -69,8 +69,8 @@ def test_lookup_takes_the_most_recent_of_equal_matches_and_the_longest_of_all(de
         assert tokens.tolist() == [expected] and matched.tolist() == [size]
 
 
-def test_lookup_would_notice_what_lies_behind(device):
-    """Negative control: one token more, and the match behind the text counts."""
+def test_lookup_would_notice_what_lies_past_the_text(device):
+    """Negative control: one token more, and the match past the text counts."""
     history = integers([[1, 2, 3, 9, 1, 2, 3]], device)
     shorter = ops.lookup_ngram(history, integers([6], device), 3, 2)
     longer = ops.lookup_ngram(history, integers([7], device), 3, 2)

@@ -12,7 +12,7 @@ from helpers.cases import (
     integers,
     tree_tensor,
 )
-from helpers.knowledge import Pass, histories, no_contexts, no_places
+from helpers.knowledge import Pass, empty_adjacency, empty_suffixes, histories
 from msn_ext import _C, ops
 
 
@@ -160,11 +160,11 @@ WRONG_FORMS = [
     ("top_guesses", {"logits": scalar}, "logits"),
     ("top_guesses", {"logits": as_int64}, "logits"),
     ("top_guesses", {"logits": lambda x: x.to(torch.complex64)}, "logits"),
-    ("index_suffixes", {"heads": flat}, "heads"),
-    ("index_suffixes", {"heads": fewer_rows}, "heads"),
-    ("index_suffixes", {"heads": as_int64}, "heads"),
-    ("index_suffixes", {"heads": strided}, "heads"),
-    ("index_suffixes", {"heads": sized(2, 7, 32)}, "heads"),
+    ("index_suffixes", {"suffixes": flat}, "suffixes"),
+    ("index_suffixes", {"suffixes": fewer_rows}, "suffixes"),
+    ("index_suffixes", {"suffixes": as_int64}, "suffixes"),
+    ("index_suffixes", {"suffixes": strided}, "suffixes"),
+    ("index_suffixes", {"suffixes": sized(2, 7, 32)}, "suffixes"),
     ("index_suffixes", {"history": scalar}, "history"),
     ("index_suffixes", {"history": flat}, "history"),
     ("index_suffixes", {"history": as_int32}, "history"),
@@ -172,11 +172,11 @@ WRONG_FORMS = [
     ("index_suffixes", {"start": as_int32}, "start"),
     ("index_suffixes", {"lengths": fewer_rows}, "lengths"),
     ("index_suffixes", {"lengths": as_int32}, "lengths"),
-    ("remember_guesses", {"contexts": flat}, "contexts"),
-    ("remember_guesses", {"contexts": as_int64}, "contexts"),
-    ("remember_guesses", {"contexts": strided}, "contexts"),
-    ("remember_guesses", {"contexts": sized(2, 32, 9)}, "contexts"),
-    ("remember_guesses", {"contexts": sized(3, 32, 8)}, "contexts"),
+    ("remember_guesses", {"adjacency": flat}, "adjacency"),
+    ("remember_guesses", {"adjacency": as_int64}, "adjacency"),
+    ("remember_guesses", {"adjacency": strided}, "adjacency"),
+    ("remember_guesses", {"adjacency": sized(2, 32, 9)}, "adjacency"),
+    ("remember_guesses", {"adjacency": sized(3, 32, 8)}, "adjacency"),
     ("remember_guesses", {"history": flat}, "history"),
     ("remember_guesses", {"history": fewer_rows}, "history"),
     ("remember_guesses", {"history": as_int32}, "history"),
@@ -205,21 +205,21 @@ WRONG_FORMS = [
     ("draft_tree", {"denoised": fewer_rows}, "denoised"),
     ("draft_tree", {"denoised": as_int64}, "denoised"),
     ("draft_tree", {"denoised": lambda x: x[..., :-1]}, "denoised"),
-    ("draft_tree", {"contexts": flat}, "contexts"),
-    ("draft_tree", {"contexts": as_int64}, "contexts"),
-    ("draft_tree", {"contexts": sized(2, 32, 9)}, "contexts"),
-    ("draft_tree", {"contexts": sized(3, 32, 8)}, "contexts"),
-    ("draft_tree", {"heads": flat}, "heads"),
-    ("draft_tree", {"heads": fewer_rows}, "heads"),
-    ("draft_tree", {"heads": as_int64}, "heads"),
-    ("draft_tree", {"heads": sized(2, 7, 32)}, "heads"),
+    ("draft_tree", {"adjacency": flat}, "adjacency"),
+    ("draft_tree", {"adjacency": as_int64}, "adjacency"),
+    ("draft_tree", {"adjacency": sized(2, 32, 9)}, "adjacency"),
+    ("draft_tree", {"adjacency": sized(3, 32, 8)}, "adjacency"),
+    ("draft_tree", {"suffixes": flat}, "suffixes"),
+    ("draft_tree", {"suffixes": fewer_rows}, "suffixes"),
+    ("draft_tree", {"suffixes": as_int64}, "suffixes"),
+    ("draft_tree", {"suffixes": sized(2, 7, 32)}, "suffixes"),
     ("draft_tree", {"corpus": scalar}, "corpus"),
     ("draft_tree", {"corpus": lambda x: x[None]}, "corpus"),
     ("draft_tree", {"corpus": as_int64}, "corpus"),
-    ("draft_tree", {"corpus_heads": flat}, "corpus_heads"),
-    ("draft_tree", {"corpus_heads": lambda x: x[None]}, "corpus_heads"),
-    ("draft_tree", {"corpus_heads": as_int64}, "corpus_heads"),
-    ("draft_tree", {"corpus_heads": sized(7, 32)}, "corpus_heads"),
+    ("draft_tree", {"corpus_suffixes": flat}, "corpus_suffixes"),
+    ("draft_tree", {"corpus_suffixes": lambda x: x[None]}, "corpus_suffixes"),
+    ("draft_tree", {"corpus_suffixes": as_int64}, "corpus_suffixes"),
+    ("draft_tree", {"corpus_suffixes": sized(7, 32)}, "corpus_suffixes"),
     ("draft_tree", {"factors": fewer_rows}, "factors"),
     ("draft_tree", {"factors": scalar}, "factors"),
     ("draft_tree", {"factors": as_float}, "factors"),
@@ -237,9 +237,9 @@ WRONG_FORMS = [
     ("draw_noise", {"input_ids": as_int32}, "input_ids"),
     ("draw_noise", {"labels": fewer_rows}, "labels"),
     ("draw_noise", {"labels": as_int32}, "labels"),
-    ("draw_noise", {"documents": flat}, "documents"),
-    ("draw_noise", {"documents": as_int32}, "documents"),
-    ("draw_noise", {"documents": lambda x: x[:, :2]}, "documents"),
+    ("draw_noise", {"samples": flat}, "samples"),
+    ("draw_noise", {"samples": as_int32}, "samples"),
+    ("draw_noise", {"samples": lambda x: x[:, :2]}, "samples"),
     ("draw_noise", {"keep_token_ids": scalar}, "keep_token_ids"),
     ("draw_noise", {"keep_token_ids": as_int32}, "keep_token_ids"),
     ("draw_noise", {"starts": flat}, "starts"),
@@ -290,12 +290,12 @@ WRONG_VALUES = [
     ("draft_tree", {"lengths": [0, 6]}, r"lengths\[0\] is 0"),
     ("draft_tree", {"lengths": [5, 7]}, r"lengths\[1\] is 7"),
     ("draft_tree", {"lengths": [5, 2**63 - 1]}, r"lengths\[1\]"),
-    ("draw_noise", {"documents": [[2, 0, 6], [1, 0, 5]]}, r"row of documents\[0\] is 2"),
-    ("draw_noise", {"documents": [[0, 0, 6], [-1, 0, 5]]}, r"row of documents\[1\] is -1"),
-    ("draw_noise", {"documents": [[0, 0, 7], [1, 0, 5]]}, r"end of documents\[0\] is 7"),
-    ("draw_noise", {"documents": [[0, -1, 6], [1, 0, 5]]}, r"begin of documents\[0\] is -1"),
-    ("draw_noise", {"documents": [[0, 0, 6], [1, 5, 4]]}, r"begin of documents\[1\] is 5"),
-    ("draw_noise", {"documents": [[0, 0, 6], [1, 0, 2**63 - 1]]}, r"end of documents\[1\]"),
+    ("draw_noise", {"samples": [[2, 0, 6], [1, 0, 5]]}, r"row of samples\[0\] is 2"),
+    ("draw_noise", {"samples": [[0, 0, 6], [-1, 0, 5]]}, r"row of samples\[1\] is -1"),
+    ("draw_noise", {"samples": [[0, 0, 7], [1, 0, 5]]}, r"end of samples\[0\] is 7"),
+    ("draw_noise", {"samples": [[0, -1, 6], [1, 0, 5]]}, r"begin of samples\[0\] is -1"),
+    ("draw_noise", {"samples": [[0, 0, 6], [1, 5, 4]]}, r"begin of samples\[1\] is 5"),
+    ("draw_noise", {"samples": [[0, 0, 6], [1, 0, 2**63 - 1]]}, r"end of samples\[1\]"),
     ("draw_noise", {"starts": [[-1, -1], [1, -1]]}, r"starts\[1, 0\] is 1"),
     ("draw_noise", {"starts": [[-1, 6], [2, -1]]}, r"starts\[0, 1\] is 6"),
     ("draw_noise", {"starts": [[2**63 - 1, -1], [2, -1]]}, r"starts\[0, 0\]"),
@@ -354,20 +354,23 @@ def test_a_refused_call_has_changed_no_more_than_the_rows_before():
     """
     texts, parents = [[1, 2, 3]] * 3, [build_tree("random", 5, seed) for seed in range(3)]
     arguments = Pass.random(texts, parents, 3, random.Random(0)).arguments("cpu")
-    contexts, first = no_contexts(64, "cpu"), no_contexts(64, "cpu")
+    adjacency, first = empty_adjacency(64, "cpu"), empty_adjacency(64, "cpu")
     ops.remember_guesses(first, **{name: x[:1] for name, x in arguments.items()})
     for name, at, value in [("parents", (1, 3), 3), ("lengths", 1, 0), ("lengths", 1, 7)]:
         wrong = {**arguments, name: arguments[name].clone()}
         wrong[name][at] = value
-        contexts.zero_()
+        adjacency.zero_()
         with pytest.raises(ValueError, match=name):
-            ops.remember_guesses(contexts, **wrong)
-        assert torch.equal(contexts, first) or not contexts.any()
+            ops.remember_guesses(adjacency, **wrong)
+        assert torch.equal(adjacency, first) or not adjacency.any()
 
     history, lengths = histories(texts, "cpu")
     for name, value in [("start", -1), ("start", 7), ("lengths", -1), ("lengths", 7)]:
-        heads, wrong = no_places(3, 64, "cpu"), {"start": lengths * 0, "lengths": lengths.clone()}
+        suffixes, wrong = (
+            empty_suffixes(3, 64, "cpu"),
+            {"start": lengths * 0, "lengths": lengths.clone()},
+        )
         wrong[name][1] = value
         with pytest.raises(ValueError, match=rf"{name}\[1\] is {value}; expected 0 to 6"):
-            ops.index_suffixes(heads, history, **wrong)
-        assert not heads[1:].any()
+            ops.index_suffixes(suffixes, history, **wrong)
+        assert not suffixes[1:].any()

@@ -1,5 +1,7 @@
 """The ops in torch: registration, compilation, autograd."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -8,6 +10,26 @@ from helpers.cases import (
     assert_equal,
 )
 from msn_ext import ops
+
+
+def test_every_op_is_here():
+    functions = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+    assert functions == {*OPS, "tree_mask"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_schema_names_the_arguments_of_the_function(op):
+    """By position and by name, the function with its options last."""
+    schema = getattr(torch.ops.msn_ext, op).default._schema
+    parameters = list(inspect.signature(getattr(ops, op)).parameters)
+    named = [argument.name for argument in schema.arguments]
+    assert parameters == named + ["validate"] * (op == "tree_ancestors")
+
+
+def test_the_function_says_what_the_op_returns():
+    assert inspect.signature(ops.verify_tree).return_annotation == tuple[(torch.Tensor,) * 4]
+    assert inspect.signature(ops.top_guesses).return_annotation is torch.Tensor
+    assert inspect.signature(ops.commit_kv).return_annotation is None
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -42,7 +64,10 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         }
         ops.remember_guesses(**observed)
         ops.index_suffixes(**arguments["index_suffixes"])
-        tables = {"contexts": observed["contexts"], "heads": arguments["index_suffixes"]["heads"]}
+        tables = {
+            "adjacency": observed["adjacency"],
+            "suffixes": arguments["index_suffixes"]["suffixes"],
+        }
         draft = ops.draft_tree(**{**arguments["draft_tree"], **tables, "denoised": guesses})
         verified = accept_length, path, bonus, continuation
         noise = ops.draw_noise(
@@ -69,8 +94,8 @@ def test_compiled_step_equals_the_eager_one(device, backend):
     assert_equal(torch.compile(step, fullgraph=True, backend=backend)(compiled), step(eager))
     for op, changed in [
         ("commit_kv", "caches"),
-        ("remember_guesses", "contexts"),
-        ("index_suffixes", "heads"),
+        ("remember_guesses", "adjacency"),
+        ("index_suffixes", "suffixes"),
         ("advance_text", "history"),
     ]:
         assert_equal(compiled[op][changed], eager[op][changed])

@@ -18,24 +18,24 @@ from helpers.cases import (
     tree_tensor,
     trees,
 )
-from helpers.knowledge import SLOTS, Pass, guess, no_contexts, only, texts
+from helpers.knowledge import SLOTS, Pass, empty_adjacency, guess, only, texts
 from msn_ext import ops
 
 
 def check_remembered(passes: list[Pass], slots: int, device: str) -> torch.Tensor:
-    contexts, memory = no_contexts(slots, device), {}
+    adjacency, memory = empty_adjacency(slots, device), {}
     for observed in passes:
         arguments = observed.arguments(device)
         shared = all(row == observed.parents[0] for row in observed.parents)
-        expected = specified("remember_guesses", contexts=contexts, **arguments)
+        expected = specified("remember_guesses", adjacency=adjacency, **arguments)
         for parents in [arguments["parents"]] + [arguments["parents"][0]] * shared:
-            got = contexts.clone()
+            got = adjacency.clone()
             ops.remember_guesses(got, **{**arguments, "parents": parents})
             assert_equal(got, expected)
-        contexts = got
+        adjacency = got
         observed.remember(memory)
-        assert contexts.tolist() == oracle.memory_table(memory, slots)
-    return contexts
+        assert adjacency.tolist() == oracle.memory_table(memory, slots)
+    return adjacency
 
 
 @given(data=st.data())
@@ -59,14 +59,14 @@ def test_remembering_trees_of_every_size(device, nodes):
 
 
 def remembered(observed: Pass, context: list[int], device: str) -> list[int] | None:
-    """The guesses in the table behind a context; None: nothing."""
+    """The guesses in the table after a context; None: nothing."""
     table = check_remembered([observed], 512, device)
     slot = table[len(context) - 1, oracle.hashed(tuple(context)) % 512].tolist()
     return slot[1:] if slot[0] else None
 
 
 def test_the_accepted_path_and_later_rows_have_the_last_word(device):
-    """Nodes 1 to 3 of both rows have token 5 behind token 4: whichever is accepted stays, else the
+    """Nodes 1 to 3 of both rows have token 5 after token 4: whichever is accepted stays, else the
     last.
     """
     guesses = [[only(guess(10 * b + i)) for i in range(4)] for b in range(2)]
@@ -96,7 +96,7 @@ def test_padding_and_what_is_below_it_is_not_remembered(device):
 
 @given(seed=st.integers(0, 999), slots=st.sampled_from([7, 512]))
 def test_remembering_reads_nothing_but_its_own(device, seed, slots):
-    """The root's token is the text's end; padding, gaps in the path and what lies behind the text
+    """The root's token is the text's end; padding, gaps in the path and what lies past the text
     do not count.
     """
     rng = random.Random(seed)
@@ -108,7 +108,7 @@ def test_remembering_reads_nothing_but_its_own(device, seed, slots):
         ],
     )
     arguments = Pass.random(texts, parents, 3, rng).arguments(device)
-    before, after = no_contexts(slots, device), no_contexts(slots, device)
+    before, after = empty_adjacency(slots, device), empty_adjacency(slots, device)
     ops.remember_guesses(before, **arguments)
     for b, text in enumerate(texts):
         arguments["history"][b, len(text) :] = rng.randrange(-9, 9)
@@ -142,7 +142,7 @@ def test_remembering_would_notice_a_change(device):
     for name, at, value in changes:
         arguments = observed.arguments(device)
         arguments[name][0, at] = torch.tensor(value, dtype=arguments[name].dtype)
-        after = no_contexts(512, device)
+        after = empty_adjacency(512, device)
         ops.remember_guesses(after, **arguments)
         assert not torch.equal(after, before), (name, at)
 
@@ -150,7 +150,7 @@ def test_remembering_would_notice_a_change(device):
 def test_remembering_takes_strides_no_slots_and_no_rows(device):
     parents = [build_tree("random", 12), build_tree("deep", 12)]
     arguments = Pass.random([[1, 2], [2]], parents, 3, random.Random(0)).arguments(device)
-    before, after = no_contexts(64, device), no_contexts(64, device)
+    before, after = empty_adjacency(64, device), empty_adjacency(64, device)
     ops.remember_guesses(before, **arguments)
     apart = {
         name: (
@@ -164,7 +164,7 @@ def test_remembering_takes_strides_no_slots_and_no_rows(device):
     assert_equal(after, before)
     ops.remember_guesses(after, **{name: x[:0] for name, x in arguments.items()})
     assert_equal(after, before)
-    ops.remember_guesses(no_contexts(0, device), **arguments)
+    ops.remember_guesses(empty_adjacency(0, device), **arguments)
 
 
 @given(malformed=malformed_trees())
@@ -174,15 +174,16 @@ def test_malformed_parents_are_not_remembered(device, malformed):
     observed = Pass(
         [[1]], [[1] * nodes], [parents], [[0]], [[only(guess(i)) for i in range(nodes)]]
     )
-    contexts, arguments = no_contexts(7, device), observed.arguments(device)
+    adjacency, arguments = empty_adjacency(7, device), observed.arguments(device)
     if device == "cpu":
         with pytest.raises(ValueError, match=rf"parents\[{first}\] is {parents[first]};"):
-            bounded(lambda: ops.remember_guesses(contexts, **arguments))
-        assert_equal(contexts, no_contexts(7, device))
+            bounded(lambda: ops.remember_guesses(adjacency, **arguments))
+        assert_equal(adjacency, empty_adjacency(7, device))
     else:  # values are not read back: a malformed node is padding, and node 0 the root
         as_padding = tree_tensor([[p if 0 <= p < i else -1 for i, p in enumerate(parents)]], device)
-        bounded(lambda: ops.remember_guesses(contexts, **arguments))
+        bounded(lambda: ops.remember_guesses(adjacency, **arguments))
         expected = {**arguments, "parents": as_padding}
         assert_equal(
-            contexts, specified("remember_guesses", contexts=no_contexts(7, device), **expected)
+            adjacency,
+            specified("remember_guesses", adjacency=empty_adjacency(7, device), **expected),
         )

@@ -135,13 +135,13 @@ class Draft:
         denoised,
         memory,
         suffixes: bool,
-        documents,
+        corpus,
         factors: torch.Tensor,
         max_depth: int,
         foresight: float,
     ):
         self.text, self.denoised, self.memory = text, denoised, memory
-        self.texts = [[text]] * suffixes + [documents]  # where to look, the first place first
+        self.texts = [[text]] * suffixes + [corpus]  # where to look, the first place first
         sizes = [(4, 9), (3, 2, 12), (3, 4, 12), (8, 3, 4)]
         parts = factors.split([math.prod(size) for size in sizes])
         self.bias, self.of_denoised, self.of_memory, self.of_suffix = (
@@ -150,21 +150,21 @@ class Draft:
         self.max_depth, self.foresight = max_depth, foresight
 
     def _followers(self, context: list[int]) -> list[tuple[int, int]]:
-        """(index of the n-gram, token) of the different tokens behind the ends of a context,
+        """(index of the n-gram, token) of the different tokens after the ends of a context,
         longest first.
         """
         found = {}
         for level, size in reversed(list(enumerate(NGRAMS))):
             ngram = context[-size:]
             for texts in self.texts:
-                behind = [
+                after = [
                     text[e]
                     for text in texts
                     for e in range(size, len(text))
                     if text[e - size : e] == ngram
                 ]
-                if behind:
-                    found.setdefault(behind[-1], level)
+                if after:
+                    found.setdefault(after[-1], level)
                     break
         return [(level, token) for token, level in found.items()]
 
