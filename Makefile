@@ -31,7 +31,7 @@ test asan: export OMP_WAIT_POLICY ?= passive
 # `pytest`, not `python -m pytest`, which would import msn_ext/ from here, where nothing is compiled.
 test: $(STAMP)
 	@echo "== Running the tests"
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 bench: $(STAMP)
 	@echo "== Timing the kernels"

@@ -7,7 +7,7 @@
 #   PYTHON=python3.12 benchmarks/gpu.sh    default: python3
 #
 # Needs nvcc, compute-sanitizer (for `sanitize`), cmake, ninja, and in that Python: torch with CUDA,
-# transformers, pybind11, scikit-build-core, pytest, hypothesis. The package is installed into
+# transformers, pybind11, scikit-build-core, pytest, hypothesis; with pytest-xdist, tests run side by side. The package is installed into
 # build/gpu/site, never into the environment. A part that fails does not stop the next one; the table
 # at the end says which did, and the exit status is then 1.
 set -euo pipefail
@@ -41,7 +41,9 @@ build() {
 }
 
 test_() {
-  MSN_REQUIRE_CUDA=1 "$python" -P -m pytest -q python_tests/ops --ignore=python_tests/ops/test_sanitizers.py python_tests/decoding/test_runner.py python_tests/decoding/test_runner_pool.py
+  local several=()
+  if "$python" -P -c 'import xdist' 2>/dev/null; then several=(-n 8 --dist worksteal); fi
+  MSN_REQUIRE_CUDA=1 "$python" -P -m pytest -q "${several[@]}" python_tests/ops --ignore=python_tests/ops/test_sanitizers.py python_tests/decoding/test_runner.py python_tests/decoding/test_runner_pool.py
 }
 
 sanitize() {

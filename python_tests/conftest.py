@@ -5,9 +5,16 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
+
+# Tests that run beside others, and the processes that they start, have a core each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 import msn_ext
@@ -34,6 +41,28 @@ def device(request) -> str:
     if request.param == "cuda" and not HAVE_CUDA:
         pytest.fail("MSN_REQUIRE_CUDA=1, but there is no GPU or msn_ext was built without CUDA")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """``once(name, make)`` returns a folder that ``make(folder)`` has filled, called once in a run
+    of the tests, whichever of its processes asks first.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def made(name: str, make) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -11,23 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from msn_ext.families import MASK_ONLY, TESTED, WINDOWED
+
 from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache
 from .drafters import DraftTree
-
-# Families whose trees are compared with plain decoding in python_tests/decoding/test_lossless.py.
-TESTED = frozenset(
-    (
-        "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 "
-        "deepseek_v2 deepseek_v3 mixtral qwen3_moe gptj codegen"
-    ).split()
-)
-# Of these, the ones that have sliding windows where their configuration says so.
-WINDOWED = frozenset(
-    ("qwen2 qwen3 mistral phi3 gemma2 gemma3_text starcoder2 mixtral qwen3_moe").split()
-)
-# Families that ignore the attention interface but follow a dense mask and position_ids.
-MASK_ONLY = frozenset({"gptj", "codegen"})
 
 
 def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:

@@ -12,7 +12,7 @@ from helpers import BENCHMARKS
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CUDACXX", "nvcc")) is None, reason="no nvcc")
 def test_no_kernel_spills(tmp_path):
-    """As ptxas reports it for one architecture; the committed table has three, and every kernel."""
+    """By ptxas's report for one architecture; the committed table has three, and every kernel."""
     file = tmp_path / "registers.txt"
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""benchmarks/specbench.py: replays, goes on, sums up."""
+"""benchmarks/specbench.py: replays, continues a file, sums up."""
 
 import json
 

@@ -9,16 +9,19 @@ from xml.etree import ElementTree
 import pytest
 
 from helpers import BENCHMARKS
+from helpers.cases import one_thread
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 
-def test_the_ways_to_train_are_compared(folder, data, tmp_path):
+def test_the_ways_to_train_are_compared(folder, data, tmp_path, monkeypatch, capsys):
     """benchmarks/training.py: a line an experiment, done ones are not run again, the plots are
     pictures.
     """
-    script = BENCHMARKS / "training.py"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import training
+
     output, names = tmp_path / "out", "base,branch-4,replace-4-ppl,sft-compute"
     options = [
         "--model",
@@ -32,25 +35,23 @@ def test_the_ways_to_train_are_compared(folder, data, tmp_path):
         "--max-new-tokens",
         "12",
         "--output",
-        output,
+        str(output),
     ]
 
-    def run(*more) -> str:
-        command = [sys.executable, script, *options, *more]
-        run = subprocess.run(
-            list(map(str, command)),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert run.returncode == 0, run.stderr[-2000:]
-        return run.stdout
-
-    first = run("--only", "base,branch-4")
-    said = run("--only", names)
-    assert "== base" in first and "== base" not in said and "== sft-compute" in said
+    command = [sys.executable, str(BENCHMARKS / "training.py"), *options]
+    first = subprocess.run(
+        [*command, "--only", "base,branch-4"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert first.returncode == 0, first.stderr[-2000:]
+    with one_thread():
+        assert training.main([*options, "--only", names]) == 0
+    said = capsys.readouterr().out
+    assert "== base" in first.stdout and "== base" not in said and "== sft-compute" in said
     header, *rows = map(json.loads, (output / "results.jsonl").read_text().splitlines())
     assert header["command"].startswith("python benchmarks/training.py") and [
         row["experiment"] for row in rows

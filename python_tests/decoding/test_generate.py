@@ -160,7 +160,7 @@ def test_inference_mode_and_buffers_that_change():
 
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_a_default_device_is_left_out(draft):
-    """What the host needs is on the host, wherever else tensors are made."""
+    """Tensors that the host needs are on the host, whatever the default device."""
     model, ids = tiny_model("llama", 2), torch.tensor([[5, 9, 4, 7]])
     settings = dict(do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0)
     expected = model.generate(ids, **settings)

@@ -18,7 +18,7 @@ from msn_ext.decoding import (
     attention_for,
 )
 from msn_ext.decoding.attention import KernelAttention, MaskAttention
-from msn_ext.decoding.support import TESTED
+from msn_ext.families import TESTED
 from msn_ext.generation import DRAFTS
 
 SEEDS = 10  # x 22 families: the 200 models and more of the acceptance test
@@ -51,9 +51,7 @@ def test_equals_plain_decoding(family, seed):
         for row, accepts in zip(out.sequences, out.accept_lengths):
             new = int(accepts.sum())
             assert accepts.min() >= 1 and new <= settings["max_new_tokens"]
-            assert not row[ids.shape[1] + new :].any(), (
-                "something other than padding behind the end"
-            )
+            assert not row[ids.shape[1] + new :].any(), "something other than padding after the end"
 
 
 def test_every_tested_family_is_here():

@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from helpers.families import FAMILIES, tiny_model
-from msn_ext import DraftTree, generate
-from msn_ext.decoding import TokenRecycling, attention_for, support
+from msn_ext import DraftTree, families, generate
+from msn_ext.decoding import TokenRecycling, attention_for
 
 IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
 
@@ -332,7 +332,7 @@ def test_an_unknown_family_is_probed(monkeypatch):
     not.
     """
     good = _model("granite", intermediate_size=16, **SMALL)
-    assert good.config.model_type not in support.TESTED
+    assert good.config.model_type not in families.TESTED
     ids = torch.tensor([[3, 4, 5]])
     settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
     assert torch.equal(generate(good, ids, **settings), good.generate(ids, **settings))

@@ -28,7 +28,7 @@ def test_max_time_stops():
 
 
 def test_custom_stopping_criterion_inside_an_accepted_path():
-    """Asked after every token, as plain decoding asks: nothing behind the stop is kept."""
+    """Asked after every token, as plain decoding asks: nothing after the stop is kept."""
     model = tiny_model("llama", 2)
     ids = torch.tensor([[5, 9, 4, 7]])
 
@@ -58,8 +58,8 @@ def test_a_maximum_of_the_users_takes_the_place_of_the_settings():
 @pytest.mark.parametrize("end", [None, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_that_a_criterion_ends(seed, end):
-    """With an end of text they are padded; without one they go on until the last row has ended, as
-    in plain decoding.
+    """With an end of text they are padded; without one they continue, as in plain decoding, until
+    the last row has ended.
     """
     rng = random.Random(seed)
     model = tiny_model("llama", seed)

@@ -16,11 +16,9 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.mi
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulated(once):
     """Folder with a build of the checkout's kernels."""
-    folder = tmp_path_factory.mktemp("emulated")
-    build.build(folder)
-    return folder
+    return once("emulated", build.build)
 
 
 def fuzz(folder, *options: str) -> subprocess.CompletedProcess:

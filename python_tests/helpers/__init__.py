@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Shared by several test files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the tests of the ops share: trees, tensors of lists, exact comparison."""
+"""Shared by the tests of the ops: trees, tensors of lists, exact comparison."""
 
 import contextlib
 import random
@@ -86,7 +86,7 @@ def assert_equal(got, expected) -> None:
 
 
 def bounded(call, seconds: float = 20):
-    """What ``call`` returns or raises; fails if it has not come back after ``seconds``."""
+    """Return or raise what ``call`` does; fail if it has not come back after ``seconds``."""
     outcome = []
 
     def work():
@@ -106,7 +106,7 @@ def bounded(call, seconds: float = 20):
 
 
 def specified(op: str, **arguments):
-    """The specification's outputs and, where the op works in place, the changed table."""
+    """Return the specification's outputs and, where the op works in place, the changed table."""
     device = next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
     copies = {
         name: x.detach().cpu().clone() if isinstance(x, torch.Tensor) else x

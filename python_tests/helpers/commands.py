@@ -1,4 +1,4 @@
-"""What the tests of the command `msn` share."""
+"""Shared by the tests of the command `msn`."""
 
 import json
 

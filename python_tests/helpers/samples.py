@@ -1,19 +1,24 @@
-"""Training samples, collators and a tokenizer for the tests of training and of the command line."""
+"""Training samples, collators and a tokenizer for the tests of training and of the command line.
+
+Workers of a data loader import this, so that it imports little itself.
+"""
+
+from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from helpers.cases import seeded
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 NONE = -100
 
 
 def sample(tokens: int, prompt: int, vocabulary: int = 24, seed: int = 0) -> dict:
     """Random tokens (3 and above: others have a meaning), the first ``prompt`` without labels."""
-    ids = torch.randint(3, vocabulary, (tokens,), generator=seeded(seed))
+    ids = torch.randint(3, vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[:prompt] = NONE
     return {"input_ids": ids, "labels": labels}
@@ -66,6 +71,9 @@ def flatten(rows: list[dict]) -> dict:
 
 def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A token per byte, 256 is the end: every character beyond ASCII is several tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE({character: i for i, character in enumerate([*alphabet, "<eos>"])}, [])

@@ -49,10 +49,8 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory) -> Path:
-    """Folder with a sanitized build of the checkout."""
-    target = tmp_path_factory.mktemp("sanitized")
+def build(target: Path) -> None:
+    """Put a sanitized build of the checkout into a folder."""
     build_tools = all(importlib.util.find_spec(name) for name in ("scikit_build_core", "pybind11"))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     built = subprocess.run(
@@ -65,7 +63,12 @@ def sanitized(tmp_path_factory) -> Path:
         text=True,
     )
     assert built.returncode == 0, built.stdout + built.stderr
-    return target
+
+
+@pytest.fixture(scope="module")
+def sanitized(once) -> Path:
+    """Folder with a sanitized build of the checkout."""
+    return once("sanitized", build)
 
 
 def run_sanitized(build: Path, *command: str) -> subprocess.CompletedProcess:

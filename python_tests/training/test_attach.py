@@ -6,11 +6,13 @@ loss.
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import ROOT
+from helpers import several_processes
+from helpers.cases import one_thread
 from helpers.families import VOCAB, tiny_model
 from helpers.samples import NONE, Pad, samples
 from msn_ext import NoisyCollator, add_noise
@@ -20,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 ROWS = samples(24, VOCAB)
 LENGTH = 4  # of a segment
+LAYOUTS = ["replace", "branch"]
 
 
 def arguments(folder, **settings) -> transformers.TrainingArguments:
@@ -449,74 +452,46 @@ def tokenizer():
     )
 
 
-PROCESS = """
-import os, sys
-sys.path.insert(0, {tests!r})
-import torch, transformers
-from helpers.families import VOCAB, tiny_model
-from helpers.samples import Pad, samples
-import msn_ext
-
-torch.set_num_threads(1)
-wrapped = dict(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])
-fsdp = dict(fsdp="full_shard", fsdp_config=wrapped) if {fsdp} else dict()
-settings = transformers.TrainingArguments(
-    output_dir={folder!r}, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
-    per_device_train_batch_size=4 // {processes}, num_train_epochs=2, learning_rate=1e-3,
-    seed=3, logging_steps=1, max_grad_norm=1e9, **fsdp)
-rows = samples(24, VOCAB)
-model = tiny_model("llama", 1, torch.float32)
-trainer = transformers.Trainer(model, settings, Pad(), train_dataset=rows, eval_dataset=rows[:8])
-msn_ext.add_noise(trainer, layout={layout!r}, segments=2, seed=1)
-trainer.train()
-state = trainer.accelerator.get_state_dict(trainer.model)
-if trainer.is_world_process_zero():
-    torch.save({{name: x.cpu() for name, x in state.items()}}, {folder!r} + "/weights.pt")
-if torch.distributed.is_initialized():
-    # A process that leaves while another one still talks to it may abort that one.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    # Threads of torch's that ask for the interpreter while it goes down abort the process.
-    os._exit(0)
-"""
-
-
-@pytest.mark.parametrize("layout", ["replace", "branch"])
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_learn_what_one_learns(tmp_path, fsdp, layout):
-    """Each sample has the noise that it has in one process, so the weights end the same."""
-    weights = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        script = folder / "process.py"
-        options = dict(
-            tests=str(ROOT / "python_tests"), folder=str(folder), processes=processes, layout=layout
-        )
-        script.write_text(PROCESS.format(**options, fsdp=fsdp and processes > 1))
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            str(script),
-        ]
-        command = launcher if processes > 1 else [sys.executable, str(script)]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "CUDA_VISIBLE_DEVICES": "",
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict:
+    """The weights after training in one process, by layout."""
+    with one_thread():
+        return {
+            layout: several_processes.learn(tmp_path_factory.mktemp("alone"), layout)
+            for layout in LAYOUTS
         }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_learn_what_one_learns(once, alone, fsdp, layout):
+    """Each sample has the noise that it has in one process, so the weights end the same."""
+
+    def launch(folder: Path) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        script = [several_processes.__file__, str(folder), *["--fsdp"] * fsdp, *LAYOUTS]
         run = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+            [*launcher, "--nproc-per-node=2", *script],
+            cwd=folder,
+            env=os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "OMP_NUM_THREADS": "1",
+                "ACCELERATE_USE_CPU": "true",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert run.returncode == 0, run.stderr[-3000:]
-        weights.append(torch.load(folder / "weights.pt"))
+
+    expected = alone[layout]
+    found = torch.load(once("fsdp" if fsdp else "ddp", launch) / f"{layout}.pt")
     start = tiny_model("llama", 1, torch.float32).state_dict()
-    moved = max(float((weights[0][name] - start[name]).abs().max()) for name in weights[0])
+    moved = max(float((x - start[name]).abs().max()) for name, x in expected.items())
     assert moved > 1e-3
-    for name, x in weights[0].items():
+    for name, x in expected.items():
         torch.testing.assert_close(
-            weights[1][name], x, rtol=0, atol=moved / 50, msg=lambda text: f"{name}: {text}"
+            found[name], x, rtol=0, atol=moved / 50, msg=lambda text: f"{name}: {text}"
         )

@@ -53,7 +53,7 @@ def test_a_template_that_rewrites_the_question_is_refused():
 
 
 def test_earlier_answers_that_a_template_rewrites_are_left_out():
-    """As Qwen 3's does, which takes thoughts out of all answers but the last."""
+    """Qwen 3's template takes thoughts out of all answers but the last."""
     template = TEMPLATE.replace(
         "{{ m['content'] }}",
         "{% if m['role'] == 'assistant' and loop.last %}(thinks){% endif %}{{ m['content'] }}",

@@ -1,4 +1,4 @@
-"""Figures of a model: new trigrams, accuracy behind noise."""
+"""Figures of a model: new trigrams, accuracy after noise."""
 
 import pytest
 import torch

@@ -1,0 +1,60 @@
+"""Training in several processes: a script for torch.distributed.run, and what each of them does.
+
+python -m torch.distributed.run … several_processes.py FOLDER [--fsdp] LAYOUT …
+"""
+
+import os
+import sys
+
+import torch
+import transformers
+
+import msn_ext
+from helpers.families import VOCAB, tiny_model
+from helpers.samples import Pad, samples
+
+
+def learn(folder, layout: str, processes: int = 1, fsdp: bool = False) -> dict:
+    """Return the weights after two passes over 24 samples, four of them in a step."""
+    wrapped = dict(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])
+    settings = transformers.TrainingArguments(
+        output_dir=str(folder),
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        per_device_train_batch_size=4 // processes,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        seed=3,
+        logging_steps=1,
+        max_grad_norm=1e9,
+        **(dict(fsdp="full_shard", fsdp_config=wrapped) if fsdp else {}),
+    )
+    rows = samples(24, VOCAB)
+    model = tiny_model("llama", 1, torch.float32)
+    trainer = transformers.Trainer(
+        model, settings, Pad(), train_dataset=rows, eval_dataset=rows[:8]
+    )
+    msn_ext.add_noise(trainer, layout=layout, segments=2, seed=1)
+    trainer.train()
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    return {name: x.cpu() for name, x in state.items()}
+
+
+def main(folder: str, *layouts: str) -> None:
+    torch.set_num_threads(1)
+    fsdp, layouts = "--fsdp" in layouts, [name for name in layouts if name != "--fsdp"]
+    for layout in layouts:
+        weights = learn(folder, layout, int(os.environ["WORLD_SIZE"]), fsdp)
+        if torch.distributed.get_rank() == 0:
+            torch.save(weights, f"{folder}/{layout}.pt")
+    # A process that leaves while another one still talks to it may abort that one.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    # Threads of torch's that ask for the interpreter while it goes down abort the process.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
