@@ -61,11 +61,7 @@ class Recorder(ObservedDrafter):
     prompt's.
 
     Args:
-<<<<<<< HEAD
-        nodes: of a tree, root included.
-=======
         nodes: per tree, root included, 1 to 256.
->>>>>>> decoding
 
     Attributes:
         steps: of the last call of ``generate``, in order.
