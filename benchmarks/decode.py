@@ -29,7 +29,7 @@ from common import CATEGORIES, SPECBENCH, Results, conditions, load_model, load_
 from tqdm import tqdm
 
 import msn_ext
-from msn_ext.generation import DRAFTS, _drafter
+from msn_ext.generation import DRAFTS, drafter_for
 
 NEAR_TIE = 1e-3
 
@@ -102,7 +102,7 @@ def run(
     if gpu:
         torch.cuda.synchronize()
     inside = None if gpu else ModelTime(model)
-    drafter = draft if gpu or not ours else DraftTime(_drafter(draft, model))
+    drafter = draft if gpu or not ours else DraftTime(drafter_for(draft, model))
     start = time.perf_counter()
     if ours:
         out = msn_ext.generate(model, **inputs, draft=drafter, **settings)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from msn_ext import ops
 from msn_ext.decoding import BestFirst, Draft, DraftTree, Verified
-from msn_ext.decoding.best_first import SOURCES
 from msn_ext.decoding.cache import TreeCache
-from msn_ext.generation import _drafter
+from msn_ext.decoding.drafters.best_first import SOURCES
+from msn_ext.generation import drafter_for
 from msn_ext.ops import MAX_NODES
 
 KEPT = 16
@@ -39,9 +39,9 @@ DRAFTS = (
 def make_drafter(name: str):
     """Return a drafter of :data:`DRAFTS`, or "jacobi@N": a chain of N guesses."""
     if name.startswith("jacobi@"):
-        return _drafter(DraftTree.chain(1 + int(name.removeprefix("jacobi@"))), None)
+        return drafter_for(DraftTree.chain(1 + int(name.removeprefix("jacobi@"))), None)
     if not name.startswith("auto@"):
-        return _drafter(name, None)
+        return drafter_for(name, None)
     budget, _, without = name.removeprefix("auto@").partition("-")
     options = {"foresight": 0.0} if without == "foresight" else {}
     return BestFirst(

@@ -7,7 +7,7 @@ drawn at random.
     python benchmarks/steps.py --shape smollm2-135m --nodes 1,16    # a CPU will do, too
 
 Weights at random make no sense of a text, but their time is that of real ones. A step is everything
-from the draft to the next tree: "recorded" replays a CUDA graph (`msn_ext.decoding.graph`; a GPU
+from the draft to the next tree: "recorded" replays a CUDA graph (`msn_ext.decoding.runner`; a GPU
 only), "one by one" launches each kernel. transformers decodes greedily after the same prompt,
 "eager" as it comes, and on a GPU "static" with its static cache and `torch.compile`. The limit is
 the time to read the weights that a step needs once, at the bandwidth of a large copy measured in
@@ -27,9 +27,11 @@ import torch
 from common import Results, conditions
 from machine import copy_bandwidth, wait
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from msn_ext.decoding import BestFirst, Decoder, attention_for, graph, greedy
+from msn_ext.decoding import BestFirst, Decoder, Request
+from msn_ext.decoding.capture import BACKENDS
+from msn_ext.decoding.runner import EagerRunner, GraphRunner, room_for
 
 SHAPES = {
     "tiny": dict(
@@ -84,25 +86,16 @@ class Ours:
 
     def __init__(self, model, prompt, nodes: int, recorded: bool, longest: int):
         self._device = prompt.device.type
-        no_padding, no_end = prompt.new_zeros(len(prompt)), prompt.new_empty(0)
         decoder = Decoder(
-            model,
-            attention_for(model),
-            prompt,
-            no_padding,
-            BestFirst(nodes),
-            greedy,
-            LogitsProcessorList(),
-            longest,
-            no_end,
-            room=graph.room_for(prompt.shape[1] + longest),
+            Request.plain(model, prompt, BestFirst(nodes), longest),
+            room=room_for(prompt.shape[1] + longest),
         )
         decoder.prefill()
         decoder.advance(longest)  # a bound; the cache has its room
         self._run = (
-            graph.Replay(decoder, graph.RECORDERS[self._device](prompt.device))
+            GraphRunner(decoder, BACKENDS[self._device](prompt.device))
             if recorded
-            else graph.Eager(decoder)
+            else EagerRunner(decoder)
         )
 
     def __call__(self) -> float:
@@ -152,7 +145,7 @@ def ways(model, prompt, sizes: list[int], options) -> dict[str, object]:
     made = {}
     for nodes in sizes:
         made[f"{nodes} one by one"] = lambda nodes=nodes: Ours(model, prompt, nodes, False, longest)
-        if options.device in graph.RECORDERS:
+        if options.device in BACKENDS:
             made[f"{nodes} recorded"] = lambda nodes=nodes: Ours(
                 model, prompt, nodes, True, longest
             )

@@ -10,7 +10,7 @@ import torch
 
 from helpers.families import tiny_model
 from msn_ext import generate, profile
-from msn_ext.decoding import calibration, factors
+from msn_ext.decoding.drafters import calibration, factors
 from msn_ext.profile import Profile, profile_path
 from msn_ext.tuning import ROUNDS, learn_factors, measure_step_times
 

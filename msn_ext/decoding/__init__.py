@@ -1,35 +1,47 @@
-"""The decoding step, from draft to commit; see docs/how-it-works.md."""
+"""Decoding with draft trees: a request, its loop, and the steps from draft to commit; see
+docs/how-it-works.md.
+"""
 
-from .best_first import BestFirst
-from .corpus import Corpus
-from .drafting import Draft, Drafter, TreeDrafter, Verified
-from .graph import steps
-from .lookahead import Lookahead
-from .processors import followed
-from .recycling import TokenRecycling
-from .sam import SamDecoding
-from .step import Decoder, Gained
+from .decoder import Decoder, PassResult
+from .drafters import (
+    RETRIEVAL,
+    BestFirst,
+    CapturableDrafter,
+    Corpus,
+    Draft,
+    Drafter,
+    DraftTree,
+    Lookahead,
+    SamDecoding,
+    TokenRecycling,
+    TreeDrafter,
+    Verified,
+)
+from .loop import decode
+from .request import Request
+from .runner import runner_for
 from .support import attention_for
-from .tree import RETRIEVAL, DraftTree
 from .verification import Sampler, greedy
 
 __all__ = [
     "RETRIEVAL",
     "BestFirst",
+    "CapturableDrafter",
     "Corpus",
     "Decoder",
     "Draft",
     "DraftTree",
     "Drafter",
-    "Gained",
     "Lookahead",
+    "PassResult",
+    "Request",
     "SamDecoding",
     "Sampler",
     "TokenRecycling",
     "TreeDrafter",
     "Verified",
     "attention_for",
-    "followed",
+    "decode",
     "greedy",
-    "steps",
+    "runner_for",
 ]

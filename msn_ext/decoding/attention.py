@@ -1,10 +1,11 @@
-"""How a model attends to a tree: through our kernel where the model lets us, else by a mask."""
+"""Attention to a tree: through our kernel where the model lets us, else by a mask."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ IMPLEMENTATION = "msn_tree"
 
 @dataclass
 class TreeContext:
-    """What attention has to know of the tree being checked (shapes as in ``ops.tree_attention``).
+    """The tree that is being checked, for attention (shapes as in ``ops.tree_attention``).
 
     Attributes:
         windows: where layers note the sliding window that they ask for, by number; None: they do
@@ -48,7 +49,9 @@ def _tree_attention_forward(
     s_aux=None,
     **kwargs,
 ):
-    """The function behind ``attn_implementation="msn_tree"``: transformers' attention interface."""
+    """Attend to the active tree: ``attn_implementation="msn_tree"``, by transformers' attention
+    interface.
+    """
     tree: TreeContext | None = getattr(_active, "tree", None)
     if tree is None:
         raise RuntimeError(
@@ -107,12 +110,12 @@ class KernelAttention:
     def supports(model: PreTrainedModel) -> bool:
         return type(model)._can_set_attn_implementation()
 
-    def reading(self):
+    def over_text(self) -> contextlib.AbstractContextManager:
         """Within: the model attends as the user set it up."""
         return self._lock
 
     @contextlib.contextmanager
-    def checking(self, tree: TreeContext, end: int, dtype: torch.dtype):
+    def over_tree(self, tree: TreeContext, end: int, dtype: torch.dtype) -> Iterator[None]:
         """Within: the model attends to ``tree``; yields the mask to call it with (none)."""
         with self._lock:
             # The internal attribute, as set_attn_implementation does: the property also sets
@@ -154,13 +157,15 @@ class MaskAttention:
             )
         return mask
 
-    def reading(self):
-        """As :meth:`KernelAttention.reading`."""
+    def over_text(self) -> contextlib.AbstractContextManager:
+        """Within: the same; this one changes nothing of the model."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def checking(self, tree: TreeContext, end: int, dtype: torch.dtype):
-        """Yields the mask for ``tree`` over the first ``end`` cache slots."""
+    def over_tree(
+        self, tree: TreeContext, end: int, dtype: torch.dtype
+    ) -> Iterator[Tensor | dict[str, Tensor]]:
+        """Within: the mask that it yields is for ``tree``, over the first ``end`` cache slots."""
         if self._layer_types is None:
             yield self._mask(tree, end, self._window, dtype)
         else:

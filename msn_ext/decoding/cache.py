@@ -1,4 +1,4 @@
-"""The key/value cache of tree decoding: full storage, written at per-row slots."""
+"""The key/value cache of tree decoding: full storage, written at the slots of each row."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from msn_ext import ops
 class TreeLayer(CacheLayerMixin):
     """Keys and values of one layer, [B, heads, capacity, size] each (latents for MLA models)."""
 
-    is_sliding = (
-        False  # windows are the mask's business: a window may reach back past rejected nodes
-    )
+    # Windows are the mask's business: a window may reach back past rejected nodes.
+    is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, cache: TreeCache):
         super().__init__()
@@ -63,9 +64,9 @@ class TreeLayer(CacheLayerMixin):
 class TreeCache(Cache):
     """A cache whose rows grow at their own pace.
 
-    Row b holds left padding in slots [0, offsets[b]), the accepted prefix up to its length, and
-    behind it the nodes of the tree that is being checked; :meth:`commit` moves the accepted ones
-    up. Storage grows by half when it is full.
+    Row b holds left padding in slots [0, offsets[b]), then the accepted prefix, then the nodes of
+    the tree that is being checked; :meth:`commit` moves the accepted ones up. Storage grows by half
+    when it is full.
 
     Args:
         config: the model's text config, for the number of layers.
@@ -74,26 +75,30 @@ class TreeCache(Cache):
     """
 
     def __init__(self, config, fixed: int | None = None):
-        self.capacity, self._fixed = fixed or 0, fixed
+        self.capacity = self._fixed = fixed or 0
         self.start = self.end = 0
         self.write_index: tuple = ()
-        super().__init__(layers=[TreeLayer(self) for _ in DynamicCache(config=config).layers])
+        self._layers = [TreeLayer(self) for _ in DynamicCache(config=config).layers]
+        super().__init__(layers=[*self._layers])
 
     def _reserve(self, slots: int) -> None:
         if slots > self.capacity:
             self.capacity = max(slots, self.capacity * 3 // 2)
-            for layer in self.layers:
+            for layer in self._layers:
                 layer.grow()
 
     @property
     def nbytes(self) -> int:
-        return sum(
-            layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized
-        )
+        return sum(x.nbytes for x in self._stored())
+
+    def _stored(self) -> list[Tensor]:
+        """Return keys and values of the layers that were written, in turn."""
+        written = (layer for layer in self._layers if layer.is_initialized)
+        return [x for layer in written for x in (layer.keys, layer.values)]
 
     def fit(self, slots: int, most: int) -> bool:
-        """Double the fixed slots, up to ``most``, where they are fewer than ``slots``; whether
-        everything moved.
+        """Double the fixed slots, up to ``most``, where they are fewer than ``slots``; return
+        whether everything moved.
         """
         if slots <= self._fixed:
             return False
@@ -102,20 +107,18 @@ class TreeCache(Cache):
         return True
 
     def clear(self) -> None:
-        """Forget everything; NaN would come through a dense mask."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys.zero_()
-                layer.values.zero_()
+        """Zero everything: NaN would come through a dense mask."""
+        for x in self._stored():
+            x.zero_()
 
     def at_start(self, count: int) -> None:
-        """The next forward pass writes ``count`` tokens into the first slots of every row."""
+        """Let the next forward pass write ``count`` tokens into the first slots of every row."""
         self._reserve(count)
         self.start, self.end = 0, count
         self.write_index = (slice(None), slice(0, count))
 
     def at(self, lengths: Tensor, nodes: int, end: int) -> None:
-        """The next forward pass writes ``nodes`` tokens of row b from slot ``lengths[b]`` on.
+        """Let the next forward pass write ``nodes`` tokens of row b from slot ``lengths[b]`` on.
 
         ``end`` bounds lengths + nodes: the host knows it without asking the device.
         """
@@ -127,7 +130,4 @@ class TreeCache(Cache):
 
     def commit(self, lengths: Tensor, path: Tensor, accept_length: Tensor) -> None:
         """Keep the accepted path (see :func:`msn_ext.ops.commit_kv`)."""
-        stored = [
-            x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)
-        ]
-        ops.commit_kv(stored, lengths, path, accept_length)
+        ops.commit_kv(self._stored(), lengths, path, accept_length)

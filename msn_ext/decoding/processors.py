@@ -1,4 +1,4 @@
-"""transformers' processors of logits on the nodes of a draft: temperature, top-p, repetition
+"""transformers' processors of logits, on the nodes of a draft: temperature, top-p, repetition
 penalty, …
 """
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from .drafting import Draft
+from .drafters import Draft
 
 ROWS = 64  # of logits that are processed at a time, some of it in float64
 PREFIX_FREE = frozenset(
@@ -70,8 +71,8 @@ PREFIX_BOUND = frozenset(
 """Processors whose result depends on nothing but the text before and the logits."""
 
 
-def followed(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
-    """Processors of a batch of so many rows.
+def checked_processors(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
+    """Return the processors as they apply to the nodes of ``rows`` rows.
 
     Raises:
         ValueError: one of them cannot be followed; says why.
@@ -98,8 +99,8 @@ def followed(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
 
 
 def at_once(processor: LogitsProcessor) -> bool:
-    """Whether it can run on all nodes at once: it does not look at the text before, or only for
-    which tokens are in it.
+    """Return whether it can run on all nodes at once: it does not look at the text before, or only
+    for which tokens are in it.
     """
     if type(processor) is RepetitionPenaltyLogitsProcessor:
         return processor.prompt_ignore_length is None
@@ -112,7 +113,7 @@ class Texts:
 
     Attributes:
         draft: of B rows and N nodes.
-        history, lengths: as a :class:`.drafting.Drafter` has them, before the draft was checked.
+        history, lengths: as a :class:`.drafters.Drafter` has them, before the draft was checked.
         prompts: int64 [B, P or more], of which the first ``offsets`` [B] of a row are padding.
     """
 
@@ -123,33 +124,31 @@ class Texts:
     offsets: Tensor
 
     def before(self, vocabulary: int) -> Tensor:
-        """Which tokens the texts have up to the root, padding included: bool [B, vocabulary + 1],
-        the last column rubbish.
+        """Mark the tokens that the texts have up to the root, padding included: bool [B,
+        vocabulary + 1], the last column rubbish.
         """
         text = torch.cat([self.prompts, self.history], dim=1)
-        columns = [
+        slots, positions = (
             torch.arange(x.shape[1], device=text.device) for x in (self.prompts, self.history)
-        ]
-        there = torch.cat(
-            [columns[0] < self.offsets[:, None], columns[1] < self.lengths[:, None]], dim=1
         )
+        there = torch.cat([slots < self.offsets[:, None], positions < self.lengths[:, None]], dim=1)
         found = torch.zeros(len(text), vocabulary + 1, dtype=torch.bool, device=text.device)
         return found.scatter_(1, torch.where(there, text, vocabulary).clamp_(max=vocabulary), True)
 
     def seen(self, before: Tensor, places: slice) -> Tensor:
-        """The same up to some of the B * N nodes, bool [R, vocabulary]."""
+        """Mark the same up to some of the B * N nodes, bool [R, vocabulary]."""
         batch, nodes = self.draft.tokens.shape
         node = torch.arange(batch * nodes, device=before.device)[places]
         row, node = node // nodes, node % nodes
         bits = self.draft.ancestors.expand(batch, nodes, -1)[row, node]
         bits = (bits[..., None] >> torch.arange(64, device=bits.device) & 1).flatten(1)[:, :nodes]
         rubbish = before.shape[1] - 1
-        behind = torch.where(bits > 0, self.draft.tokens[row], rubbish).clamp_(max=rubbish)
-        return before[row].scatter_(1, behind, True)[:, :rubbish]
+        above = torch.where(bits > 0, self.draft.tokens[row], rubbish).clamp_(max=rubbish)
+        return before[row].scatter_(1, above, True)[:, :rubbish]
 
     def by_depth(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Row by row and depth by depth: the row, the places of its nodes among all B * N, int64
-        [R], and the texts up to them, int64 [R, L], as transformers has them, with padding in
+        """Go row by row and depth by depth: the row, the places of its nodes among all B * N,
+        int64 [R], and the texts up to them, int64 [R, L], as transformers has them, with padding in
         front. Waits for the device; padding nodes have none.
         """
         device, shape = self.history.device, self.draft.tokens.shape
@@ -167,27 +166,35 @@ class Texts:
                 paths.append([*paths[parents[node]], tokens[node]] if depths[node] > 0 else [])
             for depth in sorted(set(depths) - {-1}):
                 nodes = [node for node in range(len(tokens)) if depths[node] == depth]
-                behind = torch.tensor(
+                after = torch.tensor(
                     [paths[node] for node in nodes], dtype=torch.int64, device=device
                 ).view(len(nodes), depth)
                 places = torch.tensor(nodes, device=device) + b * len(tokens)
-                yield b, places, torch.cat([before.expand(len(nodes), -1), behind], dim=1)
+                yield b, places, torch.cat([before.expand(len(nodes), -1), after], dim=1)
 
 
 def processed(
     logits: Tensor, processors: LogitsProcessorList, texts: Texts
 ) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """Places of nodes among all B * N, and their logits as the processors leave them, float32 [R,
-    V].
+    """Yield places of nodes among all B * N, and their logits as the processors leave them, float32
+    [R, V].
     """
     logits = logits.flatten(0, 1)
-    if not all(map(at_once, processors)):
-        last = None
-        for row, places, text in texts.by_depth():
-            if row != last:
-                last, own = row, _of_row(processors, row)
-            yield places, own(text, logits[places].float())
+    if all(map(at_once, processors)):
+        yield from _processed_at_once(logits, processors, texts)
         return
+    last = None
+    for row, places, text in texts.by_depth():
+        if row != last:
+            last, own = row, _of_row(processors, row)
+        scores = cast(torch.FloatTensor, logits[places].float())
+        yield places, own(cast(torch.LongTensor, text), scores)
+
+
+def _processed_at_once(
+    logits: Tensor, processors: LogitsProcessorList, texts: Texts
+) -> Iterator[tuple[slice, Tensor]]:
+    """Process the logits of all nodes [B * N, V], :data:`ROWS` of them at a time."""
     before = (
         None
         if all(type(processor) in PREFIX_FREE for processor in processors)
@@ -202,6 +209,7 @@ def processed(
                 penalised = torch.where(
                     scores < 0, scores * processor.penalty, scores / processor.penalty
                 )
+                assert before is not None, "this one is not free of the text before"
                 scores = torch.where(texts.seen(before, places), penalised, scores)
             else:
                 scores = processor(text, scores)
@@ -209,14 +217,11 @@ def processed(
 
 
 def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    """The same; of those that know the rows of a batch apart, what is meant for this one."""
-    return LogitsProcessorList(
-        (
-            RepetitionPenaltyLogitsProcessor(
-                processor.penalty, int(processor.prompt_ignore_length[row])
-            )
-            if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
-            else processor
-        )
-        for processor in processors
-    )
+    """Return the same; of those that tell the rows of a batch apart, what is meant for this one."""
+    found = LogitsProcessorList()
+    for processor in processors:
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(ignored, Tensor):
+            processor = RepetitionPenaltyLogitsProcessor(processor.penalty, int(ignored[row]))
+        found.append(processor)
+    return found

@@ -1,34 +1,24 @@
-"""Which models can be decoded with a tree. What cannot be right is refused, with the reason."""
+"""The models that can be decoded with a tree. What cannot be right is refused, with the reason."""
 
 from __future__ import annotations
 
 import inspect
 import weakref
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from msn_ext.families import MASK_ONLY, TESTED, WINDOWED
+
 from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache
-from .tree import DraftTree
-
-# Families whose trees are compared with plain decoding in python_tests/decoding/test_lossless.py.
-TESTED = frozenset(
-    (
-        "llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox opt starcoder2 "
-        "deepseek_v2 deepseek_v3 mixtral qwen3_moe gptj codegen"
-    ).split()
-)
-# Of these, the ones that have sliding windows where their configuration says so.
-WINDOWED = frozenset(
-    ("qwen2 qwen3 mistral phi3 gemma2 gemma3_text starcoder2 mixtral qwen3_moe").split()
-)
-# Families that ignore the attention interface but follow a dense mask and position_ids.
-MASK_ONLY = frozenset({"gptj", "codegen"})
+from .drafters import DraftTree
 
 
-def _refuse(model: PreTrainedModel, reason: str):
+def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:
     raise ValueError(
         f"{type(model).__name__} ({model.config.model_type}) cannot be decoded with a draft tree:"
         f" {reason}"
@@ -36,7 +26,7 @@ def _refuse(model: PreTrainedModel, reason: str):
 
 
 def rope_types(config) -> set[str]:
-    """The rotary embedding types a config asks for; empty without rotary embeddings."""
+    """Return the rotary embedding types of a config; empty without rotary embeddings."""
     parameters = getattr(config, "rope_parameters", None) or {}
     groups = (
         [parameters]
@@ -46,8 +36,33 @@ def rope_types(config) -> set[str]:
     return {group.get("rope_type", "default") for group in groups}
 
 
+def longrope_boundary(config, input_ids: Tensor, offsets: Tensor, max_new_tokens: int) -> int:
+    """Return the slot where 'longrope' switches its factors for the whole batch; 0: not on the way.
+
+    Raises:
+        ValueError: it lies on the way of several rows.
+    """
+    if "longrope" not in rope_types(config):
+        return 0
+    batch, prompt = input_ids.shape
+    boundary = (
+        config.rope_parameters.get("original_max_position_embeddings")
+        or config.max_position_embeddings
+    )
+    boundary += int(offsets.min())
+    if not prompt - 1 < boundary < prompt + max_new_tokens:
+        return 0
+    if batch > 1:
+        raise ValueError(
+            f"rope_type='longrope' changes its factors at {boundary} tokens, in the middle of this"
+            " batch, and rows that grow at their own pace would not switch together; generate row"
+            " by row, or stop before"
+        )
+    return boundary
+
+
 def _window(config, layer: int) -> int:
-    """The sliding window of a layer; 0: none."""
+    """Return the sliding window of a layer; 0: none."""
     if types := getattr(config, "layer_types", None):
         return (
             (getattr(config, "sliding_window", None) or 0)
@@ -62,54 +77,15 @@ def _window(config, layer: int) -> int:
 
 
 def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
-    """The way to make ``model`` attend to a tree.
+    """Return the way to make ``model`` attend to a tree.
 
     Raises:
         ValueError: the model cannot be decoded with a tree; says why.
     """
-    config = model.config.get_text_config(decoder=True)
-    family = config.model_type
-    if model.config.is_encoder_decoder:
-        _refuse(model, "it is an encoder-decoder model")
-    if getattr(model, "_is_stateful", False) or not model._supports_default_dynamic_cache():
-        _refuse(model, "it has recurrent state, which cannot be rolled back past a rejected token")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        _refuse(model, "its forward takes no position_ids")
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        _refuse(model, f"its cache has layers of other kinds than keys and values ({names})")
-    if other := set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }:
-        _refuse(
-            model,
-            f"it has layers of {', '.join(sorted(other))}; expected full_attention or"
-            " sliding_attention",
-        )
-    if family in TESTED - WINDOWED and DynamicSlidingWindowLayer in kinds:
-        _refuse(
-            model,
-            f"sliding_window is {_window(config, 0)}, which cuts its cache, but it attends without"
-            " one; expected None",
-        )
-    if "dynamic" in rope_types(config):
-        _refuse(
-            model, "rope_type='dynamic' changes the positions of the cached keys as the text grows"
-        )
-    if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
-        _refuse(
-            model, f"its weights are spread over several devices ({', '.join(sorted(devices))})"
-        )
-    if any(
-        module.training and getattr(module, "gradient_checkpointing", False)
-        for module in model.modules()
-    ):
-        _refuse(
-            model,
-            "gradient checkpointing in training mode keeps no cache; call model.eval() before",
-        )
+    family = model.config.get_text_config(decoder=True).model_type
+    _check_kind(model)
+    _check_layers(model)
+    _check_state(model)
     if family in MASK_ONLY:
         return MaskAttention(model)
     if not KernelAttention.supports(model):
@@ -123,6 +99,60 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
         with torch.autocast(model.device.type, enabled=False):
             _probe(model, attention)
     return attention
+
+
+def _check_kind(model: PreTrainedModel) -> None:
+    """Refuse models that are no decoders whose nodes can be rolled back and have positions."""
+    if model.config.is_encoder_decoder:
+        _refuse(model, "it is an encoder-decoder model")
+    # GenerationMixin's, which PreTrainedModel does not declare.
+    dynamic_cache = model._supports_default_dynamic_cache()  # type: ignore[operator]
+    if getattr(model, "_is_stateful", False) or not dynamic_cache:
+        _refuse(model, "it has recurrent state, which cannot be rolled back past a rejected token")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        _refuse(model, "its forward takes no position_ids")
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    """Refuse layers that a tree cannot be cached in, or that change what positions mean."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        _refuse(model, f"its cache has layers of other kinds than keys and values ({names})")
+    known = {"full_attention", "sliding_attention"}
+    if other := set(getattr(config, "layer_types", None) or ()) - known:
+        _refuse(
+            model,
+            f"it has layers of {', '.join(sorted(other))}; expected full_attention or"
+            " sliding_attention",
+        )
+    if config.model_type in TESTED - WINDOWED and DynamicSlidingWindowLayer in kinds:
+        _refuse(
+            model,
+            f"sliding_window is {_window(config, 0)}, which cuts its cache, but it attends without"
+            " one; expected None",
+        )
+    if "dynamic" in rope_types(config):
+        _refuse(
+            model, "rope_type='dynamic' changes the positions of the cached keys as the text grows"
+        )
+
+
+def _check_state(model: PreTrainedModel) -> None:
+    """Refuse a model on several devices, or in a mode that keeps no cache."""
+    if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
+        _refuse(
+            model, f"its weights are spread over several devices ({', '.join(sorted(devices))})"
+        )
+    if any(
+        module.training and getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
+    ):
+        _refuse(
+            model,
+            "gradient checkpointing in training mode keeps no cache; call model.eval() before",
+        )
 
 
 _probed: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
@@ -151,8 +181,9 @@ def _probe(model: PreTrainedModel, attention: KernelAttention) -> None:
         use_cache=True,
     )
     cache.at(lengths, len(tree), 6 + len(tree))
-    context = TreeContext(lengths, torch.zeros_like(lengths), tensors.ancestors, windows={})
-    with attention.checking(context, cache.end, model.dtype) as mask:
+    windows: dict[int, int] = {}
+    context = TreeContext(lengths, torch.zeros_like(lengths), tensors.ancestors, windows)
+    with attention.over_tree(context, cache.end, model.dtype) as mask:
         found = (
             model(
                 input_ids=nodes,
@@ -164,7 +195,7 @@ def _probe(model: PreTrainedModel, attention: KernelAttention) -> None:
             .logits[0]
             .float()
         )
-    for layer, window in sorted(context.windows.items()):
+    for layer, window in sorted(windows.items()):
         if window != (wanted := _window(config, layer)):
             _refuse(
                 model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
@@ -9,6 +11,9 @@ from transformers import LogitsProcessorList
 from msn_ext import ops
 
 from .processors import Texts, processed
+
+Targets = Callable[[Tensor, Tensor, LogitsProcessorList, Texts], Tensor]
+"""Gives the model's own next tokens [B, N] for logits [B, N, V] of nodes at positions [B, N]."""
 
 _NODE = 1 << 32  # apart from the node numbers that drafting noise counts with
 
@@ -27,8 +32,8 @@ def _splitmix64(x: Tensor) -> Tensor:
 
 
 def counter_uniform(seed: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Uniform float64 numbers in [0, 1), each a function of (seed, row, position) alone; int64
-    tensors.
+    """Return uniform float64 numbers in [0, 1), each a function of (seed, row, position) alone,
+    which are int64 tensors.
     """
     x = _splitmix64(_splitmix64(rows) ^ seed)
     x = _splitmix64(_splitmix64(x ^ positions) ^ _NODE)
@@ -36,15 +41,10 @@ def counter_uniform(seed: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return ((x >> 12) & ((1 << 52) - 1)).double() / float(1 << 52)
 
 
-def as_compared(logits: Tensor) -> Tensor:
-    """In the float32 in which transformers compares them; what is narrower compares the same."""
-    return logits.float() if logits.dtype == torch.float64 else logits
-
-
 def greedy(
     logits: Tensor, positions: Tensor, processors: LogitsProcessorList, texts: Texts
 ) -> Tensor:
-    """The arg-max [B, N] of logits [B, N, V]."""
+    """Return the arg-max [B, N] of logits [B, N, V]."""
     targets = torch.zeros_like(positions).flatten()
     for places, scores in processed(logits, processors, texts):
         targets[places] = ops.top_guesses(scores[None])[0, :, 0].long() >> 4
@@ -64,9 +64,8 @@ class Sampler:
     """
 
     def __init__(self, seed: int, device: torch.device | str):
-        self._seed = torch.tensor(
-            seed, device=device
-        )  # where a recorded step finds that of another call
+        # On the device, where a captured step finds the seed of another call.
+        self._seed = torch.tensor(seed, device=device)
 
     def begin(self, other: Sampler) -> None:
         """Draw as ``other`` does."""
@@ -75,7 +74,7 @@ class Sampler:
     def __call__(
         self, logits: Tensor, positions: Tensor, processors: LogitsProcessorList, texts: Texts
     ) -> Tensor:
-        """Targets [B, N] for logits [B, N, V] of nodes at logical ``positions`` [B, N]."""
+        """Return targets [B, N] for logits [B, N, V] of nodes at ``positions`` [B, N]."""
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         uniform = counter_uniform(self._seed, rows, positions).flatten()[:, None]
         targets = torch.zeros_like(positions).flatten()
@@ -85,9 +84,9 @@ class Sampler:
 
 
 def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """The tokens [R] whose cumulative probability passes the numbers [R, 1] first: never one of
-    probability 0.
+    """Return the tokens [R] whose cumulative probability passes the numbers [R, 1] first: never
+    one of probability 0.
     """
     cumulative = scores.double().softmax(-1).cumsum(-1)
-    # NaN passes nothing and gives the vocabulary's size, which generation.py refuses.
+    # NaN passes nothing and gives the vocabulary's size, which :mod:`.loop` refuses.
     return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).squeeze(-1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..decoding import BestFirst, Verified
+from ..decoding.drafters import ObservedDrafter
 
 TAIL = 48
 """Tokens of the text before a step that are kept to be shown."""
@@ -55,13 +56,20 @@ class Step:
         return [*(self.tokens[node] for node in self.path[1:]), self.bonus]
 
 
-class Recorder(BestFirst):
+class Recorder(ObservedDrafter):
     """Best-first drafting, for a batch of one, that keeps a :class:`Step` of every pass but the
     prompt's.
+
+    Args:
+        nodes: per tree, root included, 1 to 256.
 
     Attributes:
         steps: of the last call of ``generate``, in order.
     """
+
+    def __init__(self, nodes: int):
+        self._best_first = BestFirst(nodes)
+        super().__init__(self._best_first)
 
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
         if batch != 1:
@@ -77,15 +85,15 @@ class Recorder(BestFirst):
         self._prompt = False
 
     def _step(self, verified: Verified) -> Step:
-        draft = verified.draft
+        draft, drafter = verified.draft, self._best_first
         length, accepted = int(verified.lengths[0]), int(verified.accept_length[0])
         tokens = draft.tokens[0].tolist()
         parents = draft.parents.reshape(-1, len(draft))[0].tolist()
         nodes = 1 + sum(parent >= 0 for parent in parents)  # padding comes last
         probability, sources = [1.0] * nodes, [0] * nodes  # where only the root was checked
-        if draft is self._draft:
-            probability = self.probability[0, :nodes].tolist()
-            sources = self.sources[0, :nodes].tolist()
+        if draft is drafter.draft and drafter.probability is not None:
+            probability = drafter.probability[0, :nodes].tolist()
+            sources = drafter.sources[0, :nodes].tolist()
         path = verified.path[0, :accepted].tolist()
         return Step(
             number=len(self.steps) + 1,

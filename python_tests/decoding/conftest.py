@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from helpers import runners
-from helpers.runners import GpuRecorder
-from helpers.tape import Recorder
-from msn_ext.decoding import graph
+from helpers.runners import CountingBackend
+from helpers.tape import TapeBackend
+from msn_ext.decoding import capture
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -21,8 +21,8 @@ def one_thread():
 @pytest.fixture
 def tapes(device, monkeypatch):
     """What was recorded; steps on the CPU are, too. Models and prompts are made on the device."""
-    kind = Recorder if device == "cpu" else GpuRecorder
-    monkeypatch.setitem(graph.RECORDERS, device, kind)
+    kind = TapeBackend if device == "cpu" else CountingBackend
+    monkeypatch.setitem(capture.BACKENDS, device, kind)
     monkeypatch.setattr(kind, "made", [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -6,7 +6,7 @@ import torch
 from helpers.drafters import CPU, passes, text, verify
 from helpers.families import VOCAB
 from msn_ext.decoding import BestFirst, Corpus
-from msn_ext.decoding.best_first import SOURCES
+from msn_ext.decoding.drafters.best_first import SOURCES
 from msn_ext.ops import reference
 
 
@@ -17,7 +17,7 @@ def test_best_first_proposes_what_its_tables_hold_and_fills_them_from_every_pass
     """Its tables, kept here by the reference ops from what it is shown, give its next tree."""
     drafter = BestFirst(budget=24, corpus=known)
     nothing = torch.zeros(8, 0, dtype=torch.int32)
-    corpus = (known.tokens, known.heads) if known else (nothing[0], nothing)
+    corpus = (known.tokens, known.suffixes) if known else (nothing[0], nothing)
     drafter.start(2, VOCAB, CPU)
     generator = torch.Generator().manual_seed(0)
     history, lengths = torch.randint(0, 4, (2, 64), generator=generator), torch.tensor([9, 12])
@@ -80,7 +80,7 @@ def test_rows_that_have_ended_do_not_count():
     drafter.start(2, VOCAB, CPU)
     history, lengths = text([1, 2, 3] * 6, [4, 5, 6] * 6)
     history = torch.cat([history, torch.zeros(2, 60, dtype=torch.int64)], 1)
-    drafter._choice.choose = lambda expected: (promised.append(expected[-1]), 4)[1]
+    drafter._sizer.choose = lambda expected: (promised.append(expected[-1]), 4)[1]
     promised: list = []
     drafter.propose(history, lengths)
     assert drafter._growing.tolist() == [True, True]

@@ -15,8 +15,8 @@ from helpers import ROOT, oracle
 from helpers.cases import assert_equal
 from helpers.families import VOCAB, tiny_model
 from msn_ext import BestFirst, Corpus, generate
-from msn_ext.decoding import calibration
-from msn_ext.decoding import corpus as corpus_module
+from msn_ext.decoding.drafters import calibration
+from msn_ext.decoding.drafters import corpus as corpus_module
 from msn_ext.ops import reference
 
 HEADER = struct.Struct("<16s4q16x")  # magic, version, vocabulary, tokens, slots
@@ -186,7 +186,7 @@ def test_places_beyond_what_32_bits_can_address(tmp_path):
     drafter.start(1, VOCAB, torch.device("cpu"))
     drafter.propose(torch.tensor([[0, *ngram]]), torch.tensor([17]))
     assert drafter.sources.tolist() == [[0, 4, 0, 0]]
-    assert drafter._draft.tokens[0, 1] == 20
+    assert drafter.draft.tokens[0, 1] == 20
     path.unlink()
 
 
@@ -241,7 +241,7 @@ def test_a_missing_file_is_one(tmp_path):
 
 def test_a_device_gets_one_copy():
     known = build([[1, 2, 3]])
-    assert known.on("cpu")[0] is known.tokens and known.on(torch.device("cpu"))[1] is known.heads
+    assert known.on("cpu")[0] is known.tokens and known.on(torch.device("cpu"))[1] is known.suffixes
     copy = known.on("meta")
     assert copy[0].device.type == "meta" and all(x is y for x, y in zip(copy, known.on("meta")))
 
@@ -281,7 +281,7 @@ def test_damage_inside_a_corpus_changes_no_output(seed):
     model = tiny_model("llama", seed)
     known = build([answer(model), *random_texts(seed, VOCAB)])
     wild = torch.tensor([-(2**31), -1, 0, VOCAB, VOCAB + 1, 2**31 - 1], dtype=torch.int32)
-    for table, share in ((known.heads, 0.3), (known.tokens, 0.2)):
+    for table, share in ((known.suffixes, 0.3), (known.tokens, 0.2)):
         places = torch.rand(table.shape, generator=source) < share
         table[places] = wild[torch.randint(len(wild), (int(places.sum()),), generator=source)]
     prompts = torch.randint(3, VOCAB, (3, 6), generator=source)
@@ -337,7 +337,9 @@ def test_calibration_records_what_the_corpus_lists():
     expected = answer(model)
     for known in (None, build([expected])):
         records.clear()
-        recorder = calibration.Recorder(records, budget=24, sources=("suffix",), corpus=known)
+        recorder = calibration.FactorRecorder(
+            records, BestFirst(budget=24, sources=("suffix",), corpus=known)
+        )
         generate(model, IDS, draft=recorder, **SETTINGS)
         listed = [came in {token for token, _ in entries} for _, entries, came in records]
         assert sum(listed) > 0.9 * len(listed) if known else sum(listed) < 0.6 * len(listed)

@@ -18,7 +18,7 @@ from msn_ext.decoding import (
     attention_for,
 )
 from msn_ext.decoding.attention import KernelAttention, MaskAttention
-from msn_ext.decoding.support import TESTED
+from msn_ext.families import TESTED
 from msn_ext.generation import DRAFTS
 
 SEEDS = 10  # x 22 families: the 200 models and more of the acceptance test

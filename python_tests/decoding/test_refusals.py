@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from helpers.families import FAMILIES, tiny_model
-from msn_ext import DraftTree, generate
-from msn_ext.decoding import TokenRecycling, attention_for, support
+from msn_ext import DraftTree, families, generate
+from msn_ext.decoding import TokenRecycling, attention_for
 
 IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
 
@@ -144,13 +144,13 @@ def test_a_drafter_in_use(llama):
         (torch.tensor([[0.5]]), None, "input_ids is .* torch.float32"),
         (torch.zeros(1, 0, dtype=torch.int64), None, r"input_ids has shape \[1, 0\]"),
         (IDS, torch.ones(2, 4), r"attention_mask has shape \[2, 4\]; expected \[2, 3\]"),
-        (IDS, torch.tensor([[1, 1, 0], [1, 1, 1]]), "0 behind a 1; expected left padding"),
-        (IDS, torch.tensor([[1, 0, 1], [1, 1, 1]]), "0 behind a 1"),
+        (IDS, torch.tensor([[1, 1, 0], [1, 1, 1]]), "0 after a 1; expected left padding"),
+        (IDS, torch.tensor([[1, 0, 1], [1, 1, 1]]), "0 after a 1"),
         (IDS, torch.tensor([[0, 0, 0], [1, 1, 1]]), "masks a whole row"),
         (
             torch.tensor([[3, 0, 4]]),
             None,
-            "0 behind a 1; .*; where none is given, transformers masks every token 0",
+            "0 after a 1; .*; where none is given, transformers masks every token 0",
         ),
     ],
 )
@@ -332,7 +332,7 @@ def test_an_unknown_family_is_probed(monkeypatch):
     not.
     """
     good = _model("granite", intermediate_size=16, **SMALL)
-    assert good.config.model_type not in support.TESTED
+    assert good.config.model_type not in families.TESTED
     ids = torch.tensor([[3, 4, 5]])
     settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
     assert torch.equal(generate(good, ids, **settings), good.generate(ids, **settings))

@@ -21,10 +21,10 @@ from helpers.runners import (
     sampled,
     tiny_model,
 )
-from helpers.tape import Recorder, Recording
+from helpers.tape import TapeBackend, TapeStep
 from msn_ext import DraftTree, generate
-from msn_ext.decoding import BestFirst, TreeDrafter, graph
-from msn_ext.decoding.budget import RECORDED as RECORDED_SIZES
+from msn_ext.decoding import BestFirst, TreeDrafter, capture
+from msn_ext.decoding.sizing import CAPTURED_SIZES
 from msn_ext.tuning import ROUNDS, SIZES, measure_step_times
 
 pytestmark = pytest.mark.usefixtures("tapes")  # steps on the CPU are recorded, too
@@ -49,7 +49,7 @@ def test_replayed_steps_give_plain_decodings_text(family, draft, tapes):
     if isinstance(draft, str) or not hasattr(draft, "propose"):
         assert len(tapes) <= 3, "prompts that only differ in length share a decoder"
     assert sum(tape.replays for tape in tapes) > 10
-    assert all(len(tape.recordings) <= tape.warm_ups <= len(RECORDED_SIZES) for tape in tapes)
+    assert all(len(tape.captures) <= tape.warm_ups <= len(CAPTURED_SIZES) for tape in tapes)
 
 
 def test_a_step_launches_little_beside_its_model(tapes):
@@ -60,16 +60,16 @@ def test_a_step_launches_little_beside_its_model(tapes):
 
     def mark(*_):
         mode = _get_current_dispatch_mode()
-        if isinstance(mode, Recording):
+        if isinstance(mode, TapeStep):
             marks.append(len(mode.operations))
 
     model.register_forward_pre_hook(mark)
     model.register_forward_hook(mark)
     ours(model, *prompts(0, 1), BestFirst(16), max_new_tokens=20)
-    (recording,) = tapes[0].recordings
+    (captured,) = tapes[0].captures
     begin, end = marks
     names = [
-        str(operation[0]) for operation in recording.operations[:begin] + recording.operations[end:]
+        str(operation[0]) for operation in captured.operations[:begin] + captured.operations[end:]
     ]
     assert sum(name.startswith("msn_ext.") for name in names) == 7 and len(names) <= 27
 
@@ -111,7 +111,7 @@ def test_sampled_steps_draw_what_steps_one_by_one_draw(draft, settings, tapes, m
 
     recorded = run()
     assert len(tapes) == 2 and sum(tape.replays for tape in tapes) > 10
-    monkeypatch.delitem(graph.RECORDERS, runners.where)
+    monkeypatch.delitem(capture.BACKENDS, runners.where)
     assert run() == recorded
     assert recorded[0] != recorded[1] and recorded[1] == recorded[4]
 
@@ -144,7 +144,7 @@ def test_samplers_settings_are_not_mixed_up(tapes, monkeypatch):
     for _ in range(2):
         assert torch.equal(ours(model, ids, mask, "paper", max_new_tokens=30), want)
     assert len(tapes) == 3 and all(tape.replays for tape in tapes)
-    monkeypatch.delitem(graph.RECORDERS, runners.where)
+    monkeypatch.delitem(capture.BACKENDS, runners.where)
     assert recorded == run() and recorded[0] == recorded[2] != recorded[1]
 
 
@@ -193,7 +193,7 @@ def test_accept_lengths_and_streams_are_those_of_steps_one_by_one(tapes, monkeyp
     results = []
     for recorded in (True, False):
         if not recorded:
-            monkeypatch.delitem(graph.RECORDERS, runners.where)
+            monkeypatch.delitem(capture.BACKENDS, runners.where)
         for _ in range(2):
             stream = Stream()
             out = ours(
@@ -258,14 +258,14 @@ def test_a_step_that_asks_the_device_after_all_falls_back(tapes, caplog, monkeyp
     want = plain(model, ids, mask, max_new_tokens=30)
     for _ in range(2):
         assert torch.equal(ours(model, ids, mask, "auto", max_new_tokens=30), want)
-    assert "cannot be recorded" in caplog.text and caplog.text.count("cannot be recorded") == 1
+    assert "cannot be captured" in caplog.text and caplog.text.count("cannot be captured") == 1
     assert not any(tape.replays for tape in tapes)
 
 
 def test_tuning_measures_recorded_steps_where_decoding_takes_them(tapes):
     times = measure_step_times(tiny_model("llama", 3), context=32, progress=False)
     assert list(times) == list(SIZES) and all(times.values())
-    assert len(tapes[0].recordings) == tapes[0].warm_ups == len(SIZES), "each size is recorded once"
+    assert len(tapes[0].captures) == tapes[0].warm_ups == len(SIZES), "each size is recorded once"
     assert tapes[0].replays == (ROUNDS - 1) * len(SIZES)
 
 
@@ -277,16 +277,16 @@ def test_a_tape_notices_what_a_graph_could_not_repeat():
         state[0] = state[0] + 1
         return state[0]
 
-    recording = Recorder(None).record(moves)
+    recording = TapeBackend(None).capture(moves)
     for _ in range(3):
         recording.replay()
-    assert recording.gained.tolist() == [1, 1], "the old place was read each time"
+    assert recording.result.tolist() == [1, 1], "the old place was read each time"
 
     count = torch.zeros(2)
-    recording = Recorder(None).record(lambda: count.add_(1))
+    recording = TapeBackend(None).capture(lambda: count.add_(1))
     assert count.tolist() == [0, 0], "recording runs nothing"
     for _ in range(3):
         recording.replay()
     assert count.tolist() == [3, 3]
     with pytest.raises(RuntimeError, match="asks the device"):
-        Recorder(None).record(lambda: count.sum().item())
+        TapeBackend(None).capture(lambda: count.sum().item())

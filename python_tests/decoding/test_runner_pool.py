@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from helpers import runners
 from helpers.runners import EndsAfter, ours, plain, prompts, sampled, tiny_model
 from msn_ext import DraftTree
-from msn_ext.decoding import BestFirst, TreeDrafter, graph, step
+from msn_ext.decoding import BestFirst, TreeDrafter, capture, decoder, runner
 
 pytestmark = pytest.mark.usefixtures("tapes")  # steps on the CPU are recorded, too
 
@@ -30,7 +30,7 @@ def test_a_drafter_that_was_elsewhere_in_between_is_recorded_anew(tapes):
                 ours(model, ids, mask, drafter, max_new_tokens=30),
                 plain(model, ids, mask, max_new_tokens=30),
             )
-    assert sum(len(tape.recordings) for tape in tapes) == 4
+    assert sum(len(tape.captures) for tape in tapes) == 4
 
 
 def test_a_failed_call_leaves_nothing_behind(tapes):
@@ -62,9 +62,9 @@ def test_recordings_are_few_and_go_with_their_model(tapes):
         ids, mask = prompts(rng.randrange(100), 1 + batch % 3)
         drafter = rng.choice(["auto", "paper", "none", "jacobi"])
         ours(model, ids, mask, drafter, max_new_tokens=12)
-    kept = [replay for replays in graph._kept[model].values() for replay in replays]
-    assert len(kept) == graph.KEPT
-    watched = [weakref.ref(replay.decoder) for replay in kept] + [weakref.ref(model)]
+    kept = list(runner.pools[model])
+    assert len(kept) == runner.MAX_RUNNERS
+    watched = [weakref.ref(one.decoder) for one in kept] + [weakref.ref(model)]
     del kept, model
     gc.collect()
     assert not any(ref() for ref in watched)
@@ -74,19 +74,14 @@ def test_caches_that_are_kept_are_bounded(tapes, monkeypatch):
     model = tiny_model("llama", 3)
     for batch in (1, 2, 3):
         ours(model, *prompts(0, batch), "auto", max_new_tokens=5)
-    sizes = [
-        replay.decoder.cache_bytes for replays in graph._kept[model].values() for replay in replays
-    ]
+    sizes = [kept.decoder.cache_bytes for kept in runner.pools[model]]
     assert len(sizes) == 3 and sizes[0] > 0 and sizes == [sizes[0], 2 * sizes[0], 3 * sizes[0]]
     kind = type(tapes[0])
     monkeypatch.setattr(kind, "memory", sizes[0] + sizes[2] - 1, raising=False)
-    for replays in graph._kept[model].values():
-        for replay in replays:
-            replay.recorder.memory = kind.memory
+    for kept in runner.pools[model]:
+        kept.backend.memory = kind.memory
     ours(model, *prompts(1, 3), "auto", max_new_tokens=5)
-    assert [
-        replay.decoder.cache_bytes for replays in graph._kept[model].values() for replay in replays
-    ] == [sizes[2]]
+    assert [kept.decoder.cache_bytes for kept in runner.pools[model]] == [sizes[2]]
 
 
 def test_other_weights_are_not_taken_for_the_recorded_ones(tapes):
@@ -190,9 +185,9 @@ def test_a_recording_is_of_the_way_that_the_model_computes(change, tapes):
 
 @contextlib.contextmanager
 def unrecorded():
-    recorder = graph.RECORDERS.pop(runners.where)
+    backend = capture.BACKENDS.pop(runners.where)
     yield
-    graph.RECORDERS[runners.where] = recorder
+    capture.BACKENDS[runners.where] = backend
 
 
 def test_recordings_under_autocast_read_the_weights_themselves(tapes):
@@ -217,7 +212,7 @@ def test_recordings_under_autocast_read_the_weights_themselves(tapes):
 
 def test_a_cache_grows_with_its_text(tapes, monkeypatch):
     """It begins with few slots; where they end, everything moves and is recorded anew."""
-    monkeypatch.setattr(step, "AT_FIRST", 520)
+    monkeypatch.setattr(decoder, "AT_FIRST", 520)
     for family in ("llama", "gptj"):
         tapes.clear()
         model = tiny_model(family, 3)
@@ -229,12 +224,10 @@ def test_a_cache_grows_with_its_text(tapes, monkeypatch):
                 ours(model, ids, mask, DraftTree.chain(4), **options),
                 plain(model, ids, mask, **options),
             )
-            ((replay,),) = graph._kept[model].values()
-            kept.append(replay.decoder._cache.capacity)
-        assert 8 + 520 < kept[0] == kept[1] == kept[2] == graph.room_for(460)
-        assert len(tapes[0].recordings) == 2 and tapes[0].warm_ups == 2, (
-            "before it grew, and behind"
-        )
+            (only,) = runner.pools[model]
+            kept.append(only.decoder._cache.capacity)
+        assert 8 + 520 < kept[0] == kept[1] == kept[2] == runner.room_for(460)
+        assert len(tapes[0].captures) == 2 and tapes[0].warm_ups == 2, "before it grew, and behind"
     long = dict(max_new_tokens=100_000, eos_token_id=int(ids[0, -1]))
     ours(
         model,
@@ -244,8 +237,8 @@ def test_a_cache_grows_with_its_text(tapes, monkeypatch):
         **long,
         stopping_criteria=StoppingCriteriaList([EndsAfter(ids.shape[1] + 9)]),
     )
-    replay = next(reversed(graph._kept[model].values()))[0]
-    assert replay.decoder.cache_bytes < 1e7, "no room for tokens that may never come"
+    *_, last = runner.pools[model]
+    assert last.decoder.cache_bytes < 1e7, "no room for tokens that may never come"
 
 
 def test_equal_trees_share_a_recording(tapes):
@@ -253,7 +246,7 @@ def test_equal_trees_share_a_recording(tapes):
     ids, mask = prompts(0)
     for _ in range(4):
         ours(model, ids, mask, DraftTree.chain(4), max_new_tokens=20)
-    assert len(tapes) == 1 and len(tapes[0].recordings) == 1
+    assert len(tapes) == 1 and len(tapes[0].captures) == 1
 
 
 def test_what_a_recording_reads_of_a_tree_stays(tapes):
@@ -264,10 +257,9 @@ def test_what_a_recording_reads_of_a_tree_stays(tapes):
     ours(model, *prompts(0), drafter, max_new_tokens=20)
     read = weakref.ref(drafter._tree.tensors(torch.device(runners.where)).parents)
     for tape in tapes:
-        tape.recordings.clear()
-    for replays in graph._kept[model].values():
-        for replay in replays:
-            replay._recordings.clear()
+        tape.captures.clear()
+    for kept in runner.pools[model]:
+        kept.captures.clear()
     DraftTree.tensors.cache_clear()
     gc.collect()
     assert read() is not None
@@ -293,7 +285,7 @@ def test_failed_calls_leave_no_keys(tapes):
                 repetition_penalty=penalty,
                 stopping_criteria=[Broken()],
             )
-    assert not graph._kept[model]
+    assert len(runner.pools[model]) == 0
 
 
 def test_a_failed_capture_leaves_the_stream_that_was(monkeypatch):
@@ -329,13 +321,15 @@ def test_a_failed_capture_leaves_the_stream_that_was(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     with pytest.raises(RuntimeError, match="capture failed"):
-        graph.CudaRecording(lambda: None, None, Side())
+        capture.CudaCapturedStep(lambda: None, None, Side())
     assert current == ["the user's"]
 
 
 def test_a_step_under_way_is_awaited_before_its_recording_may_go(tapes, monkeypatch):
     model, waits = tiny_model("llama", 3), []
-    monkeypatch.setattr(graph.RECORDERS[runners.where], "wait", lambda self: waits.append(self))
+    monkeypatch.setattr(
+        capture.BACKENDS[runners.where], "synchronize", lambda self: waits.append(self)
+    )
     ours(model, *prompts(0), "paper", max_new_tokens=5)
     assert waits == tapes
     with pytest.raises(ValueError, match="NaN"):

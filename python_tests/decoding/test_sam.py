@@ -7,7 +7,7 @@ import pytest
 from helpers.drafters import CPU, text
 from helpers.families import VOCAB
 from msn_ext.decoding import SamDecoding
-from msn_ext.decoding.sam import SuffixAutomaton
+from msn_ext.decoding.drafters.sam import SuffixAutomaton
 
 
 @pytest.mark.parametrize("letters", [1, 2, 3, 6])

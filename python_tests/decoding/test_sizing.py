@@ -4,7 +4,7 @@ import pytest
 
 from helpers.drafters import passes
 from msn_ext.decoding import BestFirst
-from msn_ext.decoding.budget import SIZES, Budget, StepTimes
+from msn_ext.decoding.sizing import SIZES, StepTimes, TreeSizer
 
 
 def test_the_size_follows_the_time_of_a_step():
@@ -58,21 +58,21 @@ def test_measured_step_times_are_read_between_and_behind():
 def test_the_budget_is_the_best_rate_and_trusts_what_came_true():
     times = StepTimes({1: 1.0, 101: 2.0}, "cpu")
     expected = [min(2.0, 0.2 * n) for n in range(SIZES[-1])]
-    budget = Budget(times, rows=1)
+    sizer = TreeSizer(times, rows=1)
     rate = {n: (1 + expected[n - 1]) / times(n) for n in SIZES}
-    assert budget.choose(expected) == max(SIZES, key=rate.get) == 12
+    assert sizer.choose(expected) == max(SIZES, key=rate.get) == 12
     for _ in range(400):
-        budget.observe(2.0, 0.0)  # nothing ever comes true
-    assert budget.choose(expected) == 1
-    assert Budget(times, rows=64).choose(expected) == 1, "a large batch has no time to spare"
-    assert Budget(times, rows=1).choose(expected[:1]) == 1
+        sizer.observe(12, 2.0, 0.0, 1.0)  # nothing ever comes true
+    assert sizer.choose(expected) == 1
+    assert TreeSizer(times, rows=64).choose(expected) == 1, "a large batch has no time to spare"
+    assert TreeSizer(times, rows=1).choose(expected[:1]) == 1
 
 
 def test_trees_grow_from_step_to_step():
     """Where more nodes pay than are looked at, more are looked at next."""
-    budget = Budget(StepTimes({1: 1.0, 512: 1.0}, "cpu"), rows=1)
+    sizer = TreeSizer(StepTimes({1: 1.0, 512: 1.0}, "cpu"), rows=1)
     seen = []
     for _ in range(4):
-        seen.append(budget.reach)
-        budget.choose([0.1 * n for n in range(budget.reach)])
+        seen.append(sizer.reach)
+        sizer.choose([0.1 * n for n in range(sizer.reach)])
     assert seen == [16, 64, 128, 128]

@@ -3,9 +3,6 @@
 import random
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-)
 
 from helpers.families import VOCAB, tiny_model
 from msn_ext import Draft, DraftTree, Verified, generate, ops
@@ -13,11 +10,11 @@ from msn_ext.decoding import (
     BestFirst,
     Corpus,
     Decoder,
+    Request,
     TreeDrafter,
-    greedy,
 )
-from msn_ext.decoding.best_first import SOURCES
-from msn_ext.decoding.tree import RETRIEVAL
+from msn_ext.decoding.drafters.best_first import SOURCES
+from msn_ext.decoding.drafters.tree import RETRIEVAL
 
 
 def random_tree(rng: random.Random) -> DraftTree:
@@ -102,17 +99,8 @@ def random_best_first(rng: random.Random) -> BestFirst:
 
 def paper_decoder(model, attention, ids, mask) -> Decoder:
     drafter = TreeDrafter(DraftTree.paper())
-    return Decoder(
-        model,
-        attention,
-        ids,
-        (mask == 0).sum(1),
-        drafter,
-        greedy,
-        LogitsProcessorList(),
-        40,
-        ids[0, :0],
-    )
+    offsets, no_end = (mask == 0).sum(1), ids[0, :0]
+    return Decoder(Request(model, attention, ids, offsets, drafter, drafter, 40, no_end))
 
 
 def prompts(rng: random.Random, batch: int, padded: bool = True):

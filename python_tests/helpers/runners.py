@@ -8,7 +8,7 @@ from transformers import StoppingCriteria
 from helpers import families
 from helpers.families import VOCAB
 from msn_ext import DraftTree, generate
-from msn_ext.decoding import BestFirst, graph
+from msn_ext.decoding import BestFirst, capture
 
 DRAFTS = {
     "auto": lambda: "auto",
@@ -19,31 +19,31 @@ DRAFTS = {
 }
 
 
-class GpuRecorder(graph.Recorder):
+class CountingBackend(capture.CudaCaptureBackend):
     """Counts as the tape's does."""
 
     made: ClassVar[list] = []
 
     def __init__(self, device):
         super().__init__(device)
-        self.recordings, self.warm_ups, self.replays = [], 0, 0
-        GpuRecorder.made.append(self)
+        self.captures, self.warm_ups, self.replays = [], 0, 0
+        CountingBackend.made.append(self)
 
     def warm_up(self, step):
         self.warm_ups += 1
         return super().warm_up(step)
 
-    def record(self, step):
-        recording, recorder = super().record(step), self
-        replay = recording.replay
+    def capture(self, step):
+        captured, backend = super().capture(step), self
+        replay = captured.replay
 
         def counted():
-            recorder.replays += 1
+            backend.replays += 1
             replay()
 
-        recording.replay = counted
-        self.recordings.append(recording)
-        return recording
+        captured.replay = counted
+        self.captures.append(captured)
+        return captured
 
 
 where = "cpu"  # the device, set by the fixture `tapes`

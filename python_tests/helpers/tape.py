@@ -18,7 +18,7 @@ def tensors(tree):
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-class Recording(TorchDispatchMode):
+class TapeStep(TorchDispatchMode):
     """The operations of one step; as with a graph, recording changes nothing."""
 
     def __init__(self, step):
@@ -33,7 +33,7 @@ class Recording(TorchDispatchMode):
                 ),
                 self,
             ):
-                self.gained = step()
+                self.result = step()
         finally:
             for storage, content in self._before.values():
                 storage.copy_(content)
@@ -45,7 +45,7 @@ class Recording(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags or (
             torch.Tag.dynamic_output_shape in func.tags and not plain
         ):
-            raise RuntimeError(f"{func} asks the device, which a recording cannot")
+            raise RuntimeError(f"{func} asks the device, which a captured step cannot")
         written = []
         for at, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -73,30 +73,30 @@ class Recording(TorchDispatchMode):
                     old.copy_(value)
 
 
-class Recorder:
-    """As :class:`msn_ext.decoding.graph.Recorder`; counts what was recorded and run."""
+class TapeBackend:
+    """As :class:`msn_ext.decoding.capture.CudaCaptureBackend`; counts what was recorded and run."""
 
     made: ClassVar[list] = []
     memory = 1 << 30
 
     def __init__(self, device):
-        self.recordings, self.warm_ups = [], 0
-        Recorder.made.append(self)
+        self.captures, self.warm_ups = [], 0
+        TapeBackend.made.append(self)
 
     def warm_up(self, step):
         self.warm_ups += 1
         return step()
 
-    def record(self, step):
-        self.recordings.append(Recording(step))
-        return self.recordings[-1]
+    def capture(self, step):
+        self.captures.append(TapeStep(step))
+        return self.captures[-1]
 
-    def to_host(self, values):
+    def copy_to_host(self, values):
         return [x.clone() for x in values], lambda: None
 
-    def wait(self):
+    def synchronize(self):
         pass
 
     @property
     def replays(self):
-        return sum(recording.replays for recording in self.recordings)
+        return sum(captured.replays for captured in self.captures)

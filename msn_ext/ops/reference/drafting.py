@@ -157,7 +157,7 @@ def _followers(context, hashes, text, suffixes, corpus, corpus_suffixes):
     """Return (index of the n-gram, rank, token) of the different tokens after the last places of
     the ends of a context, the longest first.
     """
-    followers = []
+    followers: list[tuple[int, int, int]] = []
     for level in reversed(range(len(SUFFIXES))):
         n = SUFFIXES[level]
         if n > len(hashes):
@@ -212,7 +212,7 @@ def listed_after(context, depth, denoised, adjacency, suffixes, corpus, corpus_s
 def _candidates(context, *known, factors):
     """Return [token, score, sources] of every token that a source lists after a context."""
     bias, listed = listed_after(context, *known)
-    candidates = {}
+    candidates: dict[int, list] = {}
     for token, factor, source in listed:
         candidate = candidates.setdefault(token, [token, factors[bias], 0])
         candidate[1] *= factors[factor]
@@ -254,7 +254,8 @@ def _best_nodes(text, known, factors, nodes, max_depth, foresight):
     # (-value, parent, place among the candidates): the most valuable, of equals the one whose
     # parent came first, then as listed. Last what becomes of the node. At first there is the root.
     waiting = [(-1.0, -1, 0, (text[-1], 1.0, 0))]
-    made, chains = [], []
+    made: list[tuple[int, int, float, int]] = []
+    chains: list[list[int]] = []
     while waiting and len(made) < nodes:
         best = min(waiting)
         waiting.remove(best)

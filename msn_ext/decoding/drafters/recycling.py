@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .drafting import Draft, Verified
+from .protocol import Draft, Verified
 from .tree import DraftTree
 
 # The paper's tree (figure 5; the authors' released data): 80 nodes below the root, a path being the
@@ -22,7 +22,7 @@ SUCCESSORS = 8
 
 
 class TokenRecycling:
-    """Drafts from a matrix that holds, for every token, the 8 tokens the model last put behind it.
+    """Drafts from a matrix that holds, for every token, the 8 tokens the model last put after it.
 
     The tree has a fixed shape and is filled from the root down: the child of rank k takes the k-th
     entry of its parent's row. Every node of a checked tree, accepted or not, then overwrites the
@@ -41,12 +41,11 @@ class TokenRecycling:
             raise ValueError(f"budget is {budget}; expected 1 to {len(_PATHS) + 1} nodes")
         self._tree = DraftTree.from_paths([tuple(map(int, path)) for path in _PATHS[: budget - 1]])
         self.max_depth = self._tree.max_depth
-        self._matrix: Tensor | None = None
+        self._matrix = torch.empty(0, 0, dtype=torch.int64, device="cpu")
 
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
         width = min(SUCCESSORS, vocabulary)
-        kept = self._matrix
-        if kept is None or kept.shape != (vocabulary, width) or kept.device != device:
+        if self._matrix.shape != (vocabulary, width) or self._matrix.device != device:
             self._matrix = torch.zeros(vocabulary, width, dtype=torch.int64, device=device)
         self._shape = self._tree.tensors(device)
         # Per depth: the nodes there, their parents, their ranks.

@@ -1,4 +1,4 @@
-"""Texts of one's own to draft from: indexed once, saved, and from then on mapped into memory."""
+"""Texts of a user's own to draft from: indexed once, saved, then mapped into memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from msn_ext import ops
 from msn_ext.ops import SUFFIXES
 
 MOST_SLOTS = 1 << 24
-"""Per length of n-grams: 512 MB of heads. A larger corpus loses more and more of its older n-grams.
-"""
+"""Per length of n-grams: 512 MB in all. A larger corpus loses more and more of its older ones."""
 CHUNK = 1 << 22
 """Tokens that are indexed at once, widened to int64."""
 
@@ -27,7 +26,7 @@ _MAGIC = b"msn_ext corpus\r\n"  # the line end shows whether somebody sent the f
 _VERSION = 1
 _HEADER = struct.Struct(
     "<16s4q16x"
-)  # magic, version, vocabulary, tokens, slots; tokens and heads follow, int32
+)  # magic, version, vocabulary, tokens, slots; tokens and suffixes follow, int32
 
 
 class Corpus:
@@ -37,33 +36,38 @@ class Corpus:
 
     Attributes:
         vocabulary: ``vocab_size`` of the models that it is for.
-        tokens: int32 [T], the documents one behind the other, -1 between them.
-        heads: int32 [8, S], where their n-grams stood last, as :func:`msn_ext.ops.draft_tree` takes
-            it.
+        tokens: int32 [T], the texts one after the other, -1 between them.
+        suffixes: int32 [8, S], where their n-grams stood last, as :func:`msn_ext.ops.draft_tree`
+            takes it.
     """
 
-    def __init__(self, vocabulary: int, tokens: Tensor, heads: Tensor):
-        self.vocabulary, self.tokens, self.heads = vocabulary, tokens, heads
+    def __init__(self, vocabulary: int, tokens: Tensor, suffixes: Tensor):
+        self.vocabulary, self.tokens, self.suffixes = vocabulary, tokens, suffixes
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
+    def heads(self) -> Tensor:
+        """An older name of ``suffixes``."""
+        return self.suffixes
+
+    @property
     def nbytes(self) -> int:
-        """Of the file."""
-        return _HEADER.size + self.tokens.nbytes + self.heads.nbytes
+        """Bytes of the file."""
+        return _HEADER.size + self.tokens.nbytes + self.suffixes.nbytes
 
     @classmethod
     def build(
         cls, documents: Iterable[Sequence[int] | Tensor], vocabulary: int, progress: bool = True
     ) -> Corpus:
-        """Index some documents; where several hold an n-gram, the last one counts.
+        """Index some texts; where several hold an n-gram, the last one counts.
 
         Args:
-            documents: tokens of each, asked for one by one; empty ones are left out.
+            documents: tokens of each text, asked for one by one; empty ones are left out.
             vocabulary: of the tokens, the model's ``vocab_size``.
             progress: show bars on stderr.
 
         Raises:
-            ValueError: a document is no sequence of tokens of this vocabulary, or all together hold
+            ValueError: a text is no sequence of tokens of this vocabulary, or all together hold
                 none or 2^31.
         """
         if type(vocabulary) is not int or not 1 <= vocabulary < 1 << 31:
@@ -72,8 +76,8 @@ class Corpus:
         with tqdm(
             unit=" tokens", unit_scale=True, desc="reading", leave=False, disable=not progress
         ) as bar:
-            for at, document in enumerate(documents):
-                tokens = _checked(document, vocabulary, f"documents[{at}]")
+            for at, text in enumerate(documents):
+                tokens = _checked(text, vocabulary, f"documents[{at}]")
                 if collected and len(tokens):
                     collected.append(-1)
                 collected.frombytes(tokens.numpy().tobytes())
@@ -92,12 +96,12 @@ class Corpus:
         path = Path(path)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         header = _HEADER.pack(
-            _MAGIC, _VERSION, self.vocabulary, len(self.tokens), self.heads.shape[1]
+            _MAGIC, _VERSION, self.vocabulary, len(self.tokens), self.suffixes.shape[1]
         )
         try:
             with open(temporary, "wb") as file:
                 file.write(header)
-                for part in (self.tokens, self.heads):
+                for part in (self.tokens, self.suffixes):
                     part.numpy().tofile(file)
             temporary.replace(path)
         finally:
@@ -143,21 +147,21 @@ class Corpus:
         return cls(vocabulary, whole[:tokens], whole[tokens:].view(len(SUFFIXES), slots))
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``tokens`` and ``heads`` on a device: the memory itself on the CPU, else a copy, the same
-        one every time.
+        """Return ``tokens`` and ``suffixes`` on a device: the memory itself on the CPU, else a
+        copy, the same one every time.
         """
         device = torch.device(device)
         if device.type == "cpu":
-            return self.tokens, self.heads
+            return self.tokens, self.suffixes
         if device not in self._copies:
-            self._copies[device] = self.tokens.to(device), self.heads.to(device)
+            self._copies[device] = self.tokens.to(device), self.suffixes.to(device)
         return self._copies[device]
 
 
-def _checked(document: Sequence[int] | Tensor, vocabulary: int, name: str) -> Tensor:
-    """int32 [n] on the CPU."""
+def _checked(text: Sequence[int] | Tensor, vocabulary: int, name: str) -> Tensor:
+    """Return the tokens of a text, int32 [n] on the CPU."""
     try:
-        tokens = torch.as_tensor(document, device="cpu")
+        tokens = torch.as_tensor(text, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is no sequence of tokens: {error}") from error
     if tokens.dim() == 1 and not len(tokens):
@@ -181,17 +185,18 @@ def _checked(document: Sequence[int] | Tensor, vocabulary: int, name: str) -> Te
 
 
 def _slots(tokens: int) -> int:
-    """Half as many as tokens, rounded up to a power of two. An n-gram whose slot a later one took
-    is missed, but every context is looked up by eight: of 10 million tokens of Python, 97 % were
-    found again with one slot for 1.15 tokens, 92 % with one for 2.3, 98 % with one for 0.58, at 32,
-    18 and 60 bytes a token.
+    """Return half as many as tokens, rounded up to a power of two.
+
+    An n-gram whose slot a later one took is missed, but every context is looked up by eight: of 10
+    million tokens of Python, 97 % were found again with one slot for 1.15 tokens, 92 % with one for
+    2.3, 98 % with one for 0.58, at 32, 18 and 60 bytes a token.
     """
     return min(1 << (max(tokens // 2, 1) - 1).bit_length(), MOST_SLOTS)
 
 
 def _index(tokens: Tensor, progress: bool) -> Tensor:
-    """int32 [8, S]: the heads of all tokens, chunk by chunk."""
-    heads = torch.zeros(1, len(SUFFIXES), _slots(len(tokens)), dtype=torch.int32, device="cpu")
+    """Return the suffixes of all tokens, int32 [8, S], indexed chunk by chunk."""
+    suffixes = torch.zeros(1, len(SUFFIXES), _slots(len(tokens)), dtype=torch.int32, device="cpu")
     with tqdm(
         total=len(tokens),
         unit=" tokens",
@@ -204,16 +209,16 @@ def _index(tokens: Tensor, progress: bool) -> Tensor:
         for begin in range(0, len(tokens), CHUNK):
             # Places count from the chunk's first token: earlier ones are negative, and an empty
             # slot ends at 0 again.
-            heads += first
+            suffixes += first
             first = max(0, begin - SUFFIXES[-1])
-            heads -= first
+            suffixes -= first
             chunk = tokens[first : begin + CHUNK].long()
             ops.index_suffixes(
-                heads,
+                suffixes,
                 chunk[None],
                 chunk.new_tensor([begin - first]),
                 chunk.new_tensor([len(chunk)]),
             )
             bar.update(first + len(chunk) - begin)
-        heads += first
-    return heads[0]
+        suffixes += first
+    return suffixes[0]

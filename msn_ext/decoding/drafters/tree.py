@@ -1,4 +1,4 @@
-"""Draft trees of a fixed shape: which guess goes where."""
+"""Draft trees of a fixed shape: every node's parent, and the guess that it takes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DraftTree:
     """
 
     parents: tuple[int, ...]
-    ranks: tuple[int, ...] | None = None
+    ranks: tuple[int, ...] = None  # type: ignore[assignment]  # __post_init__ fills it in
 
     def __post_init__(self):
         parents = tuple(int(p) for p in self.parents)
@@ -76,14 +76,13 @@ class DraftTree:
 
     @classmethod
     def from_paths(cls, paths: Iterable[Sequence[int]]) -> DraftTree:
-        """A tree from paths of ranks, as Medusa writes them: ``[[0], [1], [0, 0]]``.
+        """Make a tree from paths of ranks, as Medusa writes them: ``[[0], [1], [0, 0]]``.
 
         Every prefix of a path must be a path too; the order of the paths is free.
         """
-        paths = sorted(dict.fromkeys(tuple(p) for p in paths), key=len)
-        index = {(): 0}
+        index: dict[tuple[int, ...], int] = {(): 0}
         parents, ranks = [-1], [0]
-        for path in paths:
+        for path in sorted(dict.fromkeys(tuple(p) for p in paths), key=len):
             if path[:-1] not in index or not path:
                 raise ValueError(
                     f"paths has {list(path)} but not {list(path[:-1])}"
@@ -97,12 +96,12 @@ class DraftTree:
 
     @classmethod
     def chain(cls, nodes: int, rank: int = 0) -> DraftTree:
-        """One path of ``nodes`` nodes, root included, of one rank. ``chain(1)`` drafts nothing."""
+        """Make one path of ``nodes`` nodes, root included, of one rank; of 1, it drafts nothing."""
         return cls(tuple(range(-1, nodes - 1)), (0,) + (rank,) * (nodes - 1))
 
     @classmethod
     def paper(cls) -> DraftTree:
-        """The paper's tree (appendix B): ``mc_sim_7b_63`` (63 nodes), 5 retrieved, the root."""
+        """Make the paper's tree (appendix B): ``mc_sim_7b_63``, 63 nodes, 5 retrieved, the root."""
         retrieved = [(RETRIEVAL,) * length for length in range(1, PAPER_RETRIEVAL_LENGTH + 1)]
         return cls.from_paths([*MC_SIM_7B_63, *retrieved])
 
@@ -122,17 +121,17 @@ class DraftTree:
 
     @property
     def top_k(self) -> int:
-        """How many guesses per depth the tree uses; 0 if it only retrieves."""
+        """Guesses per depth that the tree uses; 0 if it only retrieves."""
         return max((rank + 1 for rank in self.ranks[1:]), default=0)
 
     @property
     def retrieval_length(self) -> int:
-        """How many retrieved tokens the tree uses."""
+        """Retrieved tokens that the tree uses."""
         return max((d for d, rank in zip(self.depths, self.ranks) if rank == RETRIEVAL), default=0)
 
     @lru_cache(maxsize=64)  # noqa: B019  # trees are small, frozen and few
     def tensors(self, device: torch.device) -> TreeTensors:
-        """The tree's tensors on ``device``, made once."""
+        """Return the tree's tensors on ``device``, made once."""
         parents = torch.tensor(self.parents, dtype=torch.int32, device="cpu")
         ancestors, depth = ops.tree_ancestors(parents)
         rank = torch.tensor(self.ranks, dtype=torch.int32, device="cpu")

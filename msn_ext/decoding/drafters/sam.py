@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .drafting import Draft, Verified
+from .protocol import Draft, Verified
 
 
 class SuffixAutomaton:

@@ -1,4 +1,4 @@
-"""How many nodes pay: the time of a step, learned while decoding, against what its nodes are
+"""The size of a tree: the time of a step, learned while decoding, against what its nodes are
 expected to gain.
 """
 
@@ -7,17 +7,20 @@ from __future__ import annotations
 from bisect import bisect_left
 from itertools import accumulate
 
+from torch import Tensor
+
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Trees that are considered."""
-RECORDED = (1, 8, 16, 32, 64, 128)
-"""The same where each size costs a recording (:mod:`.graph`);"""
-FIRST_RECORDED = 16
-"""and the one to begin with, before anything is known of the text."""
+CAPTURED_SIZES = (1, 8, 16, 32, 64, 128)
+"""The same where steps are captured, since each size costs a capture (:mod:`.runner`)."""
+FIRST_CAPTURED_SIZE = 16
+"""The one to begin with there, before anything is known of the text."""
 MEMORY = 0.95  # what the past still counts after one more step
 OUTLIER = 2.0  # a step that took so many times what was expected counts as one that took just that
 
 
 def reach_of(size: int) -> int:
+    """Return how many nodes to look at after a tree of ``size``."""
     return min(max(16, 4 * size), SIZES[-1])
 
 
@@ -30,7 +33,7 @@ class StepTimes:
 
     Args:
         curve: tokens and seconds of measured steps; linear between them, the last two's line
-        behind.
+            after them.
         device_type: ``"cpu"`` or another; without a curve, a first guess of what a token adds to a
             step.
     """
@@ -43,12 +46,14 @@ class StepTimes:
         )
         self._slope, self._kink = (0.03, 0.7) if device_type == "cpu" else (0.001, 1.0)
         self._single: float | None = None
-        self._singles = 0  # steps behind it
+        self._singles = 0  # steps that it was learned from
         self._cold = True  # the first step of all warms up, and says nothing
         self._sums = [0.0] * 5  # of 1, x, y, x x, x y over the steps of several tokens
 
     def __call__(self, tokens: int) -> float:
-        """Expected seconds; before anything was measured or seen, in units of their own."""
+        """Return the expected seconds; before anything was measured or seen, in units of their
+        own.
+        """
         if self._curve:
             return _along(self._curve, tokens)
         if tokens == 1 and self._single is not None:
@@ -67,7 +72,7 @@ class StepTimes:
         return max(y / n + slope * (tokens - middle), 0.1 * y / n)
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """A step of ``tokens`` took ``seconds``."""
+        """Learn that a step of ``tokens`` took ``seconds``."""
         if self._curve:
             return
         if self._cold:
@@ -86,7 +91,9 @@ class StepTimes:
 
 
 def _along(points: list[tuple[int, float]], x: float) -> float:
-    """Linear between the points, the nearest value before them, the last two's line behind."""
+    """Return the value at ``x``: linear between the points, the first one's before them, on the
+    line of the last two after them.
+    """
     at = min(bisect_left(points, (x,)), len(points) - 1)
     if at == 0:
         return points[0][1]
@@ -94,8 +101,8 @@ def _along(points: list[tuple[int, float]], x: float) -> float:
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
-class Budget:
-    """Picks the size of a tree.
+class TreeSizer:
+    """Chooses the size of the next tree, and learns from what came of the ones before.
 
     The expected gain of a tree is the sum of its nodes' probabilities. Whether they hold for this
     model and text is learned from what was accepted: the guesses' share is scaled by accepted over
@@ -119,18 +126,30 @@ class Budget:
         return reach_of(self._size)
 
     def choose(self, expected: list[float], sizes: tuple[int, ...] = SIZES) -> int:
-        """The size with the most tokens per second; ``expected[n]``: guesses accepted of n + 1
-        nodes, per row.
+        """Return the size with the most tokens per second.
+
+        Args:
+            expected: ``expected[n]`` guesses are accepted of n + 1 nodes, per row.
+            sizes: to choose from; the smallest is 1.
         """
         trust = self._accepted / self._expected
-        sizes = [size for size in sizes if size <= len(expected)]
         self._size = max(
-            sizes,
+            (size for size in sizes if size <= len(expected)),
             key=lambda size: (1 + trust * expected[size - 1]) / self._times(self._rows * size),
         )
         return self._size
 
-    def observe(self, expected: float, accepted: float) -> None:
-        """Of a tree with ``expected`` accepted guesses per row, ``accepted`` were."""
+    def observe(self, nodes: int, expected: float, accepted: float, seconds: float) -> None:
+        """Learn from a step with a tree of ``nodes`` nodes that took ``seconds``: of ``expected``
+        accepted guesses per row, ``accepted`` were.
+        """
+        self._times.observe(self._rows * nodes, seconds)
         self._expected += expected - 0.02 * self._expected
         self._accepted += accepted - 0.02 * self._accepted
+
+
+def expected_accepts(probability: Tensor) -> list[float]:
+    """Return how many guesses are expected to be accepted of the first n + 1 nodes, by n: the mean
+    over the rows of ``probability`` [B, N]. Waits for the device.
+    """
+    return (probability.mean(0).cumsum(0) - 1).tolist()

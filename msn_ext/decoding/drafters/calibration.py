@@ -14,7 +14,7 @@ from torch import Tensor
 from msn_ext.ops import SUFFIXES, reference
 
 from .best_first import BestFirst
-from .drafting import Verified
+from .protocol import ObservedDrafter, Verified
 
 PULL = 0.3
 """Nodes' worth of evidence, per factor and unit of its squared logarithm, that holds it at the
@@ -27,29 +27,30 @@ entry that was listed, and the model's own next token.
 """
 
 
-class Recorder(BestFirst):
-    """Best-first drafting that also keeps records of what it knew and what came (on the host,
-    slowly).
+class FactorRecorder(ObservedDrafter):
+    """Keeps records of what best-first drafting knew and what came (on the host, slowly).
+
+    Args:
+        records: grows.
+        drafter: with the source "suffix".
     """
 
-    def __init__(self, records: list[Record], **options):
-        super().__init__(**options)
-        self._records = records
+    def __init__(self, records: list[Record], drafter: BestFirst):
+        super().__init__(drafter)
+        self._records, self._best_first = records, drafter
 
     def observe(self, verified: Verified) -> None:
-        if self._suffix is not None:  # not in the prompt's pass
-            self._record(verified)
+        if self._best_first.suffix is not None:  # not in the prompt's pass
+            self._record(verified, self._best_first.suffix.suffixes.cpu())
         super().observe(verified)
 
-    def _record(self, verified: Verified) -> None:
-        draft = verified.draft
-        contexts, (corpus, corpus_heads) = (
-            self._adjacency.contexts.cpu(),
-            self._corpus_on(torch.device("cpu")),
-        )
+    def _record(self, verified: Verified, suffixes: Tensor) -> None:
+        draft, drafter = verified.draft, self._best_first
+        adjacency = drafter.adjacency.adjacency.cpu()
+        corpus, corpus_suffixes = drafter.corpus_tables(torch.device("cpu"))
         for b, (tokens, path) in enumerate(zip(draft.tokens.tolist(), verified.path.tolist())):
             text = verified.history[b, : int(verified.lengths[b])].tolist()
-            denoised, heads = self._denoised.guesses[b].tolist(), self._suffix.heads[b].cpu()
+            denoised = drafter.denoised.guesses[b].tolist()
             chain = []
             for node in path[: int(verified.accept_length[b])]:
                 chain.append(node)
@@ -58,10 +59,10 @@ class Recorder(BestFirst):
                     context,
                     len(chain) - 1,
                     denoised,
-                    contexts,
-                    heads,
+                    adjacency,
+                    suffixes[b],
                     corpus.numpy(),
-                    corpus_heads,
+                    corpus_suffixes,
                     text,
                 )
                 entries = [(token, factor) for token, factor, _ in listed]
@@ -69,8 +70,8 @@ class Recorder(BestFirst):
 
 
 def fit(records: list[Record], prior: Tensor, rounds: int = 60) -> tuple[Tensor, float, float]:
-    """The factors under which what came was likeliest, held at ``prior`` where there is little
-    evidence.
+    """Return the factors under which what came was likeliest, held at ``prior`` where there is
+    little evidence.
 
     Args:
         records: of a few thousand nodes or more.
@@ -92,27 +93,27 @@ def fit(records: list[Record], prior: Tensor, rounds: int = 60) -> tuple[Tensor,
     sizes = torch.tensor([len(places) for _, places in candidates], device="cpu")
     places = torch.tensor([place for _, listed in candidates for place in listed], device="cpu")
     candidate = torch.arange(len(candidates), device="cpu").repeat_interleave(sizes)
-    came = torch.tensor(came, device="cpu")
-    hit = came >= 0
+    truths = torch.tensor(came, device="cpu")
+    hit = truths >= 0
 
-    def likelihood(weights: Tensor) -> Tensor:
-        scores = weights.new_zeros(len(candidates)).index_add(0, candidate, weights[places])
-        total = weights.new_ones(len(came)).index_add(0, owner, scores.exp())
-        return (scores[came.clamp(min=0)] * hit).sum() - total.log().sum()
+    def likelihood(logs: Tensor) -> Tensor:
+        scores = logs.new_zeros(len(candidates)).index_add(0, candidate, logs[places])
+        total = logs.new_ones(len(truths)).index_add(0, owner, scores.exp())
+        return (scores[truths.clamp(min=0)] * hit).sum() - total.log().sum()
 
     start = prior.double().log()
-    weights = start.clone().requires_grad_()
+    logs = start.clone().requires_grad_()
     optimiser = torch.optim.LBFGS(
-        [weights], max_iter=rounds, history_size=20, line_search_fn="strong_wolfe"
+        [logs], max_iter=rounds, history_size=20, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = (PULL * (weights - start).square().sum() - likelihood(weights)) / len(came)
+        value = (PULL * (logs - start).square().sum() - likelihood(logs)) / len(truths)
         value.backward()
         return value
 
     optimiser.step(loss)
     with torch.no_grad():
-        before, after = (float(likelihood(w)) / len(came) for w in (start, weights))
-    return weights.detach().exp().clamp(1e-6, 1e6), before, after
+        before, after = (float(likelihood(x)) / len(truths) for x in (start, logs))
+    return logs.detach().exp().clamp(1e-6, 1e6), before, after

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msn_ext.ops import MAX_NODES
 
-from .drafting import Draft, Verified
+from .protocol import Draft, Verified
 
 
 class Lookahead:
@@ -59,7 +59,10 @@ class Lookahead:
         self._levels: list[
             Tensor
         ] = []  # int64 [B, columns]; level 0 is without the root, its first column
-        self._pools = [{} for _ in range(batch)]
+        # Per row: the n-grams that begin with a token, the most recently found last.
+        self._pools: list[dict[int, OrderedDict[tuple[int, ...], None]]] = [
+            {} for _ in range(batch)
+        ]
 
     def first(self, history: Tensor, lengths: Tensor) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(self._seed)

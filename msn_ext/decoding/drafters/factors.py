@@ -13,28 +13,30 @@ from torch import Tensor
 
 from msn_ext.ops import LEVELS, ORDERS, SUFFIXES
 
-SHAPES = {
-    "bias": (ORDERS + 1, len(SUFFIXES) + 1),  # highest order known here, longest suffix known here
-    "denoised": (3, 2, LEVELS),  # depth 0, 1, 2 and more; any context known here; level
-    "adjacent": (ORDERS, ORDERS + 1, LEVELS),  # order, highest order known here, level
-    "suffix": (
-        len(SUFFIXES),
-        3,
-        ORDERS + 1,
-    ),  # n-gram; rank 0, 1, 2 and more; highest order known here
+SHAPES: dict[str, tuple[int, ...]] = {
+    # highest order known here, longest suffix known here
+    "bias": (ORDERS + 1, len(SUFFIXES) + 1),
+    # depth 0, 1, 2 and more; any context known here; level
+    "denoised": (3, 2, LEVELS),
+    # order, highest order known here, level; of the adjacency table
+    "adjacent": (ORDERS, ORDERS + 1, LEVELS),
+    # n-gram; rank 0, 1, 2 and more; highest order known here
+    "suffix": (len(SUFFIXES), 3, ORDERS + 1),
 }
-"""The tables in the order in which :func:`msn_ext.ops.draft_tree` takes them."""
+"""The tables in the order in which :func:`msn_ext.ops.draft_tree` takes them, by their names in
+files.
+"""
 
 SHIPPED = Path(__file__).with_name("factors.json")
 
 
 def load() -> Tensor:
-    """float64 [348], fitted as the file beside this module says."""
+    """Return float64 [348], fitted as the file beside this module says."""
     return from_tables(json.loads(SHIPPED.read_text(encoding="utf-8")), SHIPPED.name)
 
 
 def from_tables(given: dict, name: str) -> Tensor:
-    """float64 [348] from tables in lists.
+    """Return float64 [348] from tables in lists.
 
     Raises:
         ValueError: a table of ``name`` is missing, has another shape, or holds a value outside 1e-9
@@ -63,7 +65,7 @@ def check(values: Tensor, shape: tuple[int, ...], name: str) -> None:
 
 
 def tables(factors: Tensor) -> dict[str, list]:
-    """What :func:`from_tables` takes, three digits each."""
+    """Return the tables that :func:`from_tables` takes, three digits each."""
     sizes = [math.prod(shape) for shape in SHAPES.values()]
     rounded = torch.tensor(
         [float(f"{x:.3g}") for x in factors.tolist()], dtype=torch.float64, device="cpu"

@@ -1,0 +1,275 @@
+"""The decoder: the state of a batch, and the forward passes that it is decoded by."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from msn_ext import ops
+from msn_ext.ops import MAX_NODES
+
+from .attention import TreeContext
+from .cache import TreeCache
+from .drafters import Draft, DraftTree, Verified, as_compared
+from .processors import Texts
+from .request import Request
+from .verification import greedy
+
+RECOMPUTING = {"phi3", "phimoe", "phi4_multimodal"}
+"""Families whose cache transformers drops where 'longrope' switches its factors, to compute the
+text anew.
+"""
+
+AT_FIRST = 1536
+"""Slots after the prompt that a cache of fixed slots begins with; they double as they are used up.
+"""
+
+
+@dataclass
+class PassResult:
+    """The tokens that one forward pass gained.
+
+    Attributes:
+        tokens: int64 [B, N]; row b gained ``tokens[b, :counts[b]]``.
+        status: int64 [3, B], all that the host has to read: ``counts``, the tokens that each row
+            may still gain (0: finished), and whether a gained token is none of the vocabulary (a
+            draw from probabilities that hold NaN).
+    """
+
+    tokens: Tensor
+    status: Tensor
+
+    def to_host(self) -> PassResult:
+        """Return the same with its status on the host."""
+        return PassResult(self.tokens, self.status.cpu())
+
+
+class Decoder:
+    """The state of a batch that is being decoded; all of it on the model's device, changed in
+    place.
+
+    ``history[b, :lengths[b]]`` are the tokens so far by positions, without padding. The last one is
+    the root of the next tree: its key and value are not cached yet. Prompts and cache have slots
+    (:class:`.request.Request` tells the two apart).
+
+    Args:
+        request: what to decode; its drafter is started here.
+        room: slots for the text, all of them from the beginning, so that every step has the same
+            shapes, until :meth:`make_room` gives the cache more of them; None: as many as are
+            needed, when they are.
+    """
+
+    def __init__(self, request: Request, room: int | None = None):
+        batch, prompt = request.input_ids.shape
+        # Captured steps stay as long as the model does, and no longer.
+        self._model = weakref.ref(request.model)
+        self.drafter, self._attention = request.drafter, request.attention
+        self.targets, self._processors = request.targets, request.processors
+        self._config = request.model.config.get_text_config(decoder=True)
+        # GenerationMixin's, which PreTrainedModel does not declare.
+        limits_logits = request.model._supports_logits_to_keep()  # type: ignore[operator]
+        self._forwards_all_logits = not limits_logits
+        self._room = room
+        self._cache = TreeCache(self._config, fixed=room and min(room, prompt + AT_FIRST))
+        ids, offsets = request.input_ids, request.offsets
+        columns = room or prompt + request.max_new_tokens + MAX_NODES
+        self._history = ids.new_zeros(batch, columns)
+        self._prompts = ids.new_zeros(batch, room or prompt)
+        self._offsets, self._eos = offsets.clone(), request.eos_token_ids.clone()
+        self._lengths, self._prompt_lengths, self._remaining, self._last_position = (
+            offsets.new_empty(4, batch).unbind()
+        )
+        self.begin(request)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        model = self._model()
+        assert model is not None, "a decoder is used while its model is there"
+        return model
+
+    def begin(self, request: Request) -> None:
+        """Begin with the prompts of a request that has as many rows and end-of-text tokens, and
+        fits into the room.
+        """
+        input_ids, offsets = request.input_ids, request.offsets
+        batch, prompt = input_ids.shape
+        device = input_ids.device
+        self._prompt_slots = prompt
+        self._prompts[:, :prompt] = input_ids
+        self._offsets.copy_(offsets)
+        self._eos.copy_(request.eos_token_ids)
+        self._cache.clear()
+        self.drafter.start(batch, self._config.vocab_size, device)
+        columns = torch.arange(prompt, device=device)
+        self._history.zero_()
+        self._history[:, :prompt] = input_ids.gather(
+            1, (columns + offsets[:, None]).clamp(max=prompt - 1)
+        )
+        self._lengths.copy_(prompt - offsets)
+        self._prompt_lengths.copy_(self._lengths)
+        self._remaining.fill_(request.max_new_tokens)
+        # The last position that plain decoding would compute. Nodes beyond it are computed there
+        # (tables of learned positions end somewhere); what they say is never used.
+        self._last_position.copy_((self._lengths + request.max_new_tokens - 2).clamp(min=0))
+        # The slot of the root in the longest row, or a later one: the host's bound, which needs no
+        # word from the device.
+        self._last_root = prompt - 1
+        self._boundary = request.longrope_boundary
+        self._recomputes = (
+            self._boundary and self._config.model_type in RECOMPUTING and not bool(offsets.any())
+        )
+
+    def make_room(self) -> bool:
+        """Give the cache more slots where the next step might not fit, after one whose result the
+        host does not know yet; return whether the cache moved.
+        """
+        if self._room is None:
+            return False
+        return self._cache.fit(min(self._room, self._last_root + 2 * MAX_NODES), self._room)
+
+    def _straddles(self, depth: int) -> bool:
+        """Return whether a draft of this depth might reach across the longrope boundary; nothing is
+        drafted then.
+        """
+        return self._last_root < self._boundary <= self._last_root + depth
+
+    def _roots(self) -> Tensor:
+        """Return the last token of every row, int64 [B, 1]."""
+        return self._history.gather(1, self._lengths[:, None] - 1)
+
+    def _chain(self, guesses: Tensor | None = None) -> Draft:
+        """Return the root and ``guesses`` [B, n] (none: plain decoding), one below the other."""
+        tokens = self._roots() if guesses is None else torch.cat([self._roots(), guesses], dim=1)
+        return Draft.shaped(tokens, DraftTree.chain(tokens.shape[1]).tensors(tokens.device))
+
+    @torch.no_grad()
+    def prefill(self) -> PassResult:
+        """Run the first pass: the prompt, and after it a chain of guesses, checked like a tree."""
+        guesses = self.drafter.first(self._history, self._lengths)
+        draft = self._chain(None if self._straddles(guesses.shape[1]) else guesses)
+        prompts = self._prompts[:, : self._prompt_slots]
+        return self._prefill(torch.cat([prompts, draft.tokens[:, 1:]], dim=1), draft)
+
+    def _prefill(self, ids: Tensor, draft: Draft) -> PassResult:
+        """Run whole texts [B, slots], padding included, that end in a draft that is a chain."""
+        total = ids.shape[1]
+        self._cache.at_start(total)
+        columns = torch.arange(total, device=ids.device)
+        padded = bool((self._offsets > 0).any())
+        positions = (
+            (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
+        )
+        mask = (columns >= self._offsets[:, None]).long() if padded else None
+        with self._attention.over_text():
+            logits = self._forward(ids, positions, mask, keep=len(draft))
+        return self._verify(draft, positions[:, -len(draft) :], logits, self._prefix())
+
+    @torch.no_grad()
+    def step(self) -> PassResult:
+        """Run a later pass: a tree after the cached prefix."""
+        if self._recomputes and self._last_root == self._boundary:
+            return self._prefill(self._history[:, : self._last_root + 1], self._chain())
+        if self._straddles(self.drafter.max_depth):
+            draft = self._chain()
+        else:
+            draft = self.drafter.propose(self._history, self._lengths)
+            draft.tokens = torch.cat([self._roots(), draft.tokens[:, 1:]], dim=1)
+        if self.targets is not greedy:
+            # The root may be what could not be drawn, where the host does not know yet of that.
+            draft.tokens.clamp_(max=self._config.vocab_size - 1)
+        prefix = self._prefix()
+        self._cache.at(prefix, len(draft), self._last_root + len(draft))
+        # Padding nodes have depth -1; they are computed at the root's position and never used.
+        depth = draft.depth.clamp(min=0)
+        positions = ((self._lengths - 1)[:, None] + depth).minimum(self._last_position[:, None])
+        context = TreeContext(prefix, self._offsets, draft.ancestors)
+        with self._attention.over_tree(context, self._cache.end, self.model.dtype) as mask:
+            logits = self._forward(draft.tokens, positions, mask, keep=len(draft))
+        return self._verify(draft, positions, logits, prefix)
+
+    def _prefix(self) -> Tensor:
+        """Return the slots of each row before its root, int64 [B]."""
+        return self._lengths - 1 + self._offsets
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask, keep: int) -> Tensor:
+        """Return logits [B, keep, V] of the last ``keep`` tokens."""
+        limit = {} if self._forwards_all_logits else {"logits_to_keep": keep}
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            return_dict=True,
+            **limit,
+        ).logits[:, -keep:]
+
+    def _verify(
+        self, draft: Draft, positions: Tensor, logits: Tensor, prefix: Tensor
+    ) -> PassResult:
+        """Verify a draft, commit what is accepted, and show it to the drafter; no host sync."""
+        guesses = None
+        if self.targets is greedy and not self._processors:
+            guesses, targets, accepted, path, _, continuation = ops.verify_logits(
+                as_compared(logits), draft.tokens, draft.parents
+            )
+        else:
+            texts = Texts(draft, self._history, self._lengths, self._prompts, self._offsets)
+            targets = self.targets(logits, positions, self._processors, texts)
+            accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
+        self._cache.commit(prefix, path, accepted)
+        verified = Verified(
+            draft,
+            logits,
+            targets,
+            path,
+            accepted,
+            continuation,
+            self._history,
+            self._lengths,
+            guesses,
+        )
+        self.drafter.observe(verified)
+        tokens, status = ops.advance_text(
+            self._history,
+            self._lengths,
+            self._remaining,
+            targets,
+            path,
+            accepted,
+            self._eos,
+            logits.shape[-1],
+        )
+        return PassResult(tokens, status)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache.nbytes
+
+    def advance(self, longest_gain: int) -> None:
+        """Tell the decoder how many tokens the longest row has gained in all (the host's bound)."""
+        self._last_root = self._prompt_slots - 1 + longest_gain
+
+    def row(self, b: int) -> Tensor:
+        """Return the prompt (padding included) and the new tokens of one row, int64 [slots]."""
+        new = self._history[b, int(self._prompt_lengths[b]) : int(self._lengths[b])]
+        return torch.cat([self._prompts[b, : self._prompt_slots], new])
+
+    def cut(self, b: int, count: int) -> None:
+        """Take back the last ``count`` tokens of row b and finish it."""
+        self._lengths[b] -= count
+        self._remaining[b] = 0
+
+    def sequences(self, new_tokens: int, pad: int) -> Tensor:
+        """Return prompts and new tokens, int64 [B, P + new_tokens], with ``pad`` after the shorter
+        rows.
+        """
+        columns = torch.arange(new_tokens, device=self._history.device)
+        new = self._history.gather(1, self._prompt_lengths[:, None] + columns)
+        ended = columns >= (self._lengths - self._prompt_lengths)[:, None]
+        prompts = self._prompts[:, : self._prompt_slots]
+        return torch.cat([prompts, new.masked_fill(ended, pad)], dim=1)

@@ -1,0 +1,268 @@
+"""Best-first drafting: the most probable nodes of a tree of everything that is known, as many as
+pay.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from msn_ext import ops
+from msn_ext.ops import FACTORS, MAX_NODES, SUFFIXES
+
+from ..sizing import (
+    CAPTURED_SIZES,
+    FIRST_CAPTURED_SIZE,
+    StepTimes,
+    TreeSizer,
+    expected_accepts,
+    reach_of,
+)
+from .corpus import Corpus
+from .factors import check as check_factors
+from .factors import load as load_factors
+from .jacobi import TreeDrafter
+from .protocol import Draft, Verified
+from .sources import SLOTS, SOURCES, Adjacency, Denoised, Suffix
+from .tree import RETRIEVAL, DraftTree
+
+OPENING = 5
+"""Guesses after the prompt, a chain: text that followed its end before, noise where there is none.
+"""
+FORESIGHT = 0.05
+
+
+class BestFirst:
+    """A tree of the most probable guesses of several sources, of a size that pays on this machine.
+
+    Args:
+        budget: nodes per tree, root included, 1 to 256; None: what gives the most tokens per second
+            by the expected accept length (the sum of the nodes' probabilities) and the time of a
+            step.
+        sources: which of :data:`SOURCES` to use.
+        factors: float64 [348], what :func:`msn_ext.ops.draft_tree` weighs the sources with; None:
+            those of the package, fitted to answers of a small model.
+        times: of a step, for the budget; they go on learning. None: nothing is known yet.
+        max_depth: of the tree.
+        foresight: 0 to 1, what a prediction for the next step is worth, see
+            :func:`msn_ext.ops.draft_tree`.
+        corpus: where the source "suffix" looks for n-grams that the text does not have, of the
+            model's vocabulary.
+
+    An object that is passed to several calls of ``generate`` keeps what it remembers, and what it
+    learned of step times, from call to call.
+
+    Attributes:
+        draft: what was proposed last; None: nothing yet in this call.
+        probability: float64 [B, M], of the nodes that it was chosen from, as
+            :func:`msn_ext.ops.draft_tree` expects them to be accepted.
+        sources: int32 [B, M], where they come from.
+        denoised, adjacency, suffix: the tables of the sources (:mod:`.sources`); ``suffix`` is None
+            before the first proposal.
+    """
+
+    denoised: Denoised
+    adjacency: Adjacency
+    sources: Tensor
+    _growing: Tensor  # bool [B], rows that go on; where there are several
+    _began: float  # when the last step did
+
+    def __init__(
+        self,
+        budget: int | None = None,
+        sources: tuple[str, ...] = SOURCES,
+        factors: Tensor | None = None,
+        times: StepTimes | None = None,
+        max_depth: int = 20,
+        foresight: float = FORESIGHT,
+        corpus: Corpus | None = None,
+    ):
+        _check_settings(budget, sources, factors, max_depth, foresight, corpus)
+        self.budget, self.max_depth, self.corpus = budget, max_depth, corpus
+        self._sources = tuple(sources)
+        self._factors = load_factors() if factors is None else factors
+        self._foresight, self._times = foresight, times
+        self._adjacency_for: tuple[int, torch.device] | None = None  # vocabulary, device
+        self._rows_for: tuple[int, torch.device] | None = None  # batch, device: the other tables'
+        self._planned: int | None = None
+        self.allocations = 0
+        self.draft: Draft | None = None
+        self.probability: Tensor | None = None
+        self.suffix: Suffix | None = None
+        self._opening = TreeDrafter(DraftTree.chain(1 + min(OPENING, max_depth), RETRIEVAL))
+
+    def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
+        device = torch.device(device)
+        if self.corpus is not None and self.corpus.vocabulary != vocabulary:
+            raise ValueError(
+                f"corpus is of a vocabulary of {self.corpus.vocabulary} tokens, the model has"
+                f" {vocabulary}; expected one that was built with the model's own tokenizer"
+            )
+        self._vocabulary, self._corpus_tables = vocabulary, self.corpus_tables(device)
+        self._opening.start(batch, vocabulary, device)
+        self._factors = self._factors.to(device)
+        self._lay_out_tables(batch, vocabulary, device)
+        if self._times is None:
+            self._times = StepTimes(None, device.type)
+        self._sizer = TreeSizer(self._times, batch)
+        self._planned = None  # nodes of the next tree of a captured step
+        self._reported: list[float] | None = None  # expected_accepts of the last report
+        self.draft = None
+        self._accepted: Tensor | None = None  # accept lengths of the draft, once it was verified,
+        self._lengths: Tensor | None = None  # and of the texts that it was proposed for
+
+    def _lay_out_tables(self, batch: int, vocabulary: int, device: torch.device) -> None:
+        """Make the tables for these rows and tokens, or empty the ones that are there."""
+        if self._rows_for == (batch, device):
+            self.denoised.forget()
+            if self.suffix is not None:
+                self.suffix.forget()
+        else:
+            self._rows_for = batch, device
+            self.allocations += 1
+            self.denoised = Denoised(
+                batch, self.max_depth if "denoised" in self._sources else 0, device
+            )
+            self.suffix = None
+        if self._adjacency_for != (vocabulary, device):  # another vocabulary's tokens may be none
+            self._adjacency_for = vocabulary, device
+            self.allocations += 1
+            self.adjacency = Adjacency(device, slots=SLOTS if "adjacency" in self._sources else 0)
+
+    def forget(self) -> None:
+        """Forget the tokens that are remembered from call to call."""
+        self.adjacency.forget()
+
+    def corpus_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the corpus's tokens and suffixes on a device, empty ones without a corpus."""
+        if self.corpus is not None:
+            return self.corpus.on(device)
+        nothing = torch.zeros(len(SUFFIXES), 0, dtype=torch.int32, device=device)
+        return nothing[0], nothing
+
+    def _index(self, history: Tensor, lengths: Tensor) -> Suffix:
+        """Index the text so far."""
+        room = history.shape[1] if "suffix" in self._sources else 0
+        if self.suffix is None or self.suffix.room != room:
+            self.allocations += 1
+            self.suffix = Suffix(len(lengths), room, history.device)
+        self.suffix.update(history, lengths)
+        return self.suffix
+
+    def first(self, history: Tensor, lengths: Tensor) -> Tensor:
+        return self._opening.first(history, lengths)
+
+    def propose(self, history: Tensor, lengths: Tensor) -> Draft:
+        if self._sizes_by_itself:
+            self._observe_last_step(lengths)
+        tokens, parents, self.probability, self.sources = ops.draft_tree(
+            history,
+            lengths,
+            self.denoised.guesses,
+            self.adjacency.adjacency,
+            self._index(history, lengths).suffixes,
+            *self._corpus_tables,
+            self._factors,
+            self.budget or (reach_of(self._planned) if self._planned else self._sizer.reach),
+            self.max_depth,
+            self._foresight,
+        )
+        if self.corpus is not None:  # a damaged file may hold any number
+            tokens.clamp_(max=self._vocabulary - 1)
+        nodes = self.budget or self._planned or self._choose_size(self.probability)
+        self.draft = Draft.of(tokens[:, :nodes], parents[:, :nodes])
+        return self.draft
+
+    def observe(self, verified: Verified) -> None:
+        if verified.draft is self.draft and self._sizes_by_itself:
+            self._accepted = verified.accept_length
+        guesses = verified.top_guesses()
+        self.denoised.update(verified, guesses)
+        if "adjacency" in self._sources:
+            self.adjacency.update(verified, guesses)
+
+    # Sizes, where steps run one by one: each tree's by its own probabilities.
+
+    @property
+    def _sizes_by_itself(self) -> bool:
+        return self.budget is None and self._planned is None
+
+    def _choose_size(self, probability: Tensor) -> int:
+        """Return the nodes that give the most tokens per second; waits for the device."""
+        expected = expected_accepts(
+            probability if len(probability) == 1 else probability[self._growing]
+        )
+        nodes = self._sizer.choose(expected)
+        self._expected = expected[nodes - 1]
+        return nodes
+
+    def _observe_last_step(self, lengths: Tensor) -> None:
+        """Learn from the step before: how long it took, what it gained, and which rows go on."""
+        now = time.perf_counter()
+        if self.draft is not None and self._accepted is not None:
+            accepted = self._accepted if len(lengths) == 1 else self._accepted[self._growing]
+            mean = sum(accepted.tolist()) / len(accepted)
+            self._sizer.observe(len(self.draft), self._expected, mean - 1, now - self._began)
+        if len(lengths) > 1:
+            # A row that gained nothing has ended, and goes on only beside the others.
+            if self._lengths is None:
+                growing = torch.ones_like(lengths, dtype=torch.bool)
+            else:
+                growing = lengths > self._lengths
+            self._growing = growing | ~growing.any()
+        self._began, self._lengths, self._accepted = now, lengths.clone(), None
+
+    # Sizes, where steps are captured: the next tree's by the last report, which is one step late.
+
+    @property
+    def report(self) -> Tensor | None:
+        return None if self.budget else self.probability
+
+    def plan(self) -> int:
+        if self.budget:
+            self._planned = self.budget
+        elif self._reported is None:
+            self._planned = FIRST_CAPTURED_SIZE
+        else:
+            self._planned = self._sizer.choose(self._reported, CAPTURED_SIZES)
+        return self._planned
+
+    def observe_step(
+        self, report: Tensor | None, nodes: int, gained: list[int], seconds: float
+    ) -> None:
+        growing = [b for b, tokens in enumerate(gained) if tokens]
+        if report is None or not growing:
+            return
+        self._reported = expected_accepts(report[growing])
+        mean = sum(gained[b] for b in growing) / len(growing)
+        self._sizer.observe(nodes, self._reported[nodes - 1], mean - 1, seconds)
+
+
+def _check_settings(budget, sources, factors, max_depth, foresight, corpus) -> None:
+    """Raise ValueError where a setting of :class:`BestFirst` cannot be right."""
+    if budget is not None and not (type(budget) is int and 1 <= budget <= MAX_NODES):
+        raise ValueError(f"budget is {budget!r}; expected None or 1 to {MAX_NODES}")
+    if isinstance(sources, str):
+        raise ValueError(f"sources is {sources!r}; expected a tuple of {', '.join(SOURCES)}")
+    if unknown := set(sources) - set(SOURCES):
+        raise ValueError(
+            f"sources has {', '.join(map(repr, sorted(unknown)))}; expected some of"
+            f" {', '.join(SOURCES)}"
+        )
+    if not 0 <= max_depth <= MAX_NODES:
+        raise ValueError(f"max_depth is {max_depth}; expected 0 to {MAX_NODES}")
+    if not 0 <= foresight <= 1:
+        raise ValueError(f"foresight is {foresight}; expected 0 to 1")
+    if factors is not None:
+        check_factors(factors, (FACTORS,), "factors")
+    if not (corpus is None or isinstance(corpus, Corpus)):
+        raise ValueError(
+            f"corpus is {corpus!r}; expected None or a Corpus, as Corpus.load(path) gives it"
+        )
+    if corpus is not None and "suffix" not in sources:
+        raise ValueError(
+            f"sources is {tuple(sources)!r}; expected 'suffix' among them, which looks into the"
+            " corpus"
+        )

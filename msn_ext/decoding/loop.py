@@ -1,0 +1,173 @@
+"""The decoding loop: prefill, then steps, until every row has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .decoder import Decoder
+from .drafters import Drafter
+from .request import Request
+from .runner import runner_for
+
+
+@dataclass
+class Decoded:
+    """The output of a request.
+
+    Attributes:
+        sequences: int64 [B, P + new], prompts included, finished rows padded; on the model's
+            device.
+        counts: int64 [passes, B] on the host, the tokens that each pass gained.
+    """
+
+    sequences: Tensor
+    counts: Tensor
+
+    def accept_lengths(self) -> tuple[Tensor, ...]:
+        """Return per row an int64 tensor with one entry a pass that gained something."""
+        return tuple(row[row > 0] for row in self.counts.T)
+
+
+def decode(request: Request) -> Decoded:
+    """Decode all rows of a request.
+
+    Raises:
+        ValueError: another call decodes with the drafter, or the model's probabilities hold NaN.
+    """
+    progress = Progress(request)
+    with exclusive(request.drafter), runner_for(request) as runner:
+        with streaming(request):
+            pending = runner.prefill()
+            while True:
+                # A row that a criterion cuts would not be cut in a step that is under way.
+                ahead = runner.runs_ahead and not request.criteria
+                following = runner.step() if ahead else None
+                result = pending.result()
+                counts, remaining, invalid = result.status  # all that the host reads here
+                _refuse_invalid(invalid)
+                if request.criteria:
+                    _ask_criteria(request, runner.decoder, counts, remaining, progress)
+                progress.add(counts)
+                if request.streamer is not None:
+                    request.streamer.put(result.tokens[0, : int(counts[0])].cpu())
+                if not remaining.any() or progress.all_ended:
+                    break
+                runner.decoder.advance(progress.longest)
+                pending = following or runner.step()
+        sequences = runner.decoder.sequences(progress.new_tokens, request.pad_token_id)
+    return Decoded(sequences, progress.counts())
+
+
+class Progress:
+    """What the rows have gained, on the host.
+
+    Attributes:
+        totals: int64 [B], the tokens that each row has gained.
+        ends: int64 [B], the tokens of a row where a criterion ended it; it still gains some where
+            rows end together.
+    """
+
+    def __init__(self, request: Request):
+        rows = len(request.input_ids)
+        self.totals = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        self.ends = torch.full((rows,), request.max_new_tokens, device="cpu")
+        self._passes: list[Tensor] = []
+
+    def add(self, counts: Tensor) -> None:
+        """Count the tokens [B] of one more pass."""
+        self._passes.append(counts)
+        self.totals += counts
+
+    @property
+    def longest(self) -> int:
+        return int(self.totals.max())
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether every row has come as far as the last one that a criterion ended."""
+        return bool((self.totals >= self.ends.max()).all())
+
+    @property
+    def new_tokens(self) -> int:
+        """New tokens of the output."""
+        return min(self.longest, int(self.ends.max()))
+
+    def counts(self) -> Tensor:
+        """Return what every pass gained of the output, int64 [passes, B]."""
+        totals = torch.stack([torch.zeros_like(self.totals), *self._passes]).cumsum(0)
+        return totals.clamp(max=self.new_tokens).diff(dim=0)
+
+
+@contextlib.contextmanager
+def streaming(request: Request) -> Iterator[None]:
+    """Give the streamer its prompt, and end it whatever happens within."""
+    streamer = request.streamer
+    if streamer is None:
+        yield
+        return
+    try:
+        if not request.streamer_has_prompt:
+            streamer.put(request.input_ids.cpu())
+        yield
+    finally:
+        streamer.end()
+
+
+_busy: set[int] = set()
+_busy_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def exclusive(drafter: Drafter) -> Iterator[None]:
+    """Within: no other call decodes with ``drafter``."""
+    with _busy_lock:
+        if id(drafter) in _busy:
+            raise ValueError(
+                f"draft is a {type(drafter).__name__} that another call decodes with; expected one"
+                " of its own"
+            )
+        _busy.add(id(drafter))
+    try:
+        yield
+    finally:
+        with _busy_lock:
+            _busy.discard(id(drafter))
+
+
+def _refuse_invalid(invalid: Tensor) -> None:
+    if invalid.any():
+        raise ValueError(
+            f"the model's probabilities for row {int(invalid.argmax())} hold NaN or infinity; no"
+            " token can be drawn"
+        )
+
+
+def _ask_criteria(
+    request: Request, decoder: Decoder, counts: Tensor, remaining: Tensor, progress: Progress
+) -> None:
+    """Ask after every token that a pass gained, up to the first one that ends its row.
+
+    ``counts`` and ``remaining`` [B] are the pass's, which ``progress`` does not have yet. Where
+    rows end together, ``progress.ends`` is set; else the row is cut, and ``counts`` and
+    ``remaining`` are corrected.
+    """
+    for b in counts.nonzero().flatten().tolist():
+        if progress.totals[b] >= progress.ends[b]:
+            continue
+        ids, count = decoder.row(b)[None], int(counts[b])
+        for kept in range(1, count + 1):
+            seen = ids[:, : ids.shape[1] - count + kept]
+            if not any(bool(torch.as_tensor(ask(seen, None)).all()) for ask in request.criteria):
+                continue
+            if request.ends_together:
+                progress.ends[b] = progress.totals[b] + kept
+            else:
+                decoder.cut(b, count - kept)
+                counts[b], remaining[b] = kept, 0
+            break

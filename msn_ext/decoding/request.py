@@ -1,0 +1,314 @@
+"""A call of ``generate``, checked: every option that cannot be followed exactly is refused here.
+
+Only two refusals come later, while decoding (:mod:`.loop`): a drafter that another call uses, and
+probabilities that hold NaN. Models are refused by :mod:`.support`, processors of logits by
+:mod:`.processors`; both are asked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation import (
+    BaseStreamer,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StopStringCriteria,
+)
+
+from .attention import KernelAttention, MaskAttention
+from .drafters import Drafter, DraftTree
+from .processors import checked_processors
+from .support import attention_for, longrope_boundary
+from .verification import Sampler, Targets, greedy
+
+# Settings of a GenerationConfig that change the output or its form in a way this version does not
+# follow, with the values under which they change nothing.
+_NEUTRAL: dict[str, tuple] = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "prefill_chunk_size": (None,),
+    "cache_implementation": (None, "dynamic"),
+    "use_cache": (None, True),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+}
+# Keyword arguments that transformers prepares and this decoder makes itself.
+_PREPARED = {"use_cache", "logits_to_keep", "cache_position"}
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One call of ``generate``: what to decode, and how.
+
+    Rows are counted in two ways. A *slot* counts from the first column of the padded batch: prompts
+    and caches have slots. A *position* counts a row's tokens without padding: the text so far and
+    the model's positions have those. ``slot = position + offsets[b]``.
+
+    Attributes:
+        model: a causal language model.
+        attention: how it attends to a tree, from :func:`.support.attention_for`.
+        input_ids: int64 [B, P], left-padded prompts, by slots; on the model's device.
+        offsets: int64 [B], how many slots of each row are padding.
+        drafter: where the guesses come from.
+        draft: what the user asked to draft with, a name or an object; captured steps are kept by
+            it.
+        max_new_tokens: to gain per row, exactly unless an end-of-text token or a criterion comes
+            first; >= 1.
+        eos_token_ids: int64 [E]; what ends a row.
+        pad_token_id: what stands after a row that ended before others.
+        targets: the next token after every node (:mod:`.verification`).
+        processors: of the logits, as :func:`.processors.checked_processors` gives them.
+        criteria: asked after every token of a row.
+        ends_together: rows that a criterion ended go on until the last one has ended.
+        streamer: gets the tokens of each pass; batch 1.
+        streamer_has_prompt: it need not be given the prompt.
+    """
+
+    model: PreTrainedModel
+    attention: KernelAttention | MaskAttention
+    input_ids: Tensor
+    offsets: Tensor
+    drafter: Drafter
+    draft: str | DraftTree | Drafter
+    max_new_tokens: int
+    eos_token_ids: Tensor
+    pad_token_id: int = 0
+    targets: Targets = greedy
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    criteria: Sequence[StoppingCriteria] = ()
+    ends_together: bool = False
+    streamer: BaseStreamer | None = None
+    streamer_has_prompt: bool = False
+
+    @classmethod
+    def plain(
+        cls, model: PreTrainedModel, input_ids: Tensor, drafter: Drafter, max_new_tokens: int
+    ) -> Request:
+        """Make a request for greedy decoding, without padding and without an end of text."""
+        offsets, no_end = input_ids.new_zeros(len(input_ids)), input_ids.new_empty(0)
+        attention = attention_for(model)
+        return cls(model, attention, input_ids, offsets, drafter, drafter, max_new_tokens, no_end)
+
+    @cached_property
+    def longrope_boundary(self) -> int:
+        """The slot where 'longrope' switches its factors; 0: not on the way.
+
+        Raises:
+            ValueError: it lies on the way of several rows.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        return longrope_boundary(config, self.input_ids, self.offsets, self.max_new_tokens)
+
+
+def request_for(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    draft: str | DraftTree | Drafter,
+    drafter: Drafter,
+    generation_config: GenerationConfig,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    streamer: BaseStreamer | None,
+    streamer_has_prompt: bool,
+    **model_kwargs: Any,
+) -> Request:
+    """Make a request of what transformers prepared for a custom decoding method.
+
+    Args:
+        input_ids: int64 [B, P] on the model's device.
+        draft, drafter: what the user asked to draft with, and the drafter that it stands for.
+        model_kwargs: for the model; all but the mask and the positions are refused.
+
+    Raises:
+        ValueError: what cannot be followed exactly; says which argument.
+    """
+    attention = attention_for(model)
+    _check_config(generation_config)
+    processors = checked_processors(logits_processor, len(input_ids))
+    attention_mask = model_kwargs.pop("attention_mask", None)
+    position_ids = model_kwargs.pop("position_ids", None)
+    _check_model_kwargs(model_kwargs)
+    if streamer is not None and len(input_ids) != 1:
+        raise ValueError(f"streamer needs a batch of one; input_ids has {len(input_ids)} rows")
+    pad = generation_config._pad_token_tensor
+    pad_token_id = None if pad is None else int(pad)
+    offsets = _padding(input_ids, attention_mask, pad_token_id)
+    _check_positions(position_ids, input_ids, offsets)
+    criteria = [
+        c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)
+    ]
+    request = Request(
+        model,
+        attention,
+        input_ids,
+        offsets,
+        drafter,
+        draft,
+        _max_new_tokens(input_ids, stopping_criteria, generation_config),
+        _eos_token_ids(input_ids, stopping_criteria),
+        pad_token_id or 0,
+        _targets(generation_config, input_ids.device),
+        processors,
+        criteria,
+        # Without an end-of-text token transformers pads nothing.
+        ends_together=len(input_ids) > 1
+        and not any(hasattr(c, "eos_token_id") for c in stopping_criteria),
+        streamer=streamer,
+        streamer_has_prompt=streamer_has_prompt,
+    )
+    _ = request.longrope_boundary  # refuses, too
+    return request
+
+
+def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise ValueError where these are no prompts, before transformers sees them."""
+    if (
+        not isinstance(input_ids, torch.Tensor)
+        or input_ids.dim() != 2
+        or input_ids.dtype not in (torch.int64, torch.int32)
+    ):
+        came = (
+            f"{tuple(input_ids.shape)} {input_ids.dtype}"
+            if isinstance(input_ids, torch.Tensor)
+            else type(input_ids).__name__
+        )
+        raise ValueError(f"input_ids is {came}; expected an int64 tensor [batch, length]")
+    if input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}; expected at least one row and one token"
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}; expected"
+            f" {list(input_ids.shape)}"
+        )
+
+
+def with_stop_strings(
+    criteria: StoppingCriteriaList | None, stop_strings: str | list[str], tokenizer
+) -> StoppingCriteriaList:
+    """Return the criteria and one that ends a row at a stop string, which transformers refuses to
+    make for a custom decoding method.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "tokenizer is None; expected the model's tokenizer, which stop_strings needs"
+        )
+    return StoppingCriteriaList([*(criteria or []), StopStringCriteria(tokenizer, stop_strings)])
+
+
+def _check_config(config: GenerationConfig) -> None:
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(config, name, None)
+        if value not in neutral:
+            raise ValueError(
+                f"{name} is {value!r}; msn_ext.generate does not support it (expected"
+                f" {neutral[-1]!r})"
+            )
+
+
+def _check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where the model is to be given more than prompts; takes the cache out."""
+    past_key_values = model_kwargs.pop("past_key_values", None)
+    if unknown := {name for name, value in model_kwargs.items() if value is not None} - _PREPARED:
+        raise ValueError(
+            f"{', '.join(sorted(unknown))}: msn_ext.generate does not support model inputs beside"
+            " input_ids"
+        )
+    if past_key_values is not None and (
+        getattr(past_key_values, "_is_user_defined", False) or past_key_values.get_seq_length()
+    ):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}; expected None:"
+            " msn_ext.generate fills its own"
+        )
+
+
+def _padding(input_ids: Tensor, attention_mask: Tensor | None, pad: int | None) -> Tensor:
+    """Return how many slots of each row are left padding, int64 [B]."""
+    if attention_mask is None:
+        return input_ids.new_zeros(input_ids.shape[0])
+    mask = attention_mask.to(input_ids.device).bool()
+    if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+        message = (
+            "attention_mask has a 0 after a 1; expected left padding only (padding_side='left')"
+        )
+        if pad is not None and torch.equal(mask, input_ids != pad):
+            message += (
+                f"; where none is given, transformers masks every token {pad}, pad_token_id: if it"
+                " is to be read, give attention_mask=torch.ones_like(input_ids)"
+            )
+        raise ValueError(message)
+    if not bool(mask[:, -1].all()):
+        raise ValueError(
+            "attention_mask masks a whole row; expected at least one token in every row"
+        )
+    return (~mask).sum(1)
+
+
+def _check_positions(position_ids: Tensor | None, input_ids: Tensor, offsets: Tensor) -> None:
+    """Raise ValueError where ``position_ids`` [..., 1 or B, P] are not those that the decoder
+    counts itself.
+    """
+    if position_ids is None:
+        return
+    batch, prompt = input_ids.shape
+    if position_ids.shape[-2:] not in ((1, prompt), (batch, prompt)):
+        raise ValueError(
+            f"position_ids has shape {list(position_ids.shape)}; expected {[batch, prompt]}"
+        )
+    counted = torch.arange(prompt, device=offsets.device) - offsets[:, None]
+    wrong = (position_ids.to(offsets.device) != counted) & (counted >= 0)
+    if bool(wrong.any()):
+        *_, row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids has another number than {int(counted[row, column])} in row {row}, column"
+            f" {column}; msn_ext.generate counts the tokens that attention_mask does not mask"
+        )
+
+
+def _max_new_tokens(
+    input_ids: Tensor, criteria: StoppingCriteriaList, config: GenerationConfig
+) -> int:
+    # A user's criterion takes the place of transformers' own, which has the config's max_length.
+    lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+    prompt = input_ids.shape[1]
+    left = min(lengths or [config.max_length]) - prompt
+    if left < 1:
+        raise ValueError(
+            f"max_length leaves {left} tokens after a prompt of {prompt}; expected 1 or more"
+        )
+    return left
+
+
+def _eos_token_ids(input_ids: Tensor, criteria: StoppingCriteriaList) -> Tensor:
+    eos = [c.eos_token_id.flatten() for c in criteria if type(c) is EosTokenCriteria]
+    return torch.cat(eos).to(input_ids.device, torch.int64) if eos else input_ids.new_empty(0)
+
+
+def _targets(config: GenerationConfig, device: torch.device) -> Targets:
+    if config.do_sample:
+        return Sampler(int(torch.randint(2**63 - 1, (), device="cpu")), device)
+    return greedy
