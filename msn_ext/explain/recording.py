@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..decoding import BestFirst, Verified
 from ..decoding.drafters import ObservedDrafter
+from ..generation import generate
 
 TAIL = 48
 """Tokens of the text before a step that are kept to be shown."""
@@ -121,8 +122,6 @@ def record(model, input_ids: Tensor, nodes: int, max_new_tokens: int) -> list[St
     Returns:
         One step a pass; none where the prompt's pass gained everything.
     """
-    from ..generation import generate
-
     drafter = Recorder(nodes)
     out = generate(
         model,
