@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import cast
 
 import torch
@@ -163,7 +164,8 @@ def _callers_streamer():
     """Return the streamer of the ``model.generate`` that calls us back, which hands it to no custom
     decoding method.
     """
-    frame, code = sys._getframe(1), inspect.unwrap(GenerationMixin.generate).__code__
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame and frame.f_locals["streamer"]

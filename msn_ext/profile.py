@@ -1,4 +1,4 @@
-"""What is known of a model on a machine: how long a step takes by its tokens, and its own factors.
+"""Keep what is known of a model on a machine: how long a step takes by its tokens, and its factors.
 
 ``msn tune`` writes a profile; ``draft="auto"`` reads it. One file per shape of model, device and
 dtype, so a fine-tuned model shares its base model's.
@@ -26,10 +26,12 @@ from .paths import cache_root
 
 @dataclass
 class Profile:
-    """Attributes:
-    times: seconds of a step by the tokens that it computes.
-    factors: float64 [348], fitted to this model; None: those of the package.
-    about: how it came about, for people.
+    """A model's figures on a machine.
+
+    Attributes:
+        times: seconds of a step by the tokens that it computes.
+        factors: float64 [348], fitted to this model; None: those of the package.
+        about: how they were found, for people.
     """
 
     times: dict[int, float]
@@ -70,7 +72,7 @@ class Profile:
 
 
 def machine(device: torch.device) -> str:
-    """The device's name, for a CPU with the threads that torch uses."""
+    """Return the device's name, for a CPU with the threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -81,19 +83,20 @@ def machine(device: torch.device) -> str:
 
 
 def profile_path(model) -> Path:
-    """Where the profile of a model on its device lies, under :func:`msn_ext.paths.cache_root`."""
+    """Return the path of a model's profile on its device, under :func:`.paths.cache_root`."""
     size = sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
     name = f"{type(model).__name__} {size} {dtype} {machine(model.device)}"
     return cache_root() / "profiles" / (re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-") + ".json")
 
 
+# Of every model, by device and dtype: the times of its steps, and its factors.
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def auto(model, corpus: Corpus | None = None) -> BestFirst:
-    """Best-first drafting for a model: by its profile, and by what this process has seen of its
-    steps.
+    """Return best-first drafting for a model: by its profile, and by what this process has seen of
+    its steps.
     """
     known, key = _known.setdefault(model, {}), (str(model.device), model.dtype)
     if key not in known:
@@ -101,11 +104,7 @@ def auto(model, corpus: Corpus | None = None) -> BestFirst:
         try:
             if (path := profile_path(model)).exists():
                 profile = Profile.load(path)
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # RuntimeError: there is no home directory
+        except (OSError, RuntimeError, ValueError) as error:  # Runtime: there is no home directory
             warnings.warn(f"drafting goes on without a profile: {error}", stacklevel=2)
         times = StepTimes(profile.times if profile else None, model.device.type)
         known[key] = times, profile.factors if profile else None

@@ -1,5 +1,5 @@
-"""Measuring a model on this machine for ``draft="auto"``: seconds of a step by its size, and its
-own factors.
+"""Measure a model on this machine for ``draft="auto"``: seconds of a step by its size, and its own
+factors.
 """
 
 from __future__ import annotations
@@ -29,34 +29,25 @@ WARM_UP = 2
 def measure_step_times(
     model, context: int = 256, sizes: tuple[int, ...] = SIZES, progress: bool = True
 ) -> dict[int, float]:
-    """Seconds of a whole step, drafting to commit, by the nodes of its tree; batch 1.
+    """Return the seconds of a whole step, drafting to commit, by the nodes of its tree; batch 1.
 
-    The sizes take turns, so that whatever else the machine does meets all alike; the first two
-    rounds warm up (and record, where decoding does: :mod:`.decoding.runner`), and of the others the
+    The sizes take turns, so that whatever else the machine does meets all alike. The first two
+    rounds warm up, and capture where decoding does (:mod:`.decoding.runner`); of the others the
     median counts.
 
     Args:
         context: tokens of the text before the first step, at most half of what the model can take.
     """
-    config = model.config.get_text_config(decoder=True)
-    context = max(
-        1, min(context, (getattr(config, "max_position_embeddings", None) or 2 * context) // 2)
-    )
-    seconds: dict[int, list[float]] = {size: [] for size in sizes}
-    text = torch.randint(
-        config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)
-    ).to(model.device)
+    context = max(1, min(context, _context_of(model, 2 * context) // 2))
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    text = torch.randint(vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     drafter = BestFirst(budget=1)
-    with (
-        runner_for(Request.plain(model, text, drafter, context)) as runner,
-        tqdm(
-            total=ROUNDS * len(sizes),
-            unit="step",
-            desc="step times",
-            leave=False,
-            disable=not progress,
-        ) as bar,
-    ):
+    request = Request.plain(model, text.to(model.device), drafter, context)
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    bar = tqdm(
+        total=ROUNDS * len(sizes), unit="step", desc="step times", leave=False, disable=not progress
+    )
+    with runner_for(request) as runner, bar:
         gained = int(runner.prefill().result().status[0])
         for _ in range(ROUNDS):
             for size in sizes:
@@ -69,28 +60,34 @@ def measure_step_times(
     return {size: statistics.median(taken[WARM_UP:]) for size, taken in seconds.items()}
 
 
+def _context_of(model, otherwise: int) -> int:
+    """Return the positions that a model can take, ``otherwise`` where it does not say."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or otherwise
+
+
 def learn_factors(
     model, prompts: list[Tensor], prior: Tensor, progress: bool = True
 ) -> tuple[Tensor, dict]:
-    """The factors under which the model's own answers to some prompts are likeliest.
+    """Return the factors under which the model's own answers to some prompts are likeliest.
 
     Args:
         prompts: int64 [1, P], fifty or more, such as will be asked; each gets an answer of up to
-        128 tokens.
-        prior: float64 [348], where it begins and stays near for want of evidence.
+            128 tokens. Those that leave no room for an answer are passed over.
+        prior: float64 [348], where the fit begins and stays near for want of evidence.
 
     Returns:
-        The factors, and a summary: nodes, mean log-likelihood before and after.
+        The factors, and a summary: prompts and nodes, mean log-likelihood before and after.
+
+    Raises:
+        ValueError: no prompt got an answer to learn from.
     """
     records: list[Record] = []
     asked = 0
-    room = (
-        getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        or 1 << 30
-    )
+    context = _context_of(model, 1 << 30)
     for prompt in tqdm(prompts, unit="prompt", desc="factors", leave=False, disable=not progress):
         length = prompt.shape[1]
-        if not 0 < length < room:
+        if not 0 < length < context:
             continue  # nothing to ask, or no room for an answer
         asked += 1
         generate(
@@ -98,7 +95,7 @@ def learn_factors(
             prompt.to(model.device),
             draft=FactorRecorder(records, BestFirst(budget=64, factors=prior)),
             do_sample=False,
-            max_new_tokens=min(128, room - length),
+            max_new_tokens=min(128, context - length),
         )
     if not any(entries for _, entries, _ in records):
         raise ValueError(
@@ -110,8 +107,8 @@ def learn_factors(
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: JSON lines with ``prompt`` or ``turns`` (the first counts), or plain
-    lines.
+    """Return the prompts of a file: JSON lines with ``prompt`` or ``turns`` (the first counts), or
+    plain lines.
 
     Raises:
         OSError: it cannot be opened.
@@ -157,8 +154,6 @@ def tune(
     about = {
         "model": model.config._name_or_path or model.config.model_type,
         "device": machine(model.device),
-    }
-    about |= {
         "dtype": str(model.dtype).removeprefix("torch."),
         "context": context,
         "torch": torch.__version__,

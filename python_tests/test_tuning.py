@@ -1,4 +1,4 @@
-"""What `msn tune` measures, what a profile keeps, and that `draft="auto"` goes by it."""
+"""Measurements of `msn tune`, the profile that keeps them, and `draft="auto"`, which goes by it."""
 
 import functools
 import json

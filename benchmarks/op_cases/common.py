@@ -1,4 +1,4 @@
-"""What is timed: models, sizes, and one op at one size."""
+"""Models, sizes, and one op at one size."""
 
 import dataclasses
 import random
@@ -42,7 +42,7 @@ class Case:
 
 
 def random_tree(nodes: int, device: str) -> torch.Tensor:
-    """Parents of a tree about as deep and as wide as the paper's."""
+    """Return the parents of a tree about as deep and as wide as the paper's."""
     rng = random.Random(nodes)
     return torch.tensor(
         [-1, *(rng.randrange(i // 3, i) for i in range(1, nodes))], dtype=torch.int32, device=device

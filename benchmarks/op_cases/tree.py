@@ -228,7 +228,7 @@ def commit_cases(
         )
 
         def committed(commit):
-            """What a commit makes of copies of the tree's slots."""
+            """Return what a commit makes of copies of the tree's slots."""
             tails = [cache[:, :, context - 1 :].clone() for cache in caches]
             commit(tails, torch.ones_like(lengths), path, accepted)
             return tails

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..decoding import BestFirst, Verified
 from ..decoding.drafters import ObservedDrafter
+from ..generation import generate
 
 TAIL = 48
 """Tokens of the text before a step that are kept to be shown."""
@@ -85,13 +86,12 @@ class Recorder(ObservedDrafter):
         self._prompt = False
 
     def _step(self, verified: Verified) -> Step:
-        draft = verified.draft
+        draft, drafter = verified.draft, self._best_first
         length, accepted = int(verified.lengths[0]), int(verified.accept_length[0])
         tokens = draft.tokens[0].tolist()
         parents = draft.parents.reshape(-1, len(draft))[0].tolist()
         nodes = 1 + sum(parent >= 0 for parent in parents)  # padding comes last
         probability, sources = [1.0] * nodes, [0] * nodes  # where only the root was checked
-        drafter = self._best_first
         if draft is drafter.draft and drafter.probability is not None:
             probability = drafter.probability[0, :nodes].tolist()
             sources = drafter.sources[0, :nodes].tolist()
@@ -122,8 +122,6 @@ def record(model, input_ids: Tensor, nodes: int, max_new_tokens: int) -> list[St
     Returns:
         One step a pass; none where the prompt's pass gained everything.
     """
-    from ..generation import generate
-
     drafter = Recorder(nodes)
     out = generate(
         model,

@@ -1,4 +1,4 @@
-"""How an op comes into being: one function per op, registered with :mod:`torch.library`.
+"""Registration of an op with :mod:`torch.library`: one function says everything.
 
 The function makes the op's outputs, yields them, and fills them::
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Workspace:
-    """Where the blocks of a launch on a GPU leave sums and counts for each other.
+    """Memory in which the blocks of a launch on a GPU leave sums and counts for each other.
 
     There is one per device and stream. Within ``with workspace:`` a thread's calls use this one
     instead, for captured launches (CUDA graphs), whose memory nobody else may use and which must
@@ -19,7 +19,7 @@ class Workspace:
         self._counters: list[Tensor] = []
 
     def get(self, like: Tensor, floats: int, counters: int) -> tuple[Tensor, Tensor]:
-        """float32 [floats or more], and int32 [counters or more] that are 0 between launches."""
+        """Return float32 [floats or more], and int32 [counters or more], 0 between launches."""
         return (
             self._last(self._floats, like, floats, torch.float32),
             self._last(self._counters, like, counters, torch.int32),

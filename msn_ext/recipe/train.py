@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.utils.data import Sampler
@@ -103,7 +104,7 @@ def _training_arguments(model, output: Path, settings: TrainSettings) -> Trainin
 class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return ByLength(
-            [len(sample["input_ids"]) for sample in self.train_dataset],
+            [len(sample["input_ids"]) for sample in cast(list[dict], self.train_dataset)],
             self.args.train_batch_size,
             self.args.seed,
         )

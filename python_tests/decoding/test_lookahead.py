@@ -16,7 +16,10 @@ def test_lookahead_window_pool_and_guesses():
     beforehand.
     """
     size, window, ngram = 8, 4, 4
-    answer = lambda tokens: (3 * tokens + 1) % size  # noqa: E731
+
+    def answer(tokens):
+        return (3 * tokens + 1) % size
+
     drafter = Lookahead(window, ngram, guesses=2)
     drafter.start(1, size, CPU)
     history, lengths = text([4, 5, 6, 7])

@@ -119,7 +119,7 @@ def test_a_nodes_text_has_the_same_tokens_however_it_is_asked_for(nodes):
         mask == 0, torch.randint(3, VOCAB - 1, ids.shape), ids
     )  # masked tokens may be any
     offsets = (mask == 0).sum(1)
-    history = torch.full((3, 30), VOCAB - 1)  # rubbish after the text
+    history = torch.full((3, 30), VOCAB - 1)  # no tokens of the text
     for b, offset in enumerate(offsets.tolist()):
         history[b, : ids.shape[1] - offset] = ids[b, offset:]
     parents = torch.tensor(

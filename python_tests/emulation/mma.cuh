@@ -6,7 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-namespace msn::cuda {
+namespace msn {
 
 inline void copy_async(void* to, const void* from, bool wanted) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || (wanted && reinterpret_cast<uintptr_t>(from) % 16))
@@ -101,4 +101,4 @@ inline uint32_t pack<__nv_bfloat16>(float low, float high) {
   return __float2bfloat16(low).bits | uint32_t{__float2bfloat16(high).bits} << 16;
 }
 
-}  // namespace msn::cuda
+}  // namespace msn

@@ -61,9 +61,9 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("verify_logits", "== nodes - 1", "== nodes - 2"),
         ("tree_attention_mma", "await_copies<0>();", "await_copies<1>();"),
         ("tree_attention_mma", "__syncthreads();  // the tile is there", "// the tile is there"),
-        ("tree_attention_mma", "tile < dense_from", "false"),
+        ("tree_attention_mma", "tile < w.dense_from", "false"),
         ("tree_attention_mma", "if (!finite<T>(value)) value = 0;", ""),
-        ("tree_attention_mma", "r, plan.blocks, sum", "r, plan.blocks - 1, sum"),
+        ("tree_attention_mma", "r, w.blocks, w.lane", "r, w.blocks - 1, w.lane"),
         ("tree_attention_mma", "if (threadIdx.x == 0) arrived[task] = 0;", ""),
     ],
     ids=[

@@ -1,5 +1,7 @@
 """One right call of every op."""
 
+from collections.abc import Callable
+
 import torch
 
 from helpers.cases import (
@@ -9,25 +11,9 @@ from helpers.cases import (
 )
 from msn_ext import ops
 
-OPS = [
-    "tree_ancestors",
-    "tree_attention",
-    "verify_tree",
-    "verify_logits",
-    "commit_kv",
-    "advance_text",
-    "lookup_ngram",
-    "fill_tree",
-    "top_guesses",
-    "remember_guesses",
-    "index_suffixes",
-    "draft_tree",
-    "draw_noise",
-]
 
-
-def example(op: str, device: str) -> dict:
-    """Arguments that the op takes."""
+def calls(device: str) -> dict[str, Callable[[], dict]]:
+    """By op, what makes arguments that it takes."""
     parents = tree_tensor([[-1, 0, 0, 1], [-1, 0, 1, -1]], device)
     lengths = integers([5, 9], device)
     source = seeded(0)
@@ -130,4 +116,12 @@ def example(op: str, device: str) -> dict:
             "vocabulary": 20,
             "apart": True,
         },
-    }[op]()
+    }
+
+
+OPS = list(calls("cpu"))
+
+
+def example(op: str, device: str) -> dict:
+    """Arguments that the op takes."""
+    return calls(device)[op]()

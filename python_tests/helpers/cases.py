@@ -7,7 +7,6 @@ import threading
 import torch
 from hypothesis import strategies as st
 
-from msn_ext import ops
 from msn_ext.ops import reference
 
 SIZES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256]
@@ -121,10 +120,6 @@ def specified(op: str, **arguments):
         if isinstance(outputs, torch.Tensor)
         else tuple(x.to(device) for x in outputs)
     )
-
-
-def ancestors_of(parents, device: str) -> torch.Tensor:
-    return ops.tree_ancestors(tree_tensor(parents, device))[0]
 
 
 LAYOUTS = ["contiguous", "slots first", "slice", "every other", "layers"]

@@ -1,4 +1,4 @@
-"""What best-first drafting knows, at random: texts, guesses, observed trees."""
+"""Random knowledge of best-first drafting: texts, guesses, observed trees."""
 
 import dataclasses
 import random
@@ -64,7 +64,7 @@ def empty_suffixes(batch: int, slots: int, device: str) -> torch.Tensor:
 
 @dataclasses.dataclass
 class Pass:
-    """What remember_guesses is given."""
+    """Arguments of remember_guesses, as lists."""
 
     texts: list[list[int]]
     tokens: list[list[int]]
@@ -212,7 +212,7 @@ class Known:
         return memory
 
     def is_told_apart(self, arguments: dict) -> bool:
-        """Whether every context and n-gram has a slot of its own."""
+        """Tell whether every context and n-gram has a slot of its own."""
         whole = arguments["corpus"].tolist()
         ngrams, of_corpus = (
             sum(len(oracle.places(text, size)) for text in texts for size in oracle.NGRAMS)
@@ -272,6 +272,3 @@ def knowledge(draw) -> Known:
         factors=draw(st.sampled_from(["random", "ones", "few", "extreme"])),
         seed=draw(st.integers(0, 999)),
     )
-
-
-FORESIGHT = [0.0, 0.05, 0.5, 1.0]

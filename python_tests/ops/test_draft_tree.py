@@ -19,7 +19,6 @@ from helpers.cases import (
 )
 from helpers.knowledge import (
     FACTORS,
-    FORESIGHT,
     Known,
     Pass,
     corpus_of,
@@ -31,6 +30,8 @@ from helpers.knowledge import (
     only,
 )
 from msn_ext import ops
+
+FORESIGHT = [0.0, 0.05, 0.5, 1.0]
 
 
 @given(

@@ -340,8 +340,8 @@ def test_a_wrong_mask_would_be_seen():
 
 @pytest.mark.parametrize("layout", ["replace", "branch"])
 def test_own_guesses_begin_wrong_and_go_on_as_the_model_does(layout):
-    """The first is the likeliest behind the clean text that is not right, the others the likeliest
-    behind the drawn noise.
+    """The first is the likeliest after the clean text that is not right, the others the likeliest
+    after the drawn noise.
     """
     model = tiny_model("llama", 4)
     torch.nn.init.normal_(model.lm_head.weight, std=0.05)

@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(kMaxNodes)
 
 }  // namespace
 
-void tree_ancestors(const Tensor& parents, const Tensor& ancestors, const Tensor& depth,
-                    void* stream) {
+void TreeAncestors::on_cuda(void* stream) const {
   const int nodes = static_cast<int>(parents.shape[parents.ndim - 1]);
   const int64_t batch = parents.ndim == 2 ? parents.shape[0] : 1;
   if (batch == 0) return;

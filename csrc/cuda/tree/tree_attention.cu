@@ -109,8 +109,117 @@ __device__ void add_values(S (&sums)[kWarpRows][kColumns], const S (&weight)[kWa
   }
 }
 
-// kColumns: values of a head, in units of 32, one a lane. The blocks that a multiprocessor is asked
-// to hold are what shared memory allows; they bound the registers.
+// The query rows of a warp. kColumns: values of a head, in units of 32, one a lane.
+template <typename S, int kColumns>
+struct Rows {
+  int node[kWarpRows], start[kWarpRows];   // `start`: the first position that a row may see
+  bool live[kWarpRows], any[kWarpRows];    // `any`: has seen a key
+  S largest[kWarpRows], total[kWarpRows];  // a lane holds a part of the total
+  S sums[kWarpRows][kColumns];
+};
+
+// The queries of the warp's rows, of which `first_row` is the first, into shared memory.
+template <typename T, int kColumns, typename S>
+__device__ __forceinline__ void load_queries(const AttentionProblem<T>& p, int64_t row, int kv_head,
+                                             int first_row, int prefix, const uint64_t* ancestors,
+                                             S* queries, Rows<S, kColumns>& rows) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int n_words = words_for(p.nodes), pitch = query_pitch(p.dim);
+#pragma unroll
+  for (int r = 0; r < kWarpRows; ++r) {
+    const int node = (first_row + r) / p.group;
+    const int head = kv_head * p.group + (first_row + r) % p.group;
+    const bool exists = node < p.nodes;
+    const int depth = exists ? depth_from_bits(ancestors + node * n_words, n_words) : -1;
+    rows.node[r] = node;
+    rows.live[r] = depth >= 0;
+    rows.any[r] = false;
+    rows.start[r] = static_cast<int>(window_start(prefix + depth, p.window));
+    rows.largest[r] = exists && p.sinks ? to_float(p.sinks[head]) : S{-INFINITY};
+    rows.total[r] = lane == 0 && rows.largest[r] != -INFINITY ? 1 : 0;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) rows.sums[r][c] = 0;
+    const T* query = p.q + row * p.q_row + head * p.q_head + node * p.q_node;
+    for (int d = lane; d < pitch; d += kWarp)
+      queries[(warp * kWarpRows + r) * pitch + d] = exists && d < p.dim ? to_float(query[d]) : S{0};
+  }
+}
+
+// The products of this lane's key with the warp's queries; of all, `width` values.
+template <typename S>
+__device__ __forceinline__ void compute_scores(const S* keys, const S* queries, int pitch,
+                                               int width, S (&score)[kWarpRows]) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const Four<S>* key = reinterpret_cast<const Four<S>*>(keys + lane * pitch);
+  const Four<S>* query = reinterpret_cast<const Four<S>*>(queries + warp * kWarpRows * width);
+#pragma unroll 2
+  for (int d = 0; d < width / 4; ++d) {
+    const Four<S> a = key[d];
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+      const Four<S> b = query[r * (width / 4) + d];
+      score[r] = fma(a.x, b.x, fma(a.y, b.y, fma(a.z, b.z, fma(a.w, b.w, score[r]))));
+    }
+  }
+}
+
+// Turns the scores of the tile of keys from `from` on into weights, with the sums so far at the
+// same scale; `seen`: keys that each row sees, as bits. Returns whether every row sees every key.
+template <typename T, int kColumns, typename S>
+__device__ __forceinline__ bool update_softmax(const AttentionProblem<T>& p,
+                                               const RowKeys& row_keys, int from, int count,
+                                               const uint64_t* ancestors, S (&score)[kWarpRows],
+                                               unsigned (&seen)[kWarpRows],
+                                               Rows<S, kColumns>& rows) {
+  const int lane = threadIdx.x % kWarp, n_words = words_for(p.nodes), prefix = row_keys.prefix;
+  const bool in_prefix = from + lane < prefix;
+  const int key_node = in_prefix ? 0 : from + lane - prefix;
+  int position = from + lane;  // logical: in the tree, siblings share one
+  if (p.window > 0 && !in_prefix && lane < count)
+    position = prefix + depth_from_bits(ancestors + key_node * n_words, n_words);
+  bool dense = true;
+#pragma unroll
+  for (int r = 0; r < kWarpRows; ++r) {
+    const bool allowed = rows.live[r] && lane < count && position >= rows.start[r] &&
+                         (in_prefix || has_bit(ancestors + rows.node[r] * n_words, key_node));
+    seen[r] = __ballot_sync(kWholeWarp, allowed);
+    // A dead row's sums are not written.
+    dense = dense && (!rows.live[r] || seen[r] == kWholeWarp);
+    S s = score[r] * static_cast<S>(p.scale);
+    if (p.softcap > 0.0) s = static_cast<S>(p.softcap) * tanh(s / static_cast<S>(p.softcap));
+    s = allowed ? s : S{-INFINITY};
+    const S before = rows.largest[r];
+    rows.largest[r] = fmax(before, warp_max(s));
+    const S base = rows.largest[r] == -INFINITY ? S{0} : rows.largest[r];  // not -inf - -inf
+    const S fade = exp(before - base);
+    score[r] = allowed ? exp(s - base) : S{0};
+    rows.total[r] = rows.total[r] * fade + score[r];
+    rows.any[r] = rows.any[r] || seen[r] != 0;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) rows.sums[r][c] *= fade;
+  }
+  return dense;
+}
+
+template <typename T, int kColumns, typename S>
+__device__ __forceinline__ void write_rows(const AttentionProblem<T>& p, int64_t row, int kv_head,
+                                           int first_row, const Rows<S, kColumns>& rows) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int r = 0; r < kWarpRows; ++r) {
+    const S weight = warp_sum(rows.total[r]);
+    if (rows.node[r] >= p.nodes) continue;
+    const int head = kv_head * p.group + (first_row + r) % p.group;
+    T* out = p.out + ((row * p.nodes + rows.node[r]) * p.kv_heads * p.group + head) * p.v_dim;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (c * kWarp + lane < p.v_dim)
+        from_float(rows.any[r] ? rows.sums[r][c] / weight : S{0}, out + c * kWarp + lane);
+  }
+}
+
+// The blocks that a multiprocessor is asked to hold are what shared memory allows; they bound the
+// registers.
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads, kColumns > 4 || sizeof(T) == 8 ? 2 : 4)
     tree_attention_kernel(const __grid_constant__ AttentionProblem<T> p) {
@@ -124,107 +233,33 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 || sizeof(T) == 8 ? 2 :
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int tile = blockIdx.x % p.tiles, kv_head = blockIdx.x / p.tiles % p.kv_heads;
   const int64_t row = blockIdx.x / p.tiles / p.kv_heads;
-  const int n_words = words_for(p.nodes);
   const uint64_t* ancestors = p.ancestors + row * p.ancestors_row;
-
   const RowKeys row_keys = p.keys_of(row);
-  const int64_t first = row_keys.first;
-  const int prefix = row_keys.prefix, end = row_keys.end;
-
-  // Query row r of this warp: its node, whether it takes part, the first position it may see.
-  const int first_row = tile * kBlockRows + warp * kWarpRows;
-  int node[kWarpRows], start[kWarpRows];
-  bool live[kWarpRows], any[kWarpRows];
-  S largest[kWarpRows], total[kWarpRows], sums[kWarpRows][kColumns];
-#pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) {
-    node[r] = (first_row + r) / p.group;
-    const int head = kv_head * p.group + (first_row + r) % p.group;
-    const bool exists = node[r] < p.nodes;
-    const int depth = exists ? depth_from_bits(ancestors + node[r] * n_words, n_words) : -1;
-    live[r] = depth >= 0;
-    any[r] = false;
-    start[r] = static_cast<int>(window_start(prefix + depth, p.window));
-    largest[r] = exists && p.sinks ? to_float(p.sinks[head]) : S{-INFINITY};
-    total[r] = lane == 0 && largest[r] != -INFINITY ? 1 : 0;  // lanes hold parts of it
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) sums[r][c] = 0;
-    const T* query = p.q + row * p.q_row + head * p.q_head + node[r] * p.q_node;
-    for (int d = lane; d < q_pitch; d += kWarp)
-      queries[(warp * kWarpRows + r) * q_pitch + d] =
-          exists && d < p.dim ? to_float(query[d]) : S{0};
-  }
+  const int end = row_keys.end, first_row = tile * kBlockRows + warp * kWarpRows;
+  Rows<S, kColumns> rows;
+  load_queries(p, row, kv_head, first_row, row_keys.prefix, ancestors, queries, rows);
 
   const T* k = p.k + row * p.k_row + kv_head * p.k_head;
   const T* v = p.v + row * p.v_row + kv_head * p.v_head;
   // No live node comes before the root, so none sees what the root's window leaves out.
-  for (int from = static_cast<int>(window_start(prefix, p.window)); from < end; from += kKeys) {
+  for (int from = static_cast<int>(window_start(row_keys.prefix, p.window)); from < end;
+       from += kKeys) {
     const int count = end - from < kKeys ? end - from : kKeys;
-    const int64_t slot = first + from;
+    const int64_t slot = row_keys.first + from;
     stage(k + slot * p.k_slot, p.k_slot, count, p.dim, p.wide_k, keys, pitch, q_pitch);
     stage(v + slot * p.v_slot, p.v_slot, count, p.v_dim, p.wide_v, values, kColumns * kWarp,
           kColumns * kWarp);
     __syncthreads();
-
     S score[kWarpRows] = {};
-    const Four<S>* key = reinterpret_cast<const Four<S>*>(keys + lane * pitch);
-    const Four<S>* query = reinterpret_cast<const Four<S>*>(queries + warp * kWarpRows * q_pitch);
-#pragma unroll 2
-    for (int d = 0; d < q_pitch / 4; ++d) {
-      const Four<S> a = key[d];
-#pragma unroll
-      for (int r = 0; r < kWarpRows; ++r) {
-        const Four<S> b = query[r * (q_pitch / 4) + d];
-        score[r] = fma(a.x, b.x, fma(a.y, b.y, fma(a.z, b.z, fma(a.w, b.w, score[r]))));
-      }
-    }
-
-    const bool in_prefix = from + lane < prefix;
-    const int key_node = in_prefix ? 0 : from + lane - prefix;
-    int position = from + lane;  // logical: in the tree, siblings share one
-    if (p.window > 0 && !in_prefix && lane < count)
-      position = prefix + depth_from_bits(ancestors + key_node * n_words, n_words);
-
+    compute_scores(keys, queries, pitch, q_pitch, score);
     unsigned seen[kWarpRows];
-    bool dense = true;
-#pragma unroll
-    for (int r = 0; r < kWarpRows; ++r) {
-      const bool allowed = live[r] && lane < count && position >= start[r] &&
-                           (in_prefix || has_bit(ancestors + node[r] * n_words, key_node));
-      seen[r] = __ballot_sync(kWholeWarp, allowed);
-      dense =
-          dense && (!live[r] || seen[r] == kWholeWarp);  // what a dead row sums up is not written
-      S s = score[r] * static_cast<S>(p.scale);
-      if (p.softcap > 0.0) s = static_cast<S>(p.softcap) * tanh(s / static_cast<S>(p.softcap));
-      s = allowed ? s : S{-INFINITY};
-      const S before = largest[r];
-      largest[r] = fmax(before, warp_max(s));
-      const S base = largest[r] == -INFINITY ? S{0} : largest[r];  // not -inf - -inf
-      const S fade = exp(before - base);
-      score[r] = allowed ? exp(s - base) : S{0};
-      total[r] = total[r] * fade + score[r];
-      any[r] = any[r] || seen[r] != 0;
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) sums[r][c] *= fade;
-    }
-    if (dense)
-      add_values<true, kColumns>(sums, score, seen, values + lane, count);
+    if (update_softmax(p, row_keys, from, count, ancestors, score, seen, rows))
+      add_values<true, kColumns>(rows.sums, score, seen, values + lane, count);
     else
-      add_values<false, kColumns>(sums, score, seen, values + lane, count);
+      add_values<false, kColumns>(rows.sums, score, seen, values + lane, count);
     __syncthreads();
   }
-
-#pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) {
-    const S weight = warp_sum(total[r]);
-    if (node[r] >= p.nodes) continue;
-    const int head = kv_head * p.group + (first_row + r) % p.group;
-    T* out = p.out + ((row * p.nodes + node[r]) * p.kv_heads * p.group + head) * p.v_dim;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-      if (c * kWarp + lane < p.v_dim)
-        from_float(any[r] ? sums[r][c] / weight : S{0}, out + c * kWarp + lane);
-  }
+  write_rows(p, row, kv_head, first_row, rows);
 }
 
 template <typename T, int kColumns>

@@ -48,7 +48,6 @@ struct Shape {
       kDim + kChunk;  // 8 rows of a matrix then lie in 8 different groups of banks
   static constexpr int kStage = 2 * kKeys * kPitch;   // keys and values
   static constexpr bool kSharedQueries = kDim > 128;  // where they do not fit into the registers
-  static constexpr int kQueries = 2 * kStage;         // where they begin
   static constexpr int kBytes = 2 * (2 * kStage + (kSharedQueries ? kRows * kPitch : 0));
   // So many that a block leaves less than half of what it read in the workspace.
   static constexpr int kLeastTiles = 2 * kRows > kKeys ? 2 * kRows / kKeys : 1;
@@ -97,279 +96,405 @@ __device__ float base_of(float largest) {
   return largest == -INFINITY ? 0.0f : largest;
 }  // not -inf - -inf
 
+// What a thread knows of its work: the block's share of the problem, then the thread's place in it.
+template <typename T, int kDim, int kRowWarps>
+struct Work {
+  using S = Shape<kDim, kRowWarps>;
+
+  const AttentionProblem<T>& p;
+  uint16_t* stages;  // shared memory: two stages, each a tile of keys and one of values
+  // Blocks that read the same keys and values stand next to each other.
+  int query_tile, split, kv_head, row;
+  RowKeys keys;
+  int from, to;    // the block's keys
+  int dense_from;  // from here to the end of the prefix every node's window sees every key
+  int blocks;      // with the same query rows
+  const T *k, *v;  // the row's first
+  const uint64_t* ancestors;
+  int n_words;
+
+  int warp, lane, group, pair;
+  int key_share;  // of a tile's keys, the warp's first
+  int first_row;  // of the query tile's rows, the thread's first; the other one is 8 further
+
+  __device__ __forceinline__ Work(const AttentionProblem<T>& problem, uint4* shared,
+                                  int most_splits)
+      : p(problem), stages(reinterpret_cast<uint16_t*>(shared)) {
+    query_tile = blockIdx.x % p.tiles;
+    split = blockIdx.x / p.tiles % most_splits;
+    kv_head = blockIdx.x / p.tiles / most_splits % p.kv_heads;
+    row = blockIdx.x / p.tiles / most_splits / p.kv_heads;
+    keys = p.keys_of(row);
+    // No live node sees what is before the root's window.
+    const int begin = static_cast<int>(window_start(keys.prefix, p.window));
+    const Split plan((keys.end - begin + S::kKeys - 1) / S::kKeys, most_splits, S::kLeastTiles);
+    blocks = plan.blocks;
+    from = begin + split * plan.tiles * S::kKeys;
+    to = min(keys.end, from + plan.tiles * S::kKeys);
+    dense_from = static_cast<int>(window_start(keys.prefix + p.nodes - 1, p.window));
+    k = p.k + row * p.k_row + kv_head * p.k_head + keys.first * p.k_slot;
+    v = p.v + row * p.v_row + kv_head * p.v_head + keys.first * p.v_slot;
+    ancestors = p.ancestors + row * p.ancestors_row;
+    n_words = words_for(p.nodes);
+
+    warp = threadIdx.x / kWarp;
+    lane = threadIdx.x % kWarp;
+    group = lane / 4;
+    pair = lane % 4 * 2;
+    key_share = warp / kRowWarps * S::kWarpKeys;
+    first_row = query_tile * S::kRows + warp % kRowWarps * kMmaRows + group;
+  }
+
+  __device__ __forceinline__ int node_of(int query_row) const { return query_row / p.group; }
+  __device__ __forceinline__ int head_of(int query_row) const {
+    return kv_head * p.group + query_row % p.group;
+  }
+  // The warp's keys of a stage, and the values of the same.
+  __device__ __forceinline__ uint16_t* keys_at(int stage) const {
+    return stages + stage * S::kStage + key_share * S::kPitch;
+  }
+  __device__ __forceinline__ uint16_t* values_at(int stage) const {
+    return keys_at(stage) + S::kKeys * S::kPitch;
+  }
+  // The warp's queries after the stages, where they do not fit into the registers.
+  __device__ __forceinline__ uint16_t* shared_queries() const {
+    return stages + 2 * S::kStage + warp % kRowWarps * kMmaRows * S::kPitch;
+  }
+};
+
+// A thread's part of the two query rows of its group, g and g + 8 of the warp's, as operand.
+template <typename S, int kDim>
+struct Queries {
+  uint32_t at[S::kSharedQueries ? 1 : kDim / 16][4];
+};
+// Scores of the two rows for the warp's keys; then their weights.
+template <typename S>
+struct Scores {
+  float at[S::kWarpKeys / 8][4];
+};
+// What the softmax has summed up of the two rows so far.
+template <int kDim>
+struct Running {
+  float largest[2], total[2], sums[kDim / 8][4];
+};
+
+// Starts the copies of the tile of keys and values from `key` on into a stage.
+template <typename T, int kDim, int kRowWarps>
+__device__ __forceinline__ void fetch_tile(const Work<T, kDim, kRowWarps>& w, int key, int stage) {
+  using S = Shape<kDim, kRowWarps>;
+  const AttentionProblem<T>& p = w.p;
+  uint16_t* at = w.stages + stage * S::kStage;
+  const int count = min(S::kKeys, w.keys.end - key);
+  fetch<T, S::kKeys, kDim, S::kPitch>(w.k + int64_t{key} * p.k_slot, p.k_slot, count, p.dim, at);
+  fetch<T, S::kKeys, kDim, S::kPitch>(w.v + int64_t{key} * p.v_slot, p.v_slot, count, p.v_dim,
+                                      at + S::kKeys * S::kPitch);
+  commit_copies();
+}
+
+template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
+__device__ __forceinline__ void load_queries(const Work<T, kDim, kRowWarps>& w,
+                                             Queries<S, kDim>& query) {
+  const AttentionProblem<T>& p = w.p;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int node = w.node_of(w.first_row + 8 * r), head = w.head_of(w.first_row + 8 * r);
+    const bool exists = node < p.nodes;
+    const T* from = p.q + w.row * p.q_row + head * p.q_head + (exists ? node : 0) * p.q_node;
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d) {
+      const int column = d * 8 + w.pair;
+      const uint32_t both =
+          exists && column < p.dim ? *reinterpret_cast<const uint32_t*>(from + column) : 0;
+      if constexpr (!S::kSharedQueries)
+        query.at[d / 2][d % 2 * 2 + r] = both;
+      else if (w.key_share == 0)
+        *reinterpret_cast<uint32_t*>(w.shared_queries() + (w.group + 8 * r) * S::kPitch + column) =
+            both;
+    }
+  }
+}
+
+// Scaled, capped and to base 2.
+template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
+__device__ __forceinline__ void compute_scores(const Work<T, kDim, kRowWarps>& w,
+                                               Queries<S, kDim>& query, int stage, float scale,
+                                               float softcap, Scores<S>& score) {
+  const uint16_t* keys = w.keys_at(stage);
+#pragma unroll
+  for (int d = 0; d < kDim; d += 16) {
+    uint32_t (&a)[4] = query.at[S::kSharedQueries ? 0 : d / 16];
+    if constexpr (S::kSharedQueries)
+      load_matrices(a, w.shared_queries() + w.lane % 16 * S::kPitch + d + w.lane / 16 * 8);
+#pragma unroll
+    for (int key = 0; key < S::kWarpKeys; key += 16) {
+      uint32_t b[4];
+      load_matrices(
+          b, keys + (key + w.lane / 16 * 8 + w.lane % 8) * S::kPitch + d + w.lane / 8 % 2 * 8);
+      multiply_add<T>(score.at[key / 8], a, b[0], b[1]);
+      multiply_add<T>(score.at[key / 8 + 1], a, b[2], b[3]);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < S::kWarpKeys / 8; ++n)
+#pragma unroll
+    for (float& s : score.at[n]) {
+      s *= scale;
+      s = (softcap > 0.0f ? softcap * tanhf(s / softcap) : s) * kLog2E;
+    }
+}
+
+// -inf for the keys of the tile that a row does not see; `seen`: those that it does, as bits.
+template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
+__device__ __forceinline__ void mask_scores(const Work<T, kDim, kRowWarps>& w, int tile,
+                                            uint64_t (&seen)[2], Scores<S>& score) {
+  const int prefix = w.keys.prefix;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int node = w.node_of(w.first_row + 8 * r);
+    const uint64_t* words = w.ancestors + node * w.n_words;
+    const int depth = node < w.p.nodes ? depth_from_bits(words, w.n_words) : -1;
+    if (depth >= 0)
+      seen[r] = visible_keys(words, w.n_words, tile + w.key_share, prefix, w.keys.end,
+                             window_start(prefix + depth, w.p.window));
+#pragma unroll
+    for (int n = 0; n < S::kWarpKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (!(seen[r] >> (n * 8 + w.pair + i) & 1)) score.at[n][2 * r + i] = -INFINITY;
+  }
+}
+
+// Turns scores into weights relative to the new largest one, and brings the sums so far to the same
+// scale.
+template <int kDim, typename S>
+__device__ __forceinline__ void update_softmax(Scores<S>& score, Running<kDim>& running) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float most = running.largest[r];
+#pragma unroll
+    for (int n = 0; n < S::kWarpKeys / 8; ++n)
+      most = fmaxf(most, fmaxf(score.at[n][2 * r], score.at[n][2 * r + 1]));
+    most = quad_max(most);
+    const float base = base_of(most), fade = exp2f(running.largest[r] - base);
+    running.largest[r] = most;
+    running.total[r] *= fade;
+#pragma unroll
+    for (int n = 0; n < S::kWarpKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        running.total[r] += score.at[n][2 * r + i] = exp2f(score.at[n][2 * r + i] - base);
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d) {
+      running.sums[d][2 * r] *= fade;
+      running.sums[d][2 * r + 1] *= fade;
+    }
+  }
+}
+
+// Adds the values of a masked tile that are not finite to the sums of the rows that see them, and
+// leaves 0 in their places. All threads of the block call it.
+template <typename T, int kDim, int kRowWarps>
+__device__ __forceinline__ void add_infinite_values(const Work<T, kDim, kRowWarps>& w, int stage,
+                                                    const uint64_t (&seen)[2],
+                                                    Running<kDim>& running) {
+  using S = Shape<kDim, kRowWarps>;
+  const uint16_t* values = w.values_at(stage);
+  uint16_t* all = w.stages + stage * S::kStage + S::kKeys * S::kPitch;
+  bool tainted = false;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < S::kKeys * kDim; i += kThreads)
+    tainted |= !finite<T>(all[i / kDim * S::kPitch + i % kDim]);
+  if (!__syncthreads_or(tainted)) return;
+#pragma unroll 1
+  for (int key = 0; key < S::kWarpKeys; ++key)
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint16_t value = values[key * S::kPitch + d * 8 + w.pair + i];
+        if (finite<T>(value)) continue;
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          if (seen[r] >> key & 1) running.sums[d][2 * r + i] += widen<T>(value);
+      }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < S::kKeys * kDim; i += kThreads) {
+    uint16_t& value = all[i / kDim * S::kPitch + i % kDim];
+    if (!finite<T>(value)) value = 0;
+  }
+  __syncthreads();
+}
+
+template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
+__device__ __forceinline__ void accumulate_values(const Work<T, kDim, kRowWarps>& w, int stage,
+                                                  const Scores<S>& weight, Running<kDim>& running) {
+  const uint16_t* values = w.values_at(stage);
+#pragma unroll
+  for (int key = 0; key < S::kWarpKeys; key += 16) {
+    const float (&low)[4] = weight.at[key / 8], (&high)[4] = weight.at[key / 8 + 1];
+    const uint32_t weights[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
+                                 pack<T>(high[0], high[1]), pack<T>(high[2], high[3])};
+#pragma unroll
+    for (int d = 0; d < kDim; d += 16) {
+      uint32_t b[4];
+      load_matrices_transposed(b, values + (key + w.lane % 16) * S::kPitch + d + w.lane / 16 * 8);
+      multiply_add<T>(running.sums[d / 8], weights, b[0], b[1]);
+      multiply_add<T>(running.sums[d / 8 + 1], weights, b[2], b[3]);
+    }
+  }
+}
+
+// Sums of a query row as they are left for others: the values', then largest and total.
+template <int kDim>
+constexpr int kSums = kDim + 2;
+
+// The warps' sums into shared memory, in place of the tiles.
+template <typename T, int kDim, int kRowWarps>
+__device__ __forceinline__ float* leave_sums(const Work<T, kDim, kRowWarps>& w,
+                                             const Running<kDim>& running) {
+  float* left = reinterpret_cast<float*>(w.stages);
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float* to_row = left + (w.warp * kMmaRows + w.group + 8 * r) * kSums<kDim>;
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d) {
+      to_row[d * 8 + w.pair] = running.sums[d][2 * r];
+      to_row[d * 8 + w.pair + 1] = running.sums[d][2 * r + 1];
+    }
+    const float weight = quad_sum(running.total[r]);
+    if (w.pair == 0) {
+      to_row[kDim] = running.largest[r];
+      to_row[kDim + 1] = weight;
+    }
+  }
+  __syncthreads();
+  return left;
+}
+
+// A query row's sums, of which a lane has every 32nd column.
+template <int kDim>
+struct RowSums {
+  float sum[kDim / kWarp], most, weight;
+};
+
+// The sums of query row r out of `count` parts that are kRows rows apart; `read` reads one number.
+template <int kDim, int kRows, typename Read>
+__device__ __forceinline__ void merge_parts(const Read& read, int r, int count, int lane,
+                                            RowSums<kDim>& merged) {
+  const auto at = [&](int i, int column) {
+    return read((int64_t{i} * kRows + r) * kSums<kDim> + column);
+  };
+  float most = -INFINITY;
+  for (int i = 0; i < count; ++i) most = fmaxf(most, at(i, kDim));
+  merged.most = most;
+  merged.weight = 0.0f;
+#pragma unroll
+  for (float& x : merged.sum) x = 0.0f;
+  for (int i = 0; i < count; ++i) {
+    const float share = exp2f(at(i, kDim) - base_of(most));
+    merged.weight = fmaf(at(i, kDim + 1), share, merged.weight);
+#pragma unroll
+    for (int c = 0; c < kDim / kWarp; ++c)
+      merged.sum[c] = fmaf(at(i, c * kWarp + lane), share, merged.sum[c]);
+  }
+}
+
+// The output of query row r of the tile: its sums over its weight, which the sink adds to.
+template <typename T, int kDim, int kRowWarps>
+__device__ __forceinline__ void write_row(const Work<T, kDim, kRowWarps>& w, int r,
+                                          const RowSums<kDim>& row) {
+  using S = Shape<kDim, kRowWarps>;
+  const AttentionProblem<T>& p = w.p;
+  const int node = w.node_of(w.query_tile * S::kRows + r),
+            head = w.head_of(w.query_tile * S::kRows + r);
+  if (node >= p.nodes) return;
+  float share = 1.0f, weight = row.weight;
+  if (p.sinks) {
+    const float sink = to_float(p.sinks[head]) * kLog2E, base = base_of(fmaxf(row.most, sink));
+    share = exp2f(row.most - base);
+    weight = weight * share + exp2f(sink - base);
+  }
+  const bool dead = depth_from_bits(w.ancestors + node * w.n_words, w.n_words) < 0;
+  T* out = p.out + ((int64_t{w.row} * p.nodes + node) * p.kv_heads * p.group + head) * p.v_dim;
+#pragma unroll
+  for (int c = 0; c < kDim / kWarp; ++c)
+    if (c * kWarp + w.lane < p.v_dim)
+      from_float(dead || weight == 0.0f ? 0.0f : row.sum[c] * share / weight,
+                 out + c * kWarp + w.lane);
+}
+
+// Merges the warps' sums, which lie at `left`. A block without company writes the output; else it
+// leaves its sums in the workspace, and the last one to arrive merges those of all and writes.
+template <typename T, int kDim, int kRowWarps>
+__device__ __forceinline__ void merge_splits(const Work<T, kDim, kRowWarps>& w, const float* left,
+                                             float* partial, int* arrived, int most_splits) {
+  using S = Shape<kDim, kRowWarps>;
+  RowSums<kDim> sums;
+  const int64_t task = (int64_t{w.row} * w.p.kv_heads + w.kv_head) * w.p.tiles + w.query_tile;
+  float* mine = partial + (task * most_splits + w.split) * S::kRows * kSums<kDim>;
+  for (int r = w.warp; r < S::kRows; r += kWarps) {
+    merge_parts<kDim, S::kRows>([left](int64_t i) { return left[i]; }, r, S::kKeyWarps, w.lane,
+                                sums);
+    if (w.blocks == 1) {
+      write_row(w, r, sums);
+      continue;
+    }
+#pragma unroll
+    for (int c = 0; c < kDim / kWarp; ++c) mine[r * kSums<kDim> + c * kWarp + w.lane] = sums.sum[c];
+    if (w.lane == 0) {
+      mine[r * kSums<kDim> + kDim] = sums.most;
+      mine[r * kSums<kDim> + kDim + 1] = sums.weight;
+    }
+  }
+  if (w.blocks == 1) return;
+
+  __threadfence();
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) last = atomicAdd(arrived + task, 1) == w.blocks - 1;
+  if (!__syncthreads_or(last)) return;
+  __threadfence();
+  if (threadIdx.x == 0) arrived[task] = 0;
+  const float* all = partial + task * most_splits * S::kRows * kSums<kDim>;
+  for (int r = w.warp; r < S::kRows; r += kWarps) {
+    // Past L1, where an older value of another block may lie.
+    merge_parts<kDim, S::kRows>([all](int64_t i) { return __ldcg(all + i); }, r, w.blocks, w.lane,
+                                sums);
+    write_row(w, r, sums);
+  }
+}
+
 template <typename T, int kDim, int kRowWarps>
 __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
     tree_attention_mma_kernel(const __grid_constant__ AttentionProblem<T> p, float* partial,
                               int* arrived, int most_splits) {
   using S = Shape<kDim, kRowWarps>;
   extern __shared__ uint4 shared[];
-  uint16_t* stages = reinterpret_cast<uint16_t*>(shared);
-
-  // Blocks that read the same keys and values stand next to each other.
-  const int tile_rows = blockIdx.x % p.tiles, split = blockIdx.x / p.tiles % most_splits;
-  const int kv_head = blockIdx.x / p.tiles / most_splits % p.kv_heads;
-  const int row = blockIdx.x / p.tiles / most_splits / p.kv_heads;
-  const RowKeys keys = p.keys_of(row);
-  const int begin =
-      static_cast<int>(window_start(keys.prefix, p.window));  // no live node sees what is before
-  const Split plan((keys.end - begin + S::kKeys - 1) / S::kKeys, most_splits, S::kLeastTiles);
-  if (split >= plan.blocks) return;
-  const int from = begin + split * plan.tiles * S::kKeys;
-  const int to = min(keys.end, from + plan.tiles * S::kKeys);
-  // From here to the end of the prefix every node's window sees every key.
-  const int dense_from = static_cast<int>(window_start(keys.prefix + p.nodes - 1, p.window));
-
-  const T* k = p.k + row * p.k_row + kv_head * p.k_head + keys.first * p.k_slot;
-  const T* v = p.v + row * p.v_row + kv_head * p.v_head + keys.first * p.v_slot;
-  const auto fetch_tile = [&](int tile_from, int stage) {
-    uint16_t* at = stages + stage * S::kStage;
-    const int count = min(S::kKeys, keys.end - tile_from);
-    fetch<T, S::kKeys, kDim, S::kPitch>(k + int64_t{tile_from} * p.k_slot, p.k_slot, count, p.dim,
-                                        at);
-    fetch<T, S::kKeys, kDim, S::kPitch>(v + int64_t{tile_from} * p.v_slot, p.v_slot, count, p.v_dim,
-                                        at + S::kKeys * S::kPitch);
-    commit_copies();
-  };
-  if (from < to) fetch_tile(from, 0);
-
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4,
-            pair = lane % 4 * 2;
-  const int key_share = warp / kRowWarps * S::kWarpKeys;
-  const int first_row = tile_rows * S::kRows + warp % kRowWarps * kMmaRows + group;
-  const int n_words = words_for(p.nodes);
-  const uint64_t* ancestors = p.ancestors + row * p.ancestors_row;
-
-  // This lane's two query rows, g and g + 8 of the warp's, as operand.
-  uint32_t query[S::kSharedQueries ? 1 : kDim / 16][4];
-  uint16_t* queries = stages + S::kQueries + warp % kRowWarps * kMmaRows * S::kPitch;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int node = (first_row + 8 * r) / p.group,
-              head = kv_head * p.group + (first_row + 8 * r) % p.group;
-    const bool exists = node < p.nodes;
-    const T* from_row = p.q + row * p.q_row + head * p.q_head + (exists ? node : 0) * p.q_node;
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      const int column = d * 8 + pair;
-      const uint32_t both =
-          exists && column < p.dim ? *reinterpret_cast<const uint32_t*>(from_row + column) : 0;
-      if constexpr (!S::kSharedQueries)
-        query[d / 2][d % 2 * 2 + r] = both;
-      else if (key_share == 0)
-        *reinterpret_cast<uint32_t*>(queries + (group + 8 * r) * S::kPitch + column) = both;
-    }
-  }
+  const Work<T, kDim, kRowWarps> w(p, shared, most_splits);
+  if (w.split >= w.blocks) return;
+  if (w.from < w.to) fetch_tile(w, w.from, 0);
+  Queries<S, kDim> query;
+  load_queries(w, query);
 
   const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
-  float largest[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[kDim / 8][4] = {};
-  for (int tile = from, stage = 0; tile < to; tile += S::kKeys, stage ^= 1) {
+  Running<kDim> running{{-INFINITY, -INFINITY}, {}, {}};
+  for (int tile = w.from, stage = 0; tile < w.to; tile += S::kKeys, stage ^= 1) {
     await_copies<0>();
     __syncthreads();  // the tile is there, and no thread reads the other stage any more
-    if (tile + S::kKeys < to) fetch_tile(tile + S::kKeys, stage ^ 1);
-    const uint16_t* tile_keys = stages + stage * S::kStage + key_share * S::kPitch;
-    const uint16_t* tile_values = tile_keys + S::kKeys * S::kPitch;
-
-    float score[S::kWarpKeys / 8][4] = {};
-#pragma unroll
-    for (int d = 0; d < kDim; d += 16) {
-      uint32_t (&a)[4] = query[S::kSharedQueries ? 0 : d / 16];
-      if constexpr (S::kSharedQueries)
-        load_matrices(a, queries + lane % 16 * S::kPitch + d + lane / 16 * 8);
-#pragma unroll
-      for (int key = 0; key < S::kWarpKeys; key += 16) {
-        uint32_t b[4];
-        load_matrices(
-            b, tile_keys + (key + lane / 16 * 8 + lane % 8) * S::kPitch + d + lane / 8 % 2 * 8);
-        multiply_add<T>(score[key / 8], a, b[0], b[1]);
-        multiply_add<T>(score[key / 8 + 1], a, b[2], b[3]);
-      }
-    }
-
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-      for (float& s : score[n]) {
-        s *= scale;
-        s = (softcap > 0.0f ? softcap * tanhf(s / softcap) : s) * kLog2E;
-      }
-
-    const bool masked = tile < dense_from || tile + S::kKeys > keys.prefix;
+    if (tile + S::kKeys < w.to) fetch_tile(w, tile + S::kKeys, stage ^ 1);
+    Scores<S> score{};
+    compute_scores(w, query, stage, scale, softcap, score);
+    // The same for all threads of the block.
+    const bool masked = tile < w.dense_from || tile + S::kKeys > w.keys.prefix;
     uint64_t seen[2] = {};
-    if (masked) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int node = (first_row + 8 * r) / p.group;
-        const uint64_t* words = ancestors + node * n_words;
-        const int depth = node < p.nodes ? depth_from_bits(words, n_words) : -1;
-        if (depth >= 0)
-          seen[r] = visible_keys(words, n_words, tile + key_share, keys.prefix, keys.end,
-                                 window_start(keys.prefix + depth, p.window));
-#pragma unroll
-        for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if (!(seen[r] >> (n * 8 + pair + i) & 1)) score[n][2 * r + i] = -INFINITY;
-      }
-    }
-
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float most = largest[r];
-#pragma unroll
-      for (int n = 0; n < S::kWarpKeys / 8; ++n)
-        most = fmaxf(most, fmaxf(score[n][2 * r], score[n][2 * r + 1]));
-      most = quad_max(most);
-      const float base = base_of(most), fade = exp2f(largest[r] - base);
-      largest[r] = most;
-      total[r] *= fade;
-#pragma unroll
-      for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          total[r] += score[n][2 * r + i] = exp2f(score[n][2 * r + i] - base);
-#pragma unroll
-      for (int d = 0; d < kDim / 8; ++d) {
-        sums[d][2 * r] *= fade;
-        sums[d][2 * r + 1] *= fade;
-      }
-    }
-
-    // Of each query row, g and g + 8: what it sees of the values that are not finite; these then
-    // count as 0.
-    if (masked) {  // the same for all threads of the block
-      uint16_t* all = stages + stage * S::kStage + S::kKeys * S::kPitch;
-      bool tainted = false;
-#pragma unroll 1
-      for (int i = threadIdx.x; i < S::kKeys * kDim; i += kThreads)
-        tainted |= !finite<T>(all[i / kDim * S::kPitch + i % kDim]);
-      if (__syncthreads_or(tainted)) {
-#pragma unroll 1
-        for (int key = 0; key < S::kWarpKeys; ++key)
-#pragma unroll
-          for (int d = 0; d < kDim / 8; ++d)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const uint16_t value = tile_values[key * S::kPitch + d * 8 + pair + i];
-              if (finite<T>(value)) continue;
-#pragma unroll
-              for (int r = 0; r < 2; ++r)
-                if (seen[r] >> key & 1) sums[d][2 * r + i] += widen<T>(value);
-            }
-        __syncthreads();
-#pragma unroll 1
-        for (int i = threadIdx.x; i < S::kKeys * kDim; i += kThreads) {
-          uint16_t& value = all[i / kDim * S::kPitch + i % kDim];
-          if (!finite<T>(value)) value = 0;
-        }
-        __syncthreads();
-      }
-    }
-
-#pragma unroll
-    for (int key = 0; key < S::kWarpKeys; key += 16) {
-      const float (&low)[4] = score[key / 8], (&high)[4] = score[key / 8 + 1];
-      const uint32_t weights[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
-                                   pack<T>(high[0], high[1]), pack<T>(high[2], high[3])};
-#pragma unroll
-      for (int d = 0; d < kDim; d += 16) {
-        uint32_t b[4];
-        load_matrices_transposed(b,
-                                 tile_values + (key + lane % 16) * S::kPitch + d + lane / 16 * 8);
-        multiply_add<T>(sums[d / 8], weights, b[0], b[1]);
-        multiply_add<T>(sums[d / 8 + 1], weights, b[2], b[3]);
-      }
-    }
+    if (masked) mask_scores(w, tile, seen, score);
+    update_softmax(score, running);
+    if (masked) add_infinite_values(w, stage, seen, running);
+    accumulate_values(w, stage, score, running);
   }
-
-  // All warps' sums into shared memory, where the tiles were: per warp and row the sums, then
-  // largest and total.
-  constexpr int kSums = kDim + 2;
-  float* left = reinterpret_cast<float*>(shared);
-  __syncthreads();
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float* to_row = left + (warp * kMmaRows + group + 8 * r) * kSums;
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      to_row[d * 8 + pair] = sums[d][2 * r];
-      to_row[d * 8 + pair + 1] = sums[d][2 * r + 1];
-    }
-    const float weight = quad_sum(total[r]);
-    if (pair == 0) {
-      to_row[kDim] = largest[r];
-      to_row[kDim + 1] = weight;
-    }
-  }
-  __syncthreads();
-
-  // The `count` sums of a row, kRows rows apart: a lane every 32nd column, and the row's largest
-  // and total.
-  const auto merged = [lane](const auto& read, int r, int count, float (&sum)[kDim / kWarp],
-                             float& most, float& weight) {
-    const auto at = [&](int i, int column) {
-      return read((int64_t{i} * S::kRows + r) * kSums + column);
-    };
-    most = -INFINITY;
-    for (int i = 0; i < count; ++i) most = fmaxf(most, at(i, kDim));
-    weight = 0.0f;
-#pragma unroll
-    for (float& x : sum) x = 0.0f;
-    for (int i = 0; i < count; ++i) {
-      const float share = exp2f(at(i, kDim) - base_of(most));
-      weight = fmaf(at(i, kDim + 1), share, weight);
-#pragma unroll
-      for (int c = 0; c < kDim / kWarp; ++c) sum[c] = fmaf(at(i, c * kWarp + lane), share, sum[c]);
-    }
-  };
-  const auto write = [&](int r, const float (&sum)[kDim / kWarp], float most, float weight) {
-    const int node = (tile_rows * S::kRows + r) / p.group,
-              head = kv_head * p.group + (tile_rows * S::kRows + r) % p.group;
-    if (node >= p.nodes) return;
-    float share = 1.0f;
-    if (p.sinks) {
-      const float sink = to_float(p.sinks[head]) * kLog2E, base = base_of(fmaxf(most, sink));
-      share = exp2f(most - base);
-      weight = weight * share + exp2f(sink - base);
-    }
-    const bool dead = depth_from_bits(ancestors + node * n_words, n_words) < 0;
-    T* out = p.out + ((int64_t{row} * p.nodes + node) * p.kv_heads * p.group + head) * p.v_dim;
-#pragma unroll
-    for (int c = 0; c < kDim / kWarp; ++c)
-      if (c * kWarp + lane < p.v_dim)
-        from_float(dead || weight == 0.0f ? 0.0f : sum[c] * share / weight, out + c * kWarp + lane);
-  };
-
-  float sum[kDim / kWarp], most, weight;
-  const int64_t task = (int64_t{row} * p.kv_heads + kv_head) * p.tiles + tile_rows;
-  float* mine = partial + (task * most_splits + split) * S::kRows * kSums;
-  for (int r = warp; r < S::kRows; r += kWarps) {
-    merged([left](int64_t i) { return left[i]; }, r, S::kKeyWarps, sum, most, weight);
-    if (plan.blocks == 1) {
-      write(r, sum, most, weight);
-      continue;
-    }
-#pragma unroll
-    for (int c = 0; c < kDim / kWarp; ++c) mine[r * kSums + c * kWarp + lane] = sum[c];
-    if (lane == 0) {
-      mine[r * kSums + kDim] = most;
-      mine[r * kSums + kDim + 1] = weight;
-    }
-  }
-  if (plan.blocks == 1) return;
-
-  __threadfence();
-  __syncthreads();
-  bool last = false;
-  if (threadIdx.x == 0) last = atomicAdd(arrived + task, 1) == plan.blocks - 1;
-  if (!__syncthreads_or(last)) return;
-  __threadfence();
-  if (threadIdx.x == 0) arrived[task] = 0;
-  const float* all = partial + task * most_splits * S::kRows * kSums;
-  for (int r = warp; r < S::kRows; r += kWarps) {
-    // Past L1, where an older value of another block may lie.
-    merged([all](int64_t i) { return __ldcg(all + i); }, r, plan.blocks, sum, most, weight);
-    write(r, sum, most, weight);
-  }
+  merge_splits(w, leave_sums(w, running), partial, arrived, most_splits);
 }
 
 // Blocks to cut the keys into, at most, so that every multiprocessor has two.

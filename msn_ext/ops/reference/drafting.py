@@ -81,7 +81,7 @@ def top_guesses(logits):
 
 
 def _hashes(context: list[int]) -> list[int]:
-    """Of the last 1, 2, 3, … tokens of a context, which is given newest first."""
+    """Return the hashes of the last 1, 2, 3, … tokens of a context, which is given newest first."""
     hashes, h = [], 0
     for token in context:
         h = splitmix64(h ^ token)
@@ -95,12 +95,12 @@ def _signed32(x: int) -> int:
 
 
 def _check(h: int) -> int:
-    """What tells contexts in one slot apart; never 0, which is an empty slot."""
+    """Return what tells contexts in one slot apart; never 0, which is an empty slot."""
     return _signed32(h >> 32 | 1)
 
 
 def context_of(history: list[int], tokens: list[int], chain: list[int], most: int) -> list[int]:
-    """The last ``most`` tokens up to the end of ``chain``, newest first."""
+    """Return the last ``most`` tokens up to the end of ``chain``, newest first."""
     text = history[-most:] + [tokens[node] for node in chain[1:]]
     return text[: -most - 1 : -1]
 
@@ -144,7 +144,7 @@ def last_place(text, slots, ngram, h):
 
 
 def _remembered(adjacency, hashes):
-    """(order, guesses) of every order of which the table has this context."""
+    """Return (order, guesses) of every order of which the table has this context."""
     remembered, slots = [], adjacency.shape[1]
     for order, h in enumerate(hashes[:ORDERS] if slots else ()):
         check, *guesses = adjacency[order, h % slots].tolist()
@@ -154,10 +154,10 @@ def _remembered(adjacency, hashes):
 
 
 def _followers(context, hashes, text, suffixes, corpus, corpus_suffixes):
-    """(index of the n-gram, rank, token) of the different tokens after the last places of the ends
-    of a context, the longest first.
+    """Return (index of the n-gram, rank, token) of the different tokens after the last places of
+    the ends of a context, the longest first.
     """
-    followers = []
+    followers: list[tuple[int, int, int]] = []
     for level in reversed(range(len(SUFFIXES))):
         n = SUFFIXES[level]
         if n > len(hashes):
@@ -210,9 +210,9 @@ def listed_after(context, depth, denoised, adjacency, suffixes, corpus, corpus_s
 
 
 def _candidates(context, *known, factors):
-    """[token, score, sources] of every token that a source lists after a context."""
+    """Return [token, score, sources] of every token that a source lists after a context."""
     bias, listed = listed_after(context, *known)
-    candidates = {}
+    candidates: dict[int, list] = {}
     for token, factor, source in listed:
         candidate = candidates.setdefault(token, [token, factors[bias], 0])
         candidate[1] *= factors[factor]
@@ -250,11 +250,12 @@ def draft_tree(
 
 
 def _best_nodes(text, known, factors, nodes, max_depth, foresight):
-    """(token, parent, probability, sources) of the nodes of one row's tree."""
+    """Return (token, parent, probability, sources) of the nodes of one row's tree."""
     # (-value, parent, place among the candidates): the most valuable, of equals the one whose
     # parent came first, then as listed. Last what becomes of the node. At first there is the root.
     waiting = [(-1.0, -1, 0, (text[-1], 1.0, 0))]
-    made, chains = [], []
+    made: list[tuple[int, int, float, int]] = []
+    chains: list[list[int]] = []
     while waiting and len(made) < nodes:
         best = min(waiting)
         waiting.remove(best)

@@ -1,4 +1,4 @@
-"""What several ops go by: paths of a tree, numbers that only a counter decides."""
+"""Rules that several ops share: paths of a tree, numbers that only a counter decides."""
 
 import torch
 
@@ -23,7 +23,7 @@ def check_parents(parents: torch.Tensor) -> None:
 
 
 def splitmix64(x: int) -> int:
-    """SplitMix64 (Steele, Lea, Flood 2014) on an unsigned 64-bit integer."""
+    """Return SplitMix64 (Steele, Lea, Flood 2014) of an unsigned 64-bit integer."""
     x = (x + 0x9E3779B97F4A7C15) & MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64

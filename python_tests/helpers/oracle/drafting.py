@@ -9,7 +9,7 @@ from .tree import path
 
 
 def lookup(text: list[int], max_ngram: int, length: int) -> tuple[list[int], int]:
-    """What followed the best earlier match of the end of ``text``, and how many tokens matched."""
+    """Return what followed the best earlier match of the text's end, and how many matched."""
     best = (0, len(text))
     for end in range(1, len(text)):
         size = 0
@@ -63,8 +63,8 @@ def top(row: torch.Tensor) -> tuple[list[int], list[range]]:
 
 
 def places(text: list[int], size: int, known: int = 1) -> dict[tuple[int, ...], int]:
-    """Where every n-gram of ``size`` tokens last ended, from the place ``known`` on; the newest
-    come last.
+    """Find where every n-gram of ``size`` tokens last ended, from the place ``known`` on; the
+    newest come last.
 
     What is negative is no token.
     """
@@ -85,7 +85,7 @@ def remember(
     accepted: list[int],
     guesses: list[list[int]],
 ) -> None:
-    """What the model guessed after every context of up to three tokens; the newest come last."""
+    """Note what the model guessed after every context of up to 3 tokens; the newest come last."""
     for node in sorted(range(len(parents)), key=lambda i: (i in accepted, i)):
         own = path(parents, node)
         context = text + [tokens[i] for i in own[1:]]

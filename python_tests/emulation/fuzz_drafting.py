@@ -1,0 +1,188 @@
+"""Random cases of the ops that draft."""
+
+import random
+
+import torch
+from fuzz_cases import (
+    FAR,
+    Memory,
+    check_op,
+    malformed,
+    random_guesses,
+    random_history,
+    random_logits,
+    random_parents,
+    random_tokens,
+    random_tree,
+    spoil,
+)
+
+from msn_ext import _C, ops
+from msn_ext.ops import reference
+
+
+def fuzz_lookup_ngram(rng: random.Random, nodes: int) -> None:
+    batch, capacity = rng.randrange(4), rng.choice([1, 2, 5, 40, 1500])  # a block has 1024 threads
+    history = random_history(rng, batch, capacity)
+    lengths = (
+        torch.full((batch,), capacity)
+        if rng.random() < 0.4
+        else torch.randint(0, capacity + 1, (batch,))
+    )
+    lengths = spoil(rng, lengths, capacity)
+    max_ngram, wanted = (
+        rng.choice([1, 2, 3, 5, 100 if capacity > 40 else 1 << 20]),
+        rng.choice([0, 1, 5, 33, 1100]),
+    )
+    want = reference.lookup_ngram(history, lengths.clamp(0, capacity), max_ngram, wanted)
+    check_op("lookup_ngram", rng, [history, lengths, max_ngram], want)
+
+
+def fuzz_fill_tree(rng: random.Random, nodes: int) -> None:
+    batch, capacity = rng.randrange(4), rng.choice([1, 5, 40])
+    history = random_history(rng, batch, capacity)
+    lengths = spoil(rng, torch.randint(1, capacity + 1, (batch,)), capacity)
+    depth = torch.randint(
+        -1, 8, (nodes,) if rng.random() < 0.3 else (batch, nodes), dtype=torch.int32
+    )
+    rank = torch.randint(-2, 6, (nodes,), dtype=torch.int32)
+    candidates = torch.randint(-1, 9, (batch, rng.choice([0, 1, 5]), rng.choice([0, 1, 4])))
+    retrieved = torch.randint(-1, 9, (batch, rng.choice([0, 1, 5])))
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+    sources = candidates, retrieved, history
+    want = reference.fill_tree(*sources, lengths.clamp(1, capacity), depth, rank, seed)
+    check_op("fill_tree", rng, [*sources, lengths, depth, rank, seed], [want])
+
+
+def fuzz_top_guesses(rng: random.Random, nodes: int) -> None:
+    rows, vocabulary = (
+        rng.randrange(4),
+        rng.choice([1, 2, 7, 8, 9, 1000, 1023, 1025, 8192, 9001, 40000]),
+    )
+    logits = random_logits(rng, rows, vocabulary)
+    want = reference.top_guesses(logits)
+    memory = Memory(rng)
+    placed, out = (
+        memory.place(logits, free=1, unit=rng.choice([1, 8])),
+        memory.place(torch.full_like(want, 77), want=want),
+    )
+    _C.top_guesses(placed, out)
+    memory.check()
+
+
+def random_suffixes(
+    rng: random.Random, history: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Of the first ``lengths`` tokens; any slots may hold anything."""
+    suffixes = torch.zeros(
+        len(history), len(ops.SUFFIXES), rng.choice([0, 1, 7, 300]), dtype=torch.int32
+    )
+    if suffixes.shape[2]:
+        reference.index_suffixes(suffixes, history, torch.zeros_like(lengths), lengths)
+    wrong = torch.rand(suffixes.shape) < rng.choice([0.0, 0.0, 0.1, 0.9])
+    anything = torch.tensor(
+        [-(2**31), -1, 0, 1, 2, 7, 2**31 - 1, *lengths.tolist()], dtype=torch.int32
+    )
+    return torch.where(wrong, anything[torch.randint(0, len(anything), suffixes.shape)], suffixes)
+
+
+def random_corpus(rng: random.Random, history: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of tokens as in the texts, with gaps between texts, and its suffixes; any slots may hold
+    anything.
+    """
+    size = rng.choice([0, 1, 2, 30, 500])
+    corpus = (
+        history.flatten()[torch.randint(0, history.numel(), (size,))]
+        if history.numel()
+        else random_tokens(rng, size)
+    )
+    if rng.random() < 0.5:
+        corpus = torch.arange(size).remainder(rng.choice([1, 2, 3, 7]))
+    gaps = torch.rand(size) < rng.choice([0.0, 0.1, 0.5])
+    corpus = corpus.masked_fill(gaps, rng.choice([-1, -(2**31)]))
+    return corpus.int(), random_suffixes(rng, corpus[None], torch.tensor([size]))[0]
+
+
+def random_adjacency(rng: random.Random, history: torch.Tensor) -> torch.Tensor:
+    """The adjacency table that drafts after the texts of ``history`` left."""
+    batch, capacity = history.shape
+    adjacency = torch.zeros(
+        ops.ORDERS, rng.choice([0, 1, 7, 300]), 1 + ops.GUESSES, dtype=torch.int32
+    )
+    for _ in range(rng.choice([0, 1, 10]) if adjacency.shape[1] else 0):
+        parents = torch.tensor(random_tree(rng, 8), dtype=torch.int32)
+        tokens = history[:, torch.randint(0, capacity, (8,))]
+        lengths, path = torch.randint(1, capacity + 1, (batch,)), torch.full((batch, 8), -1)
+        reference.remember_guesses(
+            adjacency, history, lengths, tokens, parents, path, random_guesses(rng, batch, 8)
+        )
+    return adjacency
+
+
+def fuzz_index_suffixes(rng: random.Random, nodes: int) -> None:
+    batch, capacity = (
+        rng.randrange(4),
+        rng.choice([0, 1, 2, 16, 17, 40, 1500]),
+    )  # a block has 1024 threads
+    history = random_history(rng, batch, capacity)
+    history = history.masked_fill(
+        torch.rand(history.shape) < rng.choice([0.0, 0.1]), rng.choice([-1, -(2**63)])
+    )
+    lengths, start = (
+        spoil(rng, torch.randint(0, capacity + 1, (batch,)), capacity) for _ in range(2)
+    )
+    inside = lengths.clamp(0, capacity), start.clamp(0, capacity)
+    # What earlier calls may have left: places before the first new one.
+    suffixes = torch.rand(batch, len(ops.SUFFIXES), rng.choice([0, 1, 2, 50, 3000]))
+    suffixes = (suffixes * inside[1].clamp(min=1)[:, None, None]).int()
+    want, memory = suffixes.clone(), Memory(rng)
+    if suffixes.shape[2]:
+        reference.index_suffixes(want, history, inside[1], inside[0])
+    _C.index_suffixes(
+        memory.place(suffixes, want=want), *map(memory.place, (history, start, lengths))
+    )
+    memory.check()
+
+
+def fuzz_remember_guesses(rng: random.Random, nodes: int) -> None:
+    batch, capacity, slots = (
+        rng.randrange(4),
+        rng.choice([1, 2, 3, 20]),
+        rng.choice([0, 1, 2, 50, 3000]),
+    )
+    history, tokens = random_history(rng, batch, capacity), random_tokens(rng, batch, nodes)
+    lengths = spoil(rng, torch.randint(1, capacity + 1, (batch,)), capacity)
+    bad, good = malformed(rng, random_parents(rng, batch, nodes))
+    path = reference.verify_tree(tokens, random_tokens(rng, batch, nodes), good)[1]
+    for _ in range(rng.choice([0, 0, 1, 20]) if batch else 0):
+        path[rng.randrange(batch), rng.randrange(nodes)] = rng.choice(
+            [*FAR, nodes, rng.randrange(nodes)]
+        )
+    guesses = torch.randint(-(2**31), 2**31 - 1, (batch, nodes, ops.GUESSES), dtype=torch.int32)
+    adjacency = torch.randint(-9, 9, (ops.ORDERS, slots, 1 + ops.GUESSES), dtype=torch.int32)
+    want, memory = adjacency.clone(), Memory(rng)
+    if slots:
+        inside = lengths.clamp(1, capacity), torch.where(path < nodes, path, -1)
+        reference.remember_guesses(want, history, inside[0], tokens, good, inside[1], guesses)
+    inputs = history, lengths, tokens, bad, path, guesses
+    _C.remember_guesses(memory.place(adjacency, want=want), *map(memory.place, inputs))
+    memory.check()
+
+
+def fuzz_draft_tree(rng: random.Random, nodes: int) -> None:
+    batch, capacity = rng.choice([0, 1, 1, 2]), rng.choice([1, 2, 20, 100])
+    history = random_history(rng, batch, capacity)
+    lengths = spoil(rng, torch.randint(1, capacity + 1, (batch,)), capacity)
+    inside = lengths.clamp(1, capacity)
+    denoised = random_guesses(rng, batch, rng.choice([0, 1, 4, 20, 300]))
+    adjacency, suffixes = random_adjacency(rng, history), random_suffixes(rng, history, inside)
+    corpus = random_corpus(rng, history)
+    # Powers of two give many equal values; with the smallest factors, or down a deep path, values
+    # reach 0.
+    factors = torch.randn(ops.FACTORS, dtype=torch.float64) * rng.choice([0, 1, 3, 10])
+    factors = 2.0 ** factors.round() if rng.random() < 0.3 else factors.exp()
+    factors = (factors * rng.choice([1e-9, 0.1, 1.0, 1e9])).clamp(1e-9, 1e9)
+    options = rng.choice([0, 1, 3, 16, 256, 256]), rng.choice([0.0, 0.05, 0.5, 1.0])
+    tables = denoised, adjacency, suffixes, *corpus, factors
+    want = reference.draft_tree(history, inside, *tables, nodes, *options)
+    check_op("draft_tree", rng, [history, lengths, *tables, *options], want)
