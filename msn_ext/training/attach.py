@@ -74,7 +74,7 @@ def add_noise(
     # data loader would wait for, too, since they import this package for its collator.
     from .epochs import Epochs
 
-    trainer.add_callback(Epochs(noisy, trainer.noise))
+    trainer.add_callback(Epochs(noisy, trainer.noise.read))
     trainer.compute_loss = trainer.noise.around(trainer.compute_loss)
     trainer.log = _with_noise_logged(trainer, trainer.log)
     return trainer
