@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from .collator import NoisyCollator
 from .layouts import ANNOTATIONS, NO_LABEL, branch_mask
@@ -17,23 +16,6 @@ from .layouts import ANNOTATIONS, NO_LABEL, branch_mask
 Weights = tuple[float, float]
 PLAIN = (1.0, 1.0)
 ROWS = 512  # of logits in float32 at a time
-
-
-class _Epochs(TrainerCallback):
-    """Tells the collator which epoch it is: counts them, since a trainer that has a number of steps
-    knows none.
-    """
-
-    def __init__(self, collator: NoisyCollator, loss: NoisyLoss):
-        self._collator, self._loss, self._epoch = collator, loss, 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._epoch = int((state.epoch or 0.0) + 1e-6)  # not 0 in a resumed run
-        self._loss.read()
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self._collator.set_epoch(self._epoch)
-        self._epoch += 1
 
 
 def add_noise(
@@ -88,7 +70,11 @@ def add_noise(
     for name in ("get_eval_dataloader", "get_test_dataloader"):
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
     trainer.noise = NoisyLoss(noisy, _weights_of_step(trainer, loss_weights))
-    trainer.add_callback(_Epochs(noisy, trainer.noise))
+    # Imported late: with transformers' callbacks come seconds of imports, which the workers of a
+    # data loader would wait for, too, since they import this package for its collator.
+    from .epochs import Epochs
+
+    trainer.add_callback(Epochs(noisy, trainer.noise))
     trainer.compute_loss = trainer.noise.around(trainer.compute_loss)
     trainer.log = _with_noise_logged(trainer, trainer.log)
     return trainer
