@@ -115,7 +115,7 @@ class KernelAttention:
         return self._lock
 
     @contextlib.contextmanager
-    def over_tree(self, tree: TreeContext, end: int, dtype: torch.dtype) -> Iterator[None]:
+    def over_tree(self, tree: TreeContext, end: int) -> Iterator[None]:
         """Within: the model attends to ``tree``; yields the mask to call it with (none)."""
         with self._lock:
             # The internal attribute, as set_attn_implementation does: the property also sets
@@ -145,15 +145,16 @@ class MaskAttention:
                 " attn_implementation='eager' or 'sdpa'"
             )
         self._additive = implementation == "eager"
+        self._dtype = model.dtype
         self._window = getattr(config, "sliding_window", None) or 0
         layer_types = getattr(config, "layer_types", None)
         self._layer_types = sorted(set(layer_types)) if layer_types else None
 
-    def _mask(self, tree: TreeContext, end: int, window: int, dtype: torch.dtype) -> Tensor:
+    def _mask(self, tree: TreeContext, end: int, window: int) -> Tensor:
         mask = tree_mask(tree.lengths, tree.ancestors, end, offsets=tree.offsets, window=window)
         if self._additive:
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-                ~mask, torch.finfo(dtype).min
+            mask = torch.zeros(mask.shape, dtype=self._dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(self._dtype).min
             )
         return mask
 
@@ -162,12 +163,10 @@ class MaskAttention:
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def over_tree(
-        self, tree: TreeContext, end: int, dtype: torch.dtype
-    ) -> Iterator[Tensor | dict[str, Tensor]]:
+    def over_tree(self, tree: TreeContext, end: int) -> Iterator[Tensor | dict[str, Tensor]]:
         """Within: the mask that it yields is for ``tree``, over the first ``end`` cache slots."""
         if self._layer_types is None:
-            yield self._mask(tree, end, self._window, dtype)
+            yield self._mask(tree, end, self._window)
         else:
             windows = {"full_attention": 0, "sliding_attention": self._window}
-            yield {kind: self._mask(tree, end, windows[kind], dtype) for kind in self._layer_types}
+            yield {kind: self._mask(tree, end, windows[kind]) for kind in self._layer_types}

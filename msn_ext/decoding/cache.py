@@ -93,8 +93,9 @@ class TreeCache(Cache):
 
     def _stored(self) -> list[Tensor]:
         """Return keys and values of the layers that were written, in turn."""
-        written = (layer for layer in self._layers if layer.is_initialized)
-        return [x for layer in written for x in (layer.keys, layer.values)]
+        return [
+            x for layer in self._layers if layer.is_initialized for x in (layer.keys, layer.values)
+        ]
 
     def fit(self, slots: int, most: int) -> bool:
         """Double the fixed slots, up to ``most``, where they are fewer than ``slots``; return

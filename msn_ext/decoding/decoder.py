@@ -187,7 +187,7 @@ class Decoder:
         depth = draft.depth.clamp(min=0)
         positions = ((self._lengths - 1)[:, None] + depth).minimum(self._last_position[:, None])
         context = TreeContext(prefix, self._offsets, draft.ancestors)
-        with self._attention.over_tree(context, self._cache.end, self.model.dtype) as mask:
+        with self._attention.over_tree(context, self._cache.end) as mask:
             logits = self._forward(draft.tokens, positions, mask, keep=len(draft))
         return self._verify(draft, positions, logits, prefix)
 

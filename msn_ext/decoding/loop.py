@@ -50,7 +50,8 @@ def decode(request: Request) -> Decoded:
                 following = runner.step() if ahead else None
                 result = pending.result()
                 counts, remaining, invalid = result.status  # all that the host reads here
-                _refuse_invalid(invalid)
+                if invalid.any():
+                    raise _not_drawable(int(invalid.argmax()))
                 if request.criteria:
                     _ask_criteria(request, runner.decoder, counts, remaining, progress)
                 progress.add(counts)
@@ -65,7 +66,7 @@ def decode(request: Request) -> Decoded:
 
 
 class Progress:
-    """What the rows have gained, on the host.
+    """The tokens that the rows have gained, counted on the host.
 
     Attributes:
         totals: int64 [B], the tokens that each row has gained.
@@ -140,12 +141,10 @@ def exclusive(drafter: Drafter) -> Iterator[None]:
             _busy.discard(id(drafter))
 
 
-def _refuse_invalid(invalid: Tensor) -> None:
-    if invalid.any():
-        raise ValueError(
-            f"the model's probabilities for row {int(invalid.argmax())} hold NaN or infinity; no"
-            " token can be drawn"
-        )
+def _not_drawable(row: int) -> ValueError:
+    return ValueError(
+        f"the model's probabilities for row {row} hold NaN or infinity; no token can be drawn"
+    )
 
 
 def _ask_criteria(

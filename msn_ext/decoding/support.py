@@ -183,7 +183,7 @@ def _probe(model: PreTrainedModel, attention: KernelAttention) -> None:
     cache.at(lengths, len(tree), 6 + len(tree))
     windows: dict[int, int] = {}
     context = TreeContext(lengths, torch.zeros_like(lengths), tensors.ancestors, windows)
-    with attention.over_tree(context, cache.end, model.dtype) as mask:
+    with attention.over_tree(context, cache.end) as mask:
         found = (
             model(
                 input_ids=nodes,
