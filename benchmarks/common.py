@@ -1,4 +1,4 @@
-"""What the benchmarks of decoding share: the model, its questions, files of results."""
+"""The common part of the benchmarks: a model, its questions, files of results."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@
 #   PYTHON=python3.12 benchmarks/gpu.sh    default: python3
 #
 # Needs nvcc, compute-sanitizer (for `sanitize`), cmake, ninja, and in that Python: torch with CUDA,
-# transformers, pybind11, scikit-build-core, pytest, hypothesis; with pytest-xdist, tests run side by side. The package is installed into
-# build/gpu/site, never into the environment. A part that fails does not stop the next one; the table
-# at the end says which did, and the exit status is then 1.
+# transformers, pybind11, scikit-build-core, pytest, hypothesis; with pytest-xdist, tests run side by
+# side. The package is installed into build/gpu/site, never into the environment. A part that fails
+# does not stop the next one; the table at the end says which did, and the exit status is then 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,4 +1,4 @@
-"""What the benchmarks ask of the machine."""
+"""Ask the machine: its caches, its bandwidth, its names."""
 
 import platform
 import statistics
@@ -42,7 +42,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def git_commit() -> str:
-    """The checkout's commit; "unknown" outside one."""
+    """Return the checkout's commit; "unknown" outside one."""
     describe = [
         "git",
         "-C",

@@ -29,7 +29,7 @@ def _picture(width: int, height: int, parts: list[str]) -> str:
 
 
 def lines(title: str, unit: str, curves: dict[str, list[tuple[float, float]]]) -> str:
-    """An SVG of lines with their names at their ends."""
+    """Return an SVG of lines with their names at their ends."""
     width, height, left, right, top, bottom = 720, 420, 60, 170, 40, 50
     points = [point for curve in curves.values() for point in curve]
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
@@ -72,8 +72,8 @@ def lines(title: str, unit: str, curves: dict[str, list[tuple[float, float]]]) -
 
 
 def times(title: str, rows: list[tuple[str, dict[str, float]]]) -> str:
-    """A line per row, its name before it, and on it a dot per time: seconds (from nanoseconds on)
-    by what took them, on a logarithmic scale.
+    """Return an SVG with a line per row, its name before it, and on it a dot per time: seconds
+    (from nanoseconds on) by what took them, on a logarithmic scale.
     """
     kinds = {kind: None for _, row in rows for kind in row}
     colors = dict(zip(kinds, cycle(COLORS)))

@@ -50,7 +50,7 @@ def make_drafter(name: str):
 
 
 class Teacher:
-    """What the model says after every token of a text, and after paths that leave it.
+    """The model's answers after every token of a text, and after paths that leave it.
 
     Args:
         model: full attention in every layer, which takes a dense mask.

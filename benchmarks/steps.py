@@ -1,4 +1,4 @@
-"""How long a step takes: plain and with trees, recorded and not, next to transformers; weights
+"""Times of a step: plain and with trees, recorded and not, next to transformers; weights
 drawn at random.
 
     python benchmarks/steps.py --shape llama-3-8b --device cuda --dtype bfloat16 --context 2048

@@ -1,11 +1,11 @@
-"""Where the package keeps what it makes."""
+"""Find the folder in which the package keeps files."""
 
 import os
 from pathlib import Path
 
 
 def cache_root() -> Path:
-    """The folder of converted models and profiles: ``$MSN_CACHE``, else ``msn_ext`` in
+    """Return the folder of converted models and profiles: ``$MSN_CACHE``, else ``msn_ext`` in
     ``$XDG_CACHE_HOME`` or ``~/.cache``.
     """
     if os.environ.get("MSN_CACHE"):

@@ -1,4 +1,4 @@
-"""What reaches the terminal: transformers' own messages, and a bar of the package's own."""
+"""Keep transformers' messages off the terminal, and show a bar of the package's own."""
 
 from __future__ import annotations
 

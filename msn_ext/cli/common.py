@@ -1,4 +1,4 @@
-"""What the commands share: errors, options and their values, what is read and shown."""
+"""The common part of the commands: errors, options and their values, what is read and shown."""
 
 from __future__ import annotations
 

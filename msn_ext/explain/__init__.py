@@ -1,4 +1,4 @@
-"""One step of best-first decoding, shown: its draft tree and what the model accepted of it.
+"""Show one step of best-first decoding: its draft tree and what the model accepted of it.
 
 ``record`` decodes and keeps a :class:`Step` of every forward pass; ``as_text`` and ``as_svg`` show
 one of them.

@@ -1,4 +1,4 @@
-"""What text and picture have in common: the nodes that are drawn, and the words about them."""
+"""The common part of text and picture: the nodes that are drawn, and the words about them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .recording import Step
 
 
 class Source(NamedTuple):
-    """Where a guess comes from, and how it is shown."""
+    """A source of guesses, and how it is shown."""
 
     bit: int
     letter: str

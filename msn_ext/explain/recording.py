@@ -17,7 +17,8 @@ TAIL = 48
 
 @dataclass
 class Step:
-    """What one forward pass checked and gained, on the host. Nodes are numbered from the root, 0.
+    """One recorded pass: what it checked and gained, on the host. Nodes are numbered from 0, the
+    root.
 
     Attributes:
         number: of the pass; 1 is the first after the prompt's.
@@ -48,12 +49,12 @@ class Step:
 
     @property
     def expected(self) -> float:
-        """The accept length that was expected; the root stands for the bonus, which is certain."""
+        """Return the expected accept length; the root stands for the bonus, which is certain."""
         return sum(self.probability)
 
     @property
     def gained(self) -> list[int]:
-        """The tokens of the path and the bonus."""
+        """Return the tokens of the path and the bonus."""
         return [*(self.tokens[node] for node in self.path[1:]), self.bonus]
 
 
