@@ -60,11 +60,16 @@ def op(schema: str) -> Callable[[Callable[P, Iterator[R]]], Callable[P, R]]:
         torch.library.register_fake(f"msn_ext::{name}", trace, lib=_library)
         registered = getattr(torch.ops.msn_ext, name)
 
+        signature = inspect.signature(function)
+
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            return registered(*args, **kwargs)
+            try:
+                return registered(*args, **kwargs)
+            except RuntimeError:  # torch's for arguments that are missing or too many, too
+                signature.bind(*args, **kwargs)  # Python's for those: TypeError
+                raise
 
-        signature = inspect.signature(function)
         yielded = typing.get_args(signature.return_annotation)[0]
         vars(call)["__signature__"] = signature.replace(return_annotation=yielded)
         return call

@@ -112,3 +112,11 @@ def test_ops_take_tensors_that_require_grad(op, name):
     expected = getattr(ops, op)(**arguments)
     arguments[name] = torch.nn.Parameter(arguments[name])
     assert_equal(getattr(ops, op)(**arguments), expected)
+
+
+def test_missing_and_surplus_arguments_are_type_errors():
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(TypeError, match="targets"):
+        ops.verify_tree(tokens)
+    with pytest.raises(TypeError, match="root"):
+        ops.verify_tree(tokens, tokens, tokens.int(), root=0)
