@@ -137,3 +137,7 @@ def lay_out(x: torch.Tensor, layout: str, around: float) -> torch.Tensor:
         "layers": lambda: x.new_full((b, c, 3, h, d), around)[:, :, 1].transpose(1, 2),
     }[layout]()
     return view.copy_(x)
+
+
+def ancestors_of(parents, device: str) -> torch.Tensor:
+    return ops.tree_ancestors(tree_tensor(parents, device))[0]
