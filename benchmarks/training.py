@@ -174,16 +174,14 @@ def draw_plots(rows: list[dict], output: pathlib.Path) -> None:
         if "log" in row
     }
     (output / "accuracy.svg").write_text(
-        lines("Right next token behind noise, %", "noise tokens before it", accuracy)
+        lines("Right next token after noise, %", "noise tokens before it", accuracy)
     )
     (output / "chains.svg").write_text(
         lines("Tokens per pass of a Jacobi chain, beyond the first", "guesses in the chain", chains)
     )
     if any(losses.values()):
         curves = {name: curve for name, curve in losses.items() if curve}
-        (output / "losses.svg").write_text(
-            lines("Loss behind noise while training", "step", curves)
-        )
+        (output / "losses.svg").write_text(lines("Loss after noise while training", "step", curves))
 
 
 def arguments_parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="number",
         type=positive_int,
         metavar="K",
-        help="the K-th forward pass behind the prompt's (default: the one that gained most)",
+        help="the K-th forward pass after the prompt's (default: the one that gained most)",
     )
     parser.add_argument("--svg", metavar="FILE", help="also write the picture to this file")
     parser.add_argument(
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         step = steps[arguments.number - 1]
     else:
         raise CommandError(
-            f"--pass {arguments.number}: behind the prompt's pass there were only {len(steps)}"
+            f"--pass {arguments.number}: after the prompt's pass there were only {len(steps)}"
         )
     if svg is not None:
         picture = as_svg(step, tokenizer, arguments.min_probability)

@@ -27,7 +27,7 @@ SOURCES = (
         DENOISED,
         "D",
         "denoised",
-        "what the model guessed behind a rejected guess (Jacobi)",
+        "what the model guessed after a rejected guess (Jacobi)",
         "#1c7ed6",
         "#4dabf7",
     ),
@@ -162,7 +162,7 @@ def _count(number: int, noun: str) -> str:
 def title(step: Step) -> str:
     of = f" of {step.passes}" if step.passes else ""
     return (
-        f"Forward pass {step.number}{of} behind the prompt's: {_count(step.accept_length, 'token')}"
+        f"Forward pass {step.number}{of} after the prompt's: {_count(step.accept_length, 'token')}"
         f" gained, {step.expected:.1f} expected, {_count(len(step.tokens), 'node')}"
     )
 

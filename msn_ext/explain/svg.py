@@ -148,7 +148,7 @@ def _box(step: Step, line: Line, tokenizer) -> _Box:
     node = line.node
     if node is None:
         token = token_text(tokenizer, step.bonus)
-        hint = f"{token}: the model's own token behind the accepted path"
+        hint = f"{token}: the model's own token after the accepted path"
         return _Box(line, token, "bonus", hint, "bonus", [], 1.0)
     token, probability = token_text(tokenizer, step.tokens[node]), step.probability[node]
     sources = [source for source in SOURCES if step.sources[node] & source.bit]

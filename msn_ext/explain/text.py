@@ -105,7 +105,7 @@ def _gained(step: Step, tokenizer, paint: _Paint) -> list[str]:
     bonus = paint(CYAN, token_text(tokenizer, step.bonus))
     return [
         f"{paint(GREEN, '✓')} accepted  {accepted}",
-        f"{paint(CYAN, '★')} bonus     {bonus}   the model's own token behind them",
+        f"{paint(CYAN, '★')} bonus     {bonus}   the model's own token after them",
     ]
 
 

@@ -49,7 +49,7 @@ def test_command(tiny, tmp_path, capsys, monkeypatch):
     best = capsys.readouterr().out
     lines, _ = drawn(best)
     assert "\033" not in best and 1 < len(lines) <= 13
-    chosen, passes = map(int, re.search(r"pass (\d+) of (\d+) behind", best).groups())
+    chosen, passes = map(int, re.search(r"pass (\d+) of (\d+) after", best).groups())
     prompt = torch.tensor([PreTrainedTokenizerFast.from_pretrained(tiny)("grün <&>").input_ids])
     kept = [step.kept for step in record(LlamaForCausalLM.from_pretrained(tiny), prompt, 12, 24)]
     assert len(kept) == passes and kept.index(max(kept)) + 1 == chosen
@@ -66,7 +66,7 @@ def test_command(tiny, tmp_path, capsys, monkeypatch):
     assert "below 90% left out" in capsys.readouterr().out
     assert cli.main([*options, "--prompt", "grün <&>", "--pass", str(passes + 1)]) == 1
     err = capsys.readouterr().err
-    assert err == f"msn: --pass {passes + 1}: behind the prompt's pass there were only {passes}\n"
+    assert err == f"msn: --pass {passes + 1}: after the prompt's pass there were only {passes}\n"
 
 
 def test_colour_on_a_terminal_unless_told_not_to(tiny, capsys, monkeypatch):
@@ -106,7 +106,7 @@ WRONG = [
     ([*ASK, "--svg", "/"], 2, "--svg /: expected a file"),
     ([*SHORT, "4", "--svg", "/dev/full"], 1, "--svg /dev/full: No space left on device"),
     ([*SHORT, "1"], 1, "try more --max-new-tokens"),
-    ([*SHORT, "4", "--pass", "1000"], 1, "--pass 1000: behind the prompt's pass there were only"),
+    ([*SHORT, "4", "--pass", "1000"], 1, "--pass 1000: after the prompt's pass there were only"),
 ]
 
 

@@ -50,7 +50,7 @@ def test_step_times_learn_what_they_are_shown(device, kink):
     )
 
 
-def test_measured_step_times_are_read_between_and_behind():
+def test_measured_step_times_are_read_between_and_after():
     times = StepTimes({16: 4.0, 1: 1.0, 8: 2.0, 12: 1.9}, "cuda")
     assert [times(n) for n in (1, 8, 12, 14, 16, 24)] == [1.0, 2.0, 2.0, 3.0, 4.0, 8.0]
     times.observe(8, 50.0)

@@ -7,6 +7,7 @@ import threading
 import torch
 from hypothesis import strategies as st
 
+from msn_ext import ops
 from msn_ext.ops import reference
 
 SIZES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256]
