@@ -20,7 +20,7 @@ def one_thread():
 
 @pytest.fixture
 def tapes(device, monkeypatch):
-    """What was recorded; steps on the CPU are, too. Models and prompts are made on the device."""
+    """Return what was recorded; steps on the CPU are, too. Models and prompts lie on the device."""
     kind = TapeBackend if device == "cpu" else CountingBackend
     monkeypatch.setitem(capture.BACKENDS, device, kind)
     monkeypatch.setattr(kind, "made", [])

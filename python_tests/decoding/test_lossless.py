@@ -10,11 +10,14 @@ import random
 import pytest
 import torch
 
-from helpers.drafters import RandomDrafter, paper_decoder, prompts, random_best_first, random_tree
+from helpers.drafters import RandomDrafter, prompts, random_best_first, random_tree
 from helpers.families import FAMILIES, VOCAB, tiny_model
 from msn_ext import DraftTree, generate
 from msn_ext.decoding import (
     BestFirst,
+    Decoder,
+    Request,
+    TreeDrafter,
     attention_for,
 )
 from msn_ext.decoding.attention import KernelAttention, MaskAttention
@@ -22,6 +25,12 @@ from msn_ext.families import TESTED
 from msn_ext.generation import DRAFTS
 
 SEEDS = 10  # x 22 families: the 200 models and more of the acceptance test
+
+
+def paper_decoder(model, attention, ids, mask) -> Decoder:
+    drafter = TreeDrafter(DraftTree.paper())
+    offsets, no_end = (mask == 0).sum(1), ids[0, :0]
+    return Decoder(Request(model, attention, ids, offsets, drafter, drafter, 40, no_end))
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

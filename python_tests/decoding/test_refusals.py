@@ -1,4 +1,4 @@
-"""What cannot be right is refused with a sentence that says why; nothing is ignored."""
+"""Requests that cannot be right are refused with a sentence that says why; none is ignored."""
 
 import pytest
 import torch

@@ -13,7 +13,6 @@ from helpers import runners
 from helpers.families import FAMILIES
 from helpers.runners import (
     DRAFTS,
-    SAMPLED,
     EndsAfter,
     ours,
     plain,
@@ -28,6 +27,16 @@ from msn_ext.decoding.sizing import CAPTURED_SIZES
 from msn_ext.tuning import ROUNDS, SIZES, measure_step_times
 
 pytestmark = pytest.mark.usefixtures("tapes")  # steps on the CPU are recorded, too
+
+
+SAMPLED = {
+    "as it is": {},
+    "penalised": dict(repetition_penalty=1.2, temperature=0.8),
+    "usual": dict(temperature=0.7, top_k=20, top_p=0.9),
+    "min_p": dict(min_p=0.05, temperature=1.5),
+    "typical": dict(typical_p=0.8),
+    "epsilon": dict(epsilon_cutoff=0.01),
+}
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -53,7 +62,7 @@ def test_replayed_steps_give_plain_decodings_text(family, draft, tapes):
 
 
 def test_a_step_launches_little_beside_its_model(tapes):
-    """As docs/kernels.md counts it; every operation that is no view is at most a launch."""
+    """Counted as in docs/kernels.md: every operation that is no view is at most a launch."""
     if runners.where != "cpu":
         pytest.skip("counted on the tape")
     model, marks = tiny_model("llama", 3), []

@@ -1,4 +1,4 @@
-"""What is recorded once is used again, recorded anew where it no longer holds, and let go."""
+"""A recording is used again, made anew where it no longer holds, and let go in the end."""
 
 import contextlib
 import gc
@@ -191,7 +191,7 @@ def unrecorded():
 
 
 def test_recordings_under_autocast_read_the_weights_themselves(tapes):
-    """Autocast keeps narrow copies of weights while it is on, and none behind it."""
+    """Autocast keeps narrow copies of weights while it is on, and none afterwards."""
     model = tiny_model("llama", 3).float()
     other = tiny_model("llama", 4).float().state_dict()
     ids, mask = prompts(0)
@@ -227,7 +227,7 @@ def test_a_cache_grows_with_its_text(tapes, monkeypatch):
             (only,) = runner.pools[model]
             kept.append(only.decoder._cache.capacity)
         assert 8 + 520 < kept[0] == kept[1] == kept[2] == runner.room_for(460)
-        assert len(tapes[0].captures) == 2 and tapes[0].warm_ups == 2, "before it grew, and behind"
+        assert len(tapes[0].captures) == 2 and tapes[0].warm_ups == 2, "before it grew, and after"
     long = dict(max_new_tokens=100_000, eos_token_id=int(ids[0, -1]))
     ours(
         model,
@@ -289,7 +289,7 @@ def test_failed_calls_leave_no_keys(tapes):
 
 
 def test_a_failed_capture_leaves_the_stream_that_was(monkeypatch):
-    """As torch.cuda.graph behaves: where capturing fails at its end, its stream stays the current
+    """torch.cuda.graph's behaviour: where capturing fails at its end, its stream stays the current
     one.
     """
     current = ["the user's"]

@@ -28,7 +28,10 @@ def test_the_size_follows_the_time_of_a_step():
 @pytest.mark.parametrize("device, kink", [("cpu", 0.6), ("cpu", 1.0), ("cuda", 1.0)])
 def test_step_times_learn_what_they_are_shown(device, kink):
     times = StepTimes(None, device)
-    truth = lambda tokens: 0.01 * (1 + 0.05 * tokens) * (kink if tokens == 1 else 1)  # noqa: E731
+
+    def truth(tokens):
+        return 0.01 * (1 + 0.05 * tokens) * (kink if tokens == 1 else 1)
+
     assert times(1) < times(8) < times(64)
     times.observe(8, 50.0)  # the first step of all allocates, loads, compiles
     for tokens in (8, 1, 64):
@@ -69,7 +72,7 @@ def test_the_budget_is_the_best_rate_and_trusts_what_came_true():
 
 
 def test_trees_grow_from_step_to_step():
-    """Where more nodes pay than are looked at, more are looked at next."""
+    """More nodes are looked at next, if more pay than are looked at now."""
     sizer = TreeSizer(StepTimes({1: 1.0, 512: 1.0}, "cpu"), rows=1)
     seen = []
     for _ in range(4):

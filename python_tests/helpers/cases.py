@@ -7,6 +7,7 @@ import threading
 import torch
 from hypothesis import strategies as st
 
+from msn_ext import ops
 from msn_ext.ops import reference
 
 SIZES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256]
@@ -137,3 +138,7 @@ def lay_out(x: torch.Tensor, layout: str, around: float) -> torch.Tensor:
         "layers": lambda: x.new_full((b, c, 3, h, d), around)[:, :, 1].transpose(1, 2),
     }[layout]()
     return view.copy_(x)
+
+
+def ancestors_of(parents, device: str) -> torch.Tensor:
+    return ops.tree_ancestors(tree_tensor(parents, device))[0]

@@ -9,9 +9,6 @@ from msn_ext import Draft, DraftTree, Verified, generate, ops
 from msn_ext.decoding import (
     BestFirst,
     Corpus,
-    Decoder,
-    Request,
-    TreeDrafter,
 )
 from msn_ext.decoding.drafters.best_first import SOURCES
 from msn_ext.decoding.drafters.tree import RETRIEVAL
@@ -29,8 +26,8 @@ def random_tree(rng: random.Random) -> DraftTree:
 
 
 class RandomDrafter:
-    """A tree of its own for every row and step: padding anywhere, rubbish at the root, siblings
-    that alias, guesses from the text (which repeats, so that many come true), and a chain behind
+    """A tree of its own for every row and step: padding anywhere, any token at the root, siblings
+    that alias, guesses from the text (which repeats, so that many come true), and a chain after
     the prompt.
     """
 
@@ -97,12 +94,6 @@ def random_best_first(rng: random.Random) -> BestFirst:
     )
 
 
-def paper_decoder(model, attention, ids, mask) -> Decoder:
-    drafter = TreeDrafter(DraftTree.paper())
-    offsets, no_end = (mask == 0).sum(1), ids[0, :0]
-    return Decoder(Request(model, attention, ids, offsets, drafter, drafter, 40, no_end))
-
-
 def prompts(rng: random.Random, batch: int, padded: bool = True):
     """Left-padded prompts of 1 to 14 tokens, and their mask."""
     length = rng.randint(1, 14)
@@ -119,7 +110,7 @@ CPU = torch.device("cpu")
 
 
 def text(*rows):
-    """History [B, C] with rubbish behind the texts, and lengths [B]."""
+    """History [B, C] with no tokens after the texts, and lengths [B]."""
     lengths = torch.tensor([len(row) for row in rows])
     history = torch.full((len(rows), int(lengths.max()) + 3), -7)
     for b, row in enumerate(rows):

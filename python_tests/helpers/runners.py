@@ -73,16 +73,6 @@ def ours(model, ids, mask, draft, **options):
     )
 
 
-SAMPLED = {
-    "as it is": {},
-    "penalised": dict(repetition_penalty=1.2, temperature=0.8),
-    "usual": dict(temperature=0.7, top_k=20, top_p=0.9),
-    "min_p": dict(min_p=0.05, temperature=1.5),
-    "typical": dict(typical_p=0.8),
-    "epsilon": dict(epsilon_cutoff=0.01),
-}
-
-
 def sampled(model, ids, mask, draft, seed: int, **options):
     torch.manual_seed(seed)
     return generate(

@@ -13,23 +13,19 @@ from helpers.cases import (
     KINDS,
     LAYOUTS,
     SIZES,
+    ancestors_of,
     assert_equal,
     build_tree,
     integers,
     lay_out,
     one_thread,
     seeded,
-    tree_tensor,
     trees,
 )
 from msn_ext import ops
 from msn_ext.ops import reference
 
 POISONS = [float("nan"), float("inf"), -float("inf"), 1e30]
-
-
-def ancestors_of(parents, device: str) -> torch.Tensor:
-    return ops.tree_ancestors(tree_tensor(parents, device))[0]
 
 
 @dataclasses.dataclass

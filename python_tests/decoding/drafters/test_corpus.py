@@ -114,7 +114,7 @@ def test_a_file_holds_what_memory_held(tmp_path):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    """What was mapped before stays what it was."""
+    """A file that was mapped before stays what it was."""
     path = tmp_path / "x.corpus"
     first, second = build([[1, 2, 3]]), build([[4, 5, 6, 7]])
     first.save(path)
@@ -171,7 +171,7 @@ def test_a_file_is_mapped_not_read(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
 def test_places_beyond_what_32_bits_can_address(tmp_path):
-    """A longest n-gram at the end of 2^31 - 1 tokens, 8 GB, and its head behind 3.7 thousand
+    """A longest n-gram at the end of 2^31 - 1 tokens, 8 GB, and its head after 3.7 thousand
     million others.
     """
     path, tokens, slots = tmp_path / "large.corpus", 2**31 - 1, 1 << 29

@@ -1,4 +1,4 @@
-"""What best-first drafting proposes and remembers."""
+"""Best-first drafting: what it proposes and remembers."""
 
 import pytest
 import torch
