@@ -132,8 +132,9 @@ __device__ __forceinline__ void score_tokens(const Sources& from, Shared& shared
   if (thread < kListed) shared.source[thread] = sources;
 }
 
-// This thread's candidate after `node`, whose path is `above` likely; source 0: none. `found`: the
-// listed tokens that become candidates, as bits; the first one where there is noise alone.
+// This thread's candidate after `node`, whose path has probability `above`; source 0: none.
+// `found`: the listed tokens that become candidates, as bits; the first one where there is noise
+// alone.
 __device__ __forceinline__ Candidate weigh_candidate(const Sources& from, int node, int depth,
                                                      bool expands, double above, double foresight,
                                                      uint64_t& found, Shared& shared) {
@@ -165,8 +166,8 @@ __device__ __forceinline__ Candidate weigh_candidate(const Sources& from, int no
 }
 
 // Merges the candidates that were found into the `size` that wait, without the first of these,
-// which is `node` now; keeps no more than there are `nodes` to come. Returns how many wait then. Of
-// equals those that wait already come first, whose parents are earlier nodes; then as listed.
+// which is `node` now; keeps as many as there are nodes to come, and returns how many. Of equals
+// those that wait already come first, whose parents are earlier nodes; then as listed.
 __device__ __forceinline__ int merge_candidates(const Candidate& mine, uint64_t found, int size,
                                                 int node, int nodes, Shared& shared) {
   const int thread = threadIdx.x;

@@ -75,16 +75,17 @@ void RememberGuesses::on_cuda(void* stream) const {
   if (capacity == 0)
     throw std::invalid_argument("history has room for 0 tokens; expected at least 1");
   const DeviceGuard guard("remember_guesses", tokens);
-  const Draft draft{history.as<int64_t>(),
-                    lengths.as<int64_t>(),
-                    tokens.as<int64_t>(),
-                    path.as<int64_t>(),
-                    parents.as<int32_t>(),
-                    guesses.as<int32_t>(),
-                    batch,
-                    capacity,
-                    parents.ndim == 2 ? nodes : 0,
-                    nodes};
+  Draft draft{};
+  draft.history = history.as<int64_t>();
+  draft.lengths = lengths.as<int64_t>();
+  draft.tokens = tokens.as<int64_t>();
+  draft.path = path.as<int64_t>();
+  draft.parents = parents.as<int32_t>();
+  draft.guesses = guesses.as<int32_t>();
+  draft.batch = batch;
+  draft.capacity = capacity;
+  draft.parents_stride = parents.ndim == 2 ? nodes : 0;
+  draft.nodes = nodes;
   launch("remember_guesses", remember_guesses_kernel, kOrders, whole_warps(nodes), 0, stream, draft,
          adjacency.as<int32_t>(), slots);
 }

@@ -105,9 +105,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 void DrawNoise::on_cuda(void* stream) const {
   if (samples.shape[0] == 0) return;
   const DeviceGuard guard("draw_noise", input_ids);
-  const Batch batch{
-      input_ids.as<int64_t>(), labels.as<int64_t>(), samples.as<int64_t>(), keep.as<int64_t>(),
-      input_ids.shape[0],      input_ids.shape[1],   keep.shape[0]};
+  Batch batch{};
+  batch.input_ids = input_ids.as<int64_t>();
+  batch.labels = labels.as<int64_t>();
+  batch.samples = samples.as<int64_t>();
+  batch.keep = keep.as<int64_t>();
+  batch.rows = input_ids.shape[0];
+  batch.columns = input_ids.shape[1];
+  batch.kept = keep.shape[0];
   launch("draw_noise", draw_noise_kernel, grid_x("draw_noise", samples.shape[0]), kThreads, 0,
          stream, batch, options, starts.as<int64_t>(), noise.as<int64_t>());
 }

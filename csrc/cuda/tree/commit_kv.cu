@@ -89,16 +89,14 @@ Cache describe(const Tensor& t) {
   const int64_t item = t.item_size, size = t.shape[3];
   const bool dense = size == 1 || t.strides[3] == 1;
   const int64_t stretch = dense ? size * item : item;
-  Cache cache{t.as<char>(),
-              t.strides[0] * item,
-              t.strides[1] * item,
-              t.strides[2] * item,
-              t.strides[3] * item,
-              t.shape[2],
-              0,
-              0,
-              0,
-              16};
+  Cache cache{};
+  cache.data = t.as<char>();
+  cache.stride_row = t.strides[0] * item;
+  cache.stride_head = t.strides[1] * item;
+  cache.stride_slot = t.strides[2] * item;
+  cache.stride_stretch = t.strides[3] * item;
+  cache.slots = t.shape[2];
+  cache.unit = 16;
   const uint64_t all = reinterpret_cast<uint64_t>(t.data) | cache.stride_row | cache.stride_head |
                        cache.stride_slot | stretch | (dense ? 0 : cache.stride_stretch);
   while (all % cache.unit) cache.unit /= 2;

@@ -118,7 +118,7 @@ struct Rows {
   S sums[kWarpRows][kColumns];
 };
 
-// The queries of the warp's rows, of which `first_row` is the first, into shared memory.
+// Sets up the warp's rows, `first_row` and on, with their queries in shared memory.
 template <typename T, int kColumns, typename S>
 __device__ __forceinline__ void load_queries(const AttentionProblem<T>& p, int64_t row, int kv_head,
                                              int first_row, int prefix, const uint64_t* ancestors,
@@ -145,7 +145,7 @@ __device__ __forceinline__ void load_queries(const AttentionProblem<T>& p, int64
   }
 }
 
-// The products of this lane's key with the warp's queries; of all, `width` values.
+// The products of this lane's key with the warp's queries, of `width` values each.
 template <typename S>
 __device__ __forceinline__ void compute_scores(const S* keys, const S* queries, int pitch,
                                                int width, S (&score)[kWarpRows]) {
@@ -164,7 +164,8 @@ __device__ __forceinline__ void compute_scores(const S* keys, const S* queries, 
 }
 
 // Turns the scores of the tile of keys from `from` on into weights, with the sums so far at the
-// same scale; `seen`: keys that each row sees, as bits. Returns whether every row sees every key.
+// same scale; `seen`: the keys that each row sees, as bits. Returns true if every row sees every
+// key.
 template <typename T, int kColumns, typename S>
 __device__ __forceinline__ bool update_softmax(const AttentionProblem<T>& p,
                                                const RowKeys& row_keys, int from, int count,

@@ -96,7 +96,7 @@ __device__ float base_of(float largest) {
   return largest == -INFINITY ? 0.0f : largest;
 }  // not -inf - -inf
 
-// What a thread knows of its work: the block's share of the problem, then the thread's place in it.
+// A thread's work: the block's share of the problem, then the thread's place in it.
 template <typename T, int kDim, int kRowWarps>
 struct Work {
   using S = Shape<kDim, kRowWarps>;
@@ -172,7 +172,7 @@ template <typename S>
 struct Scores {
   float at[S::kWarpKeys / 8][4];
 };
-// What the softmax has summed up of the two rows so far.
+// The sums of the softmax over the two rows so far.
 template <int kDim>
 struct Running {
   float largest[2], total[2], sums[kDim / 8][4];
