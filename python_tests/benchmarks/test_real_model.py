@@ -32,11 +32,11 @@ def model_and_tokenizer():
 
 
 def test_same_text_in_fewer_passes(decode, model_and_tokenizer):
-    if not decode.SHARED.is_file():
+    if not decode.SPECBENCH.is_file():
         pytest.skip("the shared benchmark prompts are not beside the checkout")
     prompts = [
         p
-        for p in decode.load_prompts(decode.SHARED, 12)
+        for p in decode.load_prompts(decode.SPECBENCH, 12)
         if p[0] in ("translation", "math_reasoning")
     ][:3]
     drafts = ["paper", "lookup"]
