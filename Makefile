@@ -9,18 +9,19 @@ BIN := $(VENV)/bin
 # Made when the package in $(VENV) is that of these sources.
 STAMP := $(VENV)/.msn_ext
 LINT := $(VENV)/.lint
-SOURCES := $(shell find csrc msn_ext -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml constraints.txt
+SOURCES := $(shell find csrc msn_ext -type f -not -name '*.pyc' -not -name '*.so') \
+  CMakeLists.txt pyproject.toml constraints.txt
 
 .PHONY: help demo test lint format bench asan clean
 
 help:
-	@echo "make demo   a small language model answers, several tokens per forward pass, next to plain decoding"
+	@echo "make demo   a small language model answers, several tokens a pass, next to plain decoding"
 	@echo "make test   the test suite, sanitizers included"
 	@echo "make lint   style and types of the sources; make format mends the style"
 	@echo "make asan   of the tests, only those of the CPU kernels under AddressSanitizer and UBSan"
-	@echo "make bench  kernels and decoding, timed on this machine; DATA=question.jsonl is Spec-Bench's"
+	@echo "make bench  ops and decoding, timed on this machine; DATA=question.jsonl is Spec-Bench's"
 	@echo "make clean  remove $(VENV) and what was built"
-	@echo "The first of them makes $(VENV) and installs into it: some minutes, most of it PyTorch's download."
+	@echo "The first of them makes $(VENV) and installs into it: some minutes, most of it PyTorch."
 
 demo: $(STAMP)
 	@$(BIN)/msn demo
@@ -28,7 +29,8 @@ demo: $(STAMP)
 # OpenMP threads that spin while they wait make everything much slower where a core is busy.
 test asan: export OMP_WAIT_POLICY ?= passive
 
-# `pytest`, not `python -m pytest`, which would import msn_ext/ from here, where nothing is compiled.
+# `pytest`, not `python -m pytest`, which would import msn_ext/ from here, where nothing is
+# compiled.
 test: $(STAMP)
 	@echo "== Running the tests"
 	@$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
@@ -68,14 +70,18 @@ $(LINT): constraints.txt $(STAMP)
 
 $(STAMP): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-	{ echo "msn_ext needs Python 3.10 or newer; '$(PYTHON)' is not. Name another one: make PYTHON=python3.12"; exit 1; }
+	{ echo "msn_ext needs Python 3.10 or newer; '$(PYTHON)' is not."; \
+	  echo "Name another one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-	{ echo "Python's venv module is missing; install it (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
-	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || \
-	{ echo "Python's C headers are missing; install them (Debian, Ubuntu: apt install python3-dev)"; exit 1; }
+	{ echo "Python's venv module is missing; install it (Debian, Ubuntu: apt install python3-venv)"; \
+	  exit 1; }
+	@$(PYTHON) -c 'import sysconfig as s; open(s.get_path("include") + "/Python.h")' 2>/dev/null || \
+	{ echo "Python's C headers are missing; install them (Debian, Ubuntu: apt install python3-dev)"; \
+	  exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || command -v $${CXX:-g++} >/dev/null || \
 	{ echo "A C++ compiler is missing; install one (Debian, Ubuntu: apt install g++)"; exit 1; }
-	@[ -x $(BIN)/pip ] || { echo "== Making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@[ -x $(BIN)/pip ] || \
+	{ echo "== Making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== Installing PyTorch and friends, compiling msn_ext (some minutes the first time)"
 	@$(BIN)/pip install $(Q) -c constraints.txt ".[test]"
 	@echo "== Installing the demo model's package (98 MB the first time)"

@@ -3,12 +3,12 @@
 #
 #   benchmarks/gpu.sh                      all parts; limits add up to 520 seconds
 #   benchmarks/gpu.sh build test           only these, of: build test sanitize bench steps
-#   OUT=/tmp/results benchmarks/gpu.sh     results there; default: benchmarks/results/<name of the GPU>
+#   OUT=/tmp/results benchmarks/gpu.sh     results there; default: benchmarks/results/<GPU's name>
 #   PYTHON=python3.12 benchmarks/gpu.sh    default: python3
 #
 # Needs nvcc, compute-sanitizer (for `sanitize`), cmake, ninja, and in that Python: torch with CUDA,
-# transformers, pybind11, scikit-build-core, pytest, hypothesis; with pytest-xdist, tests run side by
-# side. The package is installed into build/gpu/site, never into the environment. A part that fails
+# transformers, pybind11, scikit-build-core, pytest, hypothesis; with pytest-xdist, tests run side
+# by side. The package is installed into build/gpu/site, never into the environment. A part that fails
 # does not stop the next one; the table at the end says which did, and the exit status is then 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,9 +20,15 @@ readonly command_line="$0 $*"
 parts=("$@")
 ((${#parts[@]})) || parts=("${all_parts[@]}")
 for part in "${parts[@]}"; do
-  [[ " ${all_parts[*]} " == *" $part "* ]] || { echo "gpu.sh: unknown part '$part'; expected: ${all_parts[*]}" >&2; exit 2; }
+  if [[ " ${all_parts[*]} " != *" $part "* ]]; then
+    echo "gpu.sh: unknown part '$part'; expected: ${all_parts[*]}" >&2
+    exit 2
+  fi
 done
-command -v nvidia-smi >/dev/null || { echo "gpu.sh: no nvidia-smi: this machine has no NVIDIA driver" >&2; exit 2; }
+if ! command -v nvidia-smi >/dev/null; then
+  echo "gpu.sh: no nvidia-smi: this machine has no NVIDIA driver" >&2
+  exit 2
+fi
 
 query() { nvidia-smi --id=0 --query-gpu="$1" --format=csv,noheader; }
 gpu=$(query name)
@@ -34,23 +40,28 @@ export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 build() {
   rm -rf "$site"
-  MSN_CUDA=on MSN_CUDA_ARCHITECTURES=$arch "$python" -m pip install . --no-build-isolation --no-deps --no-index \
-    --target "$site" --config-settings build-dir="$PWD/build/gpu/cmake"
-  # -P here and below: the checkout's own msn_ext, which has no compiled part, must not shadow the built one.
-  "$python" -P -c 'import msn_ext; info = msn_ext.build_info(); print(info); assert info["cuda"], "built without CUDA"'
+  MSN_CUDA=on MSN_CUDA_ARCHITECTURES=$arch "$python" -m pip install . --no-build-isolation \
+    --no-deps --no-index --target "$site" --config-settings build-dir="$PWD/build/gpu/cmake"
+  # -P here and below: the checkout's own msn_ext, which has no compiled part, must not shadow the
+  # built one.
+  "$python" -P -c 'import msn_ext; print(msn_ext.build_info())
+assert msn_ext.build_info()["cuda"], "built without CUDA"'
 }
 
 test_() {
   local several=()
   if "$python" -P -c 'import xdist' 2>/dev/null; then several=(-n 8 --dist worksteal); fi
-  MSN_REQUIRE_CUDA=1 "$python" -P -m pytest -q "${several[@]}" python_tests/ops --ignore=python_tests/ops/test_sanitizers.py python_tests/decoding/test_runner.py python_tests/decoding/test_runner_pool.py
+  MSN_REQUIRE_CUDA=1 "$python" -P -m pytest -q "${several[@]}" \
+    python_tests/ops --ignore=python_tests/ops/test_sanitizers.py \
+    python_tests/decoding/test_runner.py python_tests/decoding/test_runner_pool.py
 }
 
 sanitize() {
   local tool failed=0
   for tool in memcheck racecheck initcheck; do
     echo "== compute-sanitizer $tool"
-    # Without torch's caching allocator every tensor is an allocation of its own, with checked bounds.
+    # Without torch's caching allocator every tensor is an allocation of its own, whose bounds are
+    # checked.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "$python" benchmarks/sanitize_ops.py || { echo "== $tool failed"; failed=1; }
   done
@@ -62,7 +73,8 @@ bench() { "$python" benchmarks/ops.py --device cuda --json "$out/kernels.json"; 
 # An 8-billion model's step, plain and with 64 nodes, weights drawn at random.
 steps() {
   rm -f "$out/steps.jsonl"
-  "$python" benchmarks/steps.py --shape llama-3-8b --device cuda --dtype bfloat16 --context 2048 --nodes 1,64 --output "$out/steps.jsonl"
+  "$python" benchmarks/steps.py --shape llama-3-8b --device cuda --dtype bfloat16 --context 2048 \
+    --nodes 1,64 --output "$out/steps.jsonl"
 }
 
 versions() {
@@ -106,13 +118,15 @@ print(json.dumps(facts, indent=2))
 PY
 }
 
-# run PART SECONDS: the part in a shell of its own (so that `set -e` holds inside), its output also to a file.
+# run PART SECONDS FUNCTION: in a shell of its own (so that `set -e` holds inside), its output also
+# to a file.
 declare -A result
 failed=0
 run() {
   local part=$1 limit=$2 start=$SECONDS status=0
   printf '\n==== %s\n' "$part"
-  timeout --kill-after=10 "$limit" bash -c "set -euo pipefail; $3" 2>&1 | tee "$out/$part.log" || status=${PIPESTATUS[0]}
+  timeout --kill-after=10 "$limit" bash -c "set -euo pipefail; $3" 2>&1 |
+    tee "$out/$part.log" || status=${PIPESTATUS[0]}
   case $status in
     0) result[$part]=ok ;;
     124 | 137) result[$part]="FAILED: over $limit s" ;;
