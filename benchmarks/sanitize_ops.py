@@ -126,34 +126,47 @@ def check_best_first(n: int, device: str) -> None:
         )
     history, lengths = torch.randint(0, 9, (BATCH, 3000)), torch.tensor([3000, 1, 777])
     outside = torch.tensor([FAR, -FAR, 0])
-    heads, contexts = (
+    suffixes, adjacency = (
         torch.zeros(BATCH, 8, 512, dtype=torch.int32),
         torch.zeros(3, 512, 9, dtype=torch.int32),
     )
-    heads_there, contexts_there = on(device, heads), on(device, contexts)
+    suffixes_there, adjacency_there = on(device, suffixes), on(device, adjacency)
     start = torch.tensor([0, 0, 700])
     path, guesses = (
         ops.verify_tree(tokens, targets, parents)[1],
         ops.top_guesses(torch.randn(BATCH, n, 9)),
     )
     draft = [history, lengths, tokens, parents, path, guesses]
-    ops.index_suffixes(heads, history, start, lengths)
-    ops.index_suffixes(heads_there, *on(device, [history, start, lengths]))
-    ops.remember_guesses(contexts, *draft)
-    ops.remember_guesses(contexts_there, *on(device, draft))
-    if not (torch.equal(heads, heads_there.cpu()) and torch.equal(contexts, contexts_there.cpu())):
+    ops.index_suffixes(suffixes, history, start, lengths)
+    ops.index_suffixes(suffixes_there, *on(device, [history, start, lengths]))
+    ops.remember_guesses(adjacency, *draft)
+    ops.remember_guesses(adjacency_there, *on(device, draft))
+    if not (
+        torch.equal(suffixes, suffixes_there.cpu())
+        and torch.equal(adjacency, adjacency_there.cpu())
+    ):
         raise SystemExit(f"tables of N={n}: {device} differs from cpu")
-    corpus, corpus_heads = torch.randint(-1, 9, (5000,)), torch.zeros(1, 8, 4096, dtype=torch.int32)
-    ops.index_suffixes(corpus_heads, corpus[None], torch.tensor([0]), torch.tensor([5000]))
+    corpus, corpus_suffixes = (
+        torch.randint(-1, 9, (5000,)),
+        torch.zeros(1, 8, 4096, dtype=torch.int32),
+    )
+    ops.index_suffixes(corpus_suffixes, corpus[None], torch.tensor([0]), torch.tensor([5000]))
     factors = torch.rand(348, dtype=torch.float64) + 0.1
-    tables = [guesses[:, :5].contiguous(), contexts, heads, corpus.int(), corpus_heads[0], factors]
+    tables = [
+        guesses[:, :5].contiguous(),
+        adjacency,
+        suffixes,
+        corpus.int(),
+        corpus_suffixes[0],
+        factors,
+    ]
     compare(f"draft_tree N={n}", device, ops.draft_tree, history, lengths, *tables, n, 9, 0.05)
-    ops.index_suffixes(heads_there, *on(device, [history, outside, outside]))
+    ops.index_suffixes(suffixes_there, *on(device, [history, outside, outside]))
     ops.remember_guesses(
-        contexts_there, *on(device, [history, outside, tokens, parents + n, path + FAR, guesses])
+        adjacency_there, *on(device, [history, outside, tokens, parents + n, path + FAR, guesses])
     )
     ops.draft_tree(*on(device, [history, outside, *tables]), n, 9, 0.05)
-    tables[4] = torch.randint(-(2**31), 2**31, corpus_heads[0].shape).int()  # of a damaged file
+    tables[4] = torch.randint(-(2**31), 2**31, corpus_suffixes[0].shape).int()  # of a damaged file
     compare(
         f"draft_tree N={n}, damaged corpus",
         device,
@@ -168,13 +181,13 @@ def check_best_first(n: int, device: str) -> None:
 
 
 def check_noise(n: int, device: str) -> None:
-    """``n`` tokens a document, two of them in a row; no document, row or start outside is written
+    """``n`` tokens a sample, two of them in a row; no sample, row or start outside is written
     for.
     """
     columns = 2 * n + 7
     tokens = torch.randint(0, 50, (BATCH, columns))
     labels = torch.where(torch.rand(BATCH, columns) < 0.7, tokens, -100)
-    documents = torch.tensor(
+    samples = torch.tensor(
         [[row, begin, begin + n] for row in range(BATCH) for begin in (0, n + 7)]
     )
     keep, starts = torch.tensor([3, 9]), torch.full((2 * BATCH, 5), -1)
@@ -185,7 +198,7 @@ def check_noise(n: int, device: str) -> None:
             ops.draw_noise,
             tokens,
             labels,
-            documents,
+            samples,
             keep,
             starts,
             7,
@@ -194,8 +207,8 @@ def check_noise(n: int, device: str) -> None:
             50,
             apart,
         )
-    documents[0, 0], documents[1, 1:], starts[2, 1] = FAR, torch.tensor([-FAR, FAR]), FAR
-    ops.draw_noise(*on(device, [tokens, labels, documents, keep, starts]), 7, 4, 0.3, 50)
+    samples[0, 0], samples[1, 1:], starts[2, 1] = FAR, torch.tensor([-FAR, FAR]), FAR
+    ops.draw_noise(*on(device, [tokens, labels, samples, keep, starts]), 7, 4, 0.3, 50)
 
 
 def check_commit(n: int, device: str) -> None:

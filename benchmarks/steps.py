@@ -87,7 +87,7 @@ class Ours:
     def __init__(self, model, prompt, nodes: int, recorded: bool, longest: int):
         self._device = prompt.device.type
         decoder = Decoder(
-            Request.plain(model, prompt, BestFirst(nodes), longest),
+            Request.greedy_unpadded(model, prompt, BestFirst(nodes), longest),
             room=room_for(prompt.shape[1] + longest),
         )
         decoder.prefill()

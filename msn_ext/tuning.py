@@ -42,7 +42,7 @@ def measure_step_times(
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     text = torch.randint(vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     drafter = BestFirst(budget=1)
-    request = Request.plain(model, text.to(model.device), drafter, context)
+    request = Request.greedy_unpadded(model, text.to(model.device), drafter, context)
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     bar = tqdm(
         total=ROUNDS * len(sizes), unit="step", desc="step times", leave=False, disable=not progress

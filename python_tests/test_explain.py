@@ -71,7 +71,7 @@ def test_text_shows_the_whole_tree(seed):
         assert line["mark"] == ("✓" if node in step.path else " ")
         assert line["more"] == 0
         expected = "".join(
-            c if step.sources[node] & 1 << bit else "·" for bit, c in enumerate("DRSN")
+            c if step.sources[node] & 1 << bit else "·" for bit, c in enumerate("DASN")
         )
         assert line["sources"] == ("root" if node == 0 else expected)
     (bonus,) = (line for line in lines if line["bonus"])
@@ -81,7 +81,7 @@ def test_text_shows_the_whole_tree(seed):
         assert siblings == sorted(siblings, key=lambda token: -step.probability[int(token[1:])])
     assert "left out" not in rest
     assert f"{step.expected:.1f} expected" in rest and "pass 3 of 5" in rest
-    for bit, word in enumerate(("denoised", "remembered", "suffix", "noise")):
+    for bit, word in enumerate(("denoised", "adjacency", "suffix", "noise")):
         made = [node for node, sources in enumerate(step.sources) if sources & 1 << bit]
         assert re.search(rf"{word} .* {len(made)} +{len(set(made) & set(step.path))}$", rest, re.M)
 

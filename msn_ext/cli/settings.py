@@ -28,7 +28,7 @@ def add_settings(parser: argparse._ActionsContainer, settings: Settings, *names:
 
 
 def _form(option: Option, default, usual: bool) -> dict[str, Any]:
-    """Return what argparse is told of an option."""
+    """Return argparse's arguments for an option."""
     if option.values is bool:
         return {"action": "store_true", "default": default, "help": option.help}
     words = f"{default:g}" if isinstance(default, float) else f"{default}"

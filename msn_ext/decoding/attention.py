@@ -59,9 +59,8 @@ def _tree_attention_forward(
         )
     if tree.windows is not None:
         tree.windows[getattr(module, "layer_idx", len(tree.windows))] = sliding_window or 0
-    if (
-        torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64
-    ):  # as around SDPA
+    # Cast as around SDPA.
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         query, key, value = (
             x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value)
         )

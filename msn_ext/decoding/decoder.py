@@ -127,8 +127,7 @@ class Decoder:
         """Give the cache more slots where the next step might not fit, after one whose result the
         host does not know yet; return whether the cache moved.
         """
-        if self._room is None:
-            return False
+        assert self._room is not None, "only a decoder with a room has to make more"
         return self._cache.fit(min(self._room, self._last_root + 2 * MAX_NODES), self._room)
 
     def _straddles(self, depth: int) -> bool:
@@ -177,7 +176,7 @@ class Decoder:
             draft = self._chain()
         else:
             draft = self.drafter.propose(self._history, self._lengths)
-            draft.tokens = torch.cat([self._roots(), draft.tokens[:, 1:]], dim=1)
+            draft.tokens[:, :1] = self._roots()  # in place, as Draft says
         if self.targets is not greedy:
             # The root may be what could not be drawn, where the host does not know yet of that.
             draft.tokens.clamp_(max=self._config.vocab_size - 1)

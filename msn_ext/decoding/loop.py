@@ -38,7 +38,8 @@ def decode(request: Request) -> Decoded:
     """Decode all rows of a request.
 
     Raises:
-        ValueError: another call decodes with the drafter, or the model's probabilities hold NaN.
+        ValueError: another call decodes with the drafter, the drafter refuses to start, or the
+            model's probabilities hold NaN.
     """
     progress = Progress(request)
     with exclusive(request.drafter), runner_for(request) as runner:
@@ -70,8 +71,8 @@ class Progress:
 
     Attributes:
         totals: int64 [B], the tokens that each row has gained.
-        ends: int64 [B], the tokens of a row where a criterion ended it; it still gains some where
-            rows end together.
+        ends: int64 [B], the tokens of a row where a criterion ended it, ``max_new_tokens`` where
+            none has; a row still gains some where rows end together.
     """
 
     def __init__(self, request: Request):

@@ -1,8 +1,8 @@
 """A call of ``generate``, checked: every option that cannot be followed exactly is refused here.
 
-Only two refusals come later, while decoding (:mod:`.loop`): a drafter that another call uses, and
-probabilities that hold NaN. Models are refused by :mod:`.support`, processors of logits by
-:mod:`.processors`; both are asked here.
+Later, while decoding (:mod:`.loop`), come only: a drafter that another call uses, what a drafter's
+``start`` refuses (a corpus of another vocabulary), and probabilities that hold NaN. Models are
+refused by :mod:`.support`, processors of logits by :mod:`.processors`; both are asked here.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Request:
     streamer_has_prompt: bool = False
 
     @classmethod
-    def plain(
+    def greedy_unpadded(
         cls, model: PreTrainedModel, input_ids: Tensor, drafter: Drafter, max_new_tokens: int
     ) -> Request:
         """Make a request for greedy decoding, without padding and without an end of text."""

@@ -244,7 +244,10 @@ def why_eager(request: Request) -> str | None:
     if os.environ.get("MSN_GRAPHS", "on") == "off":
         return "MSN_GRAPHS is off"
     if not (isinstance(drafter, CapturableDrafter) and "plan" in vars(type(drafter))):
-        return f"{type(drafter).__name__} may ask the device while it drafts"
+        return (
+            f"{type(drafter).__name__} may ask the device while it drafts: it has no plan,"
+            " observe_step, forget, report and allocations of its own"
+        )
     for processor in request.processors:
         if type(processor) is TopHLogitsWarper:
             return "TopHLogitsWarper asks the device"

@@ -19,12 +19,12 @@ _NODE = 1 << 32  # apart from the node numbers that drafting noise counts with
 
 
 def _wrap(constant: int) -> int:
-    """An unsigned 64-bit constant as the signed integer that torch holds."""
+    """Return an unsigned 64-bit constant as the signed integer that torch holds."""
     return constant - (1 << 64) if constant >> 63 else constant
 
 
 def _splitmix64(x: Tensor) -> Tensor:
-    """`ops.reference.splitmix64` on int64 tensors, which wrap like unsigned ones."""
+    """Apply `ops.reference.splitmix64` to int64 tensors, which wrap like unsigned ones."""
     x = x + _wrap(0x9E3779B97F4A7C15)
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _wrap(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _wrap(0x94D049BB133111EB)

@@ -33,8 +33,8 @@ SOURCES = (
     ),
     Source(
         ADJACENCY,
-        "R",
-        "remembered",
+        "A",
+        "adjacency",
         "what the model guessed after the same last tokens before",
         "#e8590c",
         "#ffa94d",

@@ -70,7 +70,7 @@ def add_noise(
     for name in ("get_eval_dataloader", "get_test_dataloader"):
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
     trainer.noise = NoisyLoss(noisy, _weights_of_step(trainer, loss_weights))
-    # Imported late: with transformers' callbacks come seconds of imports, which the workers of a
+    # Imported here: with transformers' callbacks come seconds of imports, which the workers of a
     # data loader would wait for, too, since they import this package for its collator.
     from .epochs import Epochs
 

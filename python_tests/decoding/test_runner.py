@@ -21,7 +21,7 @@ from helpers.runners import (
     tiny_model,
 )
 from helpers.tape import TapeBackend, TapeStep
-from msn_ext import DraftTree, generate
+from msn_ext import Draft, DraftTree, generate
 from msn_ext.decoding import BestFirst, TreeDrafter, capture
 from msn_ext.decoding.sizing import CAPTURED_SIZES
 from msn_ext.tuning import ROUNDS, SIZES, measure_step_times
@@ -299,3 +299,54 @@ def test_a_tape_notices_what_a_graph_could_not_repeat():
     assert count.tolist() == [3, 3]
     with pytest.raises(RuntimeError, match="asks the device"):
         TapeBackend(None).capture(lambda: count.sum().item())
+
+
+class OneDraft:
+    """Counts up from the last token, in the same `Draft` and the same tensor at every pass."""
+
+    max_depth, report, allocations = 3, None, 0
+
+    def start(self, batch, vocabulary, device):
+        self.wrong = torch.zeros(batch, dtype=torch.int64, device=device)  # passes
+        self._up = torch.arange(1, 4, device=device)
+        self._vocabulary = vocabulary
+        self._tokens = torch.zeros(batch, 4, dtype=torch.int64, device=device)
+        parents = torch.arange(-1, 3, dtype=torch.int32, device=device)
+        self._draft = Draft.of(self._tokens, parents)
+
+    def first(self, history, lengths):
+        return history.new_empty(len(lengths), 0)
+
+    def plan(self):
+        return 4
+
+    def propose(self, history, lengths):
+        last = history.gather(1, lengths[:, None] - 1)
+        self._tokens[:, 1:] = (last + self._up) % self._vocabulary
+        return self._draft
+
+    def observe(self, verified):
+        tokens = verified.draft.tokens
+        if tokens.shape[1] == 4:  # not the prompt's pass
+            up = (tokens[:, :1] + self._up) % self._vocabulary
+            self.wrong += (tokens[:, 1:] != up).any(1)
+
+    def observe_step(self, report, nodes, gained, seconds):
+        pass
+
+    def forget(self):
+        pass
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_drafter_may_propose_the_same_draft_again(captured, tapes, monkeypatch):
+    if not captured:
+        monkeypatch.setenv("MSN_GRAPHS", "off")
+    model, (ids, mask) = tiny_model("llama", 3), prompts(0)
+    options = dict(max_new_tokens=30, eos_token_id=None)
+    drafter = OneDraft()
+    assert torch.equal(
+        ours(model, ids, mask, drafter, **options), plain(model, ids, mask, **options)
+    )
+    assert not drafter.wrong.any(), "guesses that were made for an earlier text"
+    assert (sum(tape.replays for tape in tapes) > 10) == captured

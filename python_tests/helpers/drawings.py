@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 SVG = "{http://www.w3.org/2000/svg}"
 LINE = re.compile(
     r"([✓★ ]) ((?:│ |  )*)(├─|└─|)(\S+) +"  # accepted or bonus, branches, token
-    r"(?:([\d.<]+%)  (root|[DRSN·]{4})|(bonus))(?: +[█▏▎▍▌▋▊▉]+)?(?: +\+(\d+))?"
+    r"(?:([\d.<]+%)  (root|[DASN·]{4})|(bonus))(?: +[█▏▎▍▌▋▊▉]+)?(?: +\+(\d+))?"
 )
 
 

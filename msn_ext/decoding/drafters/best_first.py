@@ -110,8 +110,8 @@ class BestFirst:
         self._planned = None  # nodes of the next tree of a captured step
         self._reported: list[float] | None = None  # expected_accepts of the last report
         self.draft = None
-        self._accepted: Tensor | None = None  # accept lengths of the draft, once it was verified,
-        self._lengths: Tensor | None = None  # and of the texts that it was proposed for
+        self._accepted: Tensor | None = None  # accept lengths of the draft, once it was verified
+        self._lengths: Tensor | None = None  # lengths of the texts that it was proposed for
 
     def _lay_out_tables(self, batch: int, vocabulary: int, device: torch.device) -> None:
         """Make the tables for these rows and tokens, or empty the ones that are there."""

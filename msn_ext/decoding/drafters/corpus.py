@@ -24,9 +24,8 @@ CHUNK = 1 << 22
 
 _MAGIC = b"msn_ext corpus\r\n"  # the line end shows whether somebody sent the file as text
 _VERSION = 1
-_HEADER = struct.Struct(
-    "<16s4q16x"
-)  # magic, version, vocabulary, tokens, slots; tokens and suffixes follow, int32
+# Magic, version, vocabulary, tokens, slots; tokens and suffixes follow, int32.
+_HEADER = struct.Struct("<16s4q16x")
 
 
 class Corpus:

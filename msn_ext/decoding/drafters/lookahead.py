@@ -56,9 +56,8 @@ class Lookahead:
 
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
         self._batch, self._device = batch, device
-        self._levels: list[
-            Tensor
-        ] = []  # int64 [B, columns]; level 0 is without the root, its first column
+        # int64 [B, columns]; level 0 is without the root, its first column.
+        self._levels: list[Tensor] = []
         # Per row: the n-grams that begin with a token, the most recently found last.
         self._pools: list[dict[int, OrderedDict[tuple[int, ...], None]]] = [
             {} for _ in range(batch)
@@ -107,9 +106,8 @@ class Lookahead:
         columns = self._levels[0].shape[1] + 1
         below_last = slice(columns * (len(self._levels) - 1), columns * len(self._levels))
         answers = verified.targets[:, below_last]
-        if (
-            len(self._levels) < self._ngram - 1
-        ):  # the window is still filling: one level more, one column less
+        # The window is still filling: one level more, one column less.
+        if len(self._levels) < self._ngram - 1:
             self._levels = [level[:, 1:] for level in self._levels] + [answers[:, 1:]]
             return
         keys = draft.tokens[:, :columns]

@@ -1,4 +1,6 @@
-"""The contract of a drafter: what it proposes, what it is shown, and what capturing asks of it."""
+"""The contract of a drafter: what it proposes, what it is shown (and in which precision logits are
+compared), and what capturing asks of it.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ class Draft:
     """Guesses for the next tokens, laid out as a tree; all on the model's device. Made by
     :meth:`of`.
 
-    A draft is handed over: the decoder puts the last token of the text at its root, in a tensor of
-    its own.
+    The decoder writes the last token of the text into ``tokens[:, 0]``, in place. A drafter may
+    propose the same draft again, with other tokens in the same tensor.
 
     Attributes:
         tokens: int64 [B, N], at most 256 nodes, all in the vocabulary, padding too; node 0 stands
@@ -156,7 +158,7 @@ class ObservedDrafter:
     """Drafts as another drafter does; a subclass looks on in its own ``observe``.
 
     Args:
-        drafter: the one that drafts; public attributes only are for others to read.
+        drafter: the one that drafts; a subclass reads its public attributes only.
     """
 
     def __init__(self, drafter: Drafter):

@@ -60,9 +60,8 @@ class SuffixAutomaton:
         if state == -1:
             return
         target = self._next[state][token]
-        if (
-            self._length[target] != self._length[state] + 1
-        ):  # split: its shorter strings now end here too
+        # Split: its shorter strings now end here too.
+        if self._length[target] != self._length[state] + 1:
             whole = target
             target = self._new(
                 dict(self._next[whole]),
