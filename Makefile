@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 # Made when the package in $(VENV) is that of these sources.
 STAMP := $(VENV)/.msn_ext
 LINT := $(VENV)/.lint
+CXX_SOURCES = $(shell find csrc python_tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' \
+  -o -name '*.cuh')
 SOURCES := $(shell find csrc msn_ext -type f -not -name '*.pyc' -not -name '*.so') \
   CMakeLists.txt pyproject.toml constraints.txt
 
@@ -49,21 +51,21 @@ lint: $(LINT)
 	@echo "== Checking style and types"
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	@$(BIN)/mypy
 
 format: $(LINT)
 	@$(BIN)/ruff check -q --fix
 	@$(BIN)/ruff format
-	@git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+	@$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
 	@echo "== Removing $(VENV) and build outputs"
 	@if [ -e $(STAMP) ]; then rm -rf $(VENV); fi
-	@rm -rf build dist .pytest_cache .hypothesis
+	@rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 # Tools beside the package, which they need not import: pip compiles nothing here.
-$(LINT): constraints.txt $(STAMP)
+$(LINT): constraints.txt $(if $(wildcard $(STAMP)),,$(STAMP))
 	@echo "== Installing ruff, clang-format and mypy"
 	@$(BIN)/pip install $(Q) -c constraints.txt ruff clang-format mypy
 	@touch $@

@@ -59,6 +59,7 @@ class MSNGenerateOutput(GenerateDecoderOnlyOutput):
     accept_lengths: tuple[Tensor, ...] | None = None
 
 
+# Over 60 lines with its docstring, which is the reference of the public function.
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor,

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include "bindings/dlpack.h"
@@ -56,7 +57,10 @@ template <typename Result, typename... T, size_t... kAt>
 void define_with(pybind11::module_& m, const char* op, Result (*binding)(T...),
                  const char* const (&names)[sizeof...(T)], std::index_sequence<kAt...>) {
   m.def(op, [binding, names = std::array{names[kAt]...}](typename Parameter<T>::Passed... passed) {
-    return binding(Parameter<T>::take(names[kAt], passed)...);
+    // In braces, so that arguments are taken in their order and the first wrong one is named.
+    std::tuple<decltype(Parameter<T>::take(names[kAt], passed))...> taken{
+        Parameter<T>::take(names[kAt], passed)...};
+    return std::apply(binding, taken);
   });
 }
 

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ class NoisyCollator:
         finally:
             self._paused.fill_(before)
 
-    def __call__(self, samples) -> MutableMapping:
+    def __call__(self, samples) -> Mapping:
         batch = self.inner(samples)
         if self._paused:
             return batch
@@ -135,7 +136,7 @@ class NoisyCollator:
                 "content='self' needs the model, which a collator has not; expected"
                 " add_noise(trainer, …)"
             )
-        if not isinstance(batch, MutableMapping):
+        if not isinstance(batch, Mapping):
             raise ValueError(
                 f"inner gave a {type(batch).__name__}; expected a dict with input_ids and labels"
             )
@@ -146,7 +147,8 @@ class NoisyCollator:
                 " a response"
             )
         noisy = self._noisy(dict(batch))
-        result = copy.copy(batch)  # which may be a BatchEncoding, with what that can do
+        # A BatchEncoding stays one, with what that can do.
+        result = cast(MutableMapping, copy.copy(batch))
         for name in set(result) - set(noisy):
             del result[name]
         result.update(noisy)

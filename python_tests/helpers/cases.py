@@ -70,14 +70,19 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def one_thread():
-    """Thousands of tiny torch ops would wait for a second thread on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int):
+    """Within: torch and the CPU kernels compute with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def one_thread():
+    """Thousands of tiny torch ops would wait for a second thread on a busy machine."""
+    return threads(1)
 
 
 def assert_equal(got, expected) -> None:

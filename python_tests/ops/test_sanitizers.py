@@ -77,6 +77,7 @@ def run_sanitized(build: Path, *command: str) -> subprocess.CompletedProcess:
         [sys.executable, *command],
         env={
             **os.environ,
+            "OMP_NUM_THREADS": "2",  # races show with several only
             "PYTHONPATH": str(build),
             "LD_PRELOAD": " ".join(map(str, LIBRARIES)),
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",

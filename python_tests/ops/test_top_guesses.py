@@ -9,9 +9,11 @@ from helpers import oracle
 from helpers.cases import (
     CPU_DTYPES,
     assert_equal,
+    one_thread,
     padded,
     seeded,
     specified,
+    threads,
 )
 from helpers.knowledge import guess
 from msn_ext import ops
@@ -177,3 +179,11 @@ def test_a_vocabulary_that_guesses_cannot_hold_is_refused(device):
     logits = torch.empty(1, 2**27 + 1, dtype=torch.float16, device=device)  # never read
     with pytest.raises(ValueError, match=r"logits is 134217729; expected 1 to 134217728"):
         ops.top_guesses(logits)
+
+
+def test_guesses_ignore_threads():
+    logits = torch.randn(65, 5000, generator=torch.Generator().manual_seed(0))
+    with threads(4):
+        together = ops.top_guesses(logits)
+    with one_thread():
+        assert torch.equal(ops.top_guesses(logits), together)

@@ -97,6 +97,7 @@ def test_segments_depend_on_the_layout(layout, segments):
     assert NoiseSettings(layout=layout, segments=9).of_collator()["segments"] == 9
 
 
-def test_settings_need_no_torch():
+def test_settings_need_no_torch(tmp_path):
     code = "import sys, msn_ext.cli, msn_ext.recipe.settings; assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
