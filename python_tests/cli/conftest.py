@@ -3,37 +3,22 @@
 import os
 
 import pytest
-import torch
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
 )
 
 from helpers.commands import CONTEXT, save
+from helpers.conversations import repeating_llama
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> str:
     """A random Llama that soon repeats itself, so that drafts get accepted."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=256,
-    )
-    return save(tmp_path_factory.mktemp("tiny"), LlamaForCausalLM(config))
+    return save(tmp_path_factory.mktemp("tiny"), repeating_llama(CONTEXT))
 
 
 @pytest.fixture(scope="session")

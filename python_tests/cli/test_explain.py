@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from helpers.conversations import repeating_llama
 from helpers.drawings import boxes, drawn
 from msn_ext import cli
 from msn_ext.explain import record
@@ -18,21 +19,7 @@ from msn_ext.explain import record
 def tiny(tmp_path_factory) -> str:
     """A random Llama over bytes that soon repeats itself."""
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=96,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=256,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    repeating_llama(context=96).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE({character: i for i, character in enumerate([*alphabet, "<eos>"])}, [])

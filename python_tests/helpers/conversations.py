@@ -13,9 +13,10 @@ DATA = [
 ]
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(**settings) -> LlamaForCausalLM:
+    """A random model over bytes; ``settings`` take the place of these."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    usual = dict(
         vocab_size=257,
         hidden_size=32,
         intermediate_size=64,
@@ -28,7 +29,12 @@ def tiny_llama() -> LlamaForCausalLM:
         eos_token_id=256,
         pad_token_id=256,
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**(usual | settings)))
+
+
+def repeating_llama(context: int) -> LlamaForCausalLM:
+    """One that soon repeats itself and never ends, so that drafts get accepted."""
+    return tiny_llama(max_position_embeddings=context, initializer_range=0.3, eos_token_id=None)
 
 
 TURNS = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2"), ("user", "Q3")]
