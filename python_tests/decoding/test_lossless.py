@@ -24,7 +24,7 @@ from msn_ext.decoding.attention import KernelAttention, MaskAttention
 from msn_ext.families import TESTED
 from msn_ext.generation import DRAFTS
 
-SEEDS = 10  # x 22 families: the 200 models and more of the acceptance test
+SEEDS = 10  # x 25 families: the 200 models and more of the acceptance test
 
 
 def paper_decoder(model, attention, ids, mask) -> Decoder:

@@ -12,7 +12,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from helpers.families import FAMILIES, tiny_model
+from helpers.families import tiny_model
 from msn_ext import DraftTree, families, generate
 from msn_ext.decoding import TokenRecycling, attention_for
 
@@ -197,16 +197,6 @@ def _checkpointing_model():
     return model.train()
 
 
-def _windowed(family):
-    """With a window that transformers applies to its cache alone."""
-    model_type, settings = FAMILIES[family]
-    FAMILIES["windowed"] = model_type, settings | dict(sliding_window=16)
-    try:
-        return tiny_model("windowed", 0)
-    finally:
-        del FAMILIES["windowed"]
-
-
 def _spread_model():
     model = tiny_model("llama", 0)
     model.lm_head.to("meta")
@@ -265,11 +255,11 @@ def _spread_model():
             r"gradient checkpointing in training mode keeps no cache; call model.eval\(\)",
         ),
         (
-            lambda: _windowed("llama"),
+            lambda: tiny_model("llama", 0, sliding_window=16),
             "sliding_window is 16, which cuts its cache, but it attends without one",
         ),
         (
-            lambda: _windowed("gptj"),
+            lambda: tiny_model("gptj", 0, sliding_window=16),
             "sliding_window is 16, which cuts its cache, but it attends without one",
         ),
         (
@@ -331,7 +321,7 @@ def test_an_unknown_family_is_probed(monkeypatch):
     """A family that nobody tested is tried on a small tree first: right ones pass, wrong ones do
     not.
     """
-    good = _model("granite", intermediate_size=16, **SMALL)
+    good = _model("olmo", intermediate_size=16, **SMALL)
     assert good.config.model_type not in families.TESTED
     ids = torch.tensor([[3, 4, 5]])
     settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
@@ -340,10 +330,10 @@ def test_an_unknown_family_is_probed(monkeypatch):
         "cpu", dtype=torch.bfloat16
     ):  # what is tried is tried at the model's own precision
         generate(
-            _model("granite", intermediate_size=16, initializer_range=0.5, **SMALL), ids, **settings
+            _model("olmo", intermediate_size=16, initializer_range=0.5, **SMALL), ids, **settings
         )
 
-    wrong = _model("granite", intermediate_size=16, **SMALL)
+    wrong = _model("olmo", intermediate_size=16, initializer_range=0.5, **SMALL)
     forward = type(wrong.model).forward
 
     def ignores_positions(self, *args, position_ids=None, **kwargs):

@@ -74,6 +74,20 @@ FAMILIES = {
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
     ),
+    "smollm3": (  # the second layer has a window, and no positions
+        "smollm3",
+        dict(no_rope_layer_interval=2, use_sliding_window=True, sliding_window=9),
+    ),
+    "olmo2": ("olmo2", {}),
+    "granite": (
+        "granite",
+        dict(
+            embedding_multiplier=3.0,
+            residual_multiplier=0.4,
+            attention_multiplier=0.2,
+            logits_scaling=0.5,
+        ),
+    ),
     "gpt2": ("gpt2", dict(n_embd=16, n_layer=2, n_head=4, n_positions=512)),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", dict(ffn_dim=24, word_embed_proj_dim=16)),
@@ -88,11 +102,11 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str, seed: int, dtype=torch.float64):
-    """A model of ``family`` with its own random weights."""
-    model_type, settings = FAMILIES[family]
+def tiny_model(family: str, seed: int, dtype=torch.float64, **settings):
+    """A model of ``family`` with its own random weights, and with other settings on request."""
+    model_type, its = FAMILIES[family]
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **(_COMMON | settings))
+    config = AutoConfig.for_model(model_type, **(_COMMON | its | settings))
     model = (
         AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype).eval()
     )

@@ -1,0 +1,1 @@
+"""What a forward pass computes, as data: :mod:`.plan`, which :mod:`.families` read from models."""
