@@ -1,0 +1,389 @@
+// The bindings of the native forward pass: packing, and a pass as an object, since its plan is read
+// once and run often. msn_ext/decoding/forward/native.py is its only user.
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings/checks.h"
+#include "bindings/define.h"
+#include "cpu/layers/forward_pass.h"
+#include "tree.h"
+
+namespace py = pybind11;
+
+namespace msn {
+
+namespace {
+
+const char* const kWeights[] = {"float64", "float32", "bfloat16", "float16", "int8"};
+const char* const kActivations[] = {"silu", "gelu", "gelu_tanh", "relu"};
+
+template <size_t kCount>
+int one_of(const char* argument, const std::string& name, const char* const (&names)[kCount]) {
+  std::string all;
+  for (size_t i = 0; i < kCount; ++i) {
+    if (name == names[i]) return static_cast<int>(i);
+    all += std::string(i ? ", " : "") + names[i];
+  }
+  refuse(argument, " is '", name, "'; expected one of ", all);
+}
+
+Weights weights_named(const std::string& name) {
+  return static_cast<Weights>(one_of("weights", name, kWeights));
+}
+
+const Kernels& kernels_named(const std::string& isa) {
+  if (isa.empty()) return layer_kernels();
+  if (const Kernels* kernels = layer_kernels(isa.c_str())) return *kernels;
+  refuse("isa is '", isa, "', which this machine or this build does not have");
+}
+
+DType number_of(Weights kind) {
+  return kind == Weights::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+py::dict layer_isa(const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  py::dict facts;
+  facts["name"] = kernels.isa;
+  facts["width"] = kernels.width;
+  facts["rounds_to_bfloat16"] = kernels.rounds_to_bfloat16;
+  return facts;
+}
+
+int64_t padded_to(int64_t count, int64_t width) { return (count + width - 1) / width * width; }
+
+// Bytes of a packed matrix; `halves` is 2 where gates and ups take turns.
+int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t outputs,
+                     int64_t inputs, int64_t halves) {
+  const Kernels& kernels = kernels_named(isa);
+  expect_range("inputs", inputs, 1, int64_t{1} << 30);
+  expect_range("outputs", outputs, halves, int64_t{1} << 30);
+  return halves * padded_to(outputs / halves, kernels.width) / kernels.width *
+         kernels.panel_bytes(weights_named(weights), inputs);
+}
+
+// Packs the rows of `pieces`, one below the other, into `to`, for the pass's threads to read.
+void pack(const std::string& weights, const std::string& isa, const py::list& pieces, int64_t halves,
+          py::handle packed) {
+  const Kernels& kernels = kernels_named(isa);
+  std::vector<const char*> rows;
+  Source source;
+  for (const py::handle piece : pieces) {
+    const Argument matrix = borrow("weights", piece);
+    expect_dims(matrix, 2);
+    expect_float(matrix);
+    if (rows.empty())
+      source = {nullptr, 0, matrix.shape[1], matrix.strides[1], matrix.dtype};
+    else if (matrix.shape[1] != source.inputs || matrix.strides[1] != source.stride ||
+             matrix.dtype != source.dtype)
+      refuse("weights has pieces of different inputs, strides or dtypes");
+    for (int64_t r = 0; r < matrix.shape[0]; ++r)
+      rows.push_back(matrix.as<char>() + r * matrix.strides[0] * matrix.item_size);
+  }
+  const int64_t outputs = static_cast<int64_t>(rows.size());
+  const Argument to = borrow("packed", packed);
+  expect_contiguous(to);
+  expect_shape(to, {packed_bytes(weights, isa, outputs, source.inputs, halves)});
+  // Gate and up panels in turn, each half filled up with rows of zeros.
+  const int64_t half = outputs / halves, panels = padded_to(half, kernels.width) / kernels.width;
+  std::vector<const char*> order;
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t h = 0; h < halves; ++h)
+      for (int64_t o = p * kernels.width; o < (p + 1) * kernels.width; ++o)
+        order.push_back(o < half ? rows[h * half + o] : nullptr);
+  const Weights kind = weights_named(weights);
+  const int64_t bytes = kernels.panel_bytes(kind, source.inputs);
+  const int64_t all = static_cast<int64_t>(order.size()) / kernels.width;
+  py::gil_scoped_release release;
+#pragma omp parallel for schedule(static)
+  for (int64_t p = 0; p < all; ++p) {
+    Source panel = source;
+    panel.rows = order.data() + p * kernels.width;
+    panel.count = kernels.width;
+    kernels.pack(kind, panel, to.as<char>() + p * bytes);
+  }
+}
+
+// A forward pass, what it reads kept alive.
+class BoundPass {
+ public:
+  BoundPass(const std::string& weights, const std::string& isa)
+      : pass_(weights_named(weights), kernels_named(isa)), number_(number_of(pass_.kind)) {}
+
+  void set_embedding(py::handle table, int64_t hidden, double scale, py::handle positions) {
+    pass_.hidden = hidden;
+    pass_.embed.scale = scale;
+    if (!table.is_none()) {
+      const Argument rows = take("embedding", table);
+      expect_float(rows);
+      pass_.embed.table = rows.data;
+      pass_.embed.dtype = static_cast<int>(rows.dtype);
+      vocabulary_ = rows.shape[0];
+    }
+    if (!positions.is_none()) {
+      const Argument rows = take("positions", positions);
+      expect_dtype(rows, number_);
+      pass_.embed.positions = rows.data;
+      positions_ = rows.shape[0];
+    }
+  }
+
+  int add_rotary(int64_t turned) {
+    RotaryTables tables;
+    tables.turned = turned;
+    pass_.rotaries.push_back(tables);
+    return static_cast<int>(pass_.rotaries.size()) - 1;
+  }
+  void set_rotary(int which, py::handle cosines, py::handle sines) {
+    RotaryTables& tables = pass_.rotaries.at(which);
+    const Argument c = take("cosines", cosines), s = take("sines", sines);
+    for (const Argument* table : {&c, &s}) {
+      expect_dtype(*table, number_);
+      expect_shape(*table, {c.shape[0], tables.turned / 2});
+    }
+    tables.positions = c.shape[0];
+    tables.cosines = c.data;
+    tables.sines = s.data;
+  }
+
+  void add_layer(const py::dict& d) {
+    LayerPlan layer;
+    layer.heads = {d["heads"].cast<int64_t>(), d["kv_heads"].cast<int64_t>(),
+                   d["head_size"].cast<int64_t>()};
+    layer.attention_norm = norm(d["attention_norm"]);
+    layer.after_attention = norm(d["after_attention"]);
+    layer.mlp_norm = norm(d["mlp_norm"]);
+    layer.after_mlp = norm(d["after_mlp"]);
+    layer.q_norm = norm(d["q_norm"]);
+    layer.k_norm = norm(d["k_norm"]);
+    layer.qkv = linear(d["qkv"]);
+    layer.out = linear(d["out"]);
+    layer.up = linear(d["up"]);
+    layer.down = linear(d["down"]);
+    layer.norm_each_head = d["norm_each_head"].cast<bool>();
+    layer.gated = d["gated"].cast<bool>();
+    layer.parallel = d["parallel"].cast<bool>();
+    layer.activation = static_cast<Activation>(
+        one_of("activation", d["activation"].cast<std::string>(), kActivations));
+    layer.scale = d["scale"].cast<double>();
+    layer.softcap = d["softcap"].cast<double>();
+    layer.residual_scale = d["residual_scale"].cast<double>();
+    layer.window = d["window"].cast<int64_t>();
+    layer.rotary = d["rotary"].cast<int>();
+    pass_.layers.push_back(layer);
+  }
+
+  void set_head(py::handle final_norm, py::handle head, double scale, double softcap) {
+    pass_.norm = norm(final_norm);
+    pass_.head = linear(head);
+    pass_.logit_scale = scale;
+    pass_.logit_softcap = softcap;
+    if (pass_.embed.table == nullptr) {
+      pass_.embed.packed = pass_.head.packed;
+      vocabulary_ = pass_.head.packed.outputs;
+    }
+  }
+
+  // Keys [layers, batch, heads, slots / 16, ...] and values of all layers.
+  void set_cache(py::handle keys, py::handle values, int64_t batch, int64_t slots) {
+    if (slots % kCacheWidth) refuse("slots is ", slots, "; expected a multiple of 16");
+    const Argument k = borrow("keys", keys), v = borrow("values", values);
+    expect_contiguous(k);
+    expect_contiguous(v);
+    const int64_t layers = static_cast<int64_t>(pass_.layers.size());
+    cache_ = py::make_tuple(keys, values);
+    for (int64_t l = 0; l < layers; ++l)
+      pass_.layers[l].cache = {k.as<char>() + l * bytes_of(k) / layers,
+                               v.as<char>() + l * bytes_of(v) / layers, slots};
+    batch_ = batch;
+    slots_ = slots;
+  }
+
+  // Trees of all batch rows: tokens and positions int64 [B, N], ancestors int64 [B or 1, N, W],
+  // prefix int64 [B], logits [B, N, V].
+  void step(py::handle tokens, py::handle positions, py::handle ancestors, py::handle prefix,
+            py::handle logits, int threads) {
+    const Argument ids = borrow("tokens", tokens), at = borrow("positions", positions),
+                   bits = borrow("ancestors", ancestors), before = borrow("prefix", prefix),
+                   out = borrow("logits", logits);
+    const int64_t batch = ids.shape[0], nodes = ids.shape[1], words = words_for(nodes);
+    expect_nodes(ids, nodes);
+    expect_dense(ids, DType::kInt64, {batch, nodes}, ids);
+    expect_dense(at, DType::kInt64, {batch, nodes}, ids);
+    const int64_t kinds = bits.ndim == 3 ? bits.shape[0] : 1;
+    if (bits.ndim == 3)
+      expect_dense(bits, DType::kInt64, {batch, nodes, words}, ids);
+    else
+      expect_dense(bits, DType::kInt64, {nodes, words}, ids);
+    expect_dense(before, DType::kInt64, {batch}, ids);
+    expect_dense(out, number_, {batch, nodes, pass_.head.packed.outputs}, ids);
+    clear();
+    for (int64_t b = 0; b < batch; ++b) {
+      const uint64_t* of_tree = bits.as<uint64_t>() + (kinds > 1 ? b * nodes * words : 0);
+      for (int64_t n = 0; n < nodes; ++n) {
+        const size_t begin = path_.size();
+        for (int64_t j = 0; j < n; ++j)
+          if (has_bit(of_tree + n * words, static_cast<int>(j))) path_.push_back(j);
+        path_.push_back(n);
+        path_begin_.push_back(static_cast<int64_t>(path_.size()));
+        (void)begin;
+      }
+      add_tree(b, before.as<int64_t>()[b], nodes);
+    }
+    all_wanted(batch * nodes);
+    run(ids.as<int64_t>(), at.as<int64_t>(), batch * nodes, out.data, threads);
+  }
+
+  // A text, `tokens` int64 [n], behind `start` slots of a batch row; logits [keep, V] of its last ones.
+  void read(int64_t batch, py::handle tokens, py::handle positions, int64_t start, int64_t keep,
+            py::handle logits, int threads) {
+    const Argument ids = borrow("tokens", tokens), at = borrow("positions", positions),
+                   out = borrow("logits", logits);
+    expect_dense(ids, DType::kInt64, {ids.shape[0]}, ids);
+    expect_dense(at, DType::kInt64, {ids.shape[0]}, ids);
+    expect_range("keep", keep, 0, ids.shape[0]);
+    expect_dense(out, number_, {keep, pass_.head.packed.outputs}, ids);
+    clear();
+    const int64_t count = ids.shape[0];
+    for (int64_t n = 0; n < count; ++n) {
+      for (int64_t j = 0; j <= n; ++j) path_.push_back(j);
+      path_begin_.push_back(static_cast<int64_t>(path_.size()));
+    }
+    add_tree(batch, start, count);
+    for (int64_t n = count - keep; n < count; ++n) wanted_.push_back(static_cast<int32_t>(n));
+    run(ids.as<int64_t>(), at.as<int64_t>(), count, out.data, threads);
+  }
+
+  // As ops.commit_kv: path int64 [B, N], accepted int64 [B].
+  void commit(py::handle prefix, py::handle path, py::handle accepted) {
+    const Argument before = borrow("prefix", prefix), nodes = borrow("path", path),
+                   count = borrow("accepted", accepted);
+    const int64_t batch = before.shape[0];
+    expect_dense(before, DType::kInt64, {batch}, before);
+    expect_dims(nodes, 2);
+    expect_dense(nodes, DType::kInt64, {batch, nodes.shape[1]}, before);
+    expect_dense(count, DType::kInt64, {batch}, before);
+    for (int64_t b = 0; b < batch; ++b)
+      pass_.commit(b, before.as<int64_t>()[b], nodes.as<int64_t>() + b * nodes.shape[1],
+                   count.as<int64_t>()[b]);
+  }
+
+ private:
+  static int64_t bytes_of(const Tensor& t) {
+    int64_t bytes = t.item_size;
+    for (int i = 0; i < t.ndim; ++i) bytes *= t.shape[i];
+    return bytes;
+  }
+
+  Argument take(const char* name, py::handle tensor) {
+    const Argument taken = borrow(name, tensor);
+    expect_contiguous(taken);
+    kept_.append(tensor);
+    return taken;
+  }
+
+  // (kind, weight, bias or None, eps) or None.
+  Norm norm(py::handle from) {
+    if (from.is_none()) return {};
+    const auto [kind, weight, bias, eps] =
+        from.cast<std::tuple<std::string, py::object, py::object, double>>();
+    Norm norm;
+    norm.kind = kind == "rms" ? Norm::kRms : Norm::kLayer;
+    norm.eps = eps;
+    const Argument w = take("norm", weight);
+    expect_dtype(w, number_);
+    norm.weight = w.data;
+    if (bias.is_none()) return norm;
+    const Argument b = take("norm's bias", bias);
+    expect_dtype(b, number_);
+    norm.bias = b.data;
+    return norm;
+  }
+
+  // (packed, outputs, inputs, bias or None).
+  LinearWeights linear(py::handle from) {
+    const auto [packed, outputs, inputs, bias] =
+        from.cast<std::tuple<py::object, int64_t, int64_t, py::object>>();
+    LinearWeights weights;
+    weights.packed = {take("packed", packed).data, outputs, inputs};
+    if (bias.is_none()) return weights;
+    const Argument b = take("bias", bias);
+    expect_dense(b, number_, {outputs}, b);
+    weights.bias = b.data;
+    return weights;
+  }
+
+  void clear() {
+    path_.clear();
+    path_begin_.assign(1, 0);
+    tree_begin_.assign(1, 0);
+    batches_.clear();
+    prefixes_.clear();
+    wanted_.clear();
+  }
+  void add_tree(int64_t batch, int64_t prefix, int64_t nodes) {
+    expect_range("batch", batch, 0, batch_ - 1);
+    expect_range("slots before a tree", prefix, 0, slots_ - nodes);
+    batches_.push_back(batch);
+    prefixes_.push_back(prefix);
+    tree_begin_.push_back(tree_begin_.back() + nodes);
+  }
+  void all_wanted(int64_t count) {
+    for (int64_t n = 0; n < count; ++n) wanted_.push_back(static_cast<int32_t>(n));
+  }
+
+  void run(const int64_t* tokens, const int64_t* positions, int64_t count, void* logits, int threads) {
+    int64_t positions_end = positions_ ? positions_ : int64_t{1} << 60;
+    for (const RotaryTables& tables : pass_.rotaries)
+      positions_end = std::min(positions_end, tables.positions);
+    for (int64_t n = 0; n < count; ++n) {
+      expect_range("token", tokens[n], 0, vocabulary_ - 1);
+      expect_range("position", positions[n], 0, positions_end - 1);
+    }
+    Rows rows;
+    rows.count = count;
+    rows.tokens = tokens;
+    rows.positions = positions;
+    rows.trees = static_cast<int64_t>(batches_.size());
+    rows.tree_begin = tree_begin_.data();
+    rows.batch = batches_.data();
+    rows.prefix = prefixes_.data();
+    rows.path_begin = path_begin_.data();
+    rows.path = path_.data();
+    py::gil_scoped_release release;
+    pass_.run(rows, wanted_.data(), static_cast<int64_t>(wanted_.size()), logits, threads);
+  }
+
+  ForwardPass pass_;
+  DType number_;
+  py::list kept_;
+  py::object cache_;
+  int64_t vocabulary_ = 0, positions_ = 0, batch_ = 0, slots_ = 0;
+  std::vector<int64_t> path_, path_begin_, tree_begin_, batches_, prefixes_;
+  std::vector<int32_t> wanted_;
+};
+
+}  // namespace
+
+void define_layers(py::module_& m) {
+  m.attr("CACHE_WIDTH") = kCacheWidth;
+  m.def("layer_isa", &layer_isa);
+  m.def("packed_bytes", &packed_bytes);
+  m.def("pack", &pack);
+  py::class_<BoundPass>(m, "ForwardPass")
+      .def(py::init<const std::string&, const std::string&>())
+      .def("set_embedding", &BoundPass::set_embedding)
+      .def("add_rotary", &BoundPass::add_rotary)
+      .def("set_rotary", &BoundPass::set_rotary)
+      .def("add_layer", &BoundPass::add_layer)
+      .def("set_head", &BoundPass::set_head)
+      .def("set_cache", &BoundPass::set_cache)
+      .def("step", &BoundPass::step)
+      .def("read", &BoundPass::read)
+      .def("commit", &BoundPass::commit);
+}
+
+}  // namespace msn

@@ -1,0 +1,265 @@
+// Queries, keys and values of one layer: turned and cached, then attention to them.
+//
+// A row attends to the logical positions 0, 1, ...: the slots of its prefix, then its path. Scores go
+// to their logical positions before soft-max and values, so that sums have the same order whether a
+// token above was a node of this tree or was committed before.
+#pragma once
+#include "cpu/layers/functions.h"
+#include "cpu/layers/kernels.h"
+#include "cpu/layers/packing.h"
+#include "cpu/layers/panels.h"
+
+namespace msn::MSN_ISA {
+
+constexpr int kMaxHeadSize = 512;
+
+template <typename S>
+struct CachePanelsOf {
+  using type = Floats<S, kCacheWidth, 0>;
+};
+template <>
+struct CachePanelsOf<BFloat16> {
+  using type = BFloats<kCacheWidth, 0>;
+};
+template <>
+struct CachePanelsOf<Half> {
+  using type = Halfs<kCacheWidth, 0>;
+};
+template <typename S>
+using CachePanels = typename CachePanelsOf<S>::type;
+
+// The panels of one head of one batch row.
+template <typename S>
+struct HeadCache {
+  using P = CachePanels<S>;
+  char *keys, *values;
+  int64_t size, slots;
+
+  HeadCache(const Cache& cache, const Heads& heads, int64_t batch, int64_t head)
+      : size(heads.size), slots(cache.slots) {
+    const int64_t at = batch * heads.kv + head;
+    keys = static_cast<char*>(cache.keys) + at * (slots / kCacheWidth) * P::bytes(size);
+    values = static_cast<char*>(cache.values) + at * value_panels() * P::bytes(slots);
+  }
+  int64_t value_panels() const { return (size + kCacheWidth - 1) / kCacheWidth; }
+  char* key_panel(int64_t slot) const { return keys + slot / kCacheWidth * P::bytes(size); }
+  char* value_panel(int64_t panel) const { return values + panel * P::bytes(slots); }
+
+  template <typename T>
+  void write_key(int64_t slot, const T* key) const {
+    char* panel = key_panel(slot);
+    for (int64_t d = 0; d < size; ++d)
+      narrow(key[d], place(P{}, panel, d, static_cast<int>(slot % kCacheWidth)));
+  }
+  template <typename T>
+  void write_value(int64_t slot, const T* value) const {
+    for (int64_t d = 0; d < size; ++d)
+      narrow(value[d], place(P{}, value_panel(d / kCacheWidth), slot, d % kCacheWidth));
+  }
+  void move(int64_t from, int64_t to) const {
+    for (int64_t d = 0; d < size; ++d) {
+      const int o = static_cast<int>(d % kCacheWidth);
+      *place(P{}, key_panel(to), d, static_cast<int>(to % kCacheWidth)) =
+          *place(P{}, key_panel(from), d, static_cast<int>(from % kCacheWidth));
+      *place(P{}, value_panel(d / kCacheWidth), to, o) =
+          *place(P{}, value_panel(d / kCacheWidth), from, o);
+    }
+  }
+};
+
+// ---- rotary embedding and cache ------------------------------------------------------------------
+
+template <typename T>
+void rotate(const RotaryWrite& stage, int64_t position, T* x) {
+  const int64_t half = stage.turned / 2;
+  const T* cosines = static_cast<const T*>(stage.cosines) + position * half;
+  const T* sines = static_cast<const T*>(stage.sines) + position * half;
+  for (int64_t i = 0; i < half; ++i) {
+    const T a = x[i], b = x[i + half];
+    x[i] = a * cosines[i] - b * sines[i];
+    x[i + half] = b * cosines[i] + a * sines[i];
+  }
+}
+
+template <typename S>
+void rotary_write(const RotaryWrite& stage, int t, int threads) {
+  using T = typename CachePanels<S>::Sum;
+  const Rows& rows = *stage.rows;
+  const Heads& heads = stage.heads;
+  const int64_t size = heads.size, all = heads.query + 2 * heads.kv;
+  const bool norms = stage.q_norm.kind != Norm::kNone;
+  // Norms over all heads have to be one thread's.
+  const int64_t each = norms && !stage.norm_each_head ? all : 1;
+  const int64_t units = rows.count * all / each;
+  const int64_t begin = units * t / threads * each, end = units * (t + 1) / threads * each;
+  int64_t tree = 0;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / all, head = unit % all;
+    while (rows.tree_begin[tree + 1] <= n) ++tree;
+    T* x = static_cast<T*>(stage.qkv) + (n * all + head) * size;
+    const bool is_query = head < heads.query, is_value = head >= heads.query + heads.kv;
+    if (norms && !is_value) {
+      const Norm& norm = is_query ? stage.q_norm : stage.k_norm;
+      if (stage.norm_each_head)
+        normalise(norm, x, size, x);
+      else if (head == 0 || head == heads.query)
+        normalise(norm, x, size * (is_query ? heads.query : heads.kv), x);
+    }
+    if (!is_value) rotate(stage, rows.positions[n], x);
+    if (is_query) continue;
+    const int64_t kv_head = (head - heads.query) % heads.kv;
+    const HeadCache<S> cache(stage.cache, heads, rows.batch[tree], kv_head);
+    const int64_t slot = rows.prefix[tree] + n - rows.tree_begin[tree];
+    if (is_value)
+      cache.write_value(slot, x);
+    else
+      cache.write_key(slot, x);
+  }
+}
+
+// ---- attention -----------------------------------------------------------------------------------
+
+// Some rows (node x query head) of one key/value head.
+template <typename S>
+struct AttentionBlock {
+  using P = CachePanels<S>;
+  using T = typename P::Sum;
+  static constexpr int kLanes = Vector<T>::size;
+  static constexpr int kRows = 2 * kRowsFor<P>;
+
+  const CachedAttention& stage;
+  const HeadCache<S>& cache;
+  int64_t tree, kv_head, first_row, count;
+
+  const Rows& rows = *stage.rows;
+  const Heads& heads = stage.heads;
+  int64_t size = heads.size, group = heads.query / heads.kv, prefix = rows.prefix[tree];
+  int64_t padded = cache.value_panels() * kCacheWidth;
+  int64_t starts[kRows] = {};  // logical position where a row's window begins
+  int64_t base = prefix, end = prefix;  // slots that scores are computed for
+  int64_t stride = 0;                   // of scores
+  T *queries = nullptr, *scores = nullptr, *sums = nullptr;
+
+  int64_t row_of(int64_t i) const { return rows.tree_begin[tree] + (first_row + i) / group; }
+  int64_t head_of(int64_t i) const { return kv_head * group + (first_row + i) % group; }
+  int64_t path_length(int64_t n) const { return rows.path_begin[n + 1] - rows.path_begin[n]; }
+  const int64_t* path_of(int64_t n) const { return rows.path + rows.path_begin[n]; }
+
+  void run(Scratch& scratch) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t n = row_of(i), length = path_length(n), next = prefix + length;
+      starts[i] = stage.window > 0 && next > stage.window ? next - stage.window : 0;
+      base = starts[i] < base ? starts[i] : base;
+      const int64_t last = prefix + path_of(n)[length - 1] + 1;
+      end = last > end ? last : end;
+    }
+    base -= base % kCacheWidth;
+    stride = (end - base + kCacheWidth - 1) / kCacheWidth * kCacheWidth;
+    char* memory = scratch.get((count * (size + stride + padded) + 64) * sizeof(T));
+    sums = reinterpret_cast<T*>(memory);
+    scores = sums + count * padded;
+    queries = scores + count * stride;
+    score();
+    T inverse[kRows];
+    for (int64_t i = 0; i < count; ++i) inverse[i] = 1 / soft_max(i);
+    add_values();
+    for (int64_t i = 0; i < count; ++i) {
+      T* to = static_cast<T*>(stage.out) + row_of(i) * heads.query * size + head_of(i) * size;
+      for (int64_t d = 0; d < size; ++d) to[d] = sums[i * padded + d] * inverse[i];
+    }
+  }
+
+  void score() {
+    const int64_t all = heads.query + 2 * heads.kv;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* q = static_cast<const T*>(stage.qkv) + (row_of(i) * all + head_of(i)) * size;
+      for (int64_t d = 0; d < size; ++d) queries[i * size + d] = q[d] * static_cast<T>(stage.scale);
+    }
+    for (int64_t slot = base; slot < end; slot += kCacheWidth) {
+      const char* panel = cache.key_panel(slot);
+      multiply_rows<P>(queries, size, count, panel, size, panel + P::bytes(size),
+                       scores + (slot - base), stride, [](int64_t, int64_t) {});
+    }
+  }
+
+  // Turns the scores of row i into weights that sum up to what is returned.
+  T soft_max(int64_t i) {
+    T* s = scores + i * stride;
+    const int64_t n = row_of(i), length = path_length(n), root = prefix - base;
+    for (int64_t j = 0; j < length; ++j) s[root + j] = s[root + path_of(n)[j]];
+    const int64_t known = root + length, whole = (known + kLanes - 1) / kLanes * kLanes;
+    if (const T cap = static_cast<T>(stage.softcap); cap > 0)
+      transform(s, known, s, [cap](Vec<T> v, int64_t) { return soft_cap<T>(v, cap); });
+    const T none = -static_cast<T>(__builtin_inf());
+    for (int64_t j = 0; j < starts[i] - base; ++j) s[j] = none;
+    for (int64_t j = known; j < whole; ++j) s[j] = none;
+    Vec<T> top = splat(none);
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      const Vec<T> v = load(s + j);
+      top = v > top ? v : top;
+    }
+    T most = none;
+    for (int j = 0; j < kLanes; ++j) most = top[j] > most ? top[j] : most;
+    Vec<T> total{};
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      const Vec<T> weight = exp_negative(Vec<T>(load(s + j) - most));
+      total += weight;
+      store(s + j, weight);
+    }
+    return sum_of<T>(total);
+  }
+
+  void add_values() {
+    if (prefix == base)
+      for (int64_t i = 0; i < count * padded; ++i) sums[i] = 0;
+    for (int64_t j = 0; j < cache.value_panels(); ++j) {
+      const char* panel = cache.value_panel(j);
+      if (prefix > base)
+        multiply_rows<P>(scores, stride, count, P::at(panel, base), prefix - base,
+                         P::at(panel, base), sums + j * kCacheWidth, padded,
+                         [](int64_t, int64_t) {});
+      for (int64_t i = 0; i < count; ++i) add_path(i, panel, sums + i * padded + j * kCacheWidth);
+    }
+  }
+
+  void add_path(int64_t i, const char* panel, T* to) {
+    const int64_t n = row_of(i), length = path_length(n);
+    Vec<T> sum[P::kVectors], value[P::kVectors];
+    for (int v = 0; v < P::kVectors; ++v) sum[v] = load(to + v * kLanes);
+    for (int64_t j = 0; j < length; ++j) {
+      const T weight = scores[i * stride + prefix - base + j];
+      const int64_t slot = prefix + path_of(n)[j], g = slot % P::kGroup;
+      P::expand(P::at(panel, slot - g), static_cast<int>(g), value);
+      for (int v = 0; v < P::kVectors; ++v) sum[v] += weight * value[v];
+    }
+    for (int v = 0; v < P::kVectors; ++v) store(to + v * kLanes, sum[v]);
+  }
+};
+
+// Threads share rows (tree x head x node x query head of it), neighbours to one.
+template <typename S>
+void attend(const CachedAttention& stage, int t, int threads, Scratch& scratch) {
+  const Rows& rows = *stage.rows;
+  const int64_t group = stage.heads.query / stage.heads.kv;
+  const int64_t all = rows.count * stage.heads.query;
+  const int64_t from = all * t / threads, to = all * (t + 1) / threads;
+  int64_t at = 0;
+  for (int64_t tree = 0; tree < rows.trees; ++tree) {
+    const int64_t count = (rows.tree_begin[tree + 1] - rows.tree_begin[tree]) * group;
+    for (int64_t h = 0; h < stage.heads.kv; ++h, at += count) {
+      int64_t first = from > at ? from - at : 0;
+      const int64_t last = to - at < count ? to - at : count;
+      if (first >= last) continue;
+      const HeadCache<S> cache(stage.cache, stage.heads, rows.batch[tree], h);
+      constexpr int64_t kMost = AttentionBlock<S>::kRows;
+      const int64_t parts = (last - first + kMost - 1) / kMost;
+      for (int64_t i = 0; i < parts; ++i) {
+        const int64_t begin = first + (last - first) * i / parts;
+        const int64_t many = first + (last - first) * (i + 1) / parts - begin;
+        AttentionBlock<S>{stage, cache, tree, h, begin, many}.run(scratch);
+      }
+    }
+  }
+}
+
+}  // namespace msn::MSN_ISA

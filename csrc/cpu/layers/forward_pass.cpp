@@ -1,0 +1,153 @@
+#include "cpu/layers/forward_pass.h"
+
+#include <algorithm>
+
+#include "cpu/layers/team.h"
+
+namespace msn {
+
+// One thread on its way through a pass.
+struct ForwardPass::Worker {
+  ForwardPass& pass;
+  const Rows& rows;
+  const Buffers& at;
+  int t, threads;
+  Barrier& barrier;
+  Scratch& scratch;
+  const Kernels& kernels = pass.kernels;
+
+  Linear linear(const LinearWeights& weights, const Norm& norm, const void* x, void* out) const {
+    Linear stage;
+    stage.rows = rows.count;
+    stage.x = x;
+    stage.x_stride = weights.packed.inputs;
+    stage.norm = norm;
+    stage.weights = weights.packed;
+    stage.bias = weights.bias;
+    stage.out = out;
+    stage.out_stride = weights.packed.outputs;
+    return stage;
+  }
+  void run(const Linear& stage) const { kernels.linear(pass.kind, stage, t, threads, scratch); }
+
+  // h += scale * after(x W^T + bias)
+  void add_branch(const LayerPlan& layer, const LinearWeights& weights, const Norm& after,
+                  const void* x) const {
+    const bool direct = after.kind == Norm::kNone;
+    Linear stage = linear(weights, Norm{}, x, direct ? at.h : at.branch);
+    stage.epilogue = direct ? Linear::kAdd : Linear::kStore;
+    stage.scale = layer.residual_scale;
+    run(stage);
+    if (direct) return;
+    barrier.wait();
+    const AddNorm add{rows.count, pass.hidden, at.branch, after, layer.residual_scale, at.h};
+    kernels.add_norm(pass.kind, add, t, threads);
+  }
+
+  void attention(const LayerPlan& layer) const {
+    run(linear(layer.qkv, layer.attention_norm, at.h, at.qkv));
+    barrier.wait();
+    RotaryWrite turn;
+    turn.rows = &rows;
+    turn.heads = layer.heads;
+    turn.qkv = at.qkv;
+    turn.q_norm = layer.q_norm;
+    turn.k_norm = layer.k_norm;
+    turn.norm_each_head = layer.norm_each_head;
+    turn.cache = layer.cache;
+    if (layer.rotary >= 0) {
+      const RotaryTables& tables = pass.rotaries[layer.rotary];
+      turn.turned = tables.turned;
+      turn.cosines = tables.cosines;
+      turn.sines = tables.sines;
+    }
+    kernels.rotary_write(pass.kind, turn, t, threads);
+    barrier.wait();
+    CachedAttention attend;
+    attend.rows = &rows;
+    attend.heads = layer.heads;
+    attend.qkv = at.qkv;
+    attend.scale = layer.scale;
+    attend.softcap = layer.softcap;
+    attend.window = layer.window;
+    attend.cache = layer.cache;
+    attend.out = at.mixed;
+    kernels.attention(pass.kind, attend, t, threads, scratch);
+    barrier.wait();
+  }
+
+  void up(const LayerPlan& layer) const {
+    Linear stage = linear(layer.up, layer.mlp_norm, at.h, at.middle);
+    stage.epilogue = layer.gated ? Linear::kGate : Linear::kActivate;
+    stage.activation = layer.activation;
+    stage.out_stride = layer.down.packed.inputs;
+    run(stage);
+    barrier.wait();
+  }
+
+  void run_layer(const LayerPlan& layer) const {
+    attention(layer);
+    if (layer.parallel) up(layer);  // reads h before anything is added
+    add_branch(layer, layer.out, layer.after_attention, at.mixed);
+    barrier.wait();
+    if (!layer.parallel) up(layer);
+    add_branch(layer, layer.down, layer.after_mlp, at.middle);
+    barrier.wait();
+  }
+
+  void head(const int32_t* wanted, int64_t count, void* logits) const {
+    Linear stage = linear(pass.head, pass.norm, at.h, logits);
+    stage.rows = count;
+    stage.pick = wanted;
+    stage.epilogue = Linear::kLogits;
+    stage.scale = pass.logit_scale;
+    stage.softcap = pass.logit_softcap;
+    run(stage);
+  }
+};
+
+ForwardPass::Buffers ForwardPass::buffers(int64_t rows) {
+  int64_t qkv = 0, mixed = 0, middle = 0;
+  for (const LayerPlan& layer : layers) {
+    qkv = std::max(qkv, layer.qkv.packed.outputs);
+    mixed = std::max(mixed, layer.out.packed.inputs);
+    middle = std::max(middle, layer.down.packed.inputs);
+  }
+  const int64_t sizes[] = {hidden, qkv, mixed, middle, hidden};
+  int64_t total = 0;
+  for (const int64_t size : sizes) total += (rows * size * item() + 63) / 64 * 64;
+  char* from = memory_.get(total);
+  char* begin[5];
+  for (int i = 0; i < 5; ++i) {
+    begin[i] = from;
+    from += (rows * sizes[i] * item() + 63) / 64 * 64;
+  }
+  return {begin[0], begin[1], begin[2], begin[3], begin[4]};
+}
+
+void ForwardPass::run(const Rows& rows, const int32_t* wanted, int64_t count, void* logits,
+                      int threads) {
+  const Buffers at = buffers(rows.count);
+  if (static_cast<int>(scratch_.size()) < threads) scratch_ = std::vector<Scratch>(threads);
+  with_team(threads, [&](int t, int team, Barrier& barrier) {
+    const Worker worker{*this, rows, at, t, team, barrier, scratch_[t]};
+    Embed first = embed;
+    first.rows = &rows;
+    first.size = hidden;
+    first.out = at.h;
+    kernels.embed(kind, first, t, team);
+    barrier.wait();
+    for (const LayerPlan& layer : layers) worker.run_layer(layer);
+    if (count) worker.head(wanted, count, logits);
+  });
+}
+
+void ForwardPass::commit(int64_t batch, int64_t prefix, const int64_t* path, int64_t length) {
+  for (int64_t i = 0; i < length; ++i) {
+    if (path[i] == i) continue;
+    for (const LayerPlan& layer : layers)
+      kernels.move(kind, layer.cache, layer.heads, batch, prefix + path[i], prefix + i);
+  }
+}
+
+}  // namespace msn

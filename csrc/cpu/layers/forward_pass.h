@@ -1,0 +1,68 @@
+// A forward pass over rows of token trees: the stages of every layer, one after the other, on one team
+// of threads.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "cpu/layers/kernels.h"
+
+namespace msn {
+
+struct LinearWeights {
+  Packed packed;
+  const void* bias = nullptr;
+};
+
+struct RotaryTables {  // [positions, turned / 2] each
+  int64_t turned = 0, positions = 0;
+  const void *cosines = nullptr, *sines = nullptr;
+};
+
+// msn_ext/decoding/forward/plan.py says what each means.
+struct LayerPlan {
+  Heads heads;
+  Norm attention_norm, after_attention, mlp_norm, after_mlp, q_norm, k_norm;
+  LinearWeights qkv, out, up, down;
+  bool norm_each_head = true, gated = true, parallel = false;
+  Activation activation = Activation::kSilu;
+  double scale = 1, softcap = 0, residual_scale = 1;
+  int64_t window = 0;
+  int rotary = -1;
+  Cache cache;
+};
+
+class ForwardPass {
+ public:
+  ForwardPass(Weights kind, const Kernels& kernels) : kind(kind), kernels(kernels) {}
+
+  // Computes all rows, writes their keys and values into the caches, and the logits of the rows
+  // `wanted` [count] to `logits` [count, V] of T.
+  void run(const Rows& rows, const int32_t* wanted, int64_t count, void* logits, int threads);
+
+  // Moves what the nodes `path` [length] of a tree behind `prefix` slots left in the caches of a batch
+  // row up to the slots behind the prefix.
+  void commit(int64_t batch, int64_t prefix, const int64_t* path, int64_t length);
+
+  const Weights kind;
+  const Kernels& kernels;
+  int64_t hidden = 0;
+  Embed embed;
+  std::vector<LayerPlan> layers;
+  std::vector<RotaryTables> rotaries;
+  Norm norm;
+  LinearWeights head;
+  double logit_scale = 1, logit_softcap = 0;
+
+ private:
+  struct Buffers {  // of T, a row each of h [hidden], qkv, mixed (attention's), middle, branch
+    char *h, *qkv, *mixed, *middle, *branch;
+  };
+  int64_t item() const { return kind == Weights::kFloat64 ? 8 : 4; }
+  Buffers buffers(int64_t rows);
+  struct Worker;
+
+  Scratch memory_;
+  std::vector<Scratch> scratch_;
+};
+
+}  // namespace msn

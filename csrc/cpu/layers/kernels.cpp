@@ -1,0 +1,94 @@
+// The kernels of kernels.h, compiled once per instruction set (MSN_ISA). Here is no function that
+// other files might share: the linker would keep one of them, for any instruction set.
+#include "cpu/layers/kernels.h"
+
+#include "cpu/layers/attention.h"
+#include "cpu/layers/functions.h"
+#include "cpu/layers/linear.h"
+#include "cpu/layers/packing.h"
+
+namespace msn::MSN_ISA {
+
+namespace {
+
+// f(P{}) for the way that panels of a kind of weights are stored.
+template <typename F>
+auto with_panels(Weights kind, F f) {
+  switch (kind) {
+    case Weights::kFloat64: return f(Floats<double, kWeightWidth, kSumBlock>{});
+    case Weights::kFloat32: return f(Floats<float, kWeightWidth, kSumBlock>{});
+    case Weights::kBFloat16: return f(WeightBFloats{});
+    case Weights::kFloat16: return f(Halfs<kWeightWidth, kSumBlock>{});
+    default: return f(Int8s<kWeightWidth>{});
+  }
+}
+
+// f(S{}) for the type that keys and values are stored in.
+template <typename F>
+auto with_cache(Weights kind, F f) {
+  switch (kind) {
+    case Weights::kFloat64: return f(double{});
+    case Weights::kFloat32: return f(float{});
+    case Weights::kFloat16: return f(Half{});
+    default: return f(BFloat16{});
+  }
+}
+
+int64_t panel_bytes_of(Weights kind, int64_t inputs) {
+  return with_panels(kind, [&](auto panels) { return decltype(panels)::bytes(inputs); });
+}
+
+void pack_rows(Weights kind, const Source& source, void* to) {
+  with_panels(kind, [&](auto panels) { pack<decltype(panels)>(source, static_cast<char*>(to)); });
+}
+
+void unpack_row(Weights kind, const Packed& from, int64_t row, void* to) {
+  with_panels(kind, [&](auto panels) {
+    using P = decltype(panels);
+    unpack<P>(from, row, static_cast<typename P::Sum*>(to));
+  });
+}
+
+void embed_rows(Weights kind, const Embed& stage, int t, int threads) {
+  with_panels(kind, [&](auto panels) { embed<decltype(panels)>(stage, t, threads); });
+}
+
+void linear_rows(Weights kind, const Linear& stage, int t, int threads, Scratch& scratch) {
+  with_panels(kind, [&](auto panels) { linear<decltype(panels)>(stage, t, threads, scratch); });
+}
+
+void add_norm_rows(Weights kind, const AddNorm& stage, int t, int threads) {
+  if (kind == Weights::kFloat64)
+    add_norm<double>(stage, t, threads);
+  else
+    add_norm<float>(stage, t, threads);
+}
+
+void rotary_write_rows(Weights kind, const RotaryWrite& stage, int t, int threads) {
+  with_cache(kind, [&](auto stored) { rotary_write<decltype(stored)>(stage, t, threads); });
+}
+
+void attention_rows(Weights kind, const CachedAttention& stage, int t, int threads,
+                    Scratch& scratch) {
+  with_cache(kind, [&](auto stored) { attend<decltype(stored)>(stage, t, threads, scratch); });
+}
+
+void move_slot(Weights kind, const Cache& cache, const Heads& heads, int64_t batch, int64_t from,
+               int64_t to) {
+  with_cache(kind, [&](auto stored) {
+    for (int64_t head = 0; head < heads.kv; ++head)
+      HeadCache<decltype(stored)>(cache, heads, batch, head).move(from, to);
+  });
+}
+
+#define MSN_TEXT_OF(x) #x
+#define MSN_TEXT(x) MSN_TEXT_OF(x)
+
+}  // namespace
+
+const Kernels kernels = {MSN_TEXT(MSN_ISA), kWeightWidth,      WeightBFloats::kPairs,
+                         panel_bytes_of,    pack_rows,         unpack_row,
+                         embed_rows,        linear_rows,       add_norm_rows,
+                         rotary_write_rows, attention_rows,    move_slot};
+
+}  // namespace msn::MSN_ISA

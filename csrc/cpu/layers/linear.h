@@ -1,0 +1,147 @@
+// Linear layers over packed weights, with what comes before (a norm) and after (residual, activation).
+#pragma once
+#include "cpu/layers/functions.h"
+#include "cpu/layers/kernels.h"
+#include "cpu/layers/panels.h"
+
+namespace msn::MSN_ISA {
+
+// ---- before: rows as the kernel multiplies them --------------------------------------------------
+
+// Pairs of bfloat16, to nearest, ties to even.
+inline void round_pairs(const float* x, int64_t size, uint32_t* to) {
+  for (int64_t i = 0; i < size; i += 2) {
+    BFloat16 low{}, high{};
+    narrow(x[i], &low);
+    if (i + 1 < size) narrow(x[i + 1], &high);
+    to[i / 2] = low.bits | uint32_t{high.bits} << 16;
+  }
+}
+
+template <typename P>
+struct Inputs {
+  const typename P::In* x;
+  int64_t stride;
+};
+
+// Every thread makes them for itself: that is cheaper than to wait for others.
+template <typename P>
+Inputs<P> inputs_of(const Linear& stage, char* scratch) {
+  using T = typename P::Sum;
+  const T* x = static_cast<const T*>(stage.x);
+  const int64_t size = stage.weights.inputs;
+  if constexpr (!P::kPairs)
+    if (stage.norm.kind == Norm::kNone && !stage.pick) return {x, stage.x_stride};
+  const int64_t stride = (size + 15) / 16 * 16;
+  T* normal = reinterpret_cast<T*>(scratch);
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(normal + stage.rows * stride);
+  for (int64_t r = 0; r < stage.rows; ++r) {
+    const T* from = x + (stage.pick ? stage.pick[r] : r) * stage.x_stride;
+    T* to = normal + r * stride;
+    if (stage.norm.kind != Norm::kNone)
+      normalise(stage.norm, from, size, to);
+    else
+      std::memcpy(to, from, size * sizeof(T));
+    if constexpr (P::kPairs) round_pairs(to, size, pairs + r * stride);
+  }
+  if constexpr (P::kPairs)
+    return {pairs, stride};
+  else
+    return {normal, stride};
+}
+
+inline int64_t inputs_bytes(int64_t rows, int64_t size, int64_t item) {
+  return rows * ((size + 15) / 16 * 16) * 2 * item;
+}
+
+// ---- after ---------------------------------------------------------------------------------------
+
+// y[o] of one row, o < count of the panel's outputs that there are, in place; then out.
+template <typename T, int kWidth>
+struct After {
+  const Linear& stage;
+
+  void add_bias(T* y, int64_t output, int count) const {
+    if (!stage.bias) return;
+    const T* bias = static_cast<const T*>(stage.bias) + output;
+    for (int o = 0; o < count; ++o) y[o] += bias[o];
+  }
+
+  void operator()(T* y, int64_t row, int64_t output, int count) const {
+    T* out = static_cast<T*>(stage.out) + row * stage.out_stride + output;
+    add_bias(y, output, count);
+    switch (stage.epilogue) {
+      case Linear::kAdd: {
+        const T scale = static_cast<T>(stage.scale);
+        for (int o = 0; o < count; ++o) out[o] += scale * y[o];
+        return;
+      }
+      case Linear::kActivate:
+        transform(y, kWidth, y, [&](Vec<T> v, int64_t) { return activate<T>(stage.activation, v); });
+        break;
+      case Linear::kLogits: {
+        const T scale = static_cast<T>(stage.scale), cap = static_cast<T>(stage.softcap);
+        if (scale != 1) transform(y, kWidth, y, [&](Vec<T> v, int64_t) { return v * scale; });
+        if (cap > 0) transform(y, kWidth, y, [&](Vec<T> v, int64_t) { return soft_cap<T>(v, cap); });
+        break;
+      }
+      default: break;
+    }
+    std::memcpy(out, y, count * sizeof(T));
+  }
+
+  void gate(T* gates, T* ups, int64_t row, int64_t output, int count) const {
+    T* out = static_cast<T*>(stage.out) + row * stage.out_stride + output;
+    add_bias(gates, output, count);
+    add_bias(ups, stage.weights.outputs / 2 + output, count);
+    for (int o = 0; o < kWidth; o += Vector<T>::size)
+      store(gates + o, activate<T>(stage.activation, load(gates + o)) * load(ups + o));
+    std::memcpy(out, gates, count * sizeof(T));
+  }
+};
+
+// ---- the stage -----------------------------------------------------------------------------------
+
+template <typename P>
+void linear(const Linear& stage, int t, int threads, Scratch& scratch) {
+  using T = typename P::Sum;
+  constexpr int kWidth = P::kWidth;
+  const bool gated = stage.epilogue == Linear::kGate;
+  const int64_t inputs = stage.weights.inputs, bytes = P::bytes(inputs), rows = stage.rows;
+  const int64_t outputs = gated ? stage.weights.outputs / 2 : stage.weights.outputs;
+  const int64_t panels = (outputs + kWidth - 1) / kWidth, together = gated ? 2 : 1;
+  const int64_t tile_bytes = rows * kWidth * sizeof(T);
+  char* memory = scratch.get(2 * tile_bytes + inputs_bytes(rows, inputs, sizeof(T)));
+  T* tiles[2] = {reinterpret_cast<T*>(memory), reinterpret_cast<T*>(memory + tile_bytes)};
+  const Inputs<P> in = inputs_of<P>(stage, memory + 2 * tile_bytes);
+  const After<T, kWidth> after{stage};
+
+  for (int64_t p = panels * t / threads; p < panels * (t + 1) / threads; ++p) {
+    const char* panel = static_cast<const char*>(stage.weights.data) + p * together * bytes;
+    const int64_t output = p * kWidth;
+    const int count = output + kWidth <= outputs ? kWidth : static_cast<int>(outputs - output);
+    for (int i = 0; i < together; ++i, panel += bytes)
+      multiply_rows<P>(in.x, in.stride, rows, panel, inputs, panel + together * bytes, tiles[i],
+                       kWidth, [&](int64_t first, int64_t many) {
+                         if (gated) return;
+                         for (int64_t r = first; r < first + many; ++r)
+                           after(tiles[0] + r * kWidth, r, output, count);
+                       });
+    if (!gated) continue;
+    for (int64_t r = 0; r < rows; ++r)
+      after.gate(tiles[0] + r * kWidth, tiles[1] + r * kWidth, r, output, count);
+  }
+}
+
+template <typename T>
+void add_norm(const AddNorm& stage, int t, int threads) {
+  const T scale = static_cast<T>(stage.scale);
+  for (int64_t r = stage.rows * t / threads; r < stage.rows * (t + 1) / threads; ++r) {
+    T* x = static_cast<T*>(const_cast<void*>(stage.x)) + r * stage.size;
+    T* h = static_cast<T*>(stage.h) + r * stage.size;
+    normalise(stage.norm, x, stage.size, x);
+    for (int64_t i = 0; i < stage.size; ++i) h[i] += scale * x[i];
+  }
+}
+
+}  // namespace msn::MSN_ISA

@@ -1,0 +1,124 @@
+// The compiler's vector types for the instruction set that a file is compiled for (MSN_ISA), the
+// storage types of floats, and the functions of vectors that kernels share.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace msn::MSN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  static constexpr int size = kVectorBytes / sizeof(T);
+};
+template <typename T>
+using Vec = typename Vector<T>::type;
+
+template <typename T>
+inline Vec<T> load(const T* from) {
+  Vec<T> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <typename T>
+inline void store(T* to, const Vec<T>& v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+template <typename To, typename From>
+inline To bit_cast(From from) {
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// ---- storage types -------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+inline float widen(Half x) {
+  const uint32_t magnitude = x.bits & 0x7fffu, sign = (x.bits & 0x8000u) << 16;
+  const float value = bit_cast<float>(magnitude << 13) * 0x1p112f;  // exact, subnormals too
+  return bit_cast<float>(
+      (magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : bit_cast<uint32_t>(value)) | sign);
+}
+
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(double x, double* to) { *to = x; }
+inline void narrow(float x, BFloat16* to) {  // to nearest, ties to even
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  to->bits = x != x ? 0x7fc0 : (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+}
+inline void narrow(float x, Half* to) {
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000u) {  // rounds past the largest half
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000u) {  // subnormal: let the addition round
+    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+  }
+  to->bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
+}
+
+// Vector<float>::size halfs.
+inline Vec<float> widen_halfs(const Half* from) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vec<float> v;
+  for (int i = 0; i < Vector<float>::size; ++i) v[i] = widen(from[i]);
+  return v;
+#endif
+}
+
+// ---- functions -----------------------------------------------------------------------------------
+
+// e^x for x <= 0: 2^n * p(r) with the degree-6 Taylor polynomial of e^r on |r| <= ln(2)/2.
+inline Vec<float> exp_negative(Vec<float> x) {
+  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+  const Vec<float> shifter = Vec<float>{} + 0x1.8p23f;
+  const Vec<float> shifted = x * 0x1.715476p+0f + shifter, n = shifted - shifter;
+  const Vec<float> r = (x - n * 0x1.62e400p-1f) - n * 0x1.7f7d1cp-20f;
+  Vec<float> p = Vec<float>{} + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Ints exponent = bit_cast<Ints>(shifted) << 23;
+  const Vec<float> value = bit_cast<Vec<float>>(bit_cast<Ints>(p) + exponent);
+  return x < -87.0f ? Vec<float>{} : value;
+}
+inline Vec<double> exp_negative(Vec<double> x) {
+  for (int i = 0; i < Vector<double>::size; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+}  // namespace msn::MSN_ISA

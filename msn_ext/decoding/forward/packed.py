@@ -1,0 +1,162 @@
+"""A plan with its weights packed for this machine, ready to run.
+
+Weights are packed a layer at a time into memory of their own: panels of a few outputs, as the kernels
+read them (csrc/cpu/layers/panels.h). Norms and biases are kept in the numbers that sums are made in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msn_ext import _C
+
+from .plan import Layer, Linear, Norm, Plan
+
+WEIGHTS = "float64", "float32", "bfloat16", "float16", "int8"
+"""How weights may be stored. Everything else is float64 for the first, float32 for the others."""
+CACHE_DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLinear:
+    """A linear layer, packed.
+
+    Attributes:
+        data: uint8, its panels.
+        halves: 2 where panels of gates and of ups take turns, else 1.
+        bias: [outputs] or None.
+    """
+
+    data: Tensor
+    outputs: int
+    inputs: int
+    halves: int
+    bias: Tensor | None
+
+    def for_pass(self) -> tuple:
+        return self.data, self.outputs, self.inputs, self.bias
+
+
+class PackedPlan:
+    """The weights of a plan, packed, and what the passes that read them share.
+
+    Args:
+        plan: its tensors are read, and kept where they are used as they are (the embedding).
+        weights: one of ``WEIGHTS``.
+        isa: the instruction set to pack for; empty: the best one here, or what ``MSN_ISA`` names.
+    """
+
+    def __init__(self, plan: Plan, weights: str, isa: str = ""):
+        self.plan, self.weights = plan, weights
+        self.isa: str = _C.layer_isa(isa)["name"]
+        self.dtype = torch.float64 if weights == "float64" else torch.float32
+        self.cache_dtype = CACHE_DTYPES.get(weights, torch.bfloat16)
+        self.layers = [self._layer(layer) for layer in plan.layers]
+        self.norm = self._norm(plan.norm)
+        (self.head,) = self._pack(plan.head)
+        self.positions = None if plan.positions is None else self._number(plan.positions)
+        self.rotaries: list[tuple[Tensor, Tensor]] = []
+        self.rotary_positions = 0
+
+    @property
+    def nbytes(self) -> int:
+        packed = [layer[name][0] for layer in self.layers for name in ("qkv", "out", "up", "down")]
+        return sum(data.nbytes for data in (*packed, self.head.data))
+
+    def _number(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.dtype).contiguous()
+
+    def _norm(self, norm: Norm | None) -> tuple | None:
+        if norm is None:
+            return None
+        weight = self._number(norm.weight) + norm.offset
+        bias = None if norm.bias is None else self._number(norm.bias)
+        return norm.kind, weight, bias, norm.eps
+
+    def _pack(self, *linears: Linear, halves: tuple[int, ...] = ()) -> list[PackedLinear]:
+        """Pack linear layers into one piece of memory, one after the other."""
+        halves = halves or (1,) * len(linears)
+        sizes = [
+            _C.packed_bytes(self.weights, self.isa, linear.outputs, linear.inputs, half)
+            for linear, half in zip(linears, halves)
+        ]
+        starts = [0]
+        for size in sizes:
+            starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
+        memory = aligned(starts[-1])
+        packed = []
+        for linear, half, start, size in zip(linears, halves, starts, sizes):
+            data = memory[start : start + size]
+            pieces = [weight.detach() for weight in linear.weights]
+            _C.pack(self.weights, self.isa, pieces, half, data)
+            bias = None
+            if linear.biases:
+                bias = torch.cat([self._number(piece) for piece in linear.biases])
+            packed.append(PackedLinear(data, linear.outputs, linear.inputs, half, bias))
+        return packed
+
+    def _layer(self, layer: Layer) -> dict:
+        """Return what ``_C.ForwardPass.add_layer`` takes."""
+        qkv, out, up, down = self._pack(
+            layer.qkv, layer.out, layer.up, layer.down, halves=(1, 1, 2 if layer.gated else 1, 1)
+        )
+        attention = layer.attention
+        return dict(
+            heads=attention.heads,
+            kv_heads=attention.kv_heads,
+            head_size=attention.head_size,
+            scale=attention.scale,
+            window=attention.window,
+            softcap=attention.softcap,
+            rotary=-1 if attention.rotary is None else attention.rotary,
+            q_norm=self._norm(attention.q_norm),
+            k_norm=self._norm(attention.k_norm),
+            norm_each_head=attention.norm_each_head,
+            attention_norm=self._norm(layer.attention_norm),
+            after_attention=self._norm(layer.after_attention),
+            mlp_norm=self._norm(layer.mlp_norm),
+            after_mlp=self._norm(layer.after_mlp),
+            qkv=qkv.for_pass(),
+            out=out.for_pass(),
+            up=up.for_pass(),
+            down=down.for_pass(),
+            gated=layer.gated,
+            activation=layer.activation,
+            parallel=layer.parallel,
+            residual_scale=layer.residual_scale,
+        )
+
+    def forward_pass(self) -> _C.ForwardPass:
+        """Return a pass over these weights; it has no cache yet."""
+        plan = self.plan
+        new = _C.ForwardPass(self.weights, self.isa)
+        table = plan.embedding.detach()
+        new.set_embedding(table, table.shape[1], plan.embedding_scale, self.positions)
+        for rotary in plan.rotaries:
+            new.add_rotary(rotary.size)
+        for layer in self.layers:
+            new.add_layer(layer)
+        new.set_head(self.norm, self.head.for_pass(), plan.logit_scale, plan.logit_softcap)
+        return new
+
+    def tables(self, positions: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the rotary tables for ``positions`` or more, [positions, size / 2] each."""
+        if positions > self.rotary_positions:
+            self.rotary_positions = max(512, -(-positions // 256) * 256, self.rotary_positions * 2)
+            at = torch.arange(self.rotary_positions)
+            self.rotaries = [
+                tuple(self._number(table) for table in rotary.tables(at))
+                for rotary in self.plan.rotaries
+            ]
+        return self.rotaries
+
+
+def aligned(size: int) -> Tensor:
+    """Return uint8 [size] that begins at a multiple of ``ALIGNMENT``."""
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + size]
