@@ -1,6 +1,6 @@
-// The stages of a decoder layer on the CPU. A stage is its arguments; a kernel computes one thread's
-// share of it (cpu/layers/kernels.h). Numbers are of type T: double where weights are float64, else
-// float; a stage's `void*` point to T where nothing else is said.
+// The stages of a decoder layer on the CPU. A stage is its arguments; a kernel computes one
+// thread's share of it (cpu/layers/kernels.h). Numbers are of type T: double where weights are
+// float64, else float; a stage's `void*` point to T where nothing else is said.
 //
 // The law of this folder: what a row gets depends on that row's inputs alone, bit for bit. Threads
 // share outputs, never a sum, and every sum has one order, whatever else is computed beside it.
@@ -87,8 +87,8 @@ struct Embed {
 // Keys and values of one layer, as the kernels read them:
 //   keys    [batch, heads, slots / 16, size, 16]
 //   values  [batch, heads, padded / 16, slots, 16], padded: size in multiples of 16
-// In bfloat16 two numbers that are summed one after the other lie side by side: of keys d and d + 1,
-// of values slots s and s + 1.
+// In bfloat16 two numbers that are summed one after the other lie side by side: of keys d and d +
+// 1, of values slots s and s + 1.
 struct Cache {
   void *keys = nullptr, *values = nullptr;
   int64_t slots = 0;
@@ -106,7 +106,7 @@ struct RotaryWrite {
   void* qkv = nullptr;  // [rows, (query + 2 kv) * size]; queries are changed in place
   Norm q_norm, k_norm;
   bool norm_each_head = true;
-  int64_t turned = 0;  // of a head, how many numbers turn
+  int64_t turned = 0;                               // of a head, how many numbers turn
   const void *cosines = nullptr, *sines = nullptr;  // [positions, turned / 2]
   Cache cache;
 };

@@ -54,9 +54,11 @@ class MSNGenerateOutput(GenerateDecoderOnlyOutput):
         sequences: int64 [B, P + new], prompts included, finished rows padded.
         accept_lengths: per row an int64 tensor with one entry a forward pass, the prompt's pass
             first: the tokens that it gained. They sum to the row's new tokens.
+        engine: what computed the forward passes, ``"native"`` or ``"torch"``.
     """
 
     accept_lengths: tuple[Tensor, ...] | None = None
+    engine: str | None = None
 
 
 # Over 60 lines with its docstring, which is the reference of the public function.
@@ -65,6 +67,7 @@ def generate(
     input_ids: Tensor,
     *,
     draft: str | DraftTree | Drafter = "auto",
+    engine: str = "auto",
     tokenizer=None,
     streamer=None,
     generation_config: GenerationConfig | None = None,
@@ -89,6 +92,9 @@ def generate(
             2411.10666), ``"recycling"`` (Token Recycling, arXiv 2408.08696), ``"lookahead"``
             (arXiv 2402.02057), ``"none"`` (plain decoding), a :class:`DraftTree` or a
             :class:`Drafter`.
+        engine: ``"native"`` (our own forward pass over packed weights, on the CPU), ``"torch"``
+            (the model's own) or ``"auto"`` (native where it can be; where not, the logger
+            ``msn_ext`` says why at level INFO).
         tokenizer: needed with ``stop_strings``.
         streamer: gets the prompt, then the tokens of each forward pass, then ``end()`` (batch 1).
         generation_config, generation_kwargs: as for ``model.generate``; among them
@@ -112,6 +118,7 @@ def generate(
             stopping_criteria=stopping_criteria,
             generation_config=generation_config,
             draft=draft,
+            engine=engine,
             streamer=streamer if ours else _callers_streamer(),
             streamer_has_prompt=not ours,
             result_device=input_ids.device,
@@ -132,7 +139,11 @@ def generate(
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
         custom_generate=functools.partial(
-            _decode, draft=draft, streamer=streamer, result_device=input_ids.device
+            _decode,
+            draft=draft,
+            engine=engine,
+            streamer=streamer,
+            result_device=input_ids.device,
         ),
         **generation_kwargs,
     )
@@ -178,6 +189,7 @@ def _decode(
     input_ids: Tensor,
     *,
     draft: str | DraftTree | Drafter,
+    engine: str,
     generation_config: GenerationConfig,
     result_device: torch.device,
     streamer: BaseStreamer | None,
@@ -194,6 +206,7 @@ def _decode(
         input_ids,
         draft=draft,
         drafter=drafter_for(draft, model),
+        engine=engine,
         generation_config=generation_config,
         streamer=streamer,
         streamer_has_prompt=streamer_has_prompt,
@@ -205,7 +218,9 @@ def _decode(
         return sequences
     accept_lengths = decoded.accept_lengths()
     return MSNGenerateOutput(
-        sequences=cast(torch.LongTensor, sequences), accept_lengths=accept_lengths
+        sequences=cast(torch.LongTensor, sequences),
+        accept_lengths=accept_lengths,
+        engine=request.engine,
     )
 
 

@@ -2,8 +2,10 @@
 // once and run often. msn_ext/decoding/forward/native.py is its only user.
 #include <pybind11/stl.h>
 
-#include <memory>
+#include <algorithm>
+#include <cstring>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings/checks.h"
@@ -66,8 +68,8 @@ int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t
 }
 
 // Packs the rows of `pieces`, one below the other, into `to`, for the pass's threads to read.
-void pack(const std::string& weights, const std::string& isa, const py::list& pieces, int64_t halves,
-          py::handle packed) {
+void pack(const std::string& weights, const std::string& isa, const py::list& pieces,
+          int64_t halves, py::handle packed) {
   const Kernels& kernels = kernels_named(isa);
   std::vector<const char*> rows;
   Source source;
@@ -105,6 +107,26 @@ void pack(const std::string& weights, const std::string& isa, const py::list& pi
     panel.count = kernels.width;
     kernels.pack(kind, panel, to.as<char>() + p * bytes);
   }
+}
+
+// A hash of every 64th line of 64 bytes of contiguous tensors.
+uint64_t sample_hash(const py::list& tensors) {
+  uint64_t hash = 0;
+  for (const py::handle object : tensors) {
+    const Argument tensor = borrow("tensors", object);
+    expect_contiguous(tensor);
+    int64_t bytes = tensor.item_size;
+    for (int i = 0; i < tensor.ndim; ++i) bytes *= tensor.shape[i];
+    const char* from = tensor.as<char>();
+    for (int64_t line = 0; line < bytes; line += 64 * 64)
+      for (int64_t at = line; at < std::min(line + 64, bytes); at += 8) {
+        uint64_t word = 0;
+        std::memcpy(&word, from + at, std::min<int64_t>(8, bytes - at));
+        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+        hash ^= hash >> 29;
+      }
+  }
+  return hash;
 }
 
 // A forward pass, what it reads kept alive.
@@ -224,12 +246,10 @@ class BoundPass {
     for (int64_t b = 0; b < batch; ++b) {
       const uint64_t* of_tree = bits.as<uint64_t>() + (kinds > 1 ? b * nodes * words : 0);
       for (int64_t n = 0; n < nodes; ++n) {
-        const size_t begin = path_.size();
         for (int64_t j = 0; j < n; ++j)
           if (has_bit(of_tree + n * words, static_cast<int>(j))) path_.push_back(j);
         path_.push_back(n);
         path_begin_.push_back(static_cast<int64_t>(path_.size()));
-        (void)begin;
       }
       add_tree(b, before.as<int64_t>()[b], nodes);
     }
@@ -237,7 +257,8 @@ class BoundPass {
     run(ids.as<int64_t>(), at.as<int64_t>(), batch * nodes, out.data, threads);
   }
 
-  // A text, `tokens` int64 [n], behind `start` slots of a batch row; logits [keep, V] of its last ones.
+  // A text, `tokens` int64 [n], behind `start` slots of a batch row; logits [keep, V] of its last
+  // ones.
   void read(int64_t batch, py::handle tokens, py::handle positions, int64_t start, int64_t keep,
             py::handle logits, int threads) {
     const Argument ids = borrow("tokens", tokens), at = borrow("positions", positions),
@@ -335,7 +356,8 @@ class BoundPass {
     for (int64_t n = 0; n < count; ++n) wanted_.push_back(static_cast<int32_t>(n));
   }
 
-  void run(const int64_t* tokens, const int64_t* positions, int64_t count, void* logits, int threads) {
+  void run(const int64_t* tokens, const int64_t* positions, int64_t count, void* logits,
+           int threads) {
     int64_t positions_end = positions_ ? positions_ : int64_t{1} << 60;
     for (const RotaryTables& tables : pass_.rotaries)
       positions_end = std::min(positions_end, tables.positions);
@@ -373,6 +395,7 @@ void define_layers(py::module_& m) {
   m.def("layer_isa", &layer_isa);
   m.def("packed_bytes", &packed_bytes);
   m.def("pack", &pack);
+  m.def("sample_hash", &sample_hash);
   py::class_<BoundPass>(m, "ForwardPass")
       .def(py::init<const std::string&, const std::string&>())
       .def("set_embedding", &BoundPass::set_embedding)

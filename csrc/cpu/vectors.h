@@ -44,7 +44,8 @@ inline To bit_cast(From from) {
   return to;
 }
 
-// ---- storage types -------------------------------------------------------------------------------
+// ---- storage types
+// -------------------------------------------------------------------------------
 
 struct Half {
   uint16_t bits;
@@ -97,7 +98,8 @@ inline Vec<float> widen_halfs(const Half* from) {
 #endif
 }
 
-// ---- functions -----------------------------------------------------------------------------------
+// ---- functions
+// -----------------------------------------------------------------------------------
 
 // e^x for x <= 0: 2^n * p(r) with the degree-6 Taylor polynomial of e^r on |r| <= ln(2)/2.
 inline Vec<float> exp_negative(Vec<float> x) {

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from msn_ext import ops
 from msn_ext.ops import MAX_NODES
 
-from .attention import TreeContext
-from .cache import TreeCache
 from .drafters import Draft, DraftTree, Verified, as_compared
+from .forward import ForwardPass
+from .forward.native import NativeForward
+from .forward.transformers import TransformersForward
 from .processors import Texts
 from .request import Request
 from .verification import greedy
@@ -65,16 +64,16 @@ class Decoder:
 
     def __init__(self, request: Request, room: int | None = None):
         batch, prompt = request.input_ids.shape
-        # Captured steps stay as long as the model does, and no longer.
-        self._model = weakref.ref(request.model)
-        self.drafter, self._attention = request.drafter, request.attention
+        self.drafter = request.drafter
         self.targets, self._processors = request.targets, request.processors
         self._config = request.model.config.get_text_config(decoder=True)
-        # GenerationMixin's, which PreTrainedModel does not declare.
-        limits_logits = request.model._supports_logits_to_keep()  # type: ignore[operator]
-        self._forwards_all_logits = not limits_logits
         self._room = room
-        self._cache = TreeCache(self._config, fixed=room and min(room, prompt + AT_FIRST))
+        self._pass: ForwardPass
+        if request.packed is not None:
+            self._pass = NativeForward(request.packed, batch)
+        else:
+            fixed = room and min(room, prompt + AT_FIRST)
+            self._pass = TransformersForward(request.model, request.attention, fixed)
         ids, offsets = request.input_ids, request.offsets
         columns = room or prompt + request.max_new_tokens + MAX_NODES
         self._history = ids.new_zeros(batch, columns)
@@ -84,12 +83,6 @@ class Decoder:
             offsets.new_empty(4, batch).unbind()
         )
         self.begin(request)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        model = self._model()
-        assert model is not None, "a decoder is used while its model is there"
-        return model
 
     def begin(self, request: Request) -> None:
         """Begin with the prompts of a request that has as many rows and end-of-text tokens, and
@@ -102,7 +95,7 @@ class Decoder:
         self._prompts[:, :prompt] = input_ids
         self._offsets.copy_(offsets)
         self._eos.copy_(request.eos_token_ids)
-        self._cache.clear()
+        self._pass.clear()
         self.drafter.start(batch, self._config.vocab_size, device)
         columns = torch.arange(prompt, device=device)
         self._history.zero_()
@@ -128,7 +121,7 @@ class Decoder:
         host does not know yet; return whether the cache moved.
         """
         assert self._room is not None, "only a decoder with a room has to make more"
-        return self._cache.fit(min(self._room, self._last_root + 2 * MAX_NODES), self._room)
+        return self._pass.make_room(min(self._room, self._last_root + 2 * MAX_NODES), self._room)
 
     def _straddles(self, depth: int) -> bool:
         """Return whether a draft of this depth might reach across the longrope boundary; nothing is
@@ -155,16 +148,11 @@ class Decoder:
 
     def _prefill(self, ids: Tensor, draft: Draft) -> PassResult:
         """Run whole texts [B, slots], padding included, that end in a draft that is a chain."""
-        total = ids.shape[1]
-        self._cache.at_start(total)
-        columns = torch.arange(total, device=ids.device)
-        padded = bool((self._offsets > 0).any())
+        columns = torch.arange(ids.shape[1], device=ids.device)
         positions = (
             (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
         )
-        mask = (columns >= self._offsets[:, None]).long() if padded else None
-        with self._attention.over_text():
-            logits = self._forward(ids, positions, mask, keep=len(draft))
+        logits = self._pass.read(ids, positions, self._offsets, keep=len(draft))
         return self._verify(draft, positions[:, -len(draft) :], logits, self._prefix())
 
     @torch.no_grad()
@@ -181,31 +169,18 @@ class Decoder:
             # The root may be what could not be drawn, where the host does not know yet of that.
             draft.tokens.clamp_(max=self._config.vocab_size - 1)
         prefix = self._prefix()
-        self._cache.at(prefix, len(draft), self._last_root + len(draft))
         # Padding nodes have depth -1; they are computed at the root's position and never used.
         depth = draft.depth.clamp(min=0)
         positions = ((self._lengths - 1)[:, None] + depth).minimum(self._last_position[:, None])
-        context = TreeContext(prefix, self._offsets, draft.ancestors)
-        with self._attention.over_tree(context, self._cache.end) as mask:
-            logits = self._forward(draft.tokens, positions, mask, keep=len(draft))
+        end = self._last_root + len(draft)
+        logits = self._pass.check(
+            draft.tokens, positions, prefix, self._offsets, draft.ancestors, end
+        )
         return self._verify(draft, positions, logits, prefix)
 
     def _prefix(self) -> Tensor:
         """Return the slots of each row before its root, int64 [B]."""
         return self._lengths - 1 + self._offsets
-
-    def _forward(self, ids: Tensor, positions: Tensor, mask, keep: int) -> Tensor:
-        """Return logits [B, keep, V] of the last ``keep`` tokens."""
-        limit = {} if self._forwards_all_logits else {"logits_to_keep": keep}
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            return_dict=True,
-            **limit,
-        ).logits[:, -keep:]
 
     def _verify(
         self, draft: Draft, positions: Tensor, logits: Tensor, prefix: Tensor
@@ -220,7 +195,7 @@ class Decoder:
             texts = Texts(draft, self._history, self._lengths, self._prompts, self._offsets)
             targets = self.targets(logits, positions, self._processors, texts)
             accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
-        self._cache.commit(prefix, path, accepted)
+        self._pass.commit(prefix, path, accepted)
         verified = Verified(
             draft,
             logits,
@@ -247,7 +222,7 @@ class Decoder:
 
     @property
     def cache_bytes(self) -> int:
-        return self._cache.nbytes
+        return self._pass.nbytes
 
     def advance(self, longest_gain: int) -> None:
         """Tell the decoder how many tokens the longest row has gained in all (the host's bound)."""

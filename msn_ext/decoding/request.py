@@ -30,6 +30,8 @@ from transformers.generation import (
 
 from .attention import KernelAttention, MaskAttention
 from .drafters import Drafter, DraftTree
+from .engine import packed_for
+from .forward.packed import PackedPlan
 from .processors import checked_processors
 from .support import attention_for, longrope_boundary
 from .verification import Sampler, Targets, greedy
@@ -83,6 +85,7 @@ class Request:
         ends_together: rows that a criterion ended go on until the last one has ended.
         streamer: gets the tokens of each pass; batch 1.
         streamer_has_prompt: it need not be given the prompt.
+        packed: the model's packed plan, for the native forward pass; None: the model's own.
     """
 
     model: PreTrainedModel
@@ -100,15 +103,34 @@ class Request:
     ends_together: bool = False
     streamer: BaseStreamer | None = None
     streamer_has_prompt: bool = False
+    packed: PackedPlan | None = None
+
+    @property
+    def engine(self) -> str:
+        """What computes the forward passes: "native" or "torch"."""
+        return "torch" if self.packed is None else "native"
 
     @classmethod
     def greedy_unpadded(
-        cls, model: PreTrainedModel, input_ids: Tensor, drafter: Drafter, max_new_tokens: int
+        cls,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        drafter: Drafter,
+        max_new_tokens: int,
+        engine: str = "auto",
     ) -> Request:
         """Make a request for greedy decoding, without padding and without an end of text."""
-        offsets, no_end = input_ids.new_zeros(len(input_ids)), input_ids.new_empty(0)
-        attention = attention_for(model)
-        return cls(model, attention, input_ids, offsets, drafter, drafter, max_new_tokens, no_end)
+        return cls(
+            model,
+            attention_for(model),
+            input_ids,
+            input_ids.new_zeros(len(input_ids)),
+            drafter,
+            drafter,
+            max_new_tokens,
+            input_ids.new_empty(0),
+            packed=packed_for(model, engine),
+        )
 
     @cached_property
     def longrope_boundary(self) -> int:
@@ -132,6 +154,7 @@ def request_for(
     stopping_criteria: StoppingCriteriaList,
     streamer: BaseStreamer | None,
     streamer_has_prompt: bool,
+    engine: str,
     **model_kwargs: Any,
 ) -> Request:
     """Make a request of what transformers prepared for a custom decoding method.
@@ -139,6 +162,7 @@ def request_for(
     Args:
         input_ids: int64 [B, P] on the model's device.
         draft, drafter: what the user asked to draft with, and the drafter that it stands for.
+        engine: "auto", "native" or "torch".
         model_kwargs: for the model; all but the mask and the positions are refused.
 
     Raises:
@@ -177,6 +201,7 @@ def request_for(
         and not any(hasattr(c, "eos_token_id") for c in stopping_criteria),
         streamer=streamer,
         streamer_has_prompt=streamer_has_prompt,
+        packed=packed_for(model, engine),
     )
     _ = request.longrope_boundary  # refuses, too
     return request

@@ -1,8 +1,8 @@
 // Queries, keys and values of one layer: turned and cached, then attention to them.
 //
-// A row attends to the logical positions 0, 1, ...: the slots of its prefix, then its path. Scores go
-// to their logical positions before soft-max and values, so that sums have the same order whether a
-// token above was a node of this tree or was committed before.
+// A row attends to the logical positions 0, 1, ...: the slots of its prefix, then its path. Scores
+// go to their logical positions before soft-max and values, so that sums have the same order
+// whether a token above was a node of this tree or was committed before.
 #pragma once
 #include "cpu/layers/functions.h"
 #include "cpu/layers/kernels.h"
@@ -67,7 +67,8 @@ struct HeadCache {
   }
 };
 
-// ---- rotary embedding and cache ------------------------------------------------------------------
+// ---- rotary embedding and cache
+// ------------------------------------------------------------------
 
 template <typename T>
 void rotate(const RotaryWrite& stage, int64_t position, T* x) {
@@ -117,7 +118,8 @@ void rotary_write(const RotaryWrite& stage, int t, int threads) {
   }
 }
 
-// ---- attention -----------------------------------------------------------------------------------
+// ---- attention
+// -----------------------------------------------------------------------------------
 
 // Some rows (node x query head) of one key/value head.
 template <typename S>
@@ -135,7 +137,7 @@ struct AttentionBlock {
   const Heads& heads = stage.heads;
   int64_t size = heads.size, group = heads.query / heads.kv, prefix = rows.prefix[tree];
   int64_t padded = cache.value_panels() * kCacheWidth;
-  int64_t starts[kRows] = {};  // logical position where a row's window begins
+  int64_t starts[kRows] = {};           // logical position where a row's window begins
   int64_t base = prefix, end = prefix;  // slots that scores are computed for
   int64_t stride = 0;                   // of scores
   T *queries = nullptr, *scores = nullptr, *sums = nullptr;

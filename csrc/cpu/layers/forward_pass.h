@@ -1,5 +1,5 @@
-// A forward pass over rows of token trees: the stages of every layer, one after the other, on one team
-// of threads.
+// A forward pass over rows of token trees: the stages of every layer, one after the other, on one
+// team of threads.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -39,8 +39,8 @@ class ForwardPass {
   // `wanted` [count] to `logits` [count, V] of T.
   void run(const Rows& rows, const int32_t* wanted, int64_t count, void* logits, int threads);
 
-  // Moves what the nodes `path` [length] of a tree behind `prefix` slots left in the caches of a batch
-  // row up to the slots behind the prefix.
+  // Moves what the nodes `path` [length] of a tree behind `prefix` slots left in the caches of a
+  // batch row up to the slots behind the prefix.
   void commit(int64_t batch, int64_t prefix, const int64_t* path, int64_t length);
 
   const Weights kind;

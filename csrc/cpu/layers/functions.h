@@ -67,7 +67,8 @@ inline void normalise(const Norm& norm, const T* x, int64_t size, T* to) {
   });
 }
 
-// ---- activations ---------------------------------------------------------------------------------
+// ---- activations
+// ---------------------------------------------------------------------------------
 
 template <typename T>
 inline Vec<T> exponential(Vec<T> x) {
@@ -82,7 +83,8 @@ inline Vec<T> sigmoid(Vec<T> x) {
 
 inline Vec<float> tanh_of(Vec<float> x) {
   const Vec<float> square = x * x;
-  const Vec<float> small = x + x * square * (-1.0f / 3 + square * (2.0f / 15 - square * (17.0f / 315)));
+  const Vec<float> small =
+      x + x * square * (-1.0f / 3 + square * (2.0f / 15 - square * (17.0f / 315)));
   const Vec<float> large = 1 - 2 / (1 + exponential<float>(2 * x));
   return square < 0.01f ? small : large;
 }
@@ -99,8 +101,8 @@ inline Vec<float> gelu(Vec<float> x) {
   const Vec<float> u = 1 / (1 + 0.5f * z);
   Vec<float> p{};
   static constexpr float kErfc[] = {
-      0.03483942556978927f, -0.24999146717288065f, 0.739632332979878f,   -1.1065643588408058f,
-      0.8095210308371127f,  -0.32609716009644574f, 0.3145924796890784f,  0.21578891836911027f,
+      0.03483942556978927f, -0.24999146717288065f, 0.739632332979878f,     -1.1065643588408058f,
+      0.8095210308371127f,  -0.32609716009644574f, 0.3145924796890784f,    0.21578891836911027f,
       0.2865362590292488f,  0.28172943259458955f,  1.3106554092534584e-05f};
 #pragma GCC unroll 16
   for (const float c : kErfc) p = p * u + c;

@@ -86,9 +86,9 @@ void move_slot(Weights kind, const Cache& cache, const Heads& heads, int64_t bat
 
 }  // namespace
 
-const Kernels kernels = {MSN_TEXT(MSN_ISA), kWeightWidth,      WeightBFloats::kPairs,
-                         panel_bytes_of,    pack_rows,         unpack_row,
-                         embed_rows,        linear_rows,       add_norm_rows,
-                         rotary_write_rows, attention_rows,    move_slot};
+const Kernels kernels = {MSN_TEXT(MSN_ISA), kWeightWidth,   WeightBFloats::kPairs,
+                         panel_bytes_of,    pack_rows,      unpack_row,
+                         embed_rows,        linear_rows,    add_norm_rows,
+                         rotary_write_rows, attention_rows, move_slot};
 
 }  // namespace msn::MSN_ISA

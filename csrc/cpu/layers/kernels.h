@@ -36,7 +36,7 @@ struct Source {
 
 struct Kernels {
   const char* isa;
-  int width;  // outputs of a panel of weights
+  int width;                // outputs of a panel of weights
   bool rounds_to_bfloat16;  // what is multiplied with weights in bfloat16
   int64_t (*panel_bytes)(Weights kind, int64_t inputs);
   void (*pack)(Weights kind, const Source& source, void* to);
@@ -50,8 +50,8 @@ struct Kernels {
   void (*move)(Weights kind, const Cache&, const Heads&, int64_t batch, int64_t from, int64_t to);
 };
 
-// Those of an instruction set: "baseline", "avx2", "avx512" or "avx512_bf16"; null: not in this build,
-// or not on this machine.
+// Those of an instruction set: "baseline", "avx2", "avx512" or "avx512_bf16"; null: not in this
+// build, or not on this machine.
 const Kernels* layer_kernels(const char* isa);
 // The best ones here, or those that the variable MSN_ISA names; raises where it names none.
 const Kernels& layer_kernels();

@@ -1,4 +1,5 @@
-// Linear layers over packed weights, with what comes before (a norm) and after (residual, activation).
+// Linear layers over packed weights, with what comes before (a norm) and after (residual,
+// activation).
 #pragma once
 #include "cpu/layers/functions.h"
 #include "cpu/layers/kernels.h"
@@ -6,7 +7,8 @@
 
 namespace msn::MSN_ISA {
 
-// ---- before: rows as the kernel multiplies them --------------------------------------------------
+// ---- before: rows as the kernel multiplies them
+// --------------------------------------------------
 
 // Pairs of bfloat16, to nearest, ties to even.
 inline void round_pairs(const float* x, int64_t size, uint32_t* to) {
@@ -54,7 +56,8 @@ inline int64_t inputs_bytes(int64_t rows, int64_t size, int64_t item) {
   return rows * ((size + 15) / 16 * 16) * 2 * item;
 }
 
-// ---- after ---------------------------------------------------------------------------------------
+// ---- after
+// ---------------------------------------------------------------------------------------
 
 // y[o] of one row, o < count of the panel's outputs that there are, in place; then out.
 template <typename T, int kWidth>
@@ -77,12 +80,14 @@ struct After {
         return;
       }
       case Linear::kActivate:
-        transform(y, kWidth, y, [&](Vec<T> v, int64_t) { return activate<T>(stage.activation, v); });
+        transform(y, kWidth, y,
+                  [&](Vec<T> v, int64_t) { return activate<T>(stage.activation, v); });
         break;
       case Linear::kLogits: {
         const T scale = static_cast<T>(stage.scale), cap = static_cast<T>(stage.softcap);
         if (scale != 1) transform(y, kWidth, y, [&](Vec<T> v, int64_t) { return v * scale; });
-        if (cap > 0) transform(y, kWidth, y, [&](Vec<T> v, int64_t) { return soft_cap<T>(v, cap); });
+        if (cap > 0)
+          transform(y, kWidth, y, [&](Vec<T> v, int64_t) { return soft_cap<T>(v, cap); });
         break;
       }
       default: break;
@@ -100,7 +105,8 @@ struct After {
   }
 };
 
-// ---- the stage -----------------------------------------------------------------------------------
+// ---- the stage
+// -----------------------------------------------------------------------------------
 
 template <typename P>
 void linear(const Linear& stage, int t, int threads, Scratch& scratch) {

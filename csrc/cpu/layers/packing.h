@@ -16,7 +16,8 @@ inline double number(DType dtype, const char* row, int64_t i) {
   }
 }
 
-// ---- one number of a panel: input k, output o ----------------------------------------------------
+// ---- one number of a panel: input k, output o
+// ----------------------------------------------------
 
 template <typename T, int kWidth, int kSums>
 T* place(Floats<T, kWidth, kSums>, char* panel, int64_t k, int o) {
@@ -94,8 +95,8 @@ float unpacked(Int8s<kWidth>, char* panel, int64_t k, int o) {
 
 template <typename P>
 void unpack(const Packed& from, int64_t row, typename P::Sum* to) {
-  char* panel = static_cast<char*>(const_cast<void*>(from.data)) +
-                row / P::kWidth * P::bytes(from.inputs);
+  char* panel =
+      static_cast<char*>(const_cast<void*>(from.data)) + row / P::kWidth * P::bytes(from.inputs);
   for (int64_t k = 0; k < from.inputs; ++k) to[k] = unpacked(P{}, panel, k, row % P::kWidth);
 }
 

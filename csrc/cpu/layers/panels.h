@@ -1,7 +1,7 @@
 // Rows times a panel: the one kernel under linear layers and attention. A panel holds a few outputs
-// (kWidth) for all inputs, input by input. Every output is one chain of multiply-adds over the inputs
-// in their order, cut into blocks of kBlock whose sums are added up in turn: how many rows are
-// computed at once changes nothing of it.
+// (kWidth) for all inputs, input by input. Every output is one chain of multiply-adds over the
+// inputs in their order, cut into blocks of kBlock whose sums are added up in turn: how many rows
+// are computed at once changes nothing of it.
 #pragma once
 #include <cstdint>
 
@@ -24,10 +24,11 @@ constexpr int kInt8Block = 32;
 
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 
-// ---- ways to store a panel -----------------------------------------------------------------------
-// `bytes(inputs)` of a panel; `at(panel, k)` is where the weights of input k begin, k a multiple of
-// kGroup, and kStep bytes further those of the next group in the same block; `expand(from, g, w)`
-// gives the g-th of a group.
+// ---- ways to store a panel
+// ----------------------------------------------------------------------- `bytes(inputs)` of a
+// panel; `at(panel, k)` is where the weights of input k begin, k a multiple of kGroup, and kStep
+// bytes further those of the next group in the same block; `expand(from, g, w)` gives the g-th of a
+// group.
 
 template <typename T, int kOutputs, int kSums>
 struct Floats {  // [inputs][kWidth]
@@ -152,7 +153,8 @@ using WeightBFloats = BFloatPairs<kWeightWidth, kSumBlock>;
 using WeightBFloats = BFloats<kWeightWidth, kSumBlock>;
 #endif
 
-// ---- the product ---------------------------------------------------------------------------------
+// ---- the product
+// ---------------------------------------------------------------------------------
 
 // Memory to fetch while a panel is worked on: `rate` 64ths of a byte for every step.
 struct Ahead {
@@ -249,9 +251,9 @@ struct MakeTable<P, 0, kRows...> : ProductTable<P, kRows...> {};
 // The same for any number of rows; `each(first, count)` after some of them. Of the panel's
 // `neighbour` a part is fetched each time.
 template <typename P, typename Each>
-inline void multiply_rows(const typename P::In* x, int64_t x_stride, int64_t rows, const char* panel,
-                          int64_t inputs, const char* neighbour, typename P::Sum* out,
-                          int64_t out_stride, Each each) {
+inline void multiply_rows(const typename P::In* x, int64_t x_stride, int64_t rows,
+                          const char* panel, int64_t inputs, const char* neighbour,
+                          typename P::Sum* out, int64_t out_stride, Each each) {
   constexpr int kMost = kRowsFor<P>;
   const int64_t parts = (rows + kMost - 1) / kMost;
   const int64_t steps = P::kPairs ? (inputs + 1) / 2 : inputs;

@@ -18,8 +18,8 @@ inline void pause_thread() {
 #endif
 }
 
-// Threads wait here for each other: spinning, since stages take microseconds, and after a while they
-// give way to what else runs on this machine.
+// Threads wait here for each other: spinning, since stages take microseconds, and after a while
+// they give way to what else runs on this machine.
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}

@@ -1,1 +1,5 @@
-"""What a forward pass computes, as data: :mod:`.plan`, which :mod:`.families` read from models."""
+"""What a forward pass is, two ways (:mod:`.protocol`); what one computes, as data (:mod:`.plan`)."""
+
+from .protocol import ForwardPass
+
+__all__ = ["ForwardPass"]

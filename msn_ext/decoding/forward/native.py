@@ -17,18 +17,19 @@ in cache."""
 class NativeForward:
     """Runs a packed plan over the rows of a batch, each with its own cached prefix.
 
-    Rows have no padding here: slot = position. What a row gets does not depend, bit for bit, on how
+    Rows have no padding in the cache: slot = position. What a row gets does not depend, bit for bit, on how
     many rows, nodes or threads it is computed with.
     """
 
     def __init__(self, packed: PackedPlan, batch: int):
-        self.packed = packed
+        self._packed, self._vocabulary = packed, packed.head.outputs
         attention = packed.plan.layers[0].attention
         self._heads, self._size = attention.kv_heads, attention.head_size
         self._batch, self._slots = batch, 0
         self._keys = self._values = torch.empty(0)
         self._pass = packed.forward_pass()
         self._positions = 0
+        self._offsets, self._padded = torch.zeros(batch, dtype=torch.int64), False
 
     @property
     def nbytes(self) -> int:
@@ -37,16 +38,16 @@ class NativeForward:
     def _reserve(self, slots: int) -> None:
         """Make room for so many slots a row, and tables for as many positions."""
         if slots > self._positions:
-            for which, (cosines, sines) in enumerate(self.packed.tables(slots)):
+            for which, (cosines, sines) in enumerate(self._packed.tables(slots)):
                 self._pass.set_rotary(which, cosines, sines)
-            self._positions = max(slots, self.packed.rotary_positions)
+            self._positions = max(slots, self._packed.rotary_positions)
         if slots <= self._slots:
             return
         width, old = _C.CACHE_WIDTH, self._slots
         self._slots = max(256, -(-max(slots, old * 3 // 2) // width) * width)
-        rows = len(self.packed.plan.layers), self._batch, self._heads
+        rows = len(self._packed.plan.layers), self._batch, self._heads
         panels = -(-self._size // width)
-        dtype = self.packed.cache_dtype
+        dtype = self._packed.cache_dtype
         keys = torch.empty(*rows, self._slots * self._size, dtype=dtype)
         values = torch.empty(*rows, panels * self._slots * width, dtype=dtype)
         if old:
@@ -56,19 +57,17 @@ class NativeForward:
         self._keys, self._values = keys, values
         self._pass.set_cache(keys, values, self._batch, self._slots)
 
+    def clear(self) -> None:
+        pass  # what is cached is overwritten before it is read
+
+    def make_room(self, slots: int, most: int) -> bool:
+        raise NotImplementedError("steps on a CPU are not captured, so that no room is fixed")
+
     def read(self, ids: Tensor, positions: Tensor, offsets: Tensor, keep: int) -> Tensor:
-        """Read texts from their beginning.
-
-        Args:
-            ids, positions: int64 [B, slots], the first ``offsets[b]`` of row b padding.
-            keep: how many of the last tokens to give logits for.
-
-        Returns:
-            Logits [B, keep, V], float32 or float64.
-        """
         batch, slots = ids.shape
         self._reserve(slots)
-        logits = torch.empty(batch, keep, self.packed.head.outputs, dtype=self.packed.dtype)
+        self._offsets, self._padded = offsets, bool((offsets > 0).any())
+        logits = torch.empty(batch, keep, self._vocabulary, dtype=self._packed.dtype)
         for b, offset in enumerate(offsets.tolist()):
             tokens, at = ids[b, offset:].contiguous(), positions[b, offset:].contiguous()
             count = len(tokens)
@@ -88,25 +87,21 @@ class NativeForward:
                 )
         return logits
 
-    def check(self, tokens: Tensor, positions: Tensor, prefix: Tensor, ancestors: Tensor) -> Tensor:
-        """Compute trees.
-
-        Args:
-            tokens, positions: int64 [B, N].
-            prefix: int64 [B], tokens before the root.
-            ancestors: int64 [N, W] or [B, N, W].
-
-        Returns:
-            Logits [B, N, V], float32 or float64.
-        """
-        batch, nodes = tokens.shape
-        self._reserve(int(prefix.max()) + nodes)
-        logits = torch.empty(batch, nodes, self.packed.head.outputs, dtype=self.packed.dtype)
-        self._pass.step(
-            tokens, positions, ancestors, prefix, logits, torch.get_num_threads()
-        )
+    def check(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        prefix: Tensor,
+        offsets: Tensor,
+        ancestors: Tensor,
+        end: int,
+    ) -> Tensor:
+        self._reserve(end)
+        logits = torch.empty(*tokens.shape, self._vocabulary, dtype=self._packed.dtype)
+        before = prefix - offsets if self._padded else prefix
+        self._pass.step(tokens, positions, ancestors, before, logits, torch.get_num_threads())
         return logits
 
     def commit(self, prefix: Tensor, path: Tensor, accepted: Tensor) -> None:
-        """Keep the accepted path behind the prefix (see :func:`msn_ext.ops.commit_kv`)."""
-        self._pass.commit(prefix, path, accepted)
+        before = prefix - self._offsets if self._padded else prefix
+        self._pass.commit(before, path, accepted)

@@ -1,0 +1,67 @@
+"""What the decoder asks of a forward pass, which there are two of: the model's own
+(:mod:`.transformers`), and one over packed weights (:mod:`.native`).
+
+Shapes: B rows of the batch, P slots of the padded prompts, N nodes, W words of ancestor bits, V the
+vocabulary. Slots and positions are those of :class:`msn_ext.decoding.request.Request`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class ForwardPass(Protocol):
+    """Computes prompts and trees of a batch, and keeps their keys and values."""
+
+    def clear(self) -> None:
+        """Forget what is cached, for other prompts."""
+
+    def read(self, ids: Tensor, positions: Tensor, offsets: Tensor, keep: int) -> Tensor:
+        """Compute whole texts.
+
+        Args:
+            ids, positions: int64 [B, P].
+            offsets: int64 [B], slots of padding before each text.
+
+        Returns:
+            Logits [B, keep, V] of the last ``keep`` slots.
+        """
+        ...
+
+    def check(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        prefix: Tensor,
+        offsets: Tensor,
+        ancestors: Tensor,
+        end: int,
+    ) -> Tensor:
+        """Compute trees after what is cached.
+
+        Args:
+            tokens, positions: int64 [B, N].
+            prefix: int64 [B], slots before the roots.
+            ancestors: int64 [N, W] or [B, N, W].
+            end: bounds ``prefix + N``; the host knows it without asking the device.
+
+        Returns:
+            Logits [B, N, V].
+        """
+        ...
+
+    def commit(self, prefix: Tensor, path: Tensor, accepted: Tensor) -> None:
+        """Keep the accepted path of the trees (see :func:`msn_ext.ops.commit_kv`)."""
+
+    def make_room(self, slots: int, most: int) -> bool:
+        """Make the room for ``slots`` slots a row where it is fixed; return whether what is cached
+        moved.
+        """
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        ...
