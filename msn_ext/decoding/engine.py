@@ -44,8 +44,8 @@ def packed_for(model: PreTrainedModel, engine: str) -> PackedPlan | None:
     """Return the packed plan that ``model`` is decoded by; None: the model's own forward pass.
 
     Weights are packed at the first call, and again where they have changed. Changes are noticed by
-    the tensors' addresses and version counters and by a sample of their bytes (every 64th line of 64
-    bytes), so that only single numbers that are changed behind torch's back stay unnoticed.
+    the tensors' addresses and version counters and by a sample of their bytes (every 64th line of
+    64 bytes): only single numbers that are changed behind torch's back stay unnoticed.
 
     Raises:
         ValueError: ``engine`` is none, or ``"native"`` and impossible; says why.
@@ -84,7 +84,7 @@ def _current(model: PreTrainedModel, must: bool) -> PackedPlan:
 
 
 def _stamp(model: PreTrainedModel) -> int:
-    """Return a number that changes with the weights, the attention in use, and the ISA asked for."""
+    """Return a number that changes with the weights, the attention in use, and the ISA."""
     weights = [*model.parameters(), *model.buffers()]
     identity = tuple((weight.data_ptr(), weight._version) for weight in weights)
     sample = _C.sample_hash([weight.detach() for weight in weights if weight.is_contiguous()])
@@ -133,7 +133,7 @@ def free_memory() -> int | None:
 
 @torch.no_grad()
 def _check_logits(model: PreTrainedModel, packed: PackedPlan) -> None:
-    """Refuse a plan that does not give the model's own logits on a random tree behind a random text,
+    """Refuse a plan that does not give the model's own logits on a random tree after a random text,
     longer than the model's window where that is short.
     """
     windows = [layer.attention.window for layer in packed.plan.layers]

@@ -182,16 +182,16 @@ template <typename P, typename VecSum, int kRows, int kVectors, int kBases>
   }
 }
 
-// out[r][o] = sum over k of x[r][k] * w[k][o]
+// out[r][o] = sum over k of x[r][k] * w[k][o], the part of it from step `first` to `last`, where
+// `first` begins a block; before the last part it is what was summed up to there.
 template <typename P, int kRows>
-void product(const typename P::In* x, int64_t x_stride, const char* panel, int64_t inputs,
-             typename P::Sum* out, int64_t out_stride, Ahead ahead) {
+void product(const typename P::In* x, int64_t x_stride, const char* panel, int64_t first,
+             int64_t last, typename P::Sum* out, int64_t out_stride, Ahead ahead) {
   using Sum = typename P::Sum;
   constexpr int kVectors = P::kVectors, kLanes = Vector<Sum>::size;
-  const int64_t steps = P::kPairs ? (inputs + 1) / 2 : inputs;
-  const int64_t block = P::kPairs ? P::kBlock / 2 : P::kBlock ? P::kBlock : steps;
-  for (int64_t begin = 0; begin < steps; begin += block) {
-    const int64_t end = begin + block < steps ? begin + block : steps;
+  const int64_t block = P::kBlock ? P::kBlock / (P::kPairs ? 2 : 1) : last - first;
+  for (int64_t begin = first; begin < last; begin += block) {
+    const int64_t end = begin + block < last ? begin + block : last;
     Vec<Sum> sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
@@ -205,7 +205,7 @@ void product(const typename P::In* x, int64_t x_stride, const char* panel, int64
     const char* from = P::at(panel, begin);
     int64_t k = begin;
     for (; k + P::kGroup <= end; k += P::kGroup) {
-      __builtin_prefetch(ahead.from + (k * ahead.rate >> 6));
+      __builtin_prefetch(ahead.from + ((k - first) * ahead.rate >> 6));
 #pragma GCC unroll 4
       for (int g = 0; g < P::kGroup; ++g) multiply_add<P>(sum, row, x_stride, from, g);
 #pragma GCC unroll 4
@@ -232,12 +232,15 @@ void product(const typename P::In* x, int64_t x_stride, const char* panel, int64
 }
 
 template <typename P>
-using Product = void (*)(const typename P::In*, int64_t, const char*, int64_t, typename P::Sum*,
-                         int64_t, Ahead);
+using Product = void (*)(const typename P::In*, int64_t, const char*, int64_t, int64_t,
+                         typename P::Sum*, int64_t, Ahead);
 
-// Rows at once for sums of this type.
+// Rows at once. Widening pairs of bfloat16 takes a register more, which AVX2 has not got.
 template <typename P>
-constexpr int kRowsFor = sizeof(typename P::Sum) == 8 ? (kMaxRows + 1) / 2 : kMaxRows;
+constexpr int kRowsFor =
+    sizeof(typename P::Sum) == 8                                          ? (kMaxRows + 1) / 2
+    : P::kGroup == 2 && !P::kPairs && kMaxRows == 6 && kVectorBytes == 32 ? kMaxRows - 1
+                                                                          : kMaxRows;
 
 template <typename P, int... kRows>
 struct ProductTable {
@@ -248,8 +251,11 @@ struct MakeTable : MakeTable<P, kCount - 1, kCount - 1, kRows...> {};
 template <typename P, int... kRows>
 struct MakeTable<P, 0, kRows...> : ProductTable<P, kRows...> {};
 
-// The same for any number of rows; `each(first, count)` after some of them. Of the panel's
-// `neighbour` a part is fetched each time.
+// Steps of a panel that stay in the first cache while all rows are multiplied with them.
+constexpr int64_t kStepsAtOnce = 256;
+
+// The same for any number of rows; `each(first, count)` for some of them once they are done. Of
+// `neighbour`, a panel of the same size, a part is fetched each time.
 template <typename P, typename Each>
 inline void multiply_rows(const typename P::In* x, int64_t x_stride, int64_t rows,
                           const char* panel, int64_t inputs, const char* neighbour,
@@ -257,13 +263,17 @@ inline void multiply_rows(const typename P::In* x, int64_t x_stride, int64_t row
   constexpr int kMost = kRowsFor<P>;
   const int64_t parts = (rows + kMost - 1) / kMost;
   const int64_t steps = P::kPairs ? (inputs + 1) / 2 : inputs;
-  const int64_t bytes = P::bytes(inputs);
-  for (int64_t i = 0; i < parts; ++i) {
-    const int64_t first = rows * i / parts, count = rows * (i + 1) / parts - first;
-    const Ahead ahead{neighbour + bytes * i / parts, bytes * 64 / (parts * steps)};
-    MakeTable<P, kMost>::of[count - 1](x + first * x_stride, x_stride, panel, inputs,
-                                       out + first * out_stride, out_stride, ahead);
-    each(first, count);
+  const int64_t at_once = P::kBlock && parts > 2 ? kStepsAtOnce : steps;
+  const int64_t rate = P::bytes(inputs) * 64 / (parts * steps);  // of the neighbour, a step
+  for (int64_t begin = 0; begin < steps; begin += at_once) {
+    const int64_t end = begin + at_once < steps ? begin + at_once : steps;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t first = rows * i / parts, count = rows * (i + 1) / parts - first;
+      const Ahead ahead{neighbour + ((begin * parts + (end - begin) * i) * rate >> 6), rate};
+      MakeTable<P, kMost>::of[count - 1](x + first * x_stride, x_stride, panel, begin, end,
+                                         out + first * out_stride, out_stride, ahead);
+      if (end == steps) each(first, count);
+    }
   }
 }
 

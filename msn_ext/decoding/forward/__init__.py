@@ -1,4 +1,4 @@
-"""What a forward pass is, two ways (:mod:`.protocol`); what one computes, as data (:mod:`.plan`)."""
+"""What a forward pass is, two ways (:mod:`.protocol`); what it computes, as data (:mod:`.plan`)."""
 
 from .protocol import ForwardPass
 

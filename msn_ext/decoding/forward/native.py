@@ -10,15 +10,16 @@ from msn_ext import _C
 from .packed import PackedPlan
 
 CHUNK = 96
-"""Tokens of a text that are computed at once: enough to be limited by arithmetic, few enough to stay
-in cache."""
+"""Tokens of a text that are computed at once: enough to be limited by arithmetic, few enough to
+stay in cache.
+"""
 
 
 class NativeForward:
     """Runs a packed plan over the rows of a batch, each with its own cached prefix.
 
-    Rows have no padding in the cache: slot = position. What a row gets does not depend, bit for bit, on how
-    many rows, nodes or threads it is computed with.
+    Rows have no padding in the cache: slot = position. What a row gets does not depend, bit for
+    bit, on how many rows, nodes or threads it is computed with.
     """
 
     def __init__(self, packed: PackedPlan, batch: int):

@@ -1,7 +1,8 @@
 """A plan with its weights packed for this machine, ready to run.
 
-Weights are packed a layer at a time into memory of their own: panels of a few outputs, as the kernels
-read them (csrc/cpu/layers/panels.h). Norms and biases are kept in the numbers that sums are made in.
+Weights are packed a layer at a time into memory of their own: panels of a few outputs, as the
+kernels read them (csrc/cpu/layers/panels.h). Norms and biases are kept in the numbers that sums are
+made in.
 """
 
 from __future__ import annotations
