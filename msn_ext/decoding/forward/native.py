@@ -27,10 +27,10 @@ class NativeForward:
         attention = packed.plan.layers[0].attention
         self._heads, self._size = attention.kv_heads, attention.head_size
         self._batch, self._slots = batch, 0
-        self._keys = self._values = torch.empty(0)
+        self._keys = self._values = torch.empty(0, device="cpu")
         self._pass = packed.forward_pass()
         self._positions = 0
-        self._offsets, self._padded = torch.zeros(batch, dtype=torch.int64), False
+        self._offsets, self._padded = torch.zeros(batch, dtype=torch.int64, device="cpu"), False
 
     @property
     def nbytes(self) -> int:
@@ -49,14 +49,18 @@ class NativeForward:
         rows = len(self._packed.plan.layers), self._batch, self._heads
         panels = -(-self._size // width)
         dtype = self._packed.cache_dtype
-        keys = torch.empty(*rows, self._slots * self._size, dtype=dtype)
-        values = torch.empty(*rows, panels * self._slots * width, dtype=dtype)
+        keys = torch.empty(*rows, self._slots * self._size, dtype=dtype, device="cpu")
+        values = torch.empty(*rows, panels * self._slots * width, dtype=dtype, device="cpu")
         if old:
             keys[..., : old * self._size] = self._keys
             of_panels = values.unflatten(-1, (panels, self._slots * width))
             of_panels[..., : old * width] = self._values.unflatten(-1, (panels, old * width))
         self._keys, self._values = keys, values
         self._pass.set_cache(keys, values, self._batch, self._slots)
+
+    def _logits(self, batch: int, rows: int) -> Tensor:
+        shape = batch, rows, self._vocabulary
+        return torch.empty(shape, dtype=self._packed.dtype, device="cpu")
 
     def clear(self) -> None:
         pass  # what is cached is overwritten before it is read
@@ -68,7 +72,7 @@ class NativeForward:
         batch, slots = ids.shape
         self._reserve(slots)
         self._offsets, self._padded = offsets, bool((offsets > 0).any())
-        logits = torch.empty(batch, keep, self._vocabulary, dtype=self._packed.dtype)
+        logits = self._logits(batch, keep)
         for b, offset in enumerate(offsets.tolist()):
             tokens, at = ids[b, offset:].contiguous(), positions[b, offset:].contiguous()
             count = len(tokens)
@@ -98,9 +102,16 @@ class NativeForward:
         end: int,
     ) -> Tensor:
         self._reserve(end)
-        logits = torch.empty(*tokens.shape, self._vocabulary, dtype=self._packed.dtype)
+        logits = self._logits(*tokens.shape)
         before = prefix - offsets if self._padded else prefix
-        self._pass.step(tokens, positions, ancestors, before, logits, torch.get_num_threads())
+        self._pass.step(
+            tokens.contiguous(),
+            positions.contiguous(),
+            ancestors.contiguous(),
+            before.contiguous(),
+            logits,
+            torch.get_num_threads(),
+        )
         return logits
 
     def commit(self, prefix: Tensor, path: Tensor, accepted: Tensor) -> None:
