@@ -105,3 +105,26 @@ def times(title: str, rows: list[tuple[str, dict[str, float]]]) -> str:
         for kind, value in row.items():
             parts.append(f'<circle cx="{across(value):.1f}" cy="{y}" r="4" fill="{colors[kind]}"/>')
     return _picture(width, height, parts)
+
+
+def bars(title: str, unit: str, rows: list[tuple[str, float, bool]]) -> str:
+    """Return an SVG with a bar per row: its name, its value, whether it is one of ours."""
+    width, left, top, line = 720, 210, 50, 20
+    height = top + line * len(rows) + 10
+    scale = (width - left - 70) / max(value for _, value, _ in rows)
+    parts = [f'<text x="10" y="22" font-size="15">{title}</text>']
+    parts.append(f'<text x="{left}" y="42" fill="#555">{unit}</text>')
+    for at, (name, value, ours) in enumerate(rows):
+        y, color, weight = top + line * at, COLORS[7], "normal"
+        if ours:
+            color, weight = COLORS[0], "bold"
+        parts.append(
+            f'<text x="{left - 8}" y="{y + 13}" text-anchor="end" font-weight="{weight}">{name}'
+            f"</text>"
+        )
+        parts.append(
+            f'<rect x="{left}" y="{y + 2}" width="{value * scale:.1f}" height="{line - 5}"'
+            f' fill="{color}"/>'
+        )
+        parts.append(f'<text x="{left + value * scale + 6:.0f}" y="{y + 13}">{value:.4g}</text>')
+    return _picture(width, height, parts)
