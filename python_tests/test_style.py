@@ -54,24 +54,38 @@ def test_test_files_are_short():
     assert {name: count for name, count in lines.items() if count > LONGEST_TEST} == {}
 
 
-def test_the_stub_has_what_the_extension_has():
-    """Every function with as many arguments, every constant with its type."""
-    stub = ast.parse((ROOT / "msn_ext" / "_C.pyi").read_text(encoding="utf-8"))
-    arguments = {
-        node.name: len(node.args.posonlyargs)
-        for node in stub.body
-        if isinstance(node, ast.FunctionDef)
+def arguments_of(body: list[ast.stmt]) -> dict[str, int]:
+    """Return the functions of a stub's body, and how many positional arguments each has."""
+    return {
+        node.name: len(node.args.posonlyargs) for node in body if isinstance(node, ast.FunctionDef)
     }
+
+
+def expect_arguments(stub: dict[str, int], compiled: dict[str, object]) -> None:
+    for name, count in stub.items():
+        # pybind11 writes "name(arg0: T, ...) -> T", and "self: C" before a method's.
+        signature = compiled[name].__doc__.splitlines()[0]
+        assert signature.count("arg") + signature.count("(self") == count, signature
+
+
+def test_the_stub_has_what_the_extension_has():
+    """Every function and method with as many arguments, every constant with its type."""
+    stub = ast.parse((ROOT / "msn_ext" / "_C.pyi").read_text(encoding="utf-8"))
+    arguments = arguments_of(stub.body)
+    classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
     constants = {
         node.target.id: ast.unparse(node.annotation)
         for node in stub.body
         if isinstance(node, ast.AnnAssign)
     }
     public = {name: value for name, value in vars(_C).items() if not name.startswith("_")}
-    assert {*arguments, *constants} == {*public}
-    for name, count in arguments.items():
-        signature = public[name].__doc__.splitlines()[0]  # pybind11 writes "name(arg0: T, …) -> T"
-        assert signature.count("arg") == count, signature
+    assert {*arguments, *constants, *classes} == {*public}
+    expect_arguments(arguments, public)
+    for name, node in classes.items():
+        methods = vars(public[name])
+        named = {name for name in methods if name == "__init__" or not name.startswith("_")}
+        assert {*arguments_of(node.body)} == named
+        expect_arguments(arguments_of(node.body), methods)
     for name, annotation in constants.items():
         value = public[name]
         kind = type(value).__name__

@@ -141,11 +141,15 @@ def _check_logits(model: PreTrainedModel, packed: PackedPlan) -> None:
     tree = DraftTree((-1, 0, 0, 1, 2, 2))
     generator = torch.Generator("cpu").manual_seed(0)
     vocabulary = packed.head.outputs
-    tokens = torch.randint(vocabulary, (1, prefix + len(tree)), generator=generator)
+    tokens = torch.randint(vocabulary, (1, prefix + len(tree)), generator=generator, device="cpu")
     text, nodes = tokens[:, :prefix], tokens[:, prefix:].contiguous()
     tensors = tree.tensors(torch.device("cpu"))
-    native, none, at = NativeForward(packed, 1), torch.tensor([0]), torch.tensor([prefix])
-    first = native.read(text, torch.arange(prefix)[None], none, 1)
+    native, none, at = (
+        NativeForward(packed, 1),
+        torch.tensor([0], device="cpu"),
+        torch.tensor([prefix], device="cpu"),
+    )
+    first = native.read(text, torch.arange(prefix, device="cpu")[None], none, 1)
     positions = prefix + tensors.depth.long()[None]
     found = native.check(nodes, positions, at, none, tensors.ancestors, prefix + len(tree))
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1

@@ -148,16 +148,14 @@ class PackedPlan:
         """Return the rotary tables for ``positions`` or more, [positions, size / 2] each."""
         if positions > self.rotary_positions:
             self.rotary_positions = max(512, -(-positions // 256) * 256, self.rotary_positions * 2)
-            at = torch.arange(self.rotary_positions)
-            self.rotaries = [
-                tuple(self._number(table) for table in rotary.tables(at))
-                for rotary in self.plan.rotaries
-            ]
+            at = torch.arange(self.rotary_positions, device="cpu")
+            tables = [rotary.tables(at) for rotary in self.plan.rotaries]
+            self.rotaries = [(self._number(cos), self._number(sin)) for cos, sin in tables]
         return self.rotaries
 
 
 def aligned(size: int) -> Tensor:
     """Return uint8 [size] that begins at a multiple of ``ALIGNMENT``."""
-    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % ALIGNMENT
     return memory[start : start + size]

@@ -92,14 +92,16 @@ def rotary(module: Any, dtype: torch.dtype, layer_type: str | None = None) -> Ro
     rope_type = module.rope_type if layer_type is None else module.rope_type[layer_type]
     if rope_type not in _ROPE_TYPES:
         raise NoPlan(f"rope_type={rope_type!r} is not in a plan")
-    like = torch.empty(0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    like = torch.empty(
+        0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="cpu"
+    )
     kind = {} if layer_type is None else {"layer_type": layer_type}
 
     def whole(positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = module(like, positions[None], **kind)
         return cos[0], sin[0]
 
-    cos, _ = tables = whole(torch.tensor([0, 1, 2, 3, 1000]))
+    cos, _ = tables = whole(torch.tensor([0, 1, 2, 3, 1000], device="cpu"))
     size = cos.shape[-1]
     if size % 2 or not all(torch.equal(*table.chunk(2, -1)) for table in tables):
         raise NoPlan("its rotary embedding does not turn the halves of a head together")
