@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .decoding import BestFirst, Corpus
 from .decoding.drafters import factors
+from .decoding.forward.native import pass_times
+from .decoding.forward.packed import PackedPlan
 from .decoding.sizing import StepTimes
 from .paths import cache_root
 
@@ -82,31 +84,45 @@ def machine(device: torch.device) -> str:
     return f"{name} {torch.get_num_threads()} threads"
 
 
-def profile_path(model) -> Path:
-    """Return the path of a model's profile on its device, under :func:`.paths.cache_root`."""
+def profile_path(model, engine: str = "torch") -> Path:
+    """Return the path of a model's profile on its device, under :func:`.paths.cache_root`.
+
+    Args:
+        engine: what computes the forward passes, "native" or "torch".
+    """
     size = sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
     name = f"{type(model).__name__} {size} {dtype} {machine(model.device)}"
+    if engine != "torch":
+        name += f" {engine}"
     return cache_root() / "profiles" / (re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-") + ".json")
 
 
-# Of every model, by device and dtype: the times of its steps, and its factors.
+# Of every model, by device, dtype and engine: the times of its steps, and its factors.
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def auto(model, corpus: Corpus | None = None) -> BestFirst:
+def auto(model, corpus: Corpus | None = None, packed: PackedPlan | None = None) -> BestFirst:
     """Return best-first drafting for a model: by its profile, and by what this process has seen of
     its steps.
+
+    Args:
+        packed: the model's packed plan where the native engine decodes, whose passes are timed at
+            the first call (a fraction of a second) where there is no profile.
     """
-    known, key = _known.setdefault(model, {}), (str(model.device), model.dtype)
+    engine = "torch" if packed is None else "native"
+    known, key = _known.setdefault(model, {}), (str(model.device), model.dtype, engine)
     if key not in known:
         profile = None
         try:
-            if (path := profile_path(model)).exists():
+            if (path := profile_path(model, engine)).exists():
                 profile = Profile.load(path)
         except (OSError, RuntimeError, ValueError) as error:  # Runtime: there is no home directory
             warnings.warn(f"drafting goes on without a profile: {error}", stacklevel=2)
-        times = StepTimes(profile.times if profile else None, model.device.type)
+        if packed is not None and not profile:
+            times = StepTimes(pass_times(packed), "cpu", of_passes=True)
+        else:
+            times = StepTimes(profile.times if profile else None, model.device.type)
         known[key] = times, profile.factors if profile else None
     times, fitted = known[key]
     return BestFirst(times=times, factors=fitted, corpus=corpus)

@@ -27,23 +27,27 @@ def reach_of(size: int) -> int:
 class StepTimes:
     """Seconds of a step by the tokens that it computes, rows of the batch times nodes of a tree.
 
-    Where a curve was measured (``msn tune``), that is it. Else a straight line is fitted to the
-    steps seen, and one token, which CPUs compute in another way than several, is a point of its
-    own. What has not been seen yet is taken for cheap, and so is tried.
+    Where a curve of whole steps was measured (``msn tune``), that is it. Where it is of forward
+    passes (the native engine's), the rest of a step is learned from the steps seen. Without a
+    curve, a straight line is fitted to them, and one token, which CPUs compute in another way than
+    several, is a point of its own. What has not been seen yet is taken for cheap, and so is tried.
 
     Args:
-        curve: tokens and seconds of measured steps; linear between them, the last two's line
-            after them.
+        curve: tokens and seconds of measured steps or passes; linear between them, the last two's
+            line after them.
         device_type: ``"cpu"`` or another; without a curve, a first guess of what a token adds to a
             step.
+        of_passes: the curve is of forward passes alone.
     """
 
-    def __init__(self, curve: dict[int, float] | None, device_type: str):
+    def __init__(self, curve: dict[int, float] | None, device_type: str, of_passes: bool = False):
         points = sorted(curve.items()) if curve else []
         # More tokens never take less time: what says so is noise.
         self._curve = list(
             zip((n for n, _ in points), accumulate((seconds for _, seconds in points), max))
         )
+        self._rest = 0.0  # of a step, beside the curve's part of it
+        self._rests = 0 if of_passes else None  # steps that it was learned from
         self._slope, self._kink = (0.03, 0.7) if device_type == "cpu" else (0.001, 1.0)
         self._single: float | None = None
         self._singles = 0  # steps that it was learned from
@@ -55,7 +59,7 @@ class StepTimes:
         own.
         """
         if self._curve:
-            return _along(self._curve, tokens)
+            return _along(self._curve, tokens) + self._rest
         if tokens == 1 and self._single is not None:
             return self._single
         several = self._line(tokens)
@@ -73,10 +77,13 @@ class StepTimes:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn that a step of ``tokens`` took ``seconds``."""
-        if self._curve:
+        if self._curve and self._rests is None:
             return
         if self._cold:
             self._cold = False
+            return
+        if self._curve:
+            self._learn_rest(tokens, seconds)
             return
         if self._single if tokens == 1 else self._sums[0]:
             expected = self(tokens)
@@ -88,6 +95,13 @@ class StepTimes:
         else:
             new = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
             self._sums = [MEMORY * old + value for old, value in zip(self._sums, new)]
+
+    def _learn_rest(self, tokens: int, seconds: float) -> None:
+        assert self._rests is not None
+        of_pass = _along(self._curve, tokens)
+        rest = min(max(seconds - of_pass, 0.0), OUTLIER * (of_pass + self._rest) - of_pass)
+        self._rests += 1
+        self._rest += max(1 - MEMORY, 1 / self._rests) * (rest - self._rest)
 
 
 def _along(points: list[tuple[int, float]], x: float) -> float:
