@@ -48,7 +48,7 @@ struct Floats {  // [inputs][kWidth]
     for (int j = 0; j < kVectors; ++j)
       w[j] = load(reinterpret_cast<const T*>(from) + j * Vector<T>::size);
   }
-  static Vec<T> multiply_add(Vec<T> sum, T x, Vec<T> w) { return sum + x * w; }
+  static Vec<T> multiply_add(Vec<T> sum, T x, Vec<T> w) { return fused(splat(x), w, sum); }
 };
 
 template <int kOutputs, int kSums>
@@ -71,7 +71,9 @@ struct BFloats {  // [inputs / 2][kWidth][2]
       w[j] = bit_cast<Vec<float>>(g ? both & static_cast<int32_t>(0xffff0000) : both << 16);
     }
   }
-  static Vec<float> multiply_add(Vec<float> sum, float x, Vec<float> w) { return sum + x * w; }
+  static Vec<float> multiply_add(Vec<float> sum, float x, Vec<float> w) {
+    return fused(splat(x), w, sum);
+  }
 };
 
 template <int kOutputs, int kSums>
@@ -92,7 +94,9 @@ struct Halfs {  // [inputs][kWidth]
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) w[j] = widen_halfs(row + j * Vector<float>::size);
   }
-  static Vec<float> multiply_add(Vec<float> sum, float x, Vec<float> w) { return sum + x * w; }
+  static Vec<float> multiply_add(Vec<float> sum, float x, Vec<float> w) {
+    return fused(splat(x), w, sum);
+  }
 };
 
 // Blocks of kInt8Block inputs: [pairs of inputs][kWidth][2] of int8, then [kWidth] scales in
@@ -269,13 +273,12 @@ void product(const typename P::In* x, int64_t x_stride, const char* panel, int64
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) {
         Sum* to = out + r * out_stride + j * kLanes;
-        Vec<Sum> value;
+        const Vec<Sum> before = begin ? load(to) : Vec<Sum>{};
         if constexpr (P::kScales)
-          value = __builtin_convertvector(sum[r][j], Vec<Sum>) * scale[j] *
-                  P::scale_of(x + r * x_stride, begin);
+          store(to, fused(__builtin_convertvector(sum[r][j], Vec<Sum>) * scale[j],
+                          splat(P::scale_of(x + r * x_stride, begin)), before));
         else
-          value = sum[r][j];
-        store(to, begin ? load(to) + value : value);
+          store(to, before + sum[r][j]);
       }
   }
 }
