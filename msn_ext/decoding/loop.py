@@ -50,15 +50,15 @@ def decode(request: Request) -> Decoded:
                 ahead = runner.runs_ahead and not request.criteria
                 following = runner.step() if ahead else None
                 result = pending.result()
-                counts, remaining, invalid = result.status  # all that the host reads here
-                if invalid.any():
-                    raise _not_drawable(int(invalid.argmax()))
+                counts, remaining, invalid = result.status.tolist()  # all that the host reads here
+                if any(invalid):
+                    raise _not_drawable(invalid.index(1))
                 if request.criteria:
                     _ask_criteria(request, runner.decoder, counts, remaining, progress)
                 progress.add(counts)
                 if request.streamer is not None:
-                    request.streamer.put(result.tokens[0, : int(counts[0])].cpu())
-                if not remaining.any() or progress.all_ended:
+                    request.streamer.put(result.tokens[0, : counts[0]].cpu())
+                if not any(remaining) or progress.all_ended:
                     break
                 runner.decoder.advance(progress.longest)
                 pending = following or runner.step()
@@ -70,39 +70,40 @@ class Progress:
     """The tokens that the rows have gained, counted on the host.
 
     Attributes:
-        totals: int64 [B], the tokens that each row has gained.
-        ends: int64 [B], the tokens of a row where a criterion ended it, ``max_new_tokens`` where
-            none has; a row still gains some where rows end together.
+        totals: by row, the tokens that it has gained.
+        ends: by row, its tokens where a criterion ended it, ``max_new_tokens`` where none has; a
+            row still gains some where rows end together.
     """
 
     def __init__(self, request: Request):
         rows = len(request.input_ids)
-        self.totals = torch.zeros(rows, dtype=torch.int64, device="cpu")
-        self.ends = torch.full((rows,), request.max_new_tokens, device="cpu")
-        self._passes: list[Tensor] = []
+        self.totals = [0] * rows
+        self.ends = [request.max_new_tokens] * rows
+        self._passes: list[list[int]] = []
 
-    def add(self, counts: Tensor) -> None:
-        """Count the tokens [B] of one more pass."""
+    def add(self, counts: list[int]) -> None:
+        """Count the tokens, by row, of one more pass."""
         self._passes.append(counts)
-        self.totals += counts
+        self.totals = [total + count for total, count in zip(self.totals, counts)]
 
     @property
     def longest(self) -> int:
-        return int(self.totals.max())
+        return max(self.totals)
 
     @property
     def all_ended(self) -> bool:
         """Whether every row has come as far as the last one that a criterion ended."""
-        return bool((self.totals >= self.ends.max()).all())
+        return min(self.totals) >= max(self.ends)
 
     @property
     def new_tokens(self) -> int:
         """New tokens of the output."""
-        return min(self.longest, int(self.ends.max()))
+        return min(self.longest, max(self.ends))
 
     def counts(self) -> Tensor:
         """Return what every pass gained of the output, int64 [passes, B]."""
-        totals = torch.stack([torch.zeros_like(self.totals), *self._passes]).cumsum(0)
+        nothing = [0] * len(self.totals)
+        totals = torch.tensor([nothing, *self._passes], dtype=torch.int64, device="cpu").cumsum(0)
         return totals.clamp(max=self.new_tokens).diff(dim=0)
 
 
@@ -149,18 +150,22 @@ def _not_drawable(row: int) -> ValueError:
 
 
 def _ask_criteria(
-    request: Request, decoder: Decoder, counts: Tensor, remaining: Tensor, progress: Progress
+    request: Request,
+    decoder: Decoder,
+    counts: list[int],
+    remaining: list[int],
+    progress: Progress,
 ) -> None:
     """Ask after every token that a pass gained, up to the first one that ends its row.
 
-    ``counts`` and ``remaining`` [B] are the pass's, which ``progress`` does not have yet. Where
+    ``counts`` and ``remaining``, by row, are the pass's, which ``progress`` does not have yet. Where
     rows end together, ``progress.ends`` is set; else the row is cut, and ``counts`` and
     ``remaining`` are corrected.
     """
-    for b in counts.nonzero().flatten().tolist():
-        if progress.totals[b] >= progress.ends[b]:
+    for b, count in enumerate(counts):
+        if not count or progress.totals[b] >= progress.ends[b]:
             continue
-        ids, count = decoder.row(b)[None], int(counts[b])
+        ids = decoder.row(b)[None]
         for kept in range(1, count + 1):
             seen = ids[:, : ids.shape[1] - count + kept]
             if not any(bool(torch.as_tensor(ask(seen, None)).all()) for ask in request.criteria):
