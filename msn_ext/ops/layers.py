@@ -79,7 +79,8 @@ def packed_linear(
     Args:
         x: [R, inputs].
         packed: uint8, what :func:`pack_weights` made of [outputs, inputs].
-        weights: as there. With "avx512_bf16" and "bfloat16", norm(x) is rounded to bfloat16.
+        weights: as there. With "avx512_bf16" and "bfloat16", norm(x) is rounded to bfloat16; with
+            "int8" to multiples of 1/32767 of the largest number of its block of 32.
         bias: [outputs] or None.
         norm: "none", "rms" (``norm_weight * x / sqrt(mean(x^2) + eps)``) or "layer" (of x - mean).
         norm_weight, norm_bias: [inputs]; the bias may be None.

@@ -109,6 +109,7 @@ def _direct_arguments(
         "int": (int,),
         "float": (float,),
         "Optional[float]": (float, type(None)),
+        "str": (str,),
     }
     numbers = [(at, as_types[kind]) for at, kind in enumerate(kinds) if kind not in as_tensors]
 

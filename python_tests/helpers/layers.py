@@ -43,7 +43,8 @@ def sum_bound(x: np.ndarray, w: np.ndarray, weights: str, isa: str, norm: str) -
 
     A chain of k additions is off by k roundings of the sum of magnitudes: 256 in a block, then the
     blocks. A norm's sum of squares, of which every input has a share, is as long a chain. Where
-    inputs are rounded to bfloat16 after a norm, any of them may be rounded the other way.
+    inputs are rounded to bfloat16 after a norm, any of them may be rounded the other way; to int16,
+    also without one, since the quotient is a float's.
     """
     inputs = x.shape[1]
     unit = 2.0**-53 if weights == "float64" else 2.0**-24
@@ -53,6 +54,10 @@ def sum_bound(x: np.ndarray, w: np.ndarray, weights: str, isa: str, norm: str) -
     bound = chain * unit * (np.abs(x) @ np.abs(w).T)
     if norm != "none" and rounds_inputs(weights, isa):
         bound += 2.0**-8 * np.abs(x) @ np.abs(w).T
+    if weights == "int8":
+        blocks = np.pad(np.abs(x), ((0, 0), (0, -inputs % 32))).reshape(len(x), -1, 32)
+        steps = np.repeat(blocks.max(-1), 32, axis=1)[:, :inputs] / 32767
+        bound += 1.1 * steps @ np.abs(w).T
     return bound + unit
 
 

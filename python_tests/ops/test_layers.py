@@ -75,6 +75,8 @@ class Call:
             x = np.array([oracle.layers.norm(row, self.norm, weight, bias, EPS) for row in x])
         if layers.rounds_inputs(self.weights, self.isa):
             x = oracle.layers.rounded(x, "bfloat16")
+        elif self.weights == "int8":
+            x = np.array([oracle.layers.int16_row(row) for row in x])
         y = np.array([[oracle.layers.dot(row, out) for out in w] for row in x])
         bound = layers.sum_bound(x, w, self.weights, self.isa, self.norm)
         if self.bias:

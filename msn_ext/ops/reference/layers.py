@@ -32,7 +32,8 @@ def unpack_weights(packed, weights, outputs, inputs, halves=1, isa=""):
         packed = packed.view(panels, blocks, width * (INT8_BLOCK + 2))
         numbers = packed[..., : width * INT8_BLOCK].view(torch.int8).double()
         scales = packed[..., width * INT8_BLOCK :].contiguous().view(torch.bfloat16).double()
-        numbers = numbers.view(panels, blocks, INT8_BLOCK, width) * scales[:, :, None]
+        pairs = numbers.view(panels, blocks, INT8_BLOCK // 2, width, 2)
+        numbers = pairs.transpose(3, 4).flatten(2, 3) * scales[:, :, None]
         of_panel = numbers.flatten(1, 2)[:, :inputs]
     elif weights == "bfloat16":
         pairs = packed.view(torch.bfloat16).view(panels, -(-inputs // 2), width, 2)
@@ -41,6 +42,15 @@ def unpack_weights(packed, weights, outputs, inputs, halves=1, isa=""):
         of_panel = packed.view(STORED[weights]).view(panels, inputs, width).double()
     rows = of_panel.transpose(1, 2).reshape(-1, halves, width, inputs)  # panels take turns
     return rows.transpose(0, 1).flatten(1, 2)[:, : outputs // halves].flatten(0, 1)
+
+
+def to_int16(rows):
+    """Return rows whose numbers are multiples of a scale of their block, the largest 32767 of it."""
+    blocks = torch.nn.functional.pad(rows, (0, -rows.shape[1] % INT8_BLOCK))
+    blocks = blocks.unflatten(1, (-1, INT8_BLOCK))
+    top = blocks.abs().amax(-1, keepdim=True)
+    steps = (blocks * torch.where(top > 0, 32767 / top, 0)).round()
+    return (steps.double() * (top / 32767).double()).flatten(1)[:, : rows.shape[1]]
 
 
 def normed(x, norm, weight, bias, eps):
@@ -75,6 +85,8 @@ def packed_linear(
     rows = normed(rows, norm, norm_weight, norm_bias, eps).to(x.dtype)
     if weights == "bfloat16" and _C.layer_isa(isa)["rounds_to_bfloat16"]:
         rows = rows.bfloat16()
+    elif weights == "int8":
+        rows = to_int16(rows)
     w = unpack_weights(packed, weights, outputs, x.shape[1], halves, isa)
     y = rows.double() @ w.T
     y = y if bias is None else y + bias

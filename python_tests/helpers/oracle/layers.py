@@ -29,6 +29,18 @@ def int8_row(row: np.ndarray) -> np.ndarray:
     return stored
 
 
+def int16_row(row: np.ndarray) -> np.ndarray:
+    """A row that meets int8 weights, in blocks of 32: 65535 steps from minus to plus its largest
+    number.
+    """
+    out = np.zeros(len(row))
+    for begin in range(0, len(row), 32):
+        block = row[begin : begin + 32]
+        step = float(np.abs(block).max()) / 32767
+        out[begin : begin + 32] = np.rint(block / step) * step if step else 0.0
+    return out
+
+
 def stored(weight: np.ndarray, weights: str) -> np.ndarray:
     """What a packed linear layer multiplies with."""
     if weights == "int8":
