@@ -1,5 +1,8 @@
 """The size of a tree follows the time of a step and what came true."""
 
+import math
+import random
+
 import pytest
 
 from helpers.drafters import passes
@@ -79,3 +82,55 @@ def test_trees_grow_from_step_to_step():
         seen.append(sizer.reach)
         sizer.choose([0.1 * n for n in range(sizer.reach)])
     assert seen == [16, 64, 128, 128]
+
+
+CURVES = {  # milliseconds of a step by nodes
+    "flat to 8": lambda n: 7 + (n - 1) / 7 if n <= 8 else 8 + 0.5 * (n - 8),
+    "flat to 16": lambda n: 8 + 0.5 * max(0, n - 16),
+    "linear from the start": lambda n: 7 + 0.5 * (n - 1),
+    "a node costs a step": lambda n: 1 + n,
+    "flat throughout": lambda n: 8.0,
+    "one is cheap": lambda n: 10 + 0.3 * n if n > 1 else 6.0,
+}
+GAINS = {  # guesses that are accepted, by guesses
+    "many": lambda n: 3 * (1 - math.exp(-n / 12)),
+    "some": lambda n: 1.2 * (1 - math.exp(-n / 5)),
+    "few": lambda n: 0.3 * (1 - math.exp(-n / 3)),
+    "ever more": lambda n: 0.25 * math.log2(1 + n),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("gain", GAINS.values(), ids=GAINS)
+@pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
+def test_the_best_budget_is_found_within_ten_steps(curve, gain, noise, device):
+    """Without a measured curve: from then on the rate is within 10 % of the best fixed budget's,
+    retries of other sizes included.
+    """
+    generator, sizer = random.Random(0), TreeSizer(StepTimes(None, device), rows=1)
+    chosen = []
+    for step in range(74):
+        expected = [gain(n) for n in range(sizer.reach)]
+        nodes = sizer.choose(expected)
+        chosen.append(nodes)
+        seconds = curve(nodes) * generator.uniform(1 - noise, 1 + noise) / 1e3
+        warm_up = 0.2 if step == 0 else 0.0
+        sizer.observe(nodes, expected[nodes - 1], expected[nodes - 1], seconds + warm_up)
+    best = max((1 + gain(n - 1)) / curve(n) for n in SIZES)
+    for later in (chosen[10:42], chosen[42:]):
+        rate = sum(1 + gain(n - 1) for n in later) / sum(curve(n) for n in later)
+        assert rate > 0.9 * best, chosen
+
+
+def test_a_size_that_was_seen_once_in_a_bad_moment_is_tried_again():
+    times = StepTimes(None, "cpu")
+    sizer = TreeSizer(times, rows=1)
+    curve, expected = CURVES["flat to 8"], [GAINS["some"](n) for n in range(16)]
+    for size in (1, 1, 4, 8, 16):  # something else takes the machine in the only step of 8
+        times.observe(size, 3 * curve(size) / 1e3 if size == 8 else curve(size) / 1e3)
+    chosen = []
+    for _ in range(400):
+        chosen.append(sizer.choose(expected))
+        times.observe(chosen[-1], curve(chosen[-1]) / 1e3)
+    assert chosen[-100:].count(8) > 50
