@@ -33,7 +33,6 @@ from .decoding import (
     decode,
 )
 from .decoding.engine import packed_for
-from .decoding.forward.packed import PackedPlan
 from .decoding.request import check_inputs, request_for, with_stop_strings
 
 DRAFTS: dict[str, Callable[[], DraftTree | Drafter] | None] = {
@@ -154,16 +153,17 @@ def generate(
 def drafter_for(
     draft: str | DraftTree | Drafter,
     model: PreTrainedModel | None,
-    packed: PackedPlan | None = None,
+    engine: str = "torch",
 ) -> Drafter:
     """Return the drafter that the argument ``draft`` of :func:`generate` stands for.
 
     Args:
         draft: a name of :data:`DRAFTS`, a tree or a drafter.
-        model, packed: needed for "auto"; packed where the native engine decodes.
+        model: needed for "auto".
+        engine: what computes the forward passes, "native" or "torch".
     """
     if draft == "auto":
-        return profile.auto(model, packed=packed)
+        return profile.auto(model, engine=engine)
     if isinstance(draft, str) and (make := DRAFTS.get(draft)) is not None:
         draft = make()
     if isinstance(draft, DraftTree):
@@ -212,7 +212,7 @@ def _decode(
         model,
         input_ids,
         draft=draft,
-        drafter=drafter_for(draft, model, packed),
+        drafter=drafter_for(draft, model, "torch" if packed is None else "native"),
         packed=packed,
         generation_config=generation_config,
         streamer=streamer,

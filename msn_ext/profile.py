@@ -20,8 +20,6 @@ from torch import Tensor
 
 from .decoding import BestFirst, Corpus
 from .decoding.drafters import factors
-from .decoding.forward.native import pass_times
-from .decoding.forward.packed import PackedPlan
 from .decoding.sizing import StepTimes
 from .paths import cache_root
 
@@ -102,15 +100,13 @@ def profile_path(model, engine: str = "torch") -> Path:
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def auto(model, corpus: Corpus | None = None, packed: PackedPlan | None = None) -> BestFirst:
+def auto(model, corpus: Corpus | None = None, engine: str = "torch") -> BestFirst:
     """Return best-first drafting for a model: by its profile, and by what this process has seen of
     its steps.
 
     Args:
-        packed: the model's packed plan where the native engine decodes, whose passes are timed at
-            the first call (a fraction of a second) where there is no profile.
+        engine: what computes the forward passes, "native" or "torch".
     """
-    engine = "torch" if packed is None else "native"
     known, key = _known.setdefault(model, {}), (str(model.device), model.dtype, engine)
     if key not in known:
         profile = None
@@ -119,10 +115,7 @@ def auto(model, corpus: Corpus | None = None, packed: PackedPlan | None = None) 
                 profile = Profile.load(path)
         except (OSError, RuntimeError, ValueError) as error:  # Runtime: there is no home directory
             warnings.warn(f"drafting goes on without a profile: {error}", stacklevel=2)
-        if packed is not None and not profile:
-            times = StepTimes(pass_times(packed), "cpu", of_passes=True)
-        else:
-            times = StepTimes(profile.times if profile else None, model.device.type)
+        times = StepTimes(profile.times if profile else None, model.device.type)
         known[key] = times, profile.factors if profile else None
     times, fitted = known[key]
     return BestFirst(times=times, factors=fitted, corpus=corpus)

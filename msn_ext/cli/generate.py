@@ -96,7 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
             from msn_ext.decoding.engine import packed_for
             from msn_ext.profile import auto
 
-            draft = auto(model, corpus, packed_for(model, arguments.engine))
+            packed = packed_for(model, arguments.engine)
+            draft = auto(model, corpus, "torch" if packed is None else "native")
         answer = timed(model, input_ids, draft, streamer, **options)
     if not arguments.json:
         print()

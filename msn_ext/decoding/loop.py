@@ -158,8 +158,8 @@ def _ask_criteria(
 ) -> None:
     """Ask after every token that a pass gained, up to the first one that ends its row.
 
-    ``counts`` and ``remaining``, by row, are the pass's, which ``progress`` does not have yet. Where
-    rows end together, ``progress.ends`` is set; else the row is cut, and ``counts`` and
+    ``counts`` and ``remaining``, by row, are the pass's, which ``progress`` does not have yet.
+    Where rows end together, ``progress.ends`` is set; else the row is cut, and ``counts`` and
     ``remaining`` are corrected.
     """
     for b, count in enumerate(counts):

@@ -15,7 +15,10 @@ CAPTURED_SIZES = (1, 8, 16, 32, 64, 128)
 """The same where steps are captured, since each size costs a capture (:mod:`.runner`)."""
 FIRST_CAPTURED_SIZE = 16
 """The one to begin with there, before anything is known of the text."""
-MEMORY = 0.95  # what the past still counts after one more step
+NEWEST = 0.1  # what a step counts at least against those of its size before
+DRIFT = 0.05  # and against those of the other sizes: all get slower where the machine does
+FORGET = 0.99  # what is left of the steps that a size was seen in, after one of another size
+DOUBT = 0.1  # how much faster a size may be than the one step that it was seen in
 OUTLIER = 2.0  # a step that took so many times what was expected counts as one that took just that
 
 
@@ -27,92 +30,98 @@ def reach_of(size: int) -> int:
 class StepTimes:
     """Seconds of a step by the tokens that it computes, rows of the batch times nodes of a tree.
 
-    Where a curve of whole steps was measured (``msn tune``), that is it. Where it is of forward
-    passes (the native engine's), the rest of a step is learned from the steps seen. Without a
-    curve, a straight line is fitted to them, and one token, which CPUs compute in another way than
-    several, is a point of its own. What has not been seen yet is taken for cheap, and so is tried.
+    Where a curve was measured (``msn tune``), that is it. Else every size that was seen has its
+    own time, with lines between them. What has not been seen yet, or not for long, is taken for as
+    cheap as the others allow (:meth:`at_best`), and so is tried.
 
     Args:
-        curve: tokens and seconds of measured steps or passes; linear between them, the last two's
-            line after them.
+        curve: tokens and seconds of measured steps; linear between them, the last two's line
+            after them.
         device_type: ``"cpu"`` or another; without a curve, a first guess of what a token adds to a
             step.
-        of_passes: the curve is of forward passes alone.
     """
 
-    def __init__(self, curve: dict[int, float] | None, device_type: str, of_passes: bool = False):
+    def __init__(self, curve: dict[int, float] | None, device_type: str):
         points = sorted(curve.items()) if curve else []
         # More tokens never take less time: what says so is noise.
         self._curve = list(
             zip((n for n, _ in points), accumulate((seconds for _, seconds in points), max))
         )
-        self._rest = 0.0  # of a step, beside the curve's part of it
-        self._rests = 0 if of_passes else None  # steps that it was learned from
         self._slope, self._kink = (0.03, 0.7) if device_type == "cpu" else (0.001, 1.0)
-        self._single: float | None = None
-        self._singles = 0  # steps that it was learned from
         self._cold = True  # the first step of all warms up, and says nothing
-        self._sums = [0.0] * 5  # of 1, x, y, x x, x y over the steps of several tokens
+        self._seen: dict[int, float] = {}  # seconds by tokens
+        self._counts: dict[int, float] = {}  # steps, with slow forgetting
 
     def __call__(self, tokens: int) -> float:
         """Return the expected seconds; before anything was measured or seen, in units of their
         own.
         """
         if self._curve:
-            return _along(self._curve, tokens) + self._rest
-        if tokens == 1 and self._single is not None:
-            return self._single
-        several = self._line(tokens)
-        return several * self._kink if tokens == 1 else several
+            return _along(self._curve, tokens)
+        if tokens in self._seen or (len(self._seen) > 1 and tokens > min(self._seen)):
+            return _along(sorted(self._seen.items()), tokens)
+        if not self._seen:
+            return self._guess(tokens)
+        nearest = min(self._seen)
+        return self._seen[nearest] * self._guess(tokens) / self._guess(nearest)
 
-    def _line(self, tokens: float) -> float:
-        n, x, y, xx, xy = self._sums
-        if n == 0:
-            return (1 + self._slope * tokens) * (self._single or self._kink) / self._kink
-        middle, spread = x / n, xx - x * x / n
-        # Where few sizes were seen, the slope is mostly the first guess.
-        guess, weight = self._slope * y / (n + self._slope * x), 100.0
-        slope = max(0.0, (xy - x * y / n + weight * guess) / (spread + weight))
-        return max(y / n + slope * (tokens - middle), 0.1 * y / n)
+    def _guess(self, tokens: int) -> float:
+        """Return the seconds in units of their own, before anything is known."""
+        return (1 + self._slope * tokens) * (self._kink if tokens == 1 else 1)
+
+    def at_best(self, tokens: int) -> float:
+        """Return the fewest seconds that what was seen leaves possible, near enough.
+
+        More tokens take no less time; fewer than were ever seen take at least as much as the square
+        root of their share. After the largest size seen the line goes on; more than twice as many
+        tokens cost as much as was guessed before anything was seen, so that sizes are tried one
+        after the other.
+        """
+        if self._curve or not self._seen:
+            return self(tokens)
+        if tokens in self._seen:
+            seconds = min(self._seen[n] for n in self._seen if n >= tokens)
+            return seconds * max(0.5, 1 - DOUBT / self._counts[tokens])
+        smallest, largest = min(self._seen), max(self._seen)
+        if tokens < smallest:
+            return self._seen[smallest] * (tokens / smallest) ** 0.5
+        below = self._seen[max(n for n in self._seen if n < tokens)]
+        if tokens < largest:
+            return below
+        if tokens > 2 * largest:
+            below *= self._guess(tokens) / self._guess(largest)
+        return max(below, self(tokens)) if len(self._seen) > 1 else below
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn that a step of ``tokens`` took ``seconds``."""
-        if self._curve and self._rests is None:
+        if self._curve:
             return
         if self._cold:
             self._cold = False
             return
-        if self._curve:
-            self._learn_rest(tokens, seconds)
+        for other in self._counts:
+            self._counts[other] *= FORGET
+        count = self._counts[tokens] = self._counts.get(tokens, 0.0) / FORGET + 1
+        if tokens not in self._seen:
+            self._seen[tokens] = seconds
             return
-        if self._single if tokens == 1 else self._sums[0]:
-            expected = self(tokens)
-            seconds = min(max(seconds, expected / OUTLIER), expected * OUTLIER)
-        if tokens == 1:
-            self._singles += 1
-            before = seconds if self._single is None else self._single
-            self._single = before + max(1 - MEMORY, 1 / self._singles) * (seconds - before)
-        else:
-            new = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
-            self._sums = [MEMORY * old + value for old, value in zip(self._sums, new)]
-
-    def _learn_rest(self, tokens: int, seconds: float) -> None:
-        assert self._rests is not None
-        of_pass = _along(self._curve, tokens)
-        rest = min(max(seconds - of_pass, 0.0), OUTLIER * (of_pass + self._rest) - of_pass)
-        self._rests += 1
-        self._rest += max(1 - MEMORY, 1 / self._rests) * (rest - self._rest)
+        before = self._seen[tokens]
+        ratio = min(max(seconds / before, 1 / OUTLIER), OUTLIER)
+        for other in self._seen:
+            share = max(NEWEST, 1 / count) if other == tokens else DRIFT
+            self._seen[other] *= 1 + share * (ratio - 1)
 
 
 def _along(points: list[tuple[int, float]], x: float) -> float:
     """Return the value at ``x``: linear between the points, the first one's before them, on the
-    line of the last two after them.
+    line of the last two after them, which does not fall.
     """
     at = min(bisect_left(points, (x,)), len(points) - 1)
     if at == 0:
         return points[0][1]
     (x0, y0), (x1, y1) = points[at - 1 : at + 1]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    slope = (y1 - y0) / (x1 - x0)
+    return y1 + max(slope, 0.0) * (x - x1) if x > x1 else y1 + slope * (x - x1)
 
 
 class TreeSizer:
@@ -149,7 +158,9 @@ class TreeSizer:
         trust = self._accepted / self._expected
         self._size = max(
             (size for size in sizes if size <= len(expected)),
-            key=lambda size: (1 + trust * expected[size - 1]) / self._times(self._rows * size),
+            key=lambda size: (
+                (1 + trust * expected[size - 1]) / self._times.at_best(self._rows * size)
+            ),
         )
         return self._size
 

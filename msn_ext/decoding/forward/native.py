@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
 from msn_ext import _C
 
-from ..drafters import DraftTree
 from .packed import PackedPlan
 
 CHUNK = 96
@@ -122,37 +119,3 @@ class NativeForward:
     def commit(self, prefix: Tensor, path: Tensor, accepted: Tensor) -> None:
         before = prefix - self._offsets if self._padded else prefix
         self._pass.commit(before, path, accepted)
-
-
-TIMED = 1, 4, 8, 16, 32, 64
-"""Tokens of the passes that are timed."""
-
-
-@torch.no_grad()
-def pass_times(packed: PackedPlan, limit: float = 0.25) -> dict[int, float]:
-    """Return the seconds of a pass over some of ``TIMED`` tokens after a short text.
-
-    Args:
-        limit: seconds in all, which the first two passes alone may take longer than.
-    """
-    begin, text = time.perf_counter(), 32
-    new, none, at = (
-        NativeForward(packed, 1),
-        torch.tensor([0], device="cpu"),
-        torch.tensor([text], device="cpu"),
-    )
-    ids = torch.zeros(1, text + TIMED[-1], dtype=torch.int64, device="cpu")
-    columns = torch.arange(text + TIMED[-1], device="cpu")[None]
-    new.read(ids[:, :text], columns[:, :text], none, 0)
-    seconds: dict[int, float] = {}
-    for _ in range(3):  # of which the fastest counts
-        for tokens in TIMED:
-            if len(seconds) > 1 and time.perf_counter() - begin > limit:
-                return seconds
-            tree = DraftTree.chain(tokens).tensors(none.device)
-            inputs = ids[:, :tokens], columns[:, text : text + tokens], at, none, tree.ancestors
-            start = time.perf_counter()
-            new.check(*inputs, text + tokens)
-            taken = time.perf_counter() - start
-            seconds[tokens] = min(taken, seconds.get(tokens, taken))
-    return seconds

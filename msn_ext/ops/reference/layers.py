@@ -45,7 +45,7 @@ def unpack_weights(packed, weights, outputs, inputs, halves=1, isa=""):
 
 
 def to_int16(rows):
-    """Return rows whose numbers are multiples of a scale of their block, the largest 32767 of it."""
+    """Return rows whose numbers are multiples of 1/32767 of their block's largest."""
     blocks = torch.nn.functional.pad(rows, (0, -rows.shape[1] % INT8_BLOCK))
     blocks = blocks.unflatten(1, (-1, INT8_BLOCK))
     top = blocks.abs().amax(-1, keepdim=True)

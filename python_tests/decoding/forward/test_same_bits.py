@@ -2,7 +2,8 @@
 tree, the batch, the prompt's length, the threads, or on whether it was a step or a prompt.
 
 float64 and one dtype of storage would hide much: all dtypes and all instruction sets of this
-machine are tried. The last test shows that a pass whose sums have another order for several rows is caught.
+machine are tried. The last test shows that a pass whose sums have another order for several rows is
+caught.
 """
 
 import random
