@@ -36,7 +36,8 @@ def pack_weights(weight: Tensor, weights: str, *, halves: int = 1, isa: str = ""
         filled up with zeros.
     """
     expect_dims("weight", weight, "[outputs, inputs]")
-    size = _C.packed_bytes(weights, isa, *weight.shape, halves)
+    outputs, inputs = weight.shape
+    size = _C.packed_bytes(weights, isa, outputs, inputs, halves)
     packed = torch.empty(size, dtype=torch.uint8, device="cpu")
     _C.pack(weights, isa, [weight.detach()], halves, packed)
     return packed
@@ -104,10 +105,25 @@ def packed_linear(
     yield out
     if residual is not None:
         out.copy_(residual)
-    normed = norm, _dense(norm_weight), _dense(norm_bias), eps
-    after = epilogue, activation, scale, softcap, _dense(pick)
-    inputs = x.contiguous(), packed, weights, outputs, _dense(bias)
-    _C.packed_linear(*inputs, *normed, *after, isa, torch.get_num_threads(), out)
+    _C.packed_linear(
+        x.contiguous(),
+        packed,
+        weights,
+        outputs,
+        _dense(bias),
+        norm,
+        _dense(norm_weight),
+        _dense(norm_bias),
+        eps,
+        epilogue,
+        activation,
+        scale,
+        softcap,
+        _dense(pick),
+        isa,
+        torch.get_num_threads(),
+        out,
+    )
 
 
 @op(
@@ -231,11 +247,27 @@ def rotary_write(
             D], without ``norm_each_head``.
     """
     yield
-    inputs = prefix.contiguous(), ancestors.contiguous(), positions.contiguous(), heads, kv_heads
-    normed = norm, _dense(q_weight), _dense(q_bias), _dense(k_weight), _dense(k_bias), eps
-    tables = _dense(cosines), _dense(sines)
-    threads = torch.get_num_threads()
-    _C.rotary_write(qkv, keys, values, *inputs, *tables, *normed, norm_each_head, isa, threads)
+    _C.rotary_write(
+        qkv,
+        keys,
+        values,
+        prefix.contiguous(),
+        ancestors.contiguous(),
+        positions.contiguous(),
+        heads,
+        kv_heads,
+        _dense(cosines),
+        _dense(sines),
+        norm,
+        _dense(q_weight),
+        _dense(q_bias),
+        _dense(k_weight),
+        _dense(k_bias),
+        eps,
+        norm_each_head,
+        isa,
+        torch.get_num_threads(),
+    )
 
 
 @op(
@@ -275,6 +307,18 @@ def packed_attention(
     batch, nodes, size = qkv.shape
     out = qkv.new_empty(batch, nodes, size // max(heads + 2 * kv_heads, 1) * max(heads, 0))
     yield out
-    inputs = qkv.contiguous(), keys, values, prefix.contiguous(), ancestors.contiguous()
-    options = heads, kv_heads, scale, window, softcap, isa, torch.get_num_threads()
-    _C.packed_attention(*inputs, *options, out)
+    _C.packed_attention(
+        qkv.contiguous(),
+        keys,
+        values,
+        prefix.contiguous(),
+        ancestors.contiguous(),
+        heads,
+        kv_heads,
+        scale,
+        window,
+        softcap,
+        isa,
+        torch.get_num_threads(),
+        out,
+    )

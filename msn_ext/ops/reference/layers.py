@@ -7,7 +7,7 @@ from msn_ext import _C
 
 from .tree import ancestor_matrix
 
-ACTIVATIONS = {
+ACTIVATIONS: dict = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -213,8 +213,8 @@ def packed_attention(
         for i in range(nodes):
             length = int(prefix[b])
             path = [length + j for j in range(nodes) if above[b, i, j] or j == i]
-            slots = [*range(length), *path]
-            slots = torch.tensor(slots[-window:] if window else slots)
+            seen = [*range(length), *path]
+            slots = torch.tensor(seen[-window:] if window else seen)
             for h in range(heads):
                 key = keys[b, h // (heads // kv_heads), at_key[slots]].double()
                 value = values[b, h // (heads // kv_heads), at_value[slots]].double()
