@@ -140,3 +140,15 @@ def test_missing_and_surplus_arguments_are_type_errors():
         ops.verify_tree(tokens)
     with pytest.raises(TypeError, match="root"):
         ops.verify_tree(tokens, tokens, tokens.int(), root=0)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_plain_calls_pass_the_dispatcher_by_and_others_do_not(op):
+    """With the same results; what wants to know of an op still does."""
+    direct, dispatched = example(op, "cpu"), example(op, "cpu")
+    gained = getattr(ops, op)(**direct)
+    with torch.profiler.profile() as profile:
+        assert_equal(getattr(ops, op)(**dispatched), gained)
+    assert_equal(direct, dispatched)
+    seen = [event.key for event in profile.key_averages()]
+    assert any(key.startswith("msn_ext::") for key in seen)

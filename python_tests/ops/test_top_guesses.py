@@ -187,3 +187,11 @@ def test_guesses_ignore_threads():
         together = ops.top_guesses(logits)
     with one_thread():
         assert torch.equal(ops.top_guesses(logits), together)
+
+
+def test_many_rows_are_shared_by_threads_and_stay_the_same():
+    logits = torch.randn(12, 50_000, generator=seeded(0)).round(decimals=1)  # full of equals
+    logits[3, 40_000:40_010], logits[4, 49_999] = float("nan"), float("nan")
+    every = ops.top_guesses(logits)
+    assert_equal(every, torch.cat([ops.top_guesses(row[None]) for row in logits]))
+    assert_equal(every[:, 0] >> 4, logits.argmax(-1).int())

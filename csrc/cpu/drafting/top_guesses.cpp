@@ -79,7 +79,9 @@ template <typename Bits, typename Key, Bits kInfinity, typename Value>
 void top_rows(Ordered<Bits, Key, kInfinity> order, const Tensor& logits, Value value,
               const Tensor& guesses) {
   const int64_t vocabulary = logits.shape[1];
-#pragma omp parallel for schedule(static) if (logits.shape[0] > 1)
+  // Waking the other threads takes longer than a few rows.
+  const bool many = logits.shape[0] > 1 && logits.shape[0] * vocabulary > 1 << 19;
+#pragma omp parallel for schedule(static) if (many)
   for (int64_t row = 0; row < logits.shape[0]; ++row)
     top_row(order, logits.as<Bits>() + row * logits.strides[0], vocabulary, value,
             guesses.as<int32_t>() + row * kGuesses);

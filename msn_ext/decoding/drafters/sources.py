@@ -34,9 +34,9 @@ class Denoised:
     def update(self, verified: Verified, guesses: Tensor) -> None:
         """Take the guesses [B, N, 8] at the rejected continuation of a checked tree."""
         nodes = verified.continuation[:, : self._depths, None]
-        found = guesses.gather(1, nodes.clamp(min=0).expand(-1, -1, GUESSES)).masked_fill(
-            nodes < 0, -1
-        )
+        or_none = torch.nn.functional.pad(guesses, (0, 0, 0, 1), value=-1)
+        # Node -1, none, is the one after the last.
+        found = or_none.gather(1, (nodes % or_none.shape[1]).expand(-1, -1, GUESSES))
         self.guesses[:, found.shape[1] :] = -1
         self.guesses[:, : found.shape[1]] = found
 
