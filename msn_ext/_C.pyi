@@ -164,6 +164,17 @@ CACHE_WIDTH: Final[int]
 def layer_isa(isa: str, /) -> dict[str, Any]: ...
 def packed_bytes(weights: str, isa: str, outputs: int, inputs: int, halves: int, /) -> int: ...
 def pack(weights: str, isa: str, pieces: list[Tensor], halves: int, packed: Tensor, /) -> None: ...
+def unpack(
+    weights: str,
+    isa: str,
+    packed: Tensor,
+    outputs: int,
+    inputs: int,
+    halves: int,
+    rows: Tensor,
+    to: Tensor,
+    /,
+) -> None: ...
 def sample_hash(tensors: list[Tensor], /) -> int: ...
 
 class ForwardPass:
