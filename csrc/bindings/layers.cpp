@@ -7,6 +7,9 @@
 #include <string>
 #include <tuple>
 #include <vector>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "bindings/checks.h"
 #include "bindings/define.h"
@@ -134,6 +137,13 @@ void unpack(const std::string& weights, const std::string& isa, py::handle packe
                        (o / width * halves + h) * width + o % width,
                        numbers.as<char>() + n * inputs * numbers.item_size);
   }
+}
+
+// Gives freed memory back to the system, as far as the allocator can.
+void release_freed() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
 }
 
 // A hash of every 64th line of 64 bytes of contiguous tensors.
@@ -423,6 +433,7 @@ void define_layers(py::module_& m) {
   m.def("packed_bytes", &packed_bytes);
   m.def("pack", &pack);
   m.def("unpack", &unpack);
+  m.def("release_freed", &release_freed);
   m.def("sample_hash", &sample_hash);
   py::class_<BoundPass>(m, "ForwardPass")
       .def(py::init<const std::string&, const std::string&>())

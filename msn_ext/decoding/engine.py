@@ -91,8 +91,10 @@ def _stamp(model: PreTrainedModel) -> int:
     """Return a number that changes with the weights, the attention in use, and the ISA."""
     tensors = [*model.parameters(), *model.buffers()]
     weights = [tensor for tensor in tensors if not isinstance(tensor, PackedWeight)]
-    identity = tuple((weight.data_ptr(), weight._version) for weight in weights)
-    identity += tuple(id(tensor) for tensor in tensors if isinstance(tensor, PackedWeight))
+    identity = (
+        tuple((weight.data_ptr(), weight._version) for weight in weights),
+        tuple(id(tensor) for tensor in tensors if isinstance(tensor, PackedWeight)),
+    )
     sample = _C.sample_hash([weight.detach() for weight in weights if weight.is_contiguous()])
     config = model.config.get_text_config(decoder=True)
     return hash((identity, sample, config._attn_implementation, os.environ.get("MSN_ISA")))

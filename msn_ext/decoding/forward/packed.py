@@ -7,6 +7,7 @@ made in.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -195,7 +196,10 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def aligned(size: int) -> Tensor:
-    """Return uint8 [size] that begins at a multiple of ``ALIGNMENT``."""
-    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
-    start = -memory.data_ptr() % ALIGNMENT
-    return memory[start : start + size]
+    """Return uint8 [size] that begins at a multiple of ``ALIGNMENT``.
+
+    It comes from the system, not from the allocator, which would fill up with holes while packed
+    weights take the place of dense ones.
+    """
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8, count=size)

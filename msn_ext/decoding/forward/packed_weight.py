@@ -65,9 +65,7 @@ class PackedWeight(Tensor):
     @staticmethod
     def __new__(cls, panels: PackedLinear, rows: Tensor, transposed: bool, dtype: torch.dtype):
         shape = (panels.inputs, len(rows)) if transposed else (len(rows), panels.inputs)
-        new = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=torch.device("cpu")
-        )
+        new = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         new.panels, new.rows, new.transposed = panels, rows, transposed
         return new
 
@@ -103,7 +101,7 @@ class PackedWeight(Tensor):
             return torch.zeros((), dtype=self.dtype, device="cpu").expand(self.shape)
         return self.dense()
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PackedWeight({list(self.shape)}, {self.dtype})"
 
     def __deepcopy__(self, memo: dict) -> Tensor:
@@ -124,7 +122,9 @@ class PackedWeight(Tensor):
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func, types, args=(), kwargs=None
+    ):
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
             its = args[0]

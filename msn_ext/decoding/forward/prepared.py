@@ -114,6 +114,7 @@ def pack_in_place(model: PreTrainedModel, weights: str, dtype: torch.dtype) -> N
         for packed, of_linear in zip(panels[-1], parts.pop(0)):
             for part in of_linear:
                 _replace(part, PackedWeight(packed, part.rows, part.transposed, dtype))
+        _C.release_freed()
     with torch.no_grad():
         for parameter in model.parameters():
             if not isinstance(parameter, PackedWeight) and parameter.dtype != dtype:
