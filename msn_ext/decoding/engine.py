@@ -146,6 +146,7 @@ def prepare(
             pack_in_place(model, packed_as, dtype)
             model.config.dtype = dtype
             _current(model, must=True)
+            _C.release_freed()
         except NoPlan as reason:
             _unprepare(model)
             name = type(model).__name__

@@ -43,7 +43,11 @@ class PackedLinear:
 
     def unpacked(self, rows: Tensor) -> Tensor:
         """Return rows, [n, inputs] of the numbers that sums are made in; ``rows``: int64 [n]."""
-        numbers = torch.empty(len(rows), self.inputs, dtype=sums(self.weights), device="cpu")
+        dtype = sums(self.weights)
+        if not len(rows):
+            return torch.empty(0, self.inputs, dtype=dtype, device="cpu")
+        memory = aligned(len(rows) * self.inputs * dtype.itemsize)
+        numbers = memory.view(dtype).view(len(rows), self.inputs)
         how = self.weights, self.isa, self.data, self.outputs, self.inputs, self.halves
         _C.unpack(*how, rows.contiguous(), numbers)
         return numbers

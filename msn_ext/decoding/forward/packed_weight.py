@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .packed import PackedLinear
+from .packed import PackedLinear, aligned
 
-CHUNK = 4096
+CHUNK = 512
 """Rows that are unpacked at once, so that what is wider than the weights stays small."""
 REFUSAL = "prepared models are for inference; call msn_ext.unprepare(model) first"
 
@@ -74,7 +74,9 @@ class PackedWeight(Tensor):
 
     def dense(self) -> Tensor:
         """Return the weight as a plain tensor: what was packed, bit for bit, but for int8."""
-        new = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        return self._unpacked_to(torch.empty(self.shape, dtype=self.dtype, device="cpu"))
+
+    def _unpacked_to(self, new: Tensor) -> Tensor:
         by_rows = new.T if self.transposed else new
         for begin in range(0, len(self.rows), CHUNK):
             part = slice(begin, begin + CHUNK)
@@ -99,7 +101,9 @@ class PackedWeight(Tensor):
     def _plain(self) -> Tensor:
         if _reading.on:
             return torch.zeros((), dtype=self.dtype, device="cpu").expand(self.shape)
-        return self.dense()
+        # Not the allocator's memory: every use would touch other holes in it, which stay.
+        memory = aligned(self.numel() * self.element_size())
+        return self._unpacked_to(memory.view(self.dtype).view(self.shape))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PackedWeight({list(self.shape)}, {self.dtype})"
