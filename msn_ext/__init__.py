@@ -5,7 +5,8 @@ probable, also from a ``Corpus``, ``DraftTree`` is the shape of a fixed draft (a
 section 3.3), a ``Drafter`` a source of guesses of your own, which gives a ``Draft`` and is shown
 what was ``Verified``. ``NoisyCollator`` puts noise into training batches (section 3.1),
 ``add_noise`` puts it into a trainer that is there already, ``lowest_loss_starts`` finds places for
-it (appendix A); ``build_info()`` says what this installation was built with; the kernels are in
+it (appendix A). ``prepare`` packs a model's weights in place for decoding on a CPU, ``unprepare``
+undoes it; ``build_info()`` says what this installation was built with; the kernels are in
 ``msn_ext.ops``.
 """
 
@@ -24,11 +25,23 @@ __all__ = [
     "build_info",
     "generate",
     "lowest_loss_starts",
+    "prepare",
+    "unprepare",
 ]
 
 # Imported when first used, so that `msn --help` need not wait for torch and transformers.
 _HOMES = dict.fromkeys(
-    ("BestFirst", "Corpus", "Draft", "DraftTree", "Drafter", "Verified"), "decoding"
+    (
+        "BestFirst",
+        "Corpus",
+        "Draft",
+        "DraftTree",
+        "Drafter",
+        "Verified",
+        "prepare",
+        "unprepare",
+    ),
+    "decoding",
 )
 _HOMES |= dict.fromkeys(("MSNGenerateOutput", "generate"), "generation")
 _HOMES |= dict.fromkeys(("NoisyCollator", "add_noise", "lowest_loss_starts"), "training")

@@ -8,6 +8,9 @@
 #include <string>
 #include <tuple>
 #include <vector>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "bindings/checks.h"
 #include "bindings/define.h"
@@ -84,6 +87,40 @@ void pack(const std::string& weights, const std::string& isa, const py::list& pi
     panel.count = kernels.width;
     kernels.pack(kind, panel, to.as<char>() + p * bytes);
   }
+}
+
+// Rows of a packed matrix, back into numbers: `rows` int64 [n], `to` [n, inputs] of what sums are
+// made in. `rows` count as before packing.
+void unpack(const std::string& weights, const std::string& isa, py::handle packed, int64_t outputs,
+            int64_t inputs, int64_t halves, py::handle rows, py::handle to) {
+  const Kernels& kernels = kernels_named(isa);
+  const Weights kind = weights_named(weights);
+  const Argument from = borrow("packed", packed), which = borrow("rows", rows),
+                 numbers = borrow("to", to);
+  expect_contiguous(from);
+  expect_shape(from, {packed_bytes(weights, isa, outputs, inputs, halves)});
+  expect_dims(which, 1);
+  const int64_t count = which.shape[0];
+  expect_dense(which, DType::kInt64, {count}, which);
+  expect_dense(numbers, number_of(kind), {count, inputs}, which);
+  const int64_t* wanted = which.as<int64_t>();
+  for (int64_t n = 0; n < count; ++n) expect_range("row", wanted[n], 0, outputs - 1);
+  const int64_t half = outputs / halves, width = kernels.width;
+  py::gil_scoped_release release;
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t o = wanted[n] % half, h = wanted[n] / half;
+    kernels.unpack_row(kind, {from.data, outputs, inputs},
+                       (o / width * halves + h) * width + o % width,
+                       numbers.as<char>() + n * inputs * numbers.item_size);
+  }
+}
+
+// Gives freed memory back to the system, as far as the allocator can.
+void release_freed() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
 }
 
 // A hash of every 64th line of 64 bytes of contiguous tensors.
@@ -347,6 +384,8 @@ void define_layers(py::module_& m) {
   m.def("layer_isa", &layer_isa);
   m.def("packed_bytes", &packed_bytes);
   m.def("pack", &pack);
+  m.def("unpack", &unpack);
+  m.def("release_freed", &release_freed);
   m.def("sample_hash", &sample_hash);
   py::class_<BoundPass>(m, "ForwardPass")
       .def(py::init<const std::string&, const std::string&>())

@@ -17,6 +17,7 @@ from .drafters import (
     TreeDrafter,
     Verified,
 )
+from .engine import prepare, unprepare
 from .loop import decode
 from .request import Request
 from .runner import runner_for
@@ -43,5 +44,7 @@ __all__ = [
     "attention_for",
     "decode",
     "greedy",
+    "prepare",
     "runner_for",
+    "unprepare",
 ]

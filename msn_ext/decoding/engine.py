@@ -17,9 +17,12 @@ from msn_ext import _C
 
 from .drafters import DraftTree
 from .forward.families import plan_for
+from .forward.families.checks import DTYPES
 from .forward.native import NativeForward
 from .forward.packed import PackedPlan
+from .forward.packed_weight import PackedWeight
 from .forward.plan import NoPlan, Plan
+from .forward.prepared import pack_in_place, prepared_of, unpack_in_place
 
 logger = logging.getLogger("msn_ext")
 
@@ -75,16 +78,17 @@ def packed_for(model: PreTrainedModel, engine: str) -> PackedPlan | None:
 
 
 def _current(model: PreTrainedModel, must: bool) -> PackedPlan:
-    plan = plan_for(model)
+    prepared = prepared_of(model)
+    plan = prepared.plan(model) if prepared else plan_for(model)
     stamp = _stamp(model)
     kept = _kept.get(model)
     if kept is not None and kept.stamp == stamp:
         return kept.packed
     weights = str(model.dtype).removeprefix("torch.")
-    if not must:
+    if not must and not prepared:
         _check_memory(plan, weights)
     _kept.pop(model, None)  # its memory first
-    packed = PackedPlan(plan, weights)
+    packed = prepared.packed(plan) if prepared else PackedPlan(plan, weights)
     _check_logits(model, packed)
     _kept[model] = Kept(packed, stamp)
     return packed
@@ -92,13 +96,86 @@ def _current(model: PreTrainedModel, must: bool) -> PackedPlan:
 
 def _stamp(model: PreTrainedModel) -> int:
     """Return a number that changes with the weights, the attention in use, and the ISA."""
-    weights = [*model.parameters(), *model.buffers()]
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = [tensor for tensor in tensors if not isinstance(tensor, PackedWeight)]
     if any(weight.is_inference() for weight in weights):
         raise NoPlan("it was made under torch.inference_mode(), where no change is counted")
-    identity = tuple((weight.data_ptr(), weight._version) for weight in weights)
+    identity = (
+        tuple((weight.data_ptr(), weight._version) for weight in weights),
+        tuple(id(tensor) for tensor in tensors if isinstance(tensor, PackedWeight)),
+    )
     sample = _C.sample_hash([weight.detach() for weight in weights if weight.is_contiguous()])
     config = model.config.get_text_config(decoder=True)
     return hash((identity, sample, config._attn_implementation, os.environ.get("MSN_ISA")))
+
+
+# ---- one copy of the weights ---------------------------------------------------------------------
+
+
+def prepare(
+    model: PreTrainedModel, dtype: torch.dtype | None = None, weights: str | None = None
+) -> PreTrainedModel:
+    """Pack a model's linear weights in place, for the native engine: one copy of the weights.
+
+    The packed bytes take the place of the dense ones, layer by layer, a tied embedding's with the
+    head's. Names, shapes, ``state_dict``, saving, and the model's own forward and gradients stay;
+    the latter unpack every weight they use, which is slow. Weights cannot be changed while they are
+    packed: optimizers and ``load_state_dict`` raise; ``model.to(...)`` that changes the dtype or
+    the device makes dense weights again.
+
+    Args:
+        model: what ``generate(engine="native")`` decodes, on the CPU.
+        dtype: float64, float32, bfloat16 or float16: the model's parameters are rounded to it
+            (buffers stay); None: that of the model.
+        weights: ``"int8"``: linear weights are rounded to int8, with a scale for each block of
+            inputs of an output. That is lossy: ``state_dict`` gives the rounded weights. None: as
+            ``dtype`` says, bit for bit.
+
+    Returns:
+        The model. One that is prepared so already stays; one that is prepared otherwise is undone
+        by :func:`unprepare` first.
+
+    Raises:
+        ValueError: the model cannot be decoded natively, or an argument is none of these; says
+            why. The model has dense weights then.
+    """
+    if weights not in (None, "int8"):
+        raise ValueError(f"weights is {weights!r}; expected None or 'int8'")
+    if dtype not in (None, *DTYPES):
+        names = ", ".join(map(str, DTYPES))
+        raise ValueError(f"dtype is {dtype}; expected None, {names}")
+    dtype = dtype or model.dtype
+    packed_as = weights or str(dtype).removeprefix("torch.")
+    with _lock:
+        now = prepared_of(model)
+        if now is not None and (now.weights, now.dtype) == (packed_as, dtype):
+            return model
+        try:
+            _unprepare(model)
+            pack_in_place(model, packed_as, dtype)
+            model.config.dtype = dtype
+            _current(model, must=True)
+            _C.release_freed()
+        except NoPlan as reason:
+            _unprepare(model)
+            name = type(model).__name__
+            raise ValueError(f"{name} cannot be prepared: {reason}") from None
+    return model
+
+
+def unprepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo :func:`prepare`: make the packed weights of a model dense ones again, and return it.
+
+    They are what was packed: rounded where that rounded. A model without packed weights stays.
+    """
+    with _lock:
+        _unprepare(model)
+    return model
+
+
+def _unprepare(model: PreTrainedModel) -> None:
+    _kept.pop(model, None)
+    unpack_in_place(model)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -161,7 +238,7 @@ def _check_logits(model: PreTrainedModel, packed: PackedPlan) -> None:
     first = native.read(text, torch.arange(prefix, device="cpu")[None], none, 1)
     positions = prefix + tensors.depth.long()[None]
     found = native.check(nodes, positions, at, none, tensors.ancestors, prefix + len(tree))
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    tolerance = 1e-3 if packed.weights in ("float32", "float64") else 0.1
     for leaf in (3, 4, 5):
         path = [leaf]
         while path[0]:

@@ -7,10 +7,12 @@ made in.
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msn_ext import _C
 
@@ -24,22 +26,68 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """A linear layer, packed.
+    """The weights of a linear layer, packed.
 
     Attributes:
         data: uint8, its panels.
         halves: 2 where panels of gates and of ups take turns, else 1.
-        bias: [outputs] or None.
+        weights, isa: how they are packed.
     """
 
     data: Tensor
     outputs: int
     inputs: int
     halves: int
-    bias: Tensor | None
+    weights: str
+    isa: str
 
-    def for_pass(self) -> tuple:
-        return self.data, self.outputs, self.inputs, self.bias
+    def unpacked(self, rows: Tensor) -> Tensor:
+        """Return rows, [n, inputs] of the numbers that sums are made in; ``rows``: int64 [n]."""
+        dtype = sums(self.weights)
+        if not len(rows):
+            return torch.empty(0, self.inputs, dtype=dtype, device="cpu")
+        memory = aligned(len(rows) * self.inputs * dtype.itemsize)
+        numbers = memory.view(dtype).view(len(rows), self.inputs)
+        how = self.weights, self.isa, self.data, self.outputs, self.inputs, self.halves
+        _C.unpack(*how, rows.contiguous(), numbers)
+        return numbers
+
+
+def sums(weights: str) -> torch.dtype:
+    """Return the numbers that sums are made in."""
+    return torch.float64 if weights == "float64" else torch.float32
+
+
+def linears(layer: Layer) -> tuple[tuple[Linear, ...], tuple[int, ...]]:
+    """Return the linear layers of a layer, and the ``halves`` of each."""
+    return (layer.qkv, layer.out, layer.up, layer.down), (1, 1, 2 if layer.gated else 1, 1)
+
+
+def pack(
+    weights: str, isa: str, linears: Sequence[Linear], halves: Sequence[int] = (1,)
+) -> list[PackedLinear]:
+    """Pack linear layers into one piece of memory, one after the other."""
+    sizes = [
+        _C.packed_bytes(weights, isa, linear.outputs, linear.inputs, half)
+        for linear, half in zip(linears, halves)
+    ]
+    starts = [0]
+    for size in sizes:
+        starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
+    memory = aligned(starts[-1])
+    packed = []
+    for linear, half, start, size in zip(linears, halves, starts, sizes):
+        data = memory[start : start + size]
+        _C.pack(weights, isa, [weight.detach() for weight in linear.weights], half, data)
+        packed.append(PackedLinear(data, linear.outputs, linear.inputs, half, weights, isa))
+    return packed
+
+
+def packed_one_by_one(plan: Plan, weights: str, isa: str) -> Iterator[list[PackedLinear]]:
+    """Pack the linear layers of each layer, then the head."""
+    for layer in plan.layers:
+        yield pack(weights, isa, *linears(layer))
+    yield pack(weights, isa, (plan.head,))
 
 
 class PackedPlan:
@@ -49,16 +97,25 @@ class PackedPlan:
         plan: its tensors are read, and kept where they are used as they are (the embedding).
         weights: one of ``WEIGHTS``.
         isa: the instruction set to pack for; empty: the best one here, or what ``MSN_ISA`` names.
+        panels: the linear layers of each layer, then the head, where they were packed before.
     """
 
-    def __init__(self, plan: Plan, weights: str, isa: str = ""):
+    def __init__(
+        self,
+        plan: Plan,
+        weights: str,
+        isa: str = "",
+        panels: Iterable[list[PackedLinear]] | None = None,
+    ):
         self.plan, self.weights = plan, weights
         self.isa: str = _C.layer_isa(isa)["name"]
-        self.dtype = torch.float64 if weights == "float64" else torch.float32
+        self.dtype = sums(weights)
         self.cache_dtype = CACHE_DTYPES.get(weights, torch.bfloat16)
-        self.layers = [self._layer(layer) for layer in plan.layers]
+        *of_layers, (self.head,) = panels or packed_one_by_one(plan, weights, self.isa)
+        self.layers = [self._layer(*layer) for layer in zip(plan.layers, of_layers)]
         self.norm = self._norm(plan.norm)
-        (self.head,) = self._pack(plan.head)
+        # Rows of a packed embedding are read from the head, which it is.
+        self.table = plan.embedding.detach() if is_plain(plan.embedding) else None
         self.positions = None if plan.positions is None else self._number(plan.positions)
         self.rotaries: list[tuple[Tensor, Tensor]] = []
         self.rotary_positions = 0
@@ -78,33 +135,16 @@ class PackedPlan:
         bias = None if norm.bias is None else self._number(norm.bias)
         return norm.kind, weight, bias, norm.eps
 
-    def _pack(self, *linears: Linear, halves: tuple[int, ...] = ()) -> list[PackedLinear]:
-        """Pack linear layers into one piece of memory, one after the other."""
-        halves = halves or (1,) * len(linears)
-        sizes = [
-            _C.packed_bytes(self.weights, self.isa, linear.outputs, linear.inputs, half)
-            for linear, half in zip(linears, halves)
-        ]
-        starts = [0]
-        for size in sizes:
-            starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
-        memory = aligned(starts[-1])
-        packed = []
-        for linear, half, start, size in zip(linears, halves, starts, sizes):
-            data = memory[start : start + size]
-            pieces = [weight.detach() for weight in linear.weights]
-            _C.pack(self.weights, self.isa, pieces, half, data)
-            bias = None
-            if linear.biases:
-                bias = torch.cat([self._number(piece) for piece in linear.biases])
-            packed.append(PackedLinear(data, linear.outputs, linear.inputs, half, bias))
-        return packed
+    def _linear(self, packed: PackedLinear, linear: Linear) -> tuple:
+        bias = None
+        if linear.biases:
+            bias = torch.cat([self._number(piece) for piece in linear.biases])
+        return packed.data, packed.outputs, packed.inputs, bias
 
-    def _layer(self, layer: Layer) -> dict:
+    def _layer(self, layer: Layer, panels: list[PackedLinear]) -> dict:
         """Return what ``_C.ForwardPass.add_layer`` takes."""
-        qkv, out, up, down = self._pack(
-            layer.qkv, layer.out, layer.up, layer.down, halves=(1, 1, 2 if layer.gated else 1, 1)
-        )
+        its, _ = linears(layer)
+        qkv, out, up, down = map(self._linear, panels, its)
         attention = layer.attention
         return dict(
             heads=attention.heads,
@@ -121,10 +161,10 @@ class PackedPlan:
             after_attention=self._norm(layer.after_attention),
             mlp_norm=self._norm(layer.mlp_norm),
             after_mlp=self._norm(layer.after_mlp),
-            qkv=qkv.for_pass(),
-            out=out.for_pass(),
-            up=up.for_pass(),
-            down=down.for_pass(),
+            qkv=qkv,
+            out=out,
+            up=up,
+            down=down,
             gated=layer.gated,
             activation=layer.activation,
             parallel=layer.parallel,
@@ -135,13 +175,14 @@ class PackedPlan:
         """Return a pass over these weights; it has no cache yet."""
         plan = self.plan
         new = _C.ForwardPass(self.weights, self.isa)
-        table = plan.embedding.detach()
-        new.set_embedding(table, table.shape[1], plan.embedding_scale, self.positions)
+        new.set_embedding(self.table, plan.embedding.shape[1], plan.embedding_scale, self.positions)
         for rotary in plan.rotaries:
             new.add_rotary(rotary.size)
         for layer in self.layers:
             new.add_layer(layer)
-        new.set_head(self.norm, self.head.for_pass(), plan.logit_scale, plan.logit_softcap)
+        new.set_head(
+            self.norm, self._linear(self.head, plan.head), plan.logit_scale, plan.logit_softcap
+        )
         return new
 
     def tables(self, positions: int) -> list[tuple[Tensor, Tensor]]:
@@ -154,8 +195,15 @@ class PackedPlan:
         return self.rotaries
 
 
+def is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
 def aligned(size: int) -> Tensor:
-    """Return uint8 [size] that begins at a multiple of ``ALIGNMENT``."""
-    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
-    start = -memory.data_ptr() % ALIGNMENT
-    return memory[start : start + size]
+    """Return uint8 [size] that begins at a multiple of ``ALIGNMENT``.
+
+    It comes from the system, not from the allocator, which would fill up with holes while packed
+    weights take the place of dense ones.
+    """
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8, count=size)

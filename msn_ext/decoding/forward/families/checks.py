@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..packed_weight import PackedWeight, reading
 from ..plan import NoPlan
 from .parts import ALL_ACTIVATIONS
 
@@ -86,7 +87,12 @@ def check_weights(model: PreTrainedModel) -> None:
     """Refuse weights that are not plain dense tensors of one floating dtype on the CPU."""
     dtypes = set()
     for name, weight in model.named_parameters():
-        if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
+        if isinstance(weight, PackedWeight) and not reading():
+            raise NoPlan(
+                f"{name} is packed, and the model was changed after msn_ext.prepare(model); call"
+                " msn_ext.unprepare(model), then prepare it again"
+            )
+        if type(weight) not in (nn.Parameter, PackedWeight) or weight.layout is not torch.strided:
             raise NoPlan(
                 f"{name} is a {_name(type(weight))} of {weight.layout}, not a plain tensor"
             )
