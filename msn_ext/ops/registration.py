@@ -71,7 +71,7 @@ def op(schema: str) -> Callable[[Callable[P, Iterator[R]]], Callable[P, R]]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if not is_compiling() and (direct := direct_arguments(args, kwargs)) is not None:
-                return run(*direct)
+                return run(*direct)  # type: ignore[call-arg]
             try:
                 return registered(*args, **kwargs)
             except RuntimeError:  # torch's for arguments that are missing or too many, too
