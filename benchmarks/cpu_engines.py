@@ -105,7 +105,7 @@ class Ours(Transformers):
 
         self.engine, draft, dtype = settings["engine"].split("-")
         budget = draft[1:] if draft[0] == "b" else ""
-        self.draft = msn_ext.BestFirst(int(budget)) if budget.isdigit() else draft
+        self.budget, self.draft = int(budget) if budget.isdigit() else None, draft
         super().__init__(settings | dict(engine=f"transformers-sdpa-{dtype}"))
         if self.engine == "native":
             self.model = msn_ext.prepare(self.model)
@@ -113,7 +113,9 @@ class Ours(Transformers):
     def generate(self, **inputs):
         import msn_ext
 
-        return msn_ext.generate(self.model, **inputs, engine=self.engine, draft=self.draft)
+        # A new one for every prompt: one that is kept would know the answer at the next repeat.
+        draft = msn_ext.BestFirst(self.budget) if self.budget else self.draft
+        return msn_ext.generate(self.model, **inputs, engine=self.engine, draft=draft)
 
 
 class LlamaCpp:

@@ -157,7 +157,7 @@ def draw_noise(
     /,
 ) -> None: ...
 
-# ---- layers: the native forward pass (msn_ext/decoding/forward)
+# ---- layers: their stages, and the native forward pass (msn_ext/decoding/forward)
 
 CACHE_WIDTH: Final[int]
 
@@ -165,6 +165,90 @@ def layer_isa(isa: str, /) -> dict[str, Any]: ...
 def packed_bytes(weights: str, isa: str, outputs: int, inputs: int, halves: int, /) -> int: ...
 def pack(weights: str, isa: str, pieces: list[Tensor], halves: int, packed: Tensor, /) -> None: ...
 def sample_hash(tensors: list[Tensor], /) -> int: ...
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    weights: str,
+    outputs: int,
+    bias: Tensor | None,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    epilogue: str,
+    activation: str,
+    scale: float,
+    softcap: float,
+    pick: Tensor | None,
+    isa: str,
+    threads: int,
+    out: Tensor,
+    /,
+) -> None: ...
+def add_norm(
+    h: Tensor,
+    x: Tensor,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    scale: float,
+    isa: str,
+    threads: int,
+    /,
+) -> None: ...
+def embed_rows(
+    tokens: Tensor,
+    table: Tensor,
+    weights: str,
+    size: int,
+    vocabulary: int,
+    scale: float,
+    positions: Tensor | None,
+    position_table: Tensor | None,
+    isa: str,
+    threads: int,
+    out: Tensor,
+    /,
+) -> None: ...
+def rotary_write(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix: Tensor,
+    ancestors: Tensor,
+    positions: Tensor,
+    heads: int,
+    kv_heads: int,
+    cosines: Tensor | None,
+    sines: Tensor | None,
+    norm: str,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    eps: float,
+    norm_each_head: bool,
+    isa: str,
+    threads: int,
+    /,
+) -> None: ...
+def packed_attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix: Tensor,
+    ancestors: Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    isa: str,
+    threads: int,
+    out: Tensor,
+    /,
+) -> None: ...
 
 class ForwardPass:
     def __init__(self, weights: str, isa: str, /) -> None: ...

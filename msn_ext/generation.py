@@ -32,6 +32,7 @@ from .decoding import (
     TreeDrafter,
     decode,
 )
+from .decoding.engine import packed_for
 from .decoding.request import check_inputs, request_for, with_stop_strings
 
 DRAFTS: dict[str, Callable[[], DraftTree | Drafter] | None] = {
@@ -149,15 +150,20 @@ def generate(
     )
 
 
-def drafter_for(draft: str | DraftTree | Drafter, model: PreTrainedModel | None) -> Drafter:
+def drafter_for(
+    draft: str | DraftTree | Drafter,
+    model: PreTrainedModel | None,
+    engine: str = "torch",
+) -> Drafter:
     """Return the drafter that the argument ``draft`` of :func:`generate` stands for.
 
     Args:
         draft: a name of :data:`DRAFTS`, a tree or a drafter.
         model: needed for "auto".
+        engine: what computes the forward passes, "native" or "torch".
     """
     if draft == "auto":
-        return profile.auto(model)
+        return profile.auto(model, engine=engine)
     if isinstance(draft, str) and (make := DRAFTS.get(draft)) is not None:
         draft = make()
     if isinstance(draft, DraftTree):
@@ -201,12 +207,13 @@ def _decode(
     ``input_ids`` are on the model's device, the result is on ``result_device``.
     """
     _own_buffers(model)
+    packed = packed_for(model, engine)
     request = request_for(
         model,
         input_ids,
         draft=draft,
-        drafter=drafter_for(draft, model),
-        engine=engine,
+        drafter=drafter_for(draft, model, "torch" if packed is None else "native"),
+        packed=packed,
         generation_config=generation_config,
         streamer=streamer,
         streamer_has_prompt=streamer_has_prompt,

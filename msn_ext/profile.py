@@ -82,27 +82,36 @@ def machine(device: torch.device) -> str:
     return f"{name} {torch.get_num_threads()} threads"
 
 
-def profile_path(model) -> Path:
-    """Return the path of a model's profile on its device, under :func:`.paths.cache_root`."""
+def profile_path(model, engine: str = "torch") -> Path:
+    """Return the path of a model's profile on its device, under :func:`.paths.cache_root`.
+
+    Args:
+        engine: what computes the forward passes, "native" or "torch".
+    """
     size = sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
     name = f"{type(model).__name__} {size} {dtype} {machine(model.device)}"
+    if engine != "torch":
+        name += f" {engine}"
     return cache_root() / "profiles" / (re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-") + ".json")
 
 
-# Of every model, by device and dtype: the times of its steps, and its factors.
+# Of every model, by device, dtype and engine: the times of its steps, and its factors.
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def auto(model, corpus: Corpus | None = None) -> BestFirst:
+def auto(model, corpus: Corpus | None = None, engine: str = "torch") -> BestFirst:
     """Return best-first drafting for a model: by its profile, and by what this process has seen of
     its steps.
+
+    Args:
+        engine: what computes the forward passes, "native" or "torch".
     """
-    known, key = _known.setdefault(model, {}), (str(model.device), model.dtype)
+    known, key = _known.setdefault(model, {}), (str(model.device), model.dtype, engine)
     if key not in known:
         profile = None
         try:
-            if (path := profile_path(model)).exists():
+            if (path := profile_path(model, engine)).exists():
                 profile = Profile.load(path)
         except (OSError, RuntimeError, ValueError) as error:  # Runtime: there is no home directory
             warnings.warn(f"drafting goes on without a profile: {error}", stacklevel=2)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .decoding import BestFirst, Request, runner_for
 from .decoding.drafters.calibration import FactorRecorder, Record, fit
 from .decoding.drafters.factors import load as shipped_factors
+from .decoding.engine import packed_for
 from .generation import generate
 from .jsonl import lines, row
 from .profile import Profile, machine, profile_path
@@ -27,7 +28,11 @@ WARM_UP = 2
 
 @torch.no_grad()
 def measure_step_times(
-    model, context: int = 256, sizes: tuple[int, ...] = SIZES, progress: bool = True
+    model,
+    context: int = 256,
+    sizes: tuple[int, ...] = SIZES,
+    progress: bool = True,
+    engine: str = "auto",
 ) -> dict[int, float]:
     """Return the seconds of a whole step, drafting to commit, by the nodes of its tree; batch 1.
 
@@ -37,12 +42,13 @@ def measure_step_times(
 
     Args:
         context: tokens of the text before the first step, at most half of what the model can take.
+        engine: as for :func:`msn_ext.generate`.
     """
     context = max(1, min(context, _context_of(model, 2 * context) // 2))
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     text = torch.randint(vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     drafter = BestFirst(budget=1)
-    request = Request.greedy_unpadded(model, text.to(model.device), drafter, context)
+    request = Request.greedy_unpadded(model, text.to(model.device), drafter, context, engine)
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     bar = tqdm(
         total=ROUNDS * len(sizes), unit="step", desc="step times", leave=False, disable=not progress
@@ -67,7 +73,7 @@ def _context_of(model, otherwise: int) -> int:
 
 
 def learn_factors(
-    model, prompts: list[Tensor], prior: Tensor, progress: bool = True
+    model, prompts: list[Tensor], prior: Tensor, progress: bool = True, engine: str = "auto"
 ) -> tuple[Tensor, dict]:
     """Return the factors under which the model's own answers to some prompts are likeliest.
 
@@ -75,6 +81,7 @@ def learn_factors(
         prompts: int64 [1, P], fifty or more, such as will be asked; each gets an answer of up to
             128 tokens. Those that leave no room for an answer are passed over.
         prior: float64 [348], where the fit begins and stays near for want of evidence.
+        engine: as for :func:`msn_ext.generate`.
 
     Returns:
         The factors, and a summary: prompts and nodes, mean log-likelihood before and after.
@@ -94,6 +101,7 @@ def learn_factors(
             model,
             prompt.to(model.device),
             draft=FactorRecorder(records, BestFirst(budget=64, factors=prior)),
+            engine=engine,
             do_sample=False,
             max_new_tokens=min(128, context - length),
         )
@@ -138,30 +146,41 @@ def _prompt(line: str, place: str) -> str:
 
 
 def tune(
-    model, prompts: list[Tensor], context: int = 256, progress: bool = True
+    model,
+    prompts: list[Tensor],
+    context: int = 256,
+    progress: bool = True,
+    engine: str = "auto",
 ) -> tuple[Profile, Path]:
     """Measure a model, learn its factors from ``prompts`` if there are any, and keep both where
     "auto" looks.
 
     Factors of an earlier profile are kept where no prompts are given.
+
+    Args:
+        engine: as for :func:`msn_ext.generate`; the profile is of the one that runs.
     """
-    path = profile_path(model)
+    engine = "torch" if packed_for(model, engine) is None else "native"
+    path = profile_path(model, engine)
     earlier = None
     if path.exists():
         with contextlib.suppress(ValueError):  # it is replaced
             earlier = Profile.load(path)
-    times = measure_step_times(model, context, progress=progress)
+    times = measure_step_times(model, context, progress=progress, engine=engine)
     about = {
         "model": model.config._name_or_path or model.config.model_type,
         "device": machine(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "engine": engine,
         "context": context,
         "torch": torch.__version__,
     }
     found = Profile(times, about=about)
     if prompts:
         found.save(path)  # whatever becomes of the prompts
-        found.factors, about["factors"] = learn_factors(model, prompts, shipped_factors(), progress)
+        found.factors, about["factors"] = learn_factors(
+            model, prompts, shipped_factors(), progress, engine
+        )
     elif earlier and earlier.factors is not None:
         found.factors, about["factors"] = earlier.factors, earlier.about.get("factors")
     found.save(path)

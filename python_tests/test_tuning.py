@@ -12,7 +12,7 @@ from helpers.families import tiny_model
 from msn_ext import generate, profile
 from msn_ext.decoding.drafters import calibration, factors
 from msn_ext.profile import Profile, profile_path
-from msn_ext.tuning import ROUNDS, learn_factors, measure_step_times
+from msn_ext.tuning import ROUNDS, learn_factors, measure_step_times, tune
 
 IDS = torch.tensor([[5, 9, 4, 7]])
 SETTINGS = dict(do_sample=False, max_new_tokens=40, eos_token_id=None, return_dict_in_generate=True)
@@ -20,8 +20,9 @@ SETTINGS = dict(do_sample=False, max_new_tokens=40, eos_token_id=None, return_di
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """A model without a profile, in a cache of its own."""
+    """A model without a profile, in a cache of its own, decoded by its own forward pass."""
     monkeypatch.setenv("MSN_CACHE", str(tmp_path))
+    monkeypatch.setenv("MSN_ENGINE", "torch")
     model = tiny_model("llama", 3)
     profile._known.pop(model, None)
     return model
@@ -100,6 +101,19 @@ def test_paths_tell_models_machines_and_dtypes_apart(model):
         profile_path(tiny_model("llama", 3, torch.bfloat16)),
     }
     assert len(paths) == 3 and all(path.parent == profile_path(model).parent for path in paths)
+
+
+def test_the_native_engine_has_times_and_profiles_of_its_own(model, monkeypatch):
+    monkeypatch.setenv("MSN_ENGINE", "native")
+    plain = model.generate(IDS, **SETTINGS).sequences
+    assert torch.equal(generate(model, IDS, **SETTINGS).sequences, plain)
+    assert profile.auto(model, engine="native")._times is not profile.auto(model)._times
+    found, path = tune(model, [], context=8, progress=False)
+    assert path == profile_path(model, "native") != profile_path(model)
+    assert found.about["engine"] == "native"
+    profile._known.pop(model)
+    assert torch.equal(generate(model, IDS, **SETTINGS).sequences, plain)
+    assert profile.auto(model, engine="native")._times(1) == found.times[1]
 
 
 def test_step_times_are_those_of_whole_steps(model, monkeypatch):

@@ -92,8 +92,10 @@ Argument borrow(const char* name, py::handle object) {
 }
 
 OptionalArgument borrow_optional(const char* name, py::handle object) {
-  if (object.is_none()) return {};
-  return {borrow(name, object)};
+  OptionalArgument taken;
+  static_cast<Argument&>(taken) = object.is_none() ? Argument{} : borrow(name, object);
+  taken.name = name;
+  return taken;
 }
 
 void* stream_of(const Tensor& t) {

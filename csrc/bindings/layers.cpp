@@ -1,5 +1,6 @@
 // The bindings of the native forward pass: packing, and a pass as an object, since its plan is read
-// once and run often. msn_ext/decoding/forward/native.py is its only user.
+// once and run often. msn_ext/decoding/forward/native.py is its only user. layer_ops.cpp has its
+// stages one by one.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -10,8 +11,8 @@
 
 #include "bindings/checks.h"
 #include "bindings/define.h"
+#include "bindings/layers.h"
 #include "cpu/layers/forward_pass.h"
-#include "tree.h"
 
 namespace py = pybind11;
 
@@ -19,32 +20,20 @@ namespace msn {
 
 namespace {
 
-const char* const kWeights[] = {"float64", "float32", "bfloat16", "float16", "int8"};
-const char* const kActivations[] = {"silu", "gelu", "gelu_tanh", "relu"};
+int64_t padded_to(int64_t count, int64_t width) { return (count + width - 1) / width * width; }
 
-template <size_t kCount>
-int one_of(const char* argument, const std::string& name, const char* const (&names)[kCount]) {
-  std::string all;
-  for (size_t i = 0; i < kCount; ++i) {
-    if (name == names[i]) return static_cast<int>(i);
-    all += std::string(i ? ", " : "") + names[i];
-  }
-  refuse(argument, " is '", name, "'; expected one of ", all);
+}  // namespace
+
+int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t outputs,
+                     int64_t inputs, int64_t halves) {
+  const Kernels& kernels = kernels_named(isa);
+  expect_range("inputs", inputs, 1, int64_t{1} << 30);
+  expect_range("outputs", outputs, halves, int64_t{1} << 30);
+  return halves * padded_to(outputs / halves, kernels.width) / kernels.width *
+         kernels.panel_bytes(weights_named(weights), inputs);
 }
 
-Weights weights_named(const std::string& name) {
-  return static_cast<Weights>(one_of("weights", name, kWeights));
-}
-
-const Kernels& kernels_named(const std::string& isa) {
-  if (isa.empty()) return layer_kernels();
-  if (const Kernels* kernels = layer_kernels(isa.c_str())) return *kernels;
-  refuse("isa is '", isa, "', which this machine or this build does not have");
-}
-
-DType number_of(Weights kind) {
-  return kind == Weights::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-}
+namespace {
 
 py::dict layer_isa(const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
@@ -53,18 +42,6 @@ py::dict layer_isa(const std::string& isa) {
   facts["width"] = kernels.width;
   facts["rounds_to_bfloat16"] = kernels.rounds_to_bfloat16;
   return facts;
-}
-
-int64_t padded_to(int64_t count, int64_t width) { return (count + width - 1) / width * width; }
-
-// Bytes of a packed matrix; `halves` is 2 where gates and ups take turns.
-int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t outputs,
-                     int64_t inputs, int64_t halves) {
-  const Kernels& kernels = kernels_named(isa);
-  expect_range("inputs", inputs, 1, int64_t{1} << 30);
-  expect_range("outputs", outputs, halves, int64_t{1} << 30);
-  return halves * padded_to(outputs / halves, kernels.width) / kernels.width *
-         kernels.panel_bytes(weights_named(weights), inputs);
 }
 
 // Packs the rows of `pieces`, one below the other, into `to`, for the pass's threads to read.
@@ -188,8 +165,7 @@ class BoundPass {
     layer.norm_each_head = d["norm_each_head"].cast<bool>();
     layer.gated = d["gated"].cast<bool>();
     layer.parallel = d["parallel"].cast<bool>();
-    layer.activation = static_cast<Activation>(
-        one_of("activation", d["activation"].cast<std::string>(), kActivations));
+    layer.activation = activation_named(d["activation"].cast<std::string>());
     layer.scale = d["scale"].cast<double>();
     layer.softcap = d["softcap"].cast<double>();
     layer.residual_scale = d["residual_scale"].cast<double>();
@@ -245,13 +221,8 @@ class BoundPass {
     clear();
     for (int64_t b = 0; b < batch; ++b) {
       const uint64_t* of_tree = bits.as<uint64_t>() + (kinds > 1 ? b * nodes * words : 0);
-      for (int64_t n = 0; n < nodes; ++n) {
-        for (int64_t j = 0; j < n; ++j)
-          if (has_bit(of_tree + n * words, static_cast<int>(j))) path_.push_back(j);
-        path_.push_back(n);
-        path_begin_.push_back(static_cast<int64_t>(path_.size()));
-      }
-      add_tree(b, before.as<int64_t>()[b], nodes);
+      expect_tree_room(b, before.as<int64_t>()[b], nodes);
+      trees_.add_tree(b, before.as<int64_t>()[b], nodes, of_tree);
     }
     all_wanted(batch * nodes);
     run(ids.as<int64_t>(), at.as<int64_t>(), batch * nodes, out.data, threads);
@@ -269,11 +240,8 @@ class BoundPass {
     expect_dense(out, number_, {keep, pass_.head.packed.outputs}, ids);
     clear();
     const int64_t count = ids.shape[0];
-    for (int64_t n = 0; n < count; ++n) {
-      for (int64_t j = 0; j <= n; ++j) path_.push_back(j);
-      path_begin_.push_back(static_cast<int64_t>(path_.size()));
-    }
-    add_tree(batch, start, count);
+    expect_tree_room(batch, start, count);
+    trees_.add_text(batch, start, count);
     for (int64_t n = count - keep; n < count; ++n) wanted_.push_back(static_cast<int32_t>(n));
     run(ids.as<int64_t>(), at.as<int64_t>(), count, out.data, threads);
   }
@@ -338,19 +306,12 @@ class BoundPass {
   }
 
   void clear() {
-    path_.clear();
-    path_begin_.assign(1, 0);
-    tree_begin_.assign(1, 0);
-    batches_.clear();
-    prefixes_.clear();
+    trees_.clear();
     wanted_.clear();
   }
-  void add_tree(int64_t batch, int64_t prefix, int64_t nodes) {
+  void expect_tree_room(int64_t batch, int64_t prefix, int64_t nodes) const {
     expect_range("batch", batch, 0, batch_ - 1);
     expect_range("slots before a tree", prefix, 0, slots_ - nodes);
-    batches_.push_back(batch);
-    prefixes_.push_back(prefix);
-    tree_begin_.push_back(tree_begin_.back() + nodes);
   }
   void all_wanted(int64_t count) {
     for (int64_t n = 0; n < count; ++n) wanted_.push_back(static_cast<int32_t>(n));
@@ -365,16 +326,7 @@ class BoundPass {
       expect_range("token", tokens[n], 0, vocabulary_ - 1);
       expect_range("position", positions[n], 0, positions_end - 1);
     }
-    Rows rows;
-    rows.count = count;
-    rows.tokens = tokens;
-    rows.positions = positions;
-    rows.trees = static_cast<int64_t>(batches_.size());
-    rows.tree_begin = tree_begin_.data();
-    rows.batch = batches_.data();
-    rows.prefix = prefixes_.data();
-    rows.path_begin = path_begin_.data();
-    rows.path = path_.data();
+    const Rows rows = trees_.rows(tokens, positions);
     py::gil_scoped_release release;
     pass_.run(rows, wanted_.data(), static_cast<int64_t>(wanted_.size()), logits, threads);
   }
@@ -384,7 +336,7 @@ class BoundPass {
   py::list kept_;
   py::object cache_;
   int64_t vocabulary_ = 0, positions_ = 0, batch_ = 0, slots_ = 0;
-  std::vector<int64_t> path_, path_begin_, tree_begin_, batches_, prefixes_;
+  TreeRows trees_;
   std::vector<int32_t> wanted_;
 };
 
@@ -407,6 +359,7 @@ void define_layers(py::module_& m) {
       .def("step", &BoundPass::step)
       .def("read", &BoundPass::read)
       .def("commit", &BoundPass::commit);
+  define_layer_ops(m);
 }
 
 }  // namespace msn

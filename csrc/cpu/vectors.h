@@ -4,8 +4,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace msn::MSN_ISA {
@@ -37,12 +39,47 @@ inline void store(T* to, const Vec<T>& v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+template <typename T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};  // the compiler knows that taking 0 off changes nothing
+}
+
 template <typename To, typename From>
 inline To bit_cast(From from) {
   To to;
   std::memcpy(&to, &from, sizeof to);
   return to;
 }
+
+// a * b + c, rounded once where the instruction set can: left to the compiler, it might differ from
+// one instance of a template to the next.
+#if defined(__AVX512F__)
+inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__FMA__)
+inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
+template <typename V>
+inline V fused(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
 
 // ---- storage types
 // -------------------------------------------------------------------------------

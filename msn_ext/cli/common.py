@@ -12,6 +12,7 @@ from typing import TypeVar
 
 # Names of msn_ext.generate's drafts; listed here because importing them costs seconds.
 DRAFTS = ("auto", "paper", "jacobi", "lookup", "suffix", "recycling", "lookahead", "none")
+ENGINES = ("auto", "native", "torch")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Number = TypeVar("Number", int, float)
@@ -57,6 +58,18 @@ def add_draft_option(parser: argparse.ArgumentParser) -> None:
             " paper's tree of 69 nodes, a Jacobi chain, look-up in the text so far, its longest"
             " repetition, Token Recycling, Lookahead decoding, or none, which is plain decoding"
             " (default: auto)"
+        ),
+    )
+
+
+def add_engine_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help=(
+            "what computes the model: our own forward pass over packed weights (native, on a CPU),"
+            " the model's (torch), or native where it can be (default: auto)"
         ),
     )
 

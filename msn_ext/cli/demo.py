@@ -1,6 +1,7 @@
 """``msn demo``: an answer, its passes in colours, and plain decoding beside it."""
 
 import argparse
+import copy
 import random
 import sys
 from collections import Counter
@@ -8,6 +9,7 @@ from collections import Counter
 from .common import (
     add_device_option,
     add_draft_option,
+    add_engine_option,
     checked_prompt,
     positive_int,
     status,
@@ -28,8 +30,9 @@ PROMPTS = (
 HELP = "stream an answer of a small model, then compare with plain decoding"
 DESCRIPTION = (
     "Stream an answer of SmolLM2-135M-Instruct, the tokens of one forward pass in one"
-    " colour, then decode the same prompt plainly and compare."
+    " colour, then decode the same prompt without drafts, and by transformers alone, and compare."
 )
+TRIED = 8  # tokens by which transformers' faster dtype is found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-color", action="store_true", help="mark passes with ‹ › (as does NO_COLOR)"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the weights (default: bfloat16); transformers gets the faster of the two",
+    )
     add_draft_option(parser)
+    add_engine_option(parser)
     add_device_option(parser)
 
 
@@ -55,47 +65,84 @@ def run(arguments: argparse.Namespace) -> int:
 
     from msn_ext.terminal import quiet_transformers
 
-    model, tokenizer, device = load(None, None, arguments.device)
+    model, tokenizer, device = load(None, arguments.dtype, arguments.device)
+    options = dict(draft=arguments.draft, engine=arguments.engine)
     with quiet_transformers():
         input_ids, limit = encode(model, tokenizer, prompt, True, arguments.max_new_tokens)
-        # each of the two allocates and compiles something in its first passes
-        timed_plain(model, input_ids, 2)
-        timed(model, input_ids, arguments.draft, None, max_new_tokens=2)
+        # the first passes allocate, compile and pack
+        timed(model, input_ids, streamer=None, max_new_tokens=2, **options)
 
-        dtype = str(model.dtype).removeprefix("torch.")
-        print(f"SmolLM2-135M-Instruct, {dtype}, {device}. Prompt: {prompt}\n")
+        print(f"SmolLM2-135M-Instruct, {arguments.dtype}, {device}. Prompt: {prompt}\n")
         streamer = PassStreamer(tokenizer, sys.stdout, color=color, mark=not color)
-        drafted = timed(model, input_ids, arguments.draft, streamer, max_new_tokens=limit)
+        runs = {
+            f"msn ({arguments.draft})": timed(
+                model, input_ids, streamer=streamer, max_new_tokens=limit, **options
+            )
+        }
         print("\n")
+        if arguments.draft != "none":
+            with status("the same without drafts …"):
+                runs["msn (none)"] = timed(
+                    model,
+                    input_ids,
+                    "none",
+                    None,
+                    engine=arguments.engine,
+                    max_new_tokens=limit,
+                )
         with status("plain decoding, for comparison …"):
-            plain = timed_plain(model, input_ids, limit)
-        print(comparison(drafted, plain, arguments.draft, device, tokenizer, color))
+            plain, dtype = faster(model, input_ids)
+            runs[f"transformers, {dtype}"] = timed_plain(plain, input_ids, limit)
+        print(comparison(runs, arguments.draft, device, tokenizer, color))
     return 0
 
 
+def faster(model, input_ids):
+    """Return the model, or a copy in the other dtype of the two, in which transformers decodes
+    faster, and the dtype's name.
+    """
+    import torch
+
+    other = {"bfloat16": "float32", "float32": "bfloat16"}
+    own = str(model.dtype).removeprefix("torch.")
+    models = {own: model, other[own]: copy.deepcopy(model).to(getattr(torch, other[own]))}
+    for one in models.values():
+        timed_plain(one, input_ids, 2)  # allocates and compiles
+    dtype = min(models, key=lambda name: timed_plain(models[name], input_ids, TRIED).seconds)
+    return models[dtype], dtype
+
+
 def comparison(
-    drafted: Run, plain: Run, draft: str, device: str, tokenizer, color: bool = False
+    runs: dict[str, Run], draft: str, device: str, tokenizer, color: bool = False
 ) -> str:
     """Return the demo's closing table.
 
     Args:
-        drafted, plain: the two runs of one prompt.
+        runs: of one prompt, by name: with drafts, without where there was one, by transformers
+            alone.
         draft: the first one's draft.
-        device: where both ran.
+        device: where all ran.
         tokenizer: shows the first different token, if there is one.
         color: say which colours the text above has.
 
     Returns:
         Several lines, without a line feed at the end.
     """
-    names = [f"msn ({draft})", "plain"]
-    lines = [f"{'':14}{'tokens/s':>10}{'forward passes':>16}{'tokens per pass (MAT)':>24}"]
-    for name, run in zip(names, (drafted, plain)):
-        lines.append(f"{name:14}{run.tokens_per_second:10.1f}{run.passes:16}{run.mat:24.2f}")
-    lines += ["", f"Same text?  {_same_text(drafted.tokens, plain.tokens, tokenizer)}"]
+    drafted, *_, plain = runs.values()
+    engine = "our own forward pass" if drafted.engine == "native" else "the model's forward pass"
+    lines = [
+        f"By {engine}:",
+        "",
+        f"{'':24}{'tokens/s':>10}{'forward passes':>16}{'tokens per pass (MAT)':>24}",
+    ]
+    for name, run in runs.items():
+        lines.append(f"{name:24}{run.tokens_per_second:10.1f}{run.passes:16}{run.mat:24.2f}")
+    lines.append("")
+    for name, run in list(runs.items())[1:]:
+        lines.append(f"Same text as {name}?  {_same_text(drafted.tokens, run.tokens, tokenizer)}")
 
     speedup = drafted.tokens_per_second / plain.tokens_per_second
-    lines.append(f"Speed-up:   {speedup:.2f}×")
+    lines.append(f"Speed-up over transformers: {speedup:.2f}×")
     if speedup < 1 and draft != "none":
         cost = (drafted.seconds / drafted.passes) / (plain.seconds / plain.passes)
         gain = f"a pass gains {drafted.mat:.2f} tokens, but takes as long as {cost:.1f} plain steps"
@@ -129,7 +176,7 @@ def _same_text(drafted: list[int], plain: list[int], tokenizer) -> str:
     )
     ours, theirs = (tokenizer.decode(tokens[at : at + 1]) for tokens in (drafted, plain))
     return (
-        f"no, from token {at + 1} of {len(plain)} on: {ours!r} here, {theirs!r} in plain decoding\n"
+        f"no, from token {at + 1} of {len(plain)} on: {ours!r} here, {theirs!r} there\n"
         "            (where two tokens are almost equally likely, rounding in 16 or 32 bit may"
         " decide)"
     )

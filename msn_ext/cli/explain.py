@@ -4,6 +4,7 @@ import argparse
 
 from .common import (
     CommandError,
+    add_engine_option,
     add_model_options,
     add_prompt_options,
     number,
@@ -24,6 +25,7 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
+    add_engine_option(parser)
     add_prompt_options(parser)
     parser.add_argument(
         "--pass",
@@ -72,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         input_ids, limit = encode(
             model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens
         )
-        steps = record(model, input_ids, arguments.nodes, limit)
+        steps = record(model, input_ids, arguments.nodes, limit, arguments.engine)
     if not steps:
         raise CommandError(
             "the prompt's own pass gained the whole answer: there is no tree; try more"

@@ -9,6 +9,7 @@ from .common import (
     CommandError,
     UsageError,
     add_draft_option,
+    add_engine_option,
     add_model_options,
     add_prompt_options,
     positive_float,
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=positive_int, default=256, metavar="N", help="(default: 256)"
     )
     add_draft_option(parser)
+    add_engine_option(parser)
     parser.add_argument(
         "--corpus",
         metavar="FILE",
@@ -88,11 +90,14 @@ def run(arguments: argparse.Namespace) -> int:
             torch.manual_seed(seed)
         streamer = None if arguments.json else PassStreamer(tokenizer, sys.stdout)
         options = {"max_new_tokens": limit, "do_sample": arguments.do_sample, **sampling}
+        options["engine"] = arguments.engine
         draft = arguments.draft
         if corpus is not None:
+            from msn_ext.decoding.engine import packed_for
             from msn_ext.profile import auto
 
-            draft = auto(model, corpus)
+            packed = packed_for(model, arguments.engine)
+            draft = auto(model, corpus, "torch" if packed is None else "native")
         answer = timed(model, input_ids, draft, streamer, **options)
     if not arguments.json:
         print()

@@ -16,11 +16,13 @@ class Run:
 
     Attributes:
         accept_lengths: tokens gained, one entry a forward pass.
+        engine: what computed the passes; None: transformers alone.
     """
 
     tokens: list[int]
     accept_lengths: list[int]
     seconds: float
+    engine: str | None = None
 
     @property
     def passes(self) -> int:
@@ -45,7 +47,8 @@ def timed(model, input_ids: Tensor, draft, streamer, **options) -> Run:
         model, input_ids, draft=draft, streamer=streamer, return_dict_in_generate=True, **options
     )
     tokens = out.sequences[0, input_ids.shape[1] :].tolist()  # waits for the device
-    return Run(tokens, out.accept_lengths[0].tolist(), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Run(tokens, out.accept_lengths[0].tolist(), seconds, out.engine)
 
 
 def timed_plain(model, input_ids: Tensor, max_new_tokens: int) -> Run:

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from .common import CommandError, add_model_options, positive_int
+from .common import CommandError, add_engine_option, add_model_options, positive_int
 from .loading import load, tokens_of
 
 HELP = "measure a model on this machine, so that drafts are sized to it"
@@ -18,6 +18,7 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
+    add_engine_option(parser)
     parser.add_argument(
         "--context",
         type=positive_int,
@@ -57,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
     with quiet_transformers():
         encoded = [tokens_of(tokenizer, prompt, True) for prompt in prompts]
-        profile, path = tune(model, encoded, arguments.context, progress=sys.stderr.isatty())
+        profile, path = tune(
+            model, encoded, arguments.context, sys.stderr.isatty(), arguments.engine
+        )
     plain = profile.times[1]
     print(f"{'nodes':>5} {'ms a step':>10} {'over plain':>11}")
     for nodes, seconds in profile.times.items():

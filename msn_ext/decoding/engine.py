@@ -47,12 +47,19 @@ def packed_for(model: PreTrainedModel, engine: str) -> PackedPlan | None:
     the tensors' addresses and version counters and by a sample of their bytes (every 64th line of
     64 bytes): only single numbers that are changed behind torch's back stay unnoticed.
 
+    Args:
+        engine: "native", "torch" or "auto": what the variable ``MSN_ENGINE`` says, which is "auto"
+            if it is not set.
+
     Raises:
         ValueError: ``engine`` is none, or ``"native"`` and impossible; says why.
     """
+    chosen = "engine"
+    if engine == "auto" and "MSN_ENGINE" in os.environ:
+        chosen, engine = "MSN_ENGINE", os.environ["MSN_ENGINE"]
     if engine not in ENGINES:
         names = ", ".join(repr(name) for name in ENGINES)
-        raise ValueError(f"engine is {engine!r}; expected {names}")
+        raise ValueError(f"{chosen} is {engine!r}; expected {names}")
     if engine == "torch":
         return None
     try:
@@ -61,7 +68,7 @@ def packed_for(model: PreTrainedModel, engine: str) -> PackedPlan | None:
     except NoPlan as reason:
         if engine == "native":
             raise ValueError(
-                f"engine is 'native', which {type(model).__name__} cannot be decoded by: {reason}"
+                f"{chosen} is 'native', which {type(model).__name__} cannot be decoded by: {reason}"
             ) from None
         logger.info("msn_ext decodes by the model's own forward pass: %s", reason)
         return None
@@ -86,6 +93,8 @@ def _current(model: PreTrainedModel, must: bool) -> PackedPlan:
 def _stamp(model: PreTrainedModel) -> int:
     """Return a number that changes with the weights, the attention in use, and the ISA."""
     weights = [*model.parameters(), *model.buffers()]
+    if any(weight.is_inference() for weight in weights):
+        raise NoPlan("it was made under torch.inference_mode(), where no change is counted")
     identity = tuple((weight.data_ptr(), weight._version) for weight in weights)
     sample = _C.sample_hash([weight.detach() for weight in weights if weight.is_contiguous()])
     config = model.config.get_text_config(decoder=True)

@@ -154,7 +154,7 @@ def request_for(
     stopping_criteria: StoppingCriteriaList,
     streamer: BaseStreamer | None,
     streamer_has_prompt: bool,
-    engine: str,
+    packed: PackedPlan | None,
     **model_kwargs: Any,
 ) -> Request:
     """Make a request of what transformers prepared for a custom decoding method.
@@ -162,7 +162,7 @@ def request_for(
     Args:
         input_ids: int64 [B, P] on the model's device.
         draft, drafter: what the user asked to draft with, and the drafter that it stands for.
-        engine: "auto", "native" or "torch".
+        packed: the model's packed plan, for the native forward pass; None: the model's own.
         model_kwargs: for the model; all but the mask and the positions are refused.
 
     Raises:
@@ -201,7 +201,7 @@ def request_for(
         and not any(hasattr(c, "eos_token_id") for c in stopping_criteria),
         streamer=streamer,
         streamer_has_prompt=streamer_has_prompt,
-        packed=packed_for(model, engine),
+        packed=packed,
     )
     _ = request.longrope_boundary  # refuses, too
     return request

@@ -239,6 +239,8 @@ def runner_for(request: Request) -> Iterator[EagerRunner | GraphRunner]:
 def why_eager(request: Request) -> str | None:
     """Return why steps are not captured; None: they may be."""
     drafter, device = request.drafter, request.input_ids.device
+    if request.packed is not None:
+        return "the native engine runs steps as they are"
     if device.type not in BACKENDS:
         return f"the model is on {device.type}"
     if os.environ.get("MSN_GRAPHS", "on") == "off":

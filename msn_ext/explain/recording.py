@@ -111,7 +111,9 @@ class Recorder(ObservedDrafter):
         )
 
 
-def record(model, input_ids: Tensor, nodes: int, max_new_tokens: int) -> list[Step]:
+def record(
+    model, input_ids: Tensor, nodes: int, max_new_tokens: int, engine: str = "auto"
+) -> list[Step]:
     """Decode greedily with trees of ``nodes`` nodes, and return every pass after the prompt's.
 
     Args:
@@ -119,6 +121,7 @@ def record(model, input_ids: Tensor, nodes: int, max_new_tokens: int) -> list[St
         input_ids: int64 [1, P].
         nodes: per tree, root included, 1 to 256.
         max_new_tokens: to gain.
+        engine: as for :func:`msn_ext.generate`.
 
     Returns:
         One step a pass; none where the prompt's pass gained everything.
@@ -128,6 +131,7 @@ def record(model, input_ids: Tensor, nodes: int, max_new_tokens: int) -> list[St
         model,
         input_ids,
         draft=drafter,
+        engine=engine,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         return_dict_in_generate=True,

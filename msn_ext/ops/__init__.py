@@ -1,5 +1,6 @@
 """The ops of a decoding step and of noisy training, each a :mod:`torch.library` op with a CPU and a
-CUDA kernel: on trees (:mod:`.tree`), for drafting (:mod:`.drafting`), for noise (:mod:`.noise`).
+CUDA kernel: on trees (:mod:`.tree`), for drafting (:mod:`.drafting`), for noise (:mod:`.noise`);
+and the stages of a decoder layer, on the CPU only (:mod:`.layers`).
 
 Shapes: B rows of a batch, N tree nodes (1 to 256), W = ceil(N / 64) words, H query heads, H_kv key
 and value heads, C cache slots, D and D_v head sizes. Trees are int32 (``parents``, ``depth``,
@@ -52,6 +53,14 @@ from .drafting import (
     remember_guesses,
     top_guesses,
 )
+from .layers import (
+    add_norm,
+    embed_rows,
+    pack_weights,
+    packed_attention,
+    packed_linear,
+    rotary_write,
+)
 from .noise import draw_noise
 from .tree import (
     advance_text,
@@ -85,14 +94,20 @@ __all__ = [
     "SUFFIX",
     "SUFFIXES",
     "Workspace",
+    "add_norm",
     "advance_text",
     "commit_kv",
     "draft_tree",
     "draw_noise",
+    "embed_rows",
     "fill_tree",
     "index_suffixes",
     "lookup_ngram",
+    "pack_weights",
+    "packed_attention",
+    "packed_linear",
     "remember_guesses",
+    "rotary_write",
     "top_guesses",
     "tree_ancestors",
     "tree_attention",

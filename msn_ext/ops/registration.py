@@ -71,7 +71,7 @@ def op(schema: str) -> Callable[[Callable[P, Iterator[R]]], Callable[P, R]]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if not is_compiling() and (direct := direct_arguments(args, kwargs)) is not None:
-                return run(*direct)  # type: ignore[call-arg]
+                return run(*direct)  # type: ignore[call-arg]  # as the schema has them
             try:
                 return registered(*args, **kwargs)
             except RuntimeError:  # torch's for arguments that are missing or too many, too
@@ -109,6 +109,7 @@ def _direct_arguments(
         "int": (int,),
         "float": (float,),
         "Optional[float]": (float, type(None)),
+        "str": (str,),
     }
     numbers = [(at, as_types[kind]) for at, kind in enumerate(kinds) if kind not in as_tensors]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.commands import TEMPLATE
+from helpers.families import tiny_model
 from helpers.samples import byte_tokenizer
 from msn_ext.cli import demo as demo_command
 from msn_ext.cli import runs
@@ -77,17 +78,34 @@ def test_histogram():
 def test_comparison():
     tokens = tokens_of("abcdef")
     plain = runs.Run(tokens, [1] * 6, 1.0)
-    text = demo_command.comparison(
-        runs.Run(tokens, [1, 3, 2], 0.5), plain, "paper", "cpu", byte_tokenizer(TEMPLATE)
-    )
-    assert "yes, all 6 tokens" in text and "2.00×" in text and "Slower" not in text
-    slow = demo_command.comparison(
-        runs.Run(tokens, [1, 3, 2], 2.0), plain, "paper", "cpu", byte_tokenizer(TEMPLATE)
-    )
+    tokenizer = byte_tokenizer(TEMPLATE)
+
+    def shown(drafted: runs.Run) -> str:
+        of = {"msn (paper)": drafted, "msn (none)": plain, "transformers, float32": plain}
+        return demo_command.comparison(of, "paper", "cpu", tokenizer)
+
+    text = shown(runs.Run(tokens, [1, 3, 2], 0.5, "native"))
+    assert text.count("yes, all 6 tokens") == 2 and "2.00×" in text and "Slower" not in text
+    assert "our own forward pass" in text
+    slow = shown(runs.Run(tokens, [1, 3, 2], 2.0, "torch"))
     assert (
         "0.50×" in slow and "a pass gains 2.00 tokens, but takes as long as 4.0 plain steps" in slow
     )
-    other = demo_command.comparison(
-        runs.Run(tokens_of("abXdef"), [6], 0.5), plain, "paper", "cpu", byte_tokenizer(TEMPLATE)
-    )
-    assert "no, from token 3 of 6 on: 'X' here, 'c' in plain decoding" in other
+    assert "the model's forward pass" in slow
+    other = shown(runs.Run(tokens_of("abXdef"), [6], 0.5))
+    assert "no, from token 3 of 6 on: 'X' here, 'c' there" in other
+
+
+def test_transformers_gets_the_faster_dtype(monkeypatch):
+    model = tiny_model("llama", 2)
+    slow = "bfloat16"
+
+    def timed_plain(model, input_ids, tokens):
+        return runs.Run([1], [1], 2.0 if str(model.dtype).endswith(slow) else 1.0)
+
+    monkeypatch.setattr(demo_command, "timed_plain", timed_plain)
+    chosen, dtype = demo_command.faster(model.float(), torch.tensor([[1]]))
+    assert dtype == "float32" and chosen is model
+    slow = "float32"
+    chosen, dtype = demo_command.faster(model, torch.tensor([[1]]))
+    assert dtype == "bfloat16" and chosen.dtype == torch.bfloat16 and model.dtype == torch.float32

@@ -110,11 +110,11 @@ def test_a_run_is_not_resumed_with_changed_data(folder, data, tmp_path, capsys):
 
 @pytest.mark.parametrize("layout", ["replace", "none"])
 def test_families_without_branches_are_trained_in_place(data, tmp_path, capsys, layout):
-    from transformers import Olmo2Config, Olmo2ForCausalLM
+    from transformers import OlmoConfig, OlmoForCausalLM
 
     path = tmp_path / "olmo"
-    Olmo2ForCausalLM(
-        Olmo2Config(**tiny_llama().config.to_diff_dict() | {"model_type": "olmo2"})
+    OlmoForCausalLM(
+        OlmoConfig(**tiny_llama().config.to_diff_dict() | {"model_type": "olmo"})
     ).save_pretrained(path)
     byte_tokenizer(TEMPLATE).save_pretrained(path)
     assert cli.main(command(str(path), data, tmp_path / "branch")) == 1

@@ -17,6 +17,8 @@ from msn_ext.decoding import (
 )
 from msn_ext.generation import DRAFTS
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 
 def test_custom_generate_is_the_same():
     model = tiny_model("llama", 4)

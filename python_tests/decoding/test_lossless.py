@@ -21,8 +21,11 @@ from msn_ext.decoding import (
     attention_for,
 )
 from msn_ext.decoding.attention import KernelAttention, MaskAttention
+from msn_ext.decoding.forward.families import READERS
 from msn_ext.families import TESTED
 from msn_ext.generation import DRAFTS
+
+pytestmark = pytest.mark.usefixtures("each_engine")
 
 SEEDS = 10  # x 25 families: the 200 models and more of the acceptance test
 
@@ -35,7 +38,7 @@ def paper_decoder(model, attention, ids, mask) -> Decoder:
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_plain_decoding(family, seed):
+def test_equals_plain_decoding(family, seed, each_engine):
     """Random trees and the paper's; batches of 1 to 4, ragged; end-of-text inside accepted paths;
     `max_new_tokens` cutting a path."""
     rng = random.Random(f"{family}{seed}")
@@ -57,6 +60,9 @@ def test_equals_plain_decoding(family, seed):
     for draft in ("paper", random_tree(rng), RandomDrafter(rng), random_best_first(rng), named):
         out = generate(model, ids, attention_mask=mask, draft=draft, **settings)
         assert torch.equal(out.sequences, expected), draft
+        native = each_engine == "auto" and model.config.model_type in READERS
+        native &= family != "phi3-longrope"
+        assert out.engine == ("native" if native else "torch")
         for row, accepts in zip(out.sequences, out.accept_lengths):
             new = int(accepts.sum())
             assert accepts.min() >= 1 and new <= settings["max_new_tokens"]

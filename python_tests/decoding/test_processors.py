@@ -16,6 +16,8 @@ from msn_ext import Draft, generate
 from msn_ext.decoding.processors import Texts
 from msn_ext.generation import DRAFTS
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 
 def test_greedy_takes_prefix_free_processors():
     model = tiny_model("llama", 5)

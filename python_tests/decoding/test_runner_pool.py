@@ -225,7 +225,7 @@ def test_a_cache_grows_with_its_text(tapes, monkeypatch):
                 plain(model, ids, mask, **options),
             )
             (only,) = runner.pools[model]
-            kept.append(only.decoder._cache.capacity)
+            kept.append(only.decoder._pass._cache.capacity)
         assert 8 + 520 < kept[0] == kept[1] == kept[2] == runner.room_for(460)
         assert len(tapes[0].captures) == 2 and tapes[0].warm_ups == 2, "before it grew, and after"
     long = dict(max_new_tokens=100_000, eos_token_id=int(ids[0, -1]))

@@ -10,6 +10,8 @@ from helpers.families import tiny_model
 from msn_ext import generate
 from msn_ext.generation import DRAFTS
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 SAMPLING = [
     dict(temperature=0.7),
     dict(temperature=1.3, top_k=5),

@@ -13,6 +13,8 @@ from helpers.drafters import RandomDrafter, prompts, random_tree
 from helpers.families import VOCAB, tiny_model
 from msn_ext import generate
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 
 def test_max_time_stops():
     model = tiny_model("llama", 6)

@@ -119,9 +119,79 @@ def calls(device: str) -> dict[str, Callable[[], dict]]:
     }
 
 
-OPS = list(calls("cpu"))
+def layer_calls() -> dict[str, Callable[[], dict]]:
+    """The same of the stages of a decoder layer, which are for CPUs."""
+    source = seeded(1)
+    x, weight, ones = torch.randn(3, 24, generator=source), torch.ones(10, 24), torch.ones(24)
+    embedding = torch.randn(9, 24, generator=source)
+    norm = {"norm": "layer", "norm_weight": ones, "norm_bias": ones, "eps": 1e-5}
+    qkv = torch.randn(2, 3, 4 * 8, generator=source)
+    chain = {"prefix": integers([5, 0]), "ancestors": integers([[1], [3], [7]])}
+    heads = {"heads": 2, "kv_heads": 1, "isa": "baseline"}
+
+    def cache():
+        return {"qkv": qkv.clone(), "keys": torch.ones(2, 1, 16 * 8)} | {
+            "values": torch.ones(2, 1, 16 * 16)
+        }
+
+    return {
+        "packed_linear": lambda: {
+            "x": x,
+            "packed": ops.pack_weights(weight, "float32", isa="baseline"),
+            "weights": "float32",
+            "outputs": 10,
+            "bias": torch.ones(10),
+            **norm,
+            "epilogue": "add",
+            "activation": "silu",
+            "scale": 0.5,
+            "softcap": 0.0,
+            "residual": torch.ones(2, 10),
+            "pick": integers([2, 0]),
+            "isa": "baseline",
+        },
+        "add_norm": lambda: {"h": x + 1, "x": x, **norm, "scale": 0.5, "isa": "baseline"},
+        "embed_rows": lambda: {
+            "tokens": integers([3, 8]),
+            "table": embedding,
+            "weights": "float32",
+            "size": 24,
+            "vocabulary": 9,
+            "scale": 2.0,
+            "positions": integers([0, 1]),
+            "position_table": torch.ones(2, 24),
+            "isa": "baseline",
+        },
+        "rotary_write": lambda: {
+            **cache(),
+            **chain,
+            "positions": integers([[5, 6, 7], [0, 1, 2]]),
+            "cosines": torch.full((8, 2), 0.6),
+            "sines": torch.full((8, 2), 0.8),
+            "norm": "layer",
+            "q_weight": torch.ones(8),
+            "q_bias": torch.ones(8),
+            "k_weight": torch.ones(8),
+            "k_bias": torch.ones(8),
+            "eps": 1e-5,
+            "norm_each_head": True,
+            **heads,
+        },
+        "packed_attention": lambda: {
+            **cache(),
+            **chain,
+            "scale": 0.5,
+            "window": 4,
+            "softcap": 3.0,
+            **heads,
+        },
+    }
+
+
+LAYER_OPS = list(layer_calls())
+OPS = [*calls("cpu"), *LAYER_OPS]
 
 
 def example(op: str, device: str) -> dict:
     """Arguments that the op takes."""
-    return calls(device)[op]()
+    return (layer_calls() if op in LAYER_OPS else calls(device))[op]()

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from helpers.calls import OPS, example
+from helpers.calls import LAYER_OPS, OPS, example
 from helpers.cases import (
     assert_equal,
 )
@@ -14,7 +14,7 @@ from msn_ext import ops
 
 def test_every_op_is_here():
     functions = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
-    assert functions == {*OPS, "tree_mask"}
+    assert functions == {*OPS, "tree_mask", "pack_weights"}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -90,7 +90,8 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         )
 
     torch.compiler.reset()
-    eager, compiled = ({op: example(op, device) for op in OPS} for _ in range(2))
+    used = [op for op in OPS if op not in LAYER_OPS]
+    eager, compiled = ({op: example(op, device) for op in used} for _ in range(2))
     assert_equal(torch.compile(step, fullgraph=True, backend=backend)(compiled), step(eager))
     for op, changed in [
         ("commit_kv", "caches"),
@@ -102,6 +103,25 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         assert not all(
             torch.equal(x, y) for x, y in zip(compiled[op][changed], example(op, device)[changed])
         )
+
+
+def test_a_compiled_layer_equals_the_eager_one():
+    """In one graph; the cache changes in place."""
+
+    def layer(arguments):
+        h = ops.embed_rows(**arguments["embed_rows"])
+        ops.rotary_write(**arguments["rotary_write"])
+        cache = {name: arguments["rotary_write"][name] for name in ("qkv", "keys", "values")}
+        mixed = ops.packed_attention(**{**arguments["packed_attention"], **cache})
+        out = ops.packed_linear(
+            **{**arguments["packed_linear"], "x": mixed[..., :12].reshape(3, 24)}
+        )
+        return h, ops.add_norm(**arguments["add_norm"]), out, *cache.values()
+
+    torch.compiler.reset()
+    eager, compiled = ({op: example(op, "cpu") for op in LAYER_OPS} for _ in range(2))
+    compile_layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_equal(compile_layer(compiled), layer(eager))
 
 
 @pytest.mark.parametrize(

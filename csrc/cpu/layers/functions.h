@@ -6,10 +6,6 @@
 namespace msn::MSN_ISA {
 
 template <typename T>
-inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
-}
-template <typename T>
 inline T sum_of(Vec<T> v) {
   for (int half = Vector<T>::size / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) v[i] += v[i + half];

@@ -35,7 +35,8 @@ const Kernels* layer_kernels(const char* isa) {
   if (is("avx512") && avx512) return &avx512::kernels;
 #endif
 #ifdef MSN_HAVE_AVX512_BF16
-  if (is("avx512_bf16") && avx512 && __builtin_cpu_supports("avx512bf16"))
+  if (is("avx512_bf16") && avx512 && __builtin_cpu_supports("avx512bf16") &&
+      __builtin_cpu_supports("avx512vnni"))
     return &avx512_bf16::kernels;
 #endif
   return is("baseline") ? &baseline::kernels : nullptr;

@@ -10,13 +10,48 @@ namespace msn::MSN_ISA {
 // ---- before: rows as the kernel multiplies them
 // --------------------------------------------------
 
-// Pairs of bfloat16, to nearest, ties to even.
-inline void round_pairs(const float* x, int64_t size, uint32_t* to) {
-  for (int64_t i = 0; i < size; i += 2) {
+// Rows as P multiplies them: `size` numbers to pairs.
+#if defined(__AVX512BF16__)
+template <int kWidth, int kSums>
+void to_pairs(BFloatPairs<kWidth, kSums>, const float* x, int64_t size, uint32_t* to) {
+  int64_t i = 0;
+  for (; i + 32 <= size; i += 32)
+    _mm512_storeu_si512(to + i / 2, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 16),
+                                                                 _mm512_loadu_ps(x + i)));
+  for (; i < size; i += 2) {
     BFloat16 low{}, high{};
     narrow(x[i], &low);
     if (i + 1 < size) narrow(x[i + 1], &high);
     to[i / 2] = low.bits | uint32_t{high.bits} << 16;
+  }
+}
+#endif
+
+// To int16, the largest of a block to 32767; a block with a NaN or an infinity gets a NaN as scale.
+template <int kWidth>
+void to_pairs(Int8s<kWidth>, const float* x, int64_t size, uint32_t* to) {
+  constexpr int kLanes = Vector<float>::size, kVectors = kInt8Block / kLanes;
+  typedef int16_t Words __attribute__((vector_size(kVectorBytes / 2)));
+  for (int64_t begin = 0; begin < size; begin += kInt8Block) {
+    Vec<float> v[kVectors], most{}, finite{};
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t at = begin + i * kLanes;
+      v[i] = at + kLanes <= size ? load(x + at) : load_part(x + at, at < size ? size - at : 0);
+      const Vec<float> magnitude = v[i] < 0 ? -v[i] : v[i];
+      most = magnitude > most ? magnitude : most;
+      finite += v[i] * 0;
+    }
+    float top = 0;
+    for (int i = 0; i < kLanes; ++i) top = most[i] > top ? most[i] : top;
+    const float scale = top / 32767 + sum_of<float>(finite);
+    const float inverse = top > 0 ? 32767 / top : 0;
+    for (int i = 0; i < kVectors; ++i) {
+      const Vec<float> shifted = v[i] * inverse + 0x1.8p23f;  // rounds to nearest
+      const IntVec rounded = bit_cast<IntVec>(shifted) - bit_cast<int32_t>(0x1.8p23f);
+      const Words words = __builtin_convertvector(rounded, Words);
+      std::memcpy(reinterpret_cast<int16_t*>(to) + begin + i * kLanes, &words, sizeof words);
+    }
+    to[-1 - begin / kInt8Block] = bit_cast<uint32_t>(scale);
   }
 }
 
@@ -26,6 +61,10 @@ struct Inputs {
   int64_t stride;
 };
 
+// Numbers before a row of pairs, and of a row with them: the scales take less than half of it.
+inline int64_t scales_before(int64_t size) { return (size / kInt8Block + 16) / 16 * 16; }
+inline int64_t row_stride(int64_t size) { return (size + 31) / 32 * 32 + 32; }
+
 // Every thread makes them for itself: that is cheaper than to wait for others.
 template <typename P>
 Inputs<P> inputs_of(const Linear& stage, char* scratch) {
@@ -34,17 +73,18 @@ Inputs<P> inputs_of(const Linear& stage, char* scratch) {
   const int64_t size = stage.weights.inputs;
   if constexpr (!P::kPairs)
     if (stage.norm.kind == Norm::kNone && !stage.pick) return {x, stage.x_stride};
-  const int64_t stride = (size + 15) / 16 * 16;
+  const int64_t stride = row_stride(size);
   T* normal = reinterpret_cast<T*>(scratch);
-  uint32_t* pairs = reinterpret_cast<uint32_t*>(normal + stage.rows * stride);
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(normal + stride) + scales_before(size);
   for (int64_t r = 0; r < stage.rows; ++r) {
     const T* from = x + (stage.pick ? stage.pick[r] : r) * stage.x_stride;
-    T* to = normal + r * stride;
+    T* to = P::kPairs ? normal : normal + r * stride;
     if (stage.norm.kind != Norm::kNone)
       normalise(stage.norm, from, size, to);
-    else
+    else if constexpr (!P::kPairs)
       std::memcpy(to, from, size * sizeof(T));
-    if constexpr (P::kPairs) round_pairs(to, size, pairs + r * stride);
+    if constexpr (P::kPairs)
+      to_pairs(P{}, stage.norm.kind != Norm::kNone ? to : from, size, pairs + r * stride);
   }
   if constexpr (P::kPairs)
     return {pairs, stride};
@@ -53,7 +93,7 @@ Inputs<P> inputs_of(const Linear& stage, char* scratch) {
 }
 
 inline int64_t inputs_bytes(int64_t rows, int64_t size, int64_t item) {
-  return rows * ((size + 15) / 16 * 16) * 2 * item;
+  return (rows + 1) * row_stride(size) * item;
 }
 
 // ---- after

@@ -68,7 +68,7 @@ void pack_panel(Int8s<kWidth>, const Source& source, const char* const* rows, ch
       if (widen(scales[o]) * 127 < most) ++scales[o].bits;
       const float scale = widen(scales[o]);
       for (int k = 0; k < kInt8Block; ++k)
-        to[k * kWidth + o] =
+        to[(k / 2 * kWidth + o) * 2 + k % 2] =
             scale > 0 ? static_cast<int8_t>(std::lrintf(values[k] / scale)) : int8_t{0};
     }
   }
@@ -90,7 +90,8 @@ float unpacked(Int8s<kWidth>, char* panel, int64_t k, int o) {
   using P = Int8s<kWidth>;
   const char* block = panel + k / kInt8Block * P::kBlockBytes;
   const auto scale = reinterpret_cast<const BFloat16*>(block + kInt8Block * kWidth)[o];
-  return static_cast<int8_t>(block[k % kInt8Block * kWidth + o]) * widen(scale);
+  const int64_t i = k % kInt8Block;
+  return static_cast<int8_t>(block[(i / 2 * kWidth + o) * 2 + i % 2]) * widen(scale);
 }
 
 template <typename P>

@@ -37,6 +37,8 @@ struct Floats {  // [inputs][kWidth]
   static constexpr int kWidth = kOutputs, kVectors = kOutputs / Vector<T>::size, kBlock = kSums;
   static constexpr int kGroup = 1;
   static constexpr bool kPairs = false, kScales = false;
+  using Register = Vec<T>;
+  using Accumulator = Vec<T>;
 
   static int64_t bytes(int64_t inputs) { return inputs * kWidth * sizeof(T); }
   static constexpr int kStep = kWidth * sizeof(T);
@@ -46,6 +48,7 @@ struct Floats {  // [inputs][kWidth]
     for (int j = 0; j < kVectors; ++j)
       w[j] = load(reinterpret_cast<const T*>(from) + j * Vector<T>::size);
   }
+  static Vec<T> multiply_add(Vec<T> sum, T x, Vec<T> w) { return fused(splat(x), w, sum); }
 };
 
 template <int kOutputs, int kSums>
@@ -55,6 +58,8 @@ struct BFloats {  // [inputs / 2][kWidth][2]
   static constexpr int kWidth = kOutputs, kVectors = kOutputs / Vector<float>::size, kBlock = kSums;
   static constexpr int kGroup = 2;
   static constexpr bool kPairs = false, kScales = false;
+  using Register = Vec<float>;
+  using Accumulator = Vec<float>;
 
   static int64_t bytes(int64_t inputs) { return (inputs + 1) / 2 * kWidth * 4; }
   static constexpr int kStep = kWidth * 4;
@@ -66,6 +71,9 @@ struct BFloats {  // [inputs / 2][kWidth][2]
       w[j] = bit_cast<Vec<float>>(g ? both & static_cast<int32_t>(0xffff0000) : both << 16);
     }
   }
+  static Vec<float> multiply_add(Vec<float> sum, float x, Vec<float> w) {
+    return fused(splat(x), w, sum);
+  }
 };
 
 template <int kOutputs, int kSums>
@@ -75,6 +83,8 @@ struct Halfs {  // [inputs][kWidth]
   static constexpr int kWidth = kOutputs, kVectors = kOutputs / Vector<float>::size, kBlock = kSums;
   static constexpr int kGroup = 2;
   static constexpr bool kPairs = false, kScales = false;
+  using Register = Vec<float>;
+  using Accumulator = Vec<float>;
 
   static int64_t bytes(int64_t inputs) { return inputs * kWidth * 2; }
   static constexpr int kStep = kGroup * kWidth * 2;
@@ -84,50 +94,80 @@ struct Halfs {  // [inputs][kWidth]
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) w[j] = widen_halfs(row + j * Vector<float>::size);
   }
+  static Vec<float> multiply_add(Vec<float> sum, float x, Vec<float> w) {
+    return fused(splat(x), w, sum);
+  }
 };
 
-// Blocks of kInt8Block inputs: [inputs of the block][kWidth] of int8, then [kWidth] scales in
-// bfloat16. The last block is filled up with zeros.
+// Blocks of kInt8Block inputs: [pairs of inputs][kWidth][2] of int8, then [kWidth] scales in
+// bfloat16. The last block is filled up with zeros. x is int16 with a scale of its own for every
+// block: the sum over a block is an exact integer.
 template <int kOutputs>
 struct Int8s {
-  using In = float;
+  using In =
+      uint32_t;  // two int16, the earlier one low; before a row, its blocks' scales backwards
   using Sum = float;
   static constexpr int kWidth = kOutputs, kVectors = kOutputs / Vector<float>::size,
                        kBlock = kInt8Block;
-  static constexpr int kGroup = 4;
-  static constexpr bool kPairs = false, kScales = true;
+  static constexpr int kGroup = 1;
+  static constexpr bool kPairs = true, kScales = true;
+  using Register = IntVec;  // pairs of int16
+  using Accumulator = IntVec;
   static constexpr int64_t kBlockBytes = kInt8Block * kWidth + 2 * kWidth;
 
   static int64_t bytes(int64_t inputs) {
     return (inputs + kInt8Block - 1) / kInt8Block * kBlockBytes;
   }
-  static constexpr int kStep = kGroup * kWidth;
-  static const char* at(const char* panel, int64_t k) {
-    return panel + k / kInt8Block * kBlockBytes + k % kInt8Block * kWidth;
+  static constexpr int kStep = 2 * kWidth;
+  static const char* at(const char* panel, int64_t pair) {
+    constexpr int64_t kBlockPairs = kInt8Block / 2;
+    return panel + pair / kBlockPairs * kBlockBytes + pair % kBlockPairs * kStep;
   }
-  static void expand(const char* from, int g, Vec<float> (&w)[kVectors]) {
+  static void expand(const char* from, int, IntVec (&w)[kVectors]) {
+    typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 2)));
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j)
-      w[j] = widen_int8(from + g * kWidth + j * Vector<float>::size);
-  }
-  static void scales(const char* panel, int64_t k, Vec<float> (&s)[kVectors]) {
-    const char* from = panel + k / kInt8Block * kBlockBytes + kInt8Block * kWidth;
-    for (int j = 0; j < kVectors; ++j)
-      for (int i = 0; i < Vector<float>::size; ++i)
-        s[j][i] = widen(reinterpret_cast<const BFloat16*>(from)[j * Vector<float>::size + i]);
-  }
-  static Vec<float> widen_int8(const char* from) {
-#if defined(__AVX512F__)
-    return (Vec<float>)_mm512_cvtepi32_ps(
-        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(__AVX2__)
-    return (Vec<float>)_mm256_cvtepi32_ps(
-        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    for (int j = 0; j < kVectors; ++j) {
+      Bytes bytes;
+      std::memcpy(&bytes, from + j * sizeof bytes, sizeof bytes);
+#if defined(__AVX512BW__)
+      w[j] = (IntVec)_mm512_cvtepi8_epi16((__m256i)bytes);  // GCC makes two halves of it below
 #else
-    Vec<float> v;
-    for (int i = 0; i < Vector<float>::size; ++i) v[i] = reinterpret_cast<const int8_t*>(from)[i];
-    return v;
+      typedef int16_t Words __attribute__((vector_size(kVectorBytes)));
+      w[j] = bit_cast<IntVec>(__builtin_convertvector(bytes, Words));
 #endif
+    }
+  }
+  static IntVec multiply_add(IntVec sum, uint32_t x, IntVec w) {
+#if defined(__AVX512VNNI__)
+    return (IntVec)_mm512_dpwssd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)w);
+#elif defined(__AVX512BW__)
+    return sum + (IntVec)_mm512_madd_epi16(_mm512_set1_epi32(x), (__m512i)w);
+#elif defined(__AVX2__)
+    return sum + (IntVec)_mm256_madd_epi16(_mm256_set1_epi32(x), (__m256i)w);
+#elif defined(__SSE2__)
+    return sum + (IntVec)_mm_madd_epi16(_mm_set1_epi32(x), (__m128i)w);
+#else
+    return sum + (w << 16 >> 16) * static_cast<int16_t>(x) +
+           (w >> 16) * (bit_cast<int32_t>(x) >> 16);
+#endif
+  }
+  static void scales(const char* panel, int64_t pair, Vec<float> (&s)[kVectors]) {
+    typedef uint16_t Words __attribute__((vector_size(kVectorBytes / 2)));
+    const char* from = at(panel, pair) + kInt8Block * kWidth;
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      Words words;
+      std::memcpy(&words, from + j * sizeof words, sizeof words);
+#if defined(__AVX512F__)
+      s[j] = (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)words), 16);
+#else
+      typedef uint32_t Doubles __attribute__((vector_size(kVectorBytes)));
+      s[j] = bit_cast<Vec<float>>(__builtin_convertvector(words, Doubles) << 16);
+#endif
+    }
+  }
+  static float scale_of(const uint32_t* x, int64_t pair) {
+    return bit_cast<float>(x[-1 - pair / (kInt8Block / 2)]);
   }
 };
 
@@ -143,8 +183,13 @@ struct BFloatPairs : BFloats<kOutputs, kSums> {
   static_assert(kSums % 2 == 0);
 
   static const char* at(const char* panel, int64_t pair) { return panel + pair * kOutputs * 4; }
-  static Vec<float> multiply_add(Vec<float> sum, uint32_t x, const char* from, int j) {
-    const __m512i w = _mm512_loadu_si512(from + j * 64);
+  using Register = IntVec;
+  static void expand(const char* from, int, IntVec (&w)[kVectors]) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j)
+      w[j] = load(reinterpret_cast<const int32_t*>(from) + j * Vector<float>::size);
+  }
+  static Vec<float> multiply_add(Vec<float> sum, uint32_t x, IntVec w) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x), (__m512bh)w);
   }
 };
@@ -156,29 +201,32 @@ using WeightBFloats = BFloats<kWeightWidth, kSumBlock>;
 // ---- the product
 // ---------------------------------------------------------------------------------
 
-// Memory to fetch while a panel is worked on: `rate` 64ths of a byte for every step.
+// Memory to fetch into the second cache while a panel is worked on: `rate` 64ths of a byte for
+// every group, at most two lines.
 struct Ahead {
   const char* from = nullptr;
   int64_t rate = 0;
+
+  void fetch(int64_t group) const {
+    const char* at = from + (group * rate >> 6);
+    __builtin_prefetch(at, 0, 2);
+    if (rate > 64 * 64) __builtin_prefetch(at + 64, 0, 2);
+  }
 };
 
 // sum[r] += x[r][k + g] * w[k + g], for row pointers at k, one for three rows.
-template <typename P, typename VecSum, int kRows, int kVectors, int kBases>
-[[gnu::always_inline]] inline void multiply_add(VecSum (&sum)[kRows][kVectors],
+template <typename P, int kRows, int kBases>
+[[gnu::always_inline]] inline void multiply_add(typename P::Accumulator (&sum)[kRows][P::kVectors],
                                                 const typename P::In* (&row)[kBases],
                                                 int64_t x_stride, const char*& from, int g) {
-  VecSum w[kVectors];
+  typename P::Register w[P::kVectors];
   asm("" : "+r"(from));  // else the compiler keeps what it loaded before, and has no room for it
-  if constexpr (!P::kPairs) P::expand(from, g, w);
+  P::expand(from, g, w);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     const auto value = row[r / 3][r % 3 * x_stride + g];
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j)
-      if constexpr (P::kPairs)
-        sum[r][j] = P::multiply_add(sum[r][j], value, from, j);
-      else
-        sum[r][j] += value * w[j];
+    for (int j = 0; j < P::kVectors; ++j) sum[r][j] = P::multiply_add(sum[r][j], value, w[j]);
   }
 }
 
@@ -192,11 +240,11 @@ void product(const typename P::In* x, int64_t x_stride, const char* panel, int64
   const int64_t block = P::kBlock ? P::kBlock / (P::kPairs ? 2 : 1) : last - first;
   for (int64_t begin = first; begin < last; begin += block) {
     const int64_t end = begin + block < last ? begin + block : last;
-    Vec<Sum> sum[kRows][kVectors];
+    typename P::Accumulator sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) sum[r][j] = Vec<Sum>{};
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = typename P::Accumulator{};
     // Three rows are in reach of one pointer (base + index * scale).
     constexpr int kBases = (kRows + 2) / 3;
     const typename P::In* row[kBases];
@@ -205,7 +253,7 @@ void product(const typename P::In* x, int64_t x_stride, const char* panel, int64
     const char* from = P::at(panel, begin);
     int64_t k = begin;
     for (; k + P::kGroup <= end; k += P::kGroup) {
-      __builtin_prefetch(ahead.from + ((k - first) * ahead.rate >> 6));
+      ahead.fetch((k - first) / P::kGroup);
 #pragma GCC unroll 4
       for (int g = 0; g < P::kGroup; ++g) multiply_add<P>(sum, row, x_stride, from, g);
 #pragma GCC unroll 4
@@ -225,8 +273,12 @@ void product(const typename P::In* x, int64_t x_stride, const char* panel, int64
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) {
         Sum* to = out + r * out_stride + j * kLanes;
-        if constexpr (P::kScales) sum[r][j] *= scale[j];
-        store(to, begin ? load(to) + sum[r][j] : sum[r][j]);
+        const Vec<Sum> before = begin ? load(to) : Vec<Sum>{};
+        if constexpr (P::kScales)
+          store(to, fused(__builtin_convertvector(sum[r][j], Vec<Sum>) * scale[j],
+                          splat(P::scale_of(x + r * x_stride, begin)), before));
+        else
+          store(to, before + sum[r][j]);
       }
   }
 }
@@ -237,10 +289,9 @@ using Product = void (*)(const typename P::In*, int64_t, const char*, int64_t, i
 
 // Rows at once. Widening pairs of bfloat16 takes a register more, which AVX2 has not got.
 template <typename P>
-constexpr int kRowsFor =
-    sizeof(typename P::Sum) == 8                                          ? (kMaxRows + 1) / 2
-    : P::kGroup == 2 && !P::kPairs && kMaxRows == 6 && kVectorBytes == 32 ? kMaxRows - 1
-                                                                          : kMaxRows;
+constexpr int kRowsFor = sizeof(typename P::Sum) == 8 ? (kMaxRows + 1) / 2
+                         : P::kGroup == 2 && kMaxRows == 6 && kVectorBytes == 32 ? kMaxRows - 1
+                                                                                 : kMaxRows;
 
 template <typename P, int... kRows>
 struct ProductTable {
@@ -264,12 +315,14 @@ inline void multiply_rows(const typename P::In* x, int64_t x_stride, int64_t row
   const int64_t parts = (rows + kMost - 1) / kMost;
   const int64_t steps = P::kPairs ? (inputs + 1) / 2 : inputs;
   const int64_t at_once = P::kBlock && parts > 2 ? kStepsAtOnce : steps;
-  const int64_t rate = P::bytes(inputs) * 64 / (parts * steps);  // of the neighbour, a step
+  const int64_t groups = (steps + P::kGroup - 1) / P::kGroup * parts;
+  const int64_t rate = P::bytes(inputs) * 64 / groups;  // of the neighbour
   for (int64_t begin = 0; begin < steps; begin += at_once) {
     const int64_t end = begin + at_once < steps ? begin + at_once : steps;
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t first = rows * i / parts, count = rows * (i + 1) / parts - first;
-      const Ahead ahead{neighbour + ((begin * parts + (end - begin) * i) * rate >> 6), rate};
+      const Ahead ahead{neighbour + ((begin * parts + (end - begin) * i) / P::kGroup * rate >> 6),
+                        rate};
       MakeTable<P, kMost>::of[count - 1](x + first * x_stride, x_stride, panel, begin, end,
                                          out + first * out_stride, out_stride, ahead);
       if (end == steps) each(first, count);

@@ -15,7 +15,6 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 #include "cpu/vectors.h"
 #include "tree.h"
@@ -27,6 +26,25 @@ namespace {
 constexpr int kKeys = 64;       // keys in a block
 constexpr int kRowsAtOnce = 4;  // rows held in registers
 constexpr int kMaxRows = 64;    // rows in a tile
+
+// Zeros at first. Functions of std::vector that are not inlined would be linked once for all
+// instruction sets.
+template <typename T>
+class Numbers {
+ public:
+  explicit Numbers(int64_t size) : data_(new T[size]()), size_(size) {}
+  Numbers(const Numbers&) = delete;
+  ~Numbers() { delete[] data_; }
+
+  T* data() { return data_; }
+  T* begin() { return data_; }
+  T* end() { return data_ + size_; }
+  T& operator[](int64_t i) { return data_[i]; }
+
+ private:
+  T* data_;
+  int64_t size_;
+};
 
 // ---- the two products, on rows in multiples of kRowsAtOnce and widths in multiples of 2 vectors
 
@@ -146,11 +164,10 @@ struct Tile {
   int width = round_up(v_dim, kStep<T>), tree_width = round_up(nodes, kKeys),
       padded = round_up(rows, kRowsAtOnce);
 
-  std::vector<T> queries = std::vector<T>(padded * dim), keys = std::vector<T>(dim * kKeys),
-                 values = std::vector<T>(kKeys * width), scores = std::vector<T>(padded * kKeys),
-                 tree_scores = std::vector<T>(padded * tree_width),
-                 tree_values = std::vector<T>(tree_width * width),
-                 sums = std::vector<T>(padded * width);
+  Numbers<T> queries = Numbers<T>(padded * dim), keys = Numbers<T>(dim * kKeys),
+             values = Numbers<T>(kKeys * width), scores = Numbers<T>(padded * kKeys),
+             tree_scores = Numbers<T>(padded * tree_width),
+             tree_values = Numbers<T>(tree_width * width), sums = Numbers<T>(padded * width);
   Running<T> running[kMaxRows] = {};
   uint8_t chain[kMaxRows][kMaxNodes] = {};  // ancestors of each row's node, root first, itself last
   int chain_length[kMaxRows] = {};

@@ -49,10 +49,12 @@ class NativeForward:
         rows = len(self._packed.plan.layers), self._batch, self._heads
         panels = -(-self._size // width)
         dtype = self._packed.cache_dtype
-        keys = torch.empty(*rows, self._slots * self._size, dtype=dtype, device="cpu")
+        pair = 2 if dtype == torch.bfloat16 else 1  # of a key, two numbers lie side by side
+        size = -(-self._size // pair) * pair
+        keys = torch.empty(*rows, self._slots * size, dtype=dtype, device="cpu")
         values = torch.empty(*rows, panels * self._slots * width, dtype=dtype, device="cpu")
         if old:
-            keys[..., : old * self._size] = self._keys
+            keys[..., : old * size] = self._keys
             of_panels = values.unflatten(-1, (panels, self._slots * width))
             of_panels[..., : old * width] = self._values.unflatten(-1, (panels, old * width))
         self._keys, self._values = keys, values

@@ -17,6 +17,14 @@ from .drafting import (
     remember_guesses,
     top_guesses,
 )
+from .layers import (
+    add_norm,
+    embed_rows,
+    packed_attention,
+    packed_linear,
+    rotary_write,
+    unpack_weights,
+)
 from .noise import draw_noise
 from .rules import check_parents, counter_bits, splitmix64
 from .tree import (
@@ -31,6 +39,7 @@ from .tree import (
 )
 
 __all__ = [
+    "add_norm",
     "advance_text",
     "ancestor_matrix",
     "check_parents",
@@ -39,17 +48,22 @@ __all__ = [
     "counter_bits",
     "draft_tree",
     "draw_noise",
+    "embed_rows",
     "fill_tree",
     "index_suffixes",
     "last_place",
     "listed_after",
     "lookup_ngram",
+    "packed_attention",
+    "packed_linear",
     "remember_guesses",
+    "rotary_write",
     "splitmix64",
     "top_guesses",
     "tree_ancestors",
     "tree_attention",
     "tree_mask",
+    "unpack_weights",
     "verify_logits",
     "verify_tree",
 ]

@@ -3,9 +3,11 @@
 Rows are plain Python lists. A node's keys are listed slot by slot and attended to as in plain
 decoding; a tree is verified level by level from the root; an n-gram is found by measuring every
 end; a commit is read from a snapshot; what is known is kept by context in a dict, or searched for
-in the text. No masks, no bit words, no batches, and no hashes but to lay out a table.
+in the text; of a layer, a row is computed output by output (``layers``). No masks, no bit words, no
+batches, and no hashes but to lay out a table.
 """
 
+from . import layers
 from .drafting import (
     NGRAMS,
     Draft,
@@ -31,6 +33,7 @@ __all__ = [
     "commit",
     "fill",
     "hashed",
+    "layers",
     "lookup",
     "memory_table",
     "noise_index",

@@ -1,0 +1,97 @@
+// What the bindings of the layers' ops and of the forward pass share.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "bindings/checks.h"
+#include "cpu/layers/kernels.h"
+#include "tree.h"
+
+namespace msn {
+
+template <size_t kCount>
+int one_of(const char* argument, const std::string& name, const char* const (&names)[kCount]) {
+  std::string all;
+  for (size_t i = 0; i < kCount; ++i) {
+    if (name == names[i]) return static_cast<int>(i);
+    all += std::string(i ? ", " : "") + names[i];
+  }
+  refuse(argument, " is '", name, "'; expected one of ", all);
+}
+
+inline Weights weights_named(const std::string& name) {
+  constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16", "int8"};
+  return static_cast<Weights>(one_of("weights", name, kNames));
+}
+
+inline Activation activation_named(const std::string& name) {
+  constexpr const char* kNames[] = {"silu", "gelu", "gelu_tanh", "relu"};
+  return static_cast<Activation>(one_of("activation", name, kNames));
+}
+
+inline const Kernels& kernels_named(const std::string& isa) {
+  if (isa.empty()) return layer_kernels();
+  if (const Kernels* kernels = layer_kernels(isa.c_str())) return *kernels;
+  refuse("isa is '", isa, "', which this machine or this build does not have");
+}
+
+inline DType number_of(Weights kind) {
+  return kind == Weights::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+// Bytes of a packed matrix; `halves` is 2 where gates and ups take turns.
+int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t outputs,
+                     int64_t inputs, int64_t halves);
+
+// Rows (layers_ops.h) of trees that come one after the other.
+class TreeRows {
+ public:
+  void clear() {
+    path_.clear();
+    path_begin_.assign(1, 0);
+    tree_begin_.assign(1, 0);
+    batches_.clear();
+    prefixes_.clear();
+  }
+  // Of ancestors [nodes, words]; a node without bits has itself above it, no other.
+  void add_tree(int64_t batch, int64_t prefix, int64_t nodes, const uint64_t* ancestors) {
+    const int words = words_for(static_cast<int>(nodes));
+    add(batch, prefix, nodes,
+        [&](int64_t n, int64_t j) { return has_bit(ancestors + n * words, static_cast<int>(j)); });
+  }
+  void add_text(int64_t batch, int64_t prefix, int64_t count) {
+    add(batch, prefix, count, [](int64_t, int64_t) { return true; });
+  }
+
+  Rows rows(const int64_t* tokens, const int64_t* positions) const {
+    Rows rows;
+    rows.count = tree_begin_.back();
+    rows.tokens = tokens;
+    rows.positions = positions;
+    rows.trees = static_cast<int64_t>(batches_.size());
+    rows.tree_begin = tree_begin_.data();
+    rows.batch = batches_.data();
+    rows.prefix = prefixes_.data();
+    rows.path_begin = path_begin_.data();
+    rows.path = path_.data();
+    return rows;
+  }
+
+ private:
+  template <typename IsAbove>
+  void add(int64_t batch, int64_t prefix, int64_t nodes, IsAbove is_above) {
+    for (int64_t n = 0; n < nodes; ++n) {
+      for (int64_t j = 0; j < n; ++j)
+        if (is_above(n, j)) path_.push_back(j);
+      path_.push_back(n);
+      path_begin_.push_back(static_cast<int64_t>(path_.size()));
+    }
+    batches_.push_back(batch);
+    prefixes_.push_back(prefix);
+    tree_begin_.push_back(tree_begin_.back() + nodes);
+  }
+
+  std::vector<int64_t> path_, path_begin_ = {0}, tree_begin_ = {0}, batches_, prefixes_;
+};
+
+}  // namespace msn

@@ -1,0 +1,200 @@
+"""What the native pass says of a token depends on the text before it alone, bit for bit: not on the
+tree, the batch, the prompt's length, the threads, or on whether it was a step or a prompt.
+
+float64 and one dtype of storage would hide much: all dtypes and all instruction sets of this
+machine are tried. The last test shows that a pass whose sums have another order for several rows is
+caught.
+"""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helpers.drafters import RandomDrafter, prompts, random_tree
+from helpers.families import VOCAB, tiny_model
+from msn_ext import _C, BestFirst, DraftTree, generate
+from msn_ext.decoding.forward.families import plan_for
+from msn_ext.decoding.forward.native import NativeForward
+from msn_ext.decoding.forward.packed import WEIGHTS, PackedPlan
+from msn_ext.decoding.forward.plan import Linear, Plan
+
+ODD = dict(hidden_size=72, intermediate_size=100, num_attention_heads=6, num_key_value_heads=2)
+MODELS = {
+    "odd sizes": ("llama", ODD | dict(head_dim=12)),
+    "windows": ("gemma3", {}),
+    "biases, norms with means": ("gpt_neox", {}),
+}
+
+
+def isas() -> list[str]:
+    """Return the instruction sets that this machine has kernels for."""
+    found = []
+    for isa in ("baseline", "avx2", "avx512", "avx512_bf16"):
+        try:
+            found.append(_C.layer_isa(isa)["name"])
+        except ValueError:
+            continue
+    return found
+
+
+def plan_of(name: str) -> tuple[torch.nn.Module, Plan]:
+    family, settings = MODELS[name]
+    model = tiny_model(family, 4, torch.float32, **settings)
+    return model, plan_for(model)
+
+
+def read(new: NativeForward, text: torch.Tensor, keep: int = 1) -> torch.Tensor:
+    length = text.shape[1]
+    return new.read(text, torch.arange(length)[None], torch.tensor([0]), keep)
+
+
+def check(new: NativeForward, text: int, nodes: torch.Tensor, tree: DraftTree) -> torch.Tensor:
+    tensors = tree.tensors(torch.device("cpu"))
+    positions = text + tensors.depth.long()[None]
+    at, none = torch.tensor([text]), torch.tensor([0])
+    return new.check(nodes, positions, at, none, tensors.ancestors, text + len(tree))
+
+
+def commit(new: NativeForward, text: int, path: list[int]) -> None:
+    new.commit(torch.tensor([text]), torch.tensor([path]), torch.tensor([len(path)]))
+
+
+def by_trees(new: NativeForward, tokens: list[int], prompt: int, rng: random.Random) -> dict:
+    """Return the logits of a text's positions from its prompt's last on, by trees that its tokens
+    take random places of.
+    """
+    text = torch.tensor([tokens[:prompt]])
+    found, at = {prompt - 1: read(new, text)[0, -1]}, prompt
+    while at < len(tokens):
+        shape = random_tree(rng)
+        tree = DraftTree(shape.parents)
+        nodes = torch.randint(VOCAB, (1, len(tree)))
+        path = [rng.randrange(len(tree))]
+        while path[0]:
+            path.insert(0, tree.parents[path[0]])
+        path = path[: len(tokens) - at]
+        for i, node in enumerate(path):
+            nodes[0, node] = tokens[at + i]
+        logits = check(new, at, nodes, tree)
+        for i, node in enumerate(path):
+            found[at + i] = logits[0, node]
+        commit(new, at, path)
+        at += len(path)
+    return found
+
+
+def differences(new: NativeForward, other: NativeForward) -> int:
+    """Return at how many positions of some texts trees give other logits than steps of one token,
+    or prompts.
+    """
+    rng, count = random.Random(0), 0
+    torch.manual_seed(0)
+    for length in (9, 41, 130):
+        tokens = torch.randint(VOCAB, (length,)).tolist()
+        prompt = rng.randint(1, length - 4)
+        found = by_trees(new, tokens, prompt, rng)
+        whole = read(other, torch.tensor([tokens]), keep=length - prompt + 1)[0]
+        for at, logits in found.items():
+            count += not torch.equal(logits, whole[at - prompt + 1])
+        read(other, torch.tensor([tokens[:prompt]]))
+        for at in range(prompt, length):
+            alone = check(other, at, torch.tensor([[tokens[at]]]), DraftTree.chain(1))[0, 0]
+            commit(other, at, [0])
+            count += not torch.equal(found[at], alone)
+    return count
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("name", MODELS)
+def test_trees_steps_and_prompts_give_the_same_bits(name, isa, weights):
+    packed = PackedPlan(plan_of(name)[1], weights, isa)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        new = NativeForward(packed, 1)
+        new.read(torch.tensor([[1]]), torch.tensor([[0]]), torch.tensor([0]), 1)
+        torch.set_num_threads(1)
+        assert differences(new, NativeForward(packed, 1)) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_threads_change_no_bit():
+    packed = PackedPlan(plan_of("odd sizes")[1], "bfloat16")
+    text, threads, found = torch.randint(VOCAB, (1, 150)), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            found.append(read(NativeForward(packed, 1), text, keep=150))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(logits, found[0]) for logits in found[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(6))
+def test_text_is_that_of_no_draft(seed, dtype):
+    """Greedy and sampled, ragged batches, drafts of all kinds; alone and beside others."""
+    rng = random.Random(seed)
+    model = tiny_model("llama", seed, dtype)
+    ids, mask = prompts(rng, 1 + seed % 4)
+    options = dict(max_new_tokens=40, eos_token_id=[2, 5], pad_token_id=0, engine="native")
+
+    def text(draft, sample: bool, rows=slice(None)):
+        torch.manual_seed(seed)
+        return generate(
+            model,
+            ids[rows],
+            attention_mask=mask[rows],
+            draft=draft,
+            do_sample=sample,
+            **options,
+        )
+
+    for sample in (False, True):
+        plain = text("none", sample)
+        budgets = [BestFirst(n) for n in (2, 8, 24, 64)]
+        for draft in ("auto", "paper", "jacobi", random_tree(rng), RandomDrafter(rng), *budgets):
+            assert torch.equal(text(draft, sample), plain), (sample, draft)
+    for b in range(len(ids)):
+        alone = text("paper", False, slice(b, b + 1))[0]
+        assert torch.equal(alone, text("none", False)[b, : len(alone)])
+
+
+class OtherSums:
+    """A pass that makes the sums of one linear layer in another order where there are several rows:
+    the numbers between an MLP's two halves change places, which changes nothing else.
+    """
+
+    def __init__(self, plan: Plan, weights: str):
+        first, *rest = plan.layers
+        order = torch.randperm(first.down.inputs, generator=torch.Generator().manual_seed(0))
+        # gates, then ups; of one matrix or of two
+        halves = torch.cat(first.up.weights).unflatten(0, (2, -1))[:, order]
+        moved = replace(
+            first,
+            up=Linear((halves.flatten(0, 1).contiguous(),)),
+            down=Linear((torch.cat(first.down.weights)[:, order].contiguous(),)),
+        )
+        other = replace(plan, layers=(moved, *rest))
+        self._passes = [NativeForward(PackedPlan(each, weights), 1) for each in (plan, other)]
+
+    def read(self, *inputs):
+        first, _ = (each.read(*inputs) for each in self._passes)
+        return first
+
+    def check(self, tokens, *inputs):
+        return [each.check(tokens, *inputs) for each in self._passes][tokens.shape[1] > 1]
+
+    def commit(self, *inputs):
+        for each in self._passes:
+            each.commit(*inputs)
+
+
+@pytest.mark.parametrize("weights", ["float64", "float32"])
+def test_sums_in_another_order_are_caught(weights):
+    _, plan = plan_of("odd sizes")
+    assert differences(OtherSums(plan, weights), NativeForward(PackedPlan(plan, weights), 1)) > 50
