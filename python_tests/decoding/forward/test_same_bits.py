@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.drafters import RandomDrafter, prompts, random_tree
+from helpers.drafters import random_tree
 from helpers.families import VOCAB, tiny_model
-from msn_ext import _C, BestFirst, DraftTree, generate
+from msn_ext import _C, DraftTree
 from msn_ext.decoding.forward.families import plan_for
 from msn_ext.decoding.forward.native import NativeForward
 from msn_ext.decoding.forward.packed import WEIGHTS, PackedPlan
@@ -132,36 +132,6 @@ def test_threads_change_no_bit():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(logits, found[0]) for logits in found[1:])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("seed", range(6))
-def test_text_is_that_of_no_draft(seed, dtype):
-    """Greedy and sampled, ragged batches, drafts of all kinds; alone and beside others."""
-    rng = random.Random(seed)
-    model = tiny_model("llama", seed, dtype)
-    ids, mask = prompts(rng, 1 + seed % 4)
-    options = dict(max_new_tokens=40, eos_token_id=[2, 5], pad_token_id=0, engine="native")
-
-    def text(draft, sample: bool, rows=slice(None)):
-        torch.manual_seed(seed)
-        return generate(
-            model,
-            ids[rows],
-            attention_mask=mask[rows],
-            draft=draft,
-            do_sample=sample,
-            **options,
-        )
-
-    for sample in (False, True):
-        plain = text("none", sample)
-        budgets = [BestFirst(n) for n in (2, 8, 24, 64)]
-        for draft in ("auto", "paper", "jacobi", random_tree(rng), RandomDrafter(rng), *budgets):
-            assert torch.equal(text(draft, sample), plain), (sample, draft)
-    for b in range(len(ids)):
-        alone = text("paper", False, slice(b, b + 1))[0]
-        assert torch.equal(alone, text("none", False)[b, : len(alone)])
 
 
 class OtherSums:
