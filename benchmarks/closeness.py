@@ -137,7 +137,7 @@ def main() -> None:
             for kind in LLAMA:
                 known = llama(options.peers_python, kind, [text for _, text in texts], Path(folder))
                 report(f"llama.cpp {kind}", known)
-    for dtype in reversed(TRANSFORMERS):
+    for dtype in TRANSFORMERS:  # from the widest on: what is rounded stays so
         report(f"transformers {dtype}", plain(model.to(getattr(torch, dtype))))
 
 

@@ -188,4 +188,5 @@ def test_demo_command(loaded, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "Prompt: Count from one to ten." in out and "msn (auto)" in out and "█" in out
-    assert "Same text?  yes" in out or "Same text?  no, from token" in out
+    assert "By our own forward pass" in out and "transformers, " in out
+    assert "Same text as msn (none)?  yes, all 8 tokens" in out

@@ -75,7 +75,8 @@ def run_compiler(*arguments) -> None:
 
 def build(folder: Path) -> None:
     """Puts a package msn_ext into `folder`: the installed one's Python, over emulated kernels."""
-    shutil.copytree(CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu"))
+    # The layers have no CUDA kernels yet.
+    shutil.copytree(CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu", "layer*.cpp"))
     shutil.copy(HERE / "mma.cuh", folder / "csrc" / "cuda" / "tree" / "mma.cuh")
     for path in folder.glob("csrc/cuda/**/*.cu*"):
         shared = r"\1* \2 = reinterpret_cast<\1*>(emulation::dynamic_shared);"

@@ -8,7 +8,13 @@
 #include "noise_ops.h"
 #include "tree_ops.h"
 
+namespace pybind11 {
+class module_;
+}
+
 namespace msn {
+
+void define_layers(pybind11::module_&) {}
 
 void TreeAncestors::on_cpu() const { on_cuda(nullptr); }
 void TreeAttention::on_cpu() const {

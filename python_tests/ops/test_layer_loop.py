@@ -86,7 +86,8 @@ class Loop:
             middle = self.up(layer, h) if middle is None else middle
             h = self.branch(h, layer, "down", "after_mlp", middle)
         options = {"scale": plan.logit_scale, "softcap": plan.logit_softcap}
-        head = self.packed.head.for_pass()
+        packed = self.packed.head
+        head = packed.data, packed.outputs, packed.inputs, None  # no family's head has a bias
         logits = self.linear(head, h, self.packed.norm, epilogue="logits", **options)
         return logits.view(*tokens.shape, -1)
 

@@ -149,6 +149,8 @@ def test_plain_calls_pass_the_dispatcher_by_and_others_do_not(op):
     gained = getattr(ops, op)(**direct)
     with torch.profiler.profile() as profile:
         assert_equal(getattr(ops, op)(**dispatched), gained)
-    assert_equal(direct, dispatched)
+    for name, changed in direct.items():
+        if not isinstance(changed, str):
+            assert_equal(changed, dispatched[name])
     seen = [event.key for event in profile.key_averages()]
     assert any(key.startswith("msn_ext::") for key in seen)
