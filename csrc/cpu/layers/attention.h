@@ -232,7 +232,7 @@ struct AttentionBlock {
       const T weight = scores[i * stride + prefix - base + j];
       const int64_t slot = prefix + path_of(n)[j], g = slot % P::kGroup;
       P::expand(P::at(panel, slot - g), static_cast<int>(g), value);
-      for (int v = 0; v < P::kVectors; ++v) sum[v] += weight * value[v];
+      for (int v = 0; v < P::kVectors; ++v) sum[v] = fused(splat(weight), value[v], sum[v]);
     }
     for (int v = 0; v < P::kVectors; ++v) store(to + v * kLanes, sum[v]);
   }
