@@ -32,7 +32,7 @@ from .decoding import (
     TreeDrafter,
     decode,
 )
-from .decoding.engine import packed_for
+from .decoding.engine import engine_of, packed_for
 from .decoding.request import check_inputs, request_for, with_stop_strings
 
 DRAFTS: dict[str, Callable[[], DraftTree | Drafter] | None] = {
@@ -212,7 +212,7 @@ def _decode(
         model,
         input_ids,
         draft=draft,
-        drafter=drafter_for(draft, model, "torch" if packed is None else "native"),
+        drafter=drafter_for(draft, model, engine_of(packed)),
         packed=packed,
         generation_config=generation_config,
         streamer=streamer,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .decoding import BestFirst, Request, runner_for
 from .decoding.drafters.calibration import FactorRecorder, Record, fit
 from .decoding.drafters.factors import load as shipped_factors
-from .decoding.engine import packed_for
+from .decoding.engine import engine_of, packed_for
 from .generation import generate
 from .jsonl import lines, row
 from .profile import Profile, machine, profile_path
@@ -160,7 +160,7 @@ def tune(
     Args:
         engine: as for :func:`msn_ext.generate`; the profile is of the one that runs.
     """
-    engine = "torch" if packed_for(model, engine) is None else "native"
+    engine = engine_of(packed_for(model, engine))
     path = profile_path(model, engine)
     earlier = None
     if path.exists():

@@ -19,7 +19,7 @@ from .drafters import DraftTree
 from .forward.families import plan_for
 from .forward.families.checks import DTYPES
 from .forward.native import NativeForward
-from .forward.packed import PackedPlan
+from .forward.packed import PackedPlan, linears
 from .forward.packed_weight import PackedWeight
 from .forward.plan import NoPlan, Plan
 from .forward.prepared import pack_in_place, prepared_of, unpack_in_place
@@ -41,6 +41,11 @@ class Kept:
 
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, Kept] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+
+
+def engine_of(packed: PackedPlan | None) -> str:
+    """Return what computes the passes: "native" where there is a packed plan, else "torch"."""
+    return "torch" if packed is None else "native"
 
 
 def packed_for(model: PreTrainedModel, engine: str) -> PackedPlan | None:
@@ -183,12 +188,10 @@ def _unprepare(model: PreTrainedModel) -> None:
 
 def _check_memory(plan: Plan, weights: str) -> None:
     """Refuse to pack a copy where memory does not plainly suffice."""
-    linears = [
-        linear for layer in plan.layers for linear in (layer.qkv, layer.out, layer.up, layer.down)
-    ]
+    all_of = [linear for layer in plan.layers for linear in linears(layer)[0]]
     needed = sum(
         _C.packed_bytes(weights, "", linear.outputs, linear.inputs, 1)
-        for linear in (*linears, plan.head)
+        for linear in (*all_of, plan.head)
     )
     available = free_memory()
     if available is not None and needed * SPARE > available:

@@ -30,7 +30,7 @@ from transformers.generation import (
 
 from .attention import KernelAttention, MaskAttention
 from .drafters import Drafter, DraftTree
-from .engine import packed_for
+from .engine import engine_of, packed_for
 from .forward.packed import PackedPlan
 from .processors import checked_processors
 from .support import attention_for, longrope_boundary
@@ -108,7 +108,7 @@ class Request:
     @property
     def engine(self) -> str:
         """What computes the forward passes: "native" or "torch"."""
-        return "torch" if self.packed is None else "native"
+        return engine_of(self.packed)
 
     @classmethod
     def greedy_unpadded(

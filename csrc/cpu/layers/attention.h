@@ -11,8 +11,6 @@
 
 namespace msn::MSN_ISA {
 
-constexpr int kMaxHeadSize = 512;
-
 template <typename S>
 struct CachePanelsOf {
   using type = Floats<S, kCacheWidth, 0>;

@@ -101,11 +101,11 @@ struct Halfs {  // [inputs][kWidth]
 
 // Blocks of kInt8Block inputs: [pairs of inputs][kWidth][2] of int8, then [kWidth] scales in
 // bfloat16. The last block is filled up with zeros. x is int16 with a scale of its own for every
-// block: the sum over a block is an exact integer.
+// block: the sum over a block is an exact integer. A row is pairs of int16, the earlier one low;
+// before it lie its blocks' scales, backwards.
 template <int kOutputs>
 struct Int8s {
-  using In =
-      uint32_t;  // two int16, the earlier one low; before a row, its blocks' scales backwards
+  using In = uint32_t;
   using Sum = float;
   static constexpr int kWidth = kOutputs, kVectors = kOutputs / Vector<float>::size,
                        kBlock = kInt8Block;
