@@ -67,6 +67,7 @@ class Decoder:
         self.drafter = request.drafter
         self.targets, self._processors = request.targets, request.processors
         self._config = request.model.config.get_text_config(decoder=True)
+        self._vocabulary = self._config.vocab_size
         self._room = room
         self._pass: ForwardPass
         if request.packed is not None:
@@ -96,7 +97,7 @@ class Decoder:
         self._offsets.copy_(offsets)
         self._eos.copy_(request.eos_token_ids)
         self._pass.clear()
-        self.drafter.start(batch, self._config.vocab_size, device)
+        self.drafter.start(batch, self._vocabulary, device)
         columns = torch.arange(prompt, device=device)
         self._history.zero_()
         self._history[:, :prompt] = input_ids.gather(
@@ -164,14 +165,16 @@ class Decoder:
             draft = self._chain()
         else:
             draft = self.drafter.propose(self._history, self._lengths)
-            draft.tokens[:, :1] = self._roots()  # in place, as Draft says
-        if self.targets is not greedy:
-            # The root may be what could not be drawn, where the host does not know yet of that.
-            draft.tokens.clamp_(max=self._config.vocab_size - 1)
-        prefix = self._prefix()
-        # Padding nodes have depth -1; they are computed at the root's position and never used.
-        depth = draft.depth.clamp(min=0)
-        positions = ((self._lengths - 1)[:, None] + depth).minimum(self._last_position[:, None])
+        # The root may be what could not be drawn, where the host does not know yet of that.
+        positions, prefix = ops.place_tree(
+            draft.tokens,
+            self._history,
+            self._lengths,
+            self._offsets,
+            self._last_position,
+            draft.depth,
+            self._vocabulary,
+        )
         end = self._last_root + len(draft)
         logits = self._pass.check(
             draft.tokens, positions, prefix, self._offsets, draft.ancestors, end
