@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -130,11 +131,16 @@ def generate(
         model.generation_config, "stop_strings", None
     )
     stop_strings = generation_kwargs.get("stop_strings", configured)
-    if stop_strings is not None:
-        generation_kwargs["stop_strings"] = None  # takes the place of what both configs say
+    if stop_strings is not None:  # none in the place of what both configs say
+        generation_kwargs["stop_strings"] = None
+        if generation_config is not None and not model.generation_config.stop_strings:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.stop_strings = generation_kwargs.pop("stop_strings")
     if stop_strings:
         stopping_criteria = with_stop_strings(stopping_criteria, stop_strings, tokenizer)
-    return model.generate(  # type: ignore[operator]  # GenerationMixin's
+    # The class's: the model's own may be what calls us.
+    return type(model).generate(  # type: ignore[attr-defined]  # GenerationMixin's
+        model,
         input_ids.to(model.device, torch.int64),
         generation_config=generation_config,
         logits_processor=logits_processor,
@@ -148,6 +154,24 @@ def generate(
         ),
         **generation_kwargs,
     )
+
+
+def generate_as_transformers(model: PreTrainedModel, inputs: Tensor | None = None, **kwargs):
+    """Generate with the arguments of ``model.generate``: what transformers calls in its place where
+    a folder has ``custom_generate/`` (``msn export-generate``).
+
+    Args:
+        model: as in :func:`generate`, by name.
+        inputs: int64 [B, P]; the same as ``input_ids``.
+        kwargs: of ``model.generate`` and of :func:`generate`; None: not given.
+
+    Raises:
+        ValueError: as in :func:`generate`; both or none of ``inputs`` and ``input_ids``.
+    """
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    if (inputs is None) == ("input_ids" not in given):
+        raise ValueError("expected either input_ids or inputs, int64 [batch, length]")
+    return generate(model, given.pop("input_ids", inputs), **given)
 
 
 def drafter_for(

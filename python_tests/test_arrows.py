@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "msn_ext"
 # layer never import each other: training knows nothing of decoding, nor decoding of training.
 LAYERS = [
     {"cli"},
-    {"recipe", "explain", "tuning"},
+    {"custom_generate", "explain", "recipe", "spec_bench", "tuning"},
     {"generation"},
     {"profile"},
     {"decoding", "training", "demo"},

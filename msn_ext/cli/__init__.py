@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 
-from . import corpus, demo, explain, generate, info, train, tune
+from . import corpus, demo, explain, export_generate, generate, info, train, tune
 from .common import UsageError, one_line
 
 COMMANDS = {
@@ -20,6 +20,7 @@ COMMANDS = {
     "tune": tune,
     "train": train,
     "corpus": corpus,
+    "export-generate": export_generate,
     "info": info,
 }
 
