@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .decoder import Decoder
 from .drafters import Drafter
+from .ranks import one_clock
 from .request import Request
 from .runner import runner_for
 
@@ -42,7 +43,8 @@ def decode(request: Request) -> Decoded:
             model's probabilities hold NaN.
     """
     progress = Progress(request)
-    with exclusive(request.drafter), runner_for(request) as runner:
+    one = one_clock(request.ranks)
+    with one, exclusive(request.drafter), runner_for(request) as runner:
         with streaming(request):
             pending = runner.prefill()
             while True:

@@ -33,6 +33,7 @@ from .drafters import Drafter, DraftTree
 from .engine import engine_of, packed_for
 from .forward.packed import PackedPlan
 from .processors import checked_processors
+from .ranks import Ranks, ranks_of
 from .support import attention_for, longrope_boundary
 from .verification import Sampler, Targets, greedy
 
@@ -133,6 +134,11 @@ class Request:
         )
 
     @cached_property
+    def ranks(self) -> Ranks | None:
+        """The processes that compute the model together; None: this one alone."""
+        return ranks_of(self.model)
+
+    @cached_property
     def longrope_boundary(self) -> int:
         """The slot where 'longrope' switches its factors; 0: not on the way.
 
@@ -193,7 +199,7 @@ def request_for(
         _max_new_tokens(input_ids, stopping_criteria, generation_config),
         _eos_token_ids(input_ids, stopping_criteria),
         pad_token_id or 0,
-        _targets(generation_config, input_ids.device),
+        _targets(generation_config, input_ids.device, ranks_of(model)),
         processors,
         criteria,
         # Without an end-of-text token transformers pads nothing.
@@ -333,7 +339,8 @@ def _eos_token_ids(input_ids: Tensor, criteria: StoppingCriteriaList) -> Tensor:
     return torch.cat(eos).to(input_ids.device, torch.int64) if eos else input_ids.new_empty(0)
 
 
-def _targets(config: GenerationConfig, device: torch.device) -> Targets:
+def _targets(config: GenerationConfig, device: torch.device, ranks: Ranks | None) -> Targets:
     if config.do_sample:
-        return Sampler(int(torch.randint(2**63 - 1, (), device="cpu")), device)
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+        return Sampler(seed if ranks is None else ranks.first(seed), device)
     return greedy

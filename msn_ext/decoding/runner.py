@@ -257,6 +257,8 @@ def why_eager(request: Request) -> str | None:
             return f"{type(processor).__name__} looks at the text before"
         if not all(isinstance(value, PLAIN) for value in vars(processor).values()):
             return f"{type(processor).__name__}, which is applied, has more than plain settings"
+    if request.ranks is not None:
+        return "several processes compute the model together"
     if request.longrope_boundary:
         return "rope_type='longrope' changes its factors on the way"
     return None
