@@ -53,6 +53,7 @@ class MSNGenerateOutput(GenerateDecoderOnlyOutput):
 
     Attributes:
         sequences: int64 [B, P + new], prompts included, finished rows padded.
+        past_key_values: a ``DynamicCache`` of them but for the last token, every layer whole.
         accept_lengths: per row an int64 tensor with one entry a forward pass, the prompt's pass
             first: the tokens that it gained. They sum to the row's new tokens.
         engine: what computed the forward passes, ``"native"`` or ``"torch"``.
@@ -99,7 +100,9 @@ def generate(
         tokenizer: needed with ``stop_strings``.
         streamer: gets the prompt, then the tokens of each forward pass, then ``end()`` (batch 1).
         generation_config, generation_kwargs: as for ``model.generate``; among them
-            ``attention_mask`` [B, P], 0 at padding (None: as ``model.generate`` infers it).
+            ``attention_mask`` [B, P], 0 at padding (None: as ``model.generate`` infers it), and
+            ``past_key_values``, a ``DynamicCache`` of the beginning of ``input_ids``, which are
+            the whole text: only the rest is read. It is filled in place, and may be empty.
         logits_processor: only kinds that depend on nothing but the text before and the logits.
         stopping_criteria: asked after every token, row by row, with scores None.
 
@@ -227,6 +230,7 @@ def _decode(
     return MSNGenerateOutput(
         sequences=cast(torch.LongTensor, sequences),
         accept_lengths=accept_lengths,
+        past_key_values=request.past,
         engine=request.engine,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,10 @@ from .drafters import Draft, DraftTree, Verified, as_compared
 from .forward import ForwardPass
 from .forward.native import NativeForward
 from .forward.transformers import TransformersForward
+from .past import KeysValues, reused_of
 from .processors import Texts
 from .request import Request
+from .support import longrope_tokens
 from .verification import greedy
 
 RECOMPUTING = {"phi3", "phimoe", "phi4_multimodal"}
@@ -96,6 +99,10 @@ class Decoder:
         self._offsets.copy_(offsets)
         self._eos.copy_(request.eos_token_ids)
         self._pass.clear()
+        self._past_slots = request.past_slots
+        if request.past is not None and request.past_slots:
+            reused = reused_of(request.past, request.past_slots)
+            self._pass.load(reused, request.past_slots, offsets)
         self.drafter.start(batch, self._config.vocab_size, device)
         columns = torch.arange(prompt, device=device)
         self._history.zero_()
@@ -144,16 +151,20 @@ class Decoder:
         guesses = self.drafter.first(self._history, self._lengths)
         draft = self._chain(None if self._straddles(guesses.shape[1]) else guesses)
         prompts = self._prompts[:, : self._prompt_slots]
-        return self._prefill(torch.cat([prompts, draft.tokens[:, 1:]], dim=1), draft)
+        ids = torch.cat([prompts, draft.tokens[:, 1:]], dim=1)
+        return self._prefill(ids, draft, self._past_slots)
 
-    def _prefill(self, ids: Tensor, draft: Draft) -> PassResult:
-        """Run whole texts [B, slots], padding included, that end in a draft that is a chain."""
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        positions = (
-            (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
-        )
-        logits = self._pass.read(ids, positions, self._offsets, keep=len(draft))
+    def _prefill(self, ids: Tensor, draft: Draft, start: int = 0) -> PassResult:
+        """Run whole texts [B, slots], padding included, that end in a draft that is a chain; the
+        first ``start`` slots are cached.
+        """
+        positions = self._positions(ids.shape[1])
+        logits = self._pass.read(ids, positions, self._offsets, len(draft), start)
         return self._verify(draft, positions[:, -len(draft) :], logits, self._prefix())
+
+    def _positions(self, slots: int) -> Tensor:
+        columns = torch.arange(slots, device=self._offsets.device)
+        return (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
 
     @torch.no_grad()
     def step(self) -> PassResult:
@@ -237,6 +248,23 @@ class Decoder:
         """Take back the last ``count`` tokens of row b and finish it."""
         self._lengths[b] -= count
         self._remaining[b] = 0
+
+    @torch.no_grad()
+    def cached(self, sequences: Tensor) -> Iterable[KeysValues]:
+        """Return by layer the keys and values of all slots of the sequences, int64 [B, slots + 1],
+        but for the last one, whose token nobody has read; none of them where 'longrope' has other
+        factors for longer texts.
+        """
+        slots = sequences.shape[1] - 1
+        first_factors = longrope_tokens(self._config)
+        if first_factors and slots > first_factors + int(self._offsets.min()):
+            return ()
+        # Rows that ended before others lack their last token and the padding after it.
+        start = int(self._prefix().min())
+        if start < slots:
+            ids = sequences[:, :slots]
+            self._pass.read(ids, self._positions(slots), self._offsets, 1, start)
+        return self._pass.cached(slots)
 
     def sequences(self, new_tokens: int, pad: int) -> Tensor:
         """Return prompts and new tokens, int64 [B, P + new_tokens], with ``pad`` after the shorter

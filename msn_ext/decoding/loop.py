@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .decoder import Decoder
 from .drafters import Drafter
+from .past import fill
 from .request import Request
 from .runner import runner_for
 
@@ -63,6 +64,8 @@ def decode(request: Request) -> Decoded:
                 runner.decoder.advance(progress.longest)
                 pending = following or runner.step()
         sequences = runner.decoder.sequences(progress.new_tokens, request.pad_token_id)
+        if request.past is not None:
+            fill(request.past, runner.decoder.cached(sequences))
     return Decoded(sequences, progress.counts())
 
 

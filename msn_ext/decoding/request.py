@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -32,8 +33,9 @@ from .attention import KernelAttention, MaskAttention
 from .drafters import Drafter, DraftTree
 from .engine import engine_of, packed_for
 from .forward.packed import PackedPlan
+from .past import checked_past
 from .processors import checked_processors
-from .support import attention_for, longrope_boundary
+from .support import attention_for, longrope_boundary, longrope_tokens
 from .verification import Sampler, Targets, greedy
 
 # Settings of a GenerationConfig that change the output or its form in a way this version does not
@@ -86,6 +88,8 @@ class Request:
         streamer: gets the tokens of each pass; batch 1.
         streamer_has_prompt: it need not be given the prompt.
         packed: the model's packed plan, for the native forward pass; None: the model's own.
+        past: where keys and values of the text come from, and where they go to; None: nowhere.
+        past_slots: how many slots of the prompts come from there.
     """
 
     model: PreTrainedModel
@@ -104,6 +108,8 @@ class Request:
     streamer: BaseStreamer | None = None
     streamer_has_prompt: bool = False
     packed: PackedPlan | None = None
+    past: DynamicCache | None = None
+    past_slots: int = 0
 
     @property
     def engine(self) -> str:
@@ -173,7 +179,12 @@ def request_for(
     processors = checked_processors(logits_processor, len(input_ids))
     attention_mask = model_kwargs.pop("attention_mask", None)
     position_ids = model_kwargs.pop("position_ids", None)
-    _check_model_kwargs(model_kwargs)
+    past = _check_model_kwargs(model_kwargs)
+    if not (generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False)):
+        past = None  # transformers' own, which nobody asks for
+    given = getattr(generation_config, "_mask_length", input_ids.shape[1])
+    if attention_mask is None and given != input_ids.shape[1]:  # ones, which transformers drops
+        _check_mask(input_ids, input_ids.new_ones(len(input_ids), given))
     if streamer is not None and len(input_ids) != 1:
         raise ValueError(f"streamer needs a batch of one; input_ids has {len(input_ids)} rows")
     pad = generation_config._pad_token_tensor
@@ -202,9 +213,23 @@ def request_for(
         streamer=streamer,
         streamer_has_prompt=streamer_has_prompt,
         packed=packed,
+        past=past,
+        past_slots=0 if past is None else _past_slots(past, model, input_ids, offsets),
     )
     _ = request.longrope_boundary  # refuses, too
     return request
+
+
+def _past_slots(
+    past: DynamicCache, model: PreTrainedModel, input_ids: Tensor, offsets: Tensor
+) -> int:
+    config = model.config.get_text_config(decoder=True)
+    slots = checked_past(past, len(DynamicCache(config=config).layers), *input_ids.shape)
+    first_factors = longrope_tokens(config)
+    # Beyond them every key is another one; nobody knows by which factors the cached ones turned.
+    if first_factors and input_ids.shape[1] > first_factors + int(offsets.min()):
+        return 0
+    return slots
 
 
 def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -224,10 +249,16 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         raise ValueError(
             f"input_ids has shape {list(input_ids.shape)}; expected at least one row and one token"
         )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+    if attention_mask is not None:
+        _check_mask(input_ids, attention_mask)
+
+
+def _check_mask(input_ids: Tensor, attention_mask: Tensor) -> None:
+    if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}; expected"
-            f" {list(input_ids.shape)}"
+            f" {list(input_ids.shape)}: input_ids is to be the whole text, what past_key_values"
+            " holds included"
         )
 
 
@@ -254,27 +285,22 @@ def _check_config(config: GenerationConfig) -> None:
             )
 
 
-def _check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
-    """Raise ValueError where the model is to be given more than prompts; takes the cache out."""
+def _check_model_kwargs(model_kwargs: dict[str, Any]) -> Any:
+    """Raise ValueError where the model is to be given more than prompts; take the cache out."""
     past_key_values = model_kwargs.pop("past_key_values", None)
     if unknown := {name for name, value in model_kwargs.items() if value is not None} - _PREPARED:
         raise ValueError(
             f"{', '.join(sorted(unknown))}: msn_ext.generate does not support model inputs beside"
             " input_ids"
         )
-    if past_key_values is not None and (
-        getattr(past_key_values, "_is_user_defined", False) or past_key_values.get_seq_length()
-    ):
-        raise ValueError(
-            f"past_key_values is a {type(past_key_values).__name__}; expected None:"
-            " msn_ext.generate fills its own"
-        )
+    return past_key_values
 
 
 def _padding(input_ids: Tensor, attention_mask: Tensor | None, pad: int | None) -> Tensor:
     """Return how many slots of each row are left padding, int64 [B]."""
     if attention_mask is None:
         return input_ids.new_zeros(input_ids.shape[0])
+    _check_mask(input_ids, attention_mask)
     mask = attention_mask.to(input_ids.device).bool()
     if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
         message = (

@@ -6,7 +6,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -79,21 +78,6 @@ def test_options_in_a_generation_config(llama):
         generate(llama, IDS, generation_config=config)
     with pytest.raises(ValueError, match="num_beams is 2"):
         llama.generate(IDS, custom_generate=generate, num_beams=2, max_new_tokens=4, pad_token_id=0)
-
-
-def test_a_filled_cache(llama):
-    cache = DynamicCache(config=llama.config)
-    llama(IDS[:, :2], past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache; expected None"):
-        generate(llama, IDS, past_key_values=cache, max_new_tokens=4, pad_token_id=0)
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache; expected None"):
-        generate(
-            llama,
-            IDS,
-            past_key_values=DynamicCache(config=llama.config),
-            max_new_tokens=4,
-            pad_token_id=0,
-        )
 
 
 def test_positions(llama):
