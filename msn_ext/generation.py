@@ -53,6 +53,9 @@ class MSNGenerateOutput(GenerateDecoderOnlyOutput):
 
     Attributes:
         sequences: int64 [B, P + new], prompts included, finished rows padded.
+        scores, logits: for every new token float32 [B, V], with ``output_scores`` and
+            ``output_logits``: after and before the processors of logits. After a row's end they
+            are what the model says of the padding, as plain decoding has it.
         past_key_values: a ``DynamicCache`` of them but for the last token, every layer whole.
         accept_lengths: per row an int64 tensor with one entry a forward pass, the prompt's pass
             first: the tokens that it gained. They sum to the row's new tokens.
@@ -230,6 +233,8 @@ def _decode(
     return MSNGenerateOutput(
         sequences=cast(torch.LongTensor, sequences),
         accept_lengths=accept_lengths,
+        scores=decoded.output("scores"),  # type: ignore[arg-type]  # of FloatTensor, it says
+        logits=decoded.output("logits"),  # type: ignore[arg-type]
         past_key_values=request.past,
         engine=request.engine,
     )

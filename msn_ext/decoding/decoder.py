@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from .drafters import Draft, DraftTree, Verified, as_compared
 from .forward import ForwardPass
 from .forward.native import NativeForward
 from .forward.transformers import TransformersForward
+from .outputs import Outputs
 from .past import KeysValues, reused_of
-from .processors import Texts
+from .processors import Texts, processed
 from .request import Request
 from .support import longrope_tokens
 from .verification import greedy
@@ -30,6 +31,9 @@ AT_FIRST = 1536
 """Slots after the prompt that a cache of fixed slots begins with; they double as they are used up.
 """
 
+READ_ON = 64
+"""Tokens that are read at once after rows that have ended."""
+
 
 @dataclass
 class PassResult:
@@ -40,14 +44,16 @@ class PassResult:
         status: int64 [3, B], all that the host has to read: ``counts``, the tokens that each row
             may still gain (0: finished), and whether a gained token is none of the vocabulary (a
             draw from probabilities that hold NaN).
+        outputs: what the tokens were taken from, of those that the request keeps.
     """
 
     tokens: Tensor
     status: Tensor
+    outputs: Outputs = field(default_factory=dict)
 
     def to_host(self) -> PassResult:
         """Return the same with its status on the host."""
-        return PassResult(self.tokens, self.status.cpu())
+        return PassResult(self.tokens, self.status.cpu(), self.outputs)
 
 
 class Decoder:
@@ -70,7 +76,7 @@ class Decoder:
         self.drafter = request.drafter
         self.targets, self._processors = request.targets, request.processors
         self._config = request.model.config.get_text_config(decoder=True)
-        self._room = room
+        self._room, self._kept = room, request.outputs
         self._pass: ForwardPass
         if request.packed is not None:
             self._pass = NativeForward(request.packed, batch)
@@ -219,6 +225,7 @@ class Decoder:
             guesses,
         )
         self.drafter.observe(verified)
+        outputs = self._outputs_of_path(draft, logits, path, accepted) if self._kept else {}
         tokens, status = ops.advance_text(
             self._history,
             self._lengths,
@@ -229,7 +236,30 @@ class Decoder:
             self._eos,
             logits.shape[-1],
         )
-        return PassResult(tokens, status)
+        return PassResult(tokens, status, outputs)
+
+    def _outputs_of_path(
+        self, draft: Draft, logits: Tensor, path: Tensor, accepted: Tensor
+    ) -> Outputs:
+        path = path[:, : int(accepted.max())].clamp(min=0)
+        rows = torch.arange(len(path), device=path.device)[:, None]
+        tokens = draft.tokens.gather(1, path)
+        return self._outputs(tokens, logits[rows, path], self._lengths)
+
+    def _outputs(self, tokens: Tensor, logits: Tensor, lengths: Tensor) -> Outputs:
+        """Return the outputs after each of the tokens [B, n], a chain whose first is the texts'
+        last.
+        """
+        logits = logits.to(torch.float32)
+        outputs = {"logits": logits, "scores": logits}
+        if self._processors and "scores" in self._kept:
+            chain = Draft.shaped(tokens, DraftTree.chain(tokens.shape[1]).tensors(tokens.device))
+            texts = Texts(chain, self._history, lengths, self._prompts, self._offsets)
+            scores = torch.empty_like(logits)
+            for places, those in processed(logits, self._processors, texts):
+                scores.flatten(0, 1)[places] = those
+            outputs["scores"] = scores
+        return {name: outputs[name] for name in self._kept}
 
     @property
     def cache_bytes(self) -> int:
@@ -250,20 +280,35 @@ class Decoder:
         self._remaining[b] = 0
 
     @torch.no_grad()
+    def read_on(self, sequences: Tensor) -> Iterator[tuple[int, Outputs]]:
+        """Read what rows that ended before others lack of the sequences, int64 [B, slots + 1], but
+        for the last token: their last one and the padding after it, as plain decoding reads them.
+        Yield the first new token that some outputs are of, and the outputs.
+        """
+        slots, start = sequences.shape[1] - 1, int(self._prefix().min())
+        for b, offset in enumerate(self._offsets.tolist() if start < slots else ()):
+            self._history[b, : slots + 1 - offset] = sequences[b, offset:]
+        while start < slots:
+            ids = sequences[:, : min(slots, start + READ_ON)]
+            keep = ids.shape[1] - start
+            positions = self._positions(ids.shape[1])
+            logits = self._pass.read(
+                ids, positions, self._offsets, keep if self._kept else 1, start
+            )
+            if self._kept:
+                its = self._outputs(ids[:, start:], logits, start + 1 - self._offsets)
+                yield start + 1 - self._prompt_slots, its
+            start += keep
+
     def cached(self, sequences: Tensor) -> Iterable[KeysValues]:
         """Return by layer the keys and values of all slots of the sequences, int64 [B, slots + 1],
-        but for the last one, whose token nobody has read; none of them where 'longrope' has other
-        factors for longer texts.
+        but for the last one, whose token nobody has read; all others have been (:meth:`read_on`).
+        None of them where 'longrope' has other factors for longer texts.
         """
         slots = sequences.shape[1] - 1
         first_factors = longrope_tokens(self._config)
         if first_factors and slots > first_factors + int(self._offsets.min()):
             return ()
-        # Rows that ended before others lack their last token and the padding after it.
-        start = int(self._prefix().min())
-        if start < slots:
-            ids = sequences[:, :slots]
-            self._pass.read(ids, self._positions(slots), self._offsets, 1, start)
         return self._pass.cached(slots)
 
     def sequences(self, new_tokens: int, pad: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .decoder import Decoder
 from .drafters import Drafter
+from .outputs import TokenOutputs
 from .past import fill
 from .request import Request
 from .runner import runner_for
@@ -25,14 +26,20 @@ class Decoded:
         sequences: int64 [B, P + new], prompts included, finished rows padded; on the model's
             device.
         counts: int64 [passes, B] on the host, the tokens that each pass gained.
+        outputs: what each new token was taken from, as far as the request keeps it.
     """
 
     sequences: Tensor
     counts: Tensor
+    outputs: TokenOutputs
 
     def accept_lengths(self) -> tuple[Tensor, ...]:
         """Return per row an int64 tensor with one entry a pass that gained something."""
         return tuple(row[row > 0] for row in self.counts.T)
+
+    def output(self, name: str) -> tuple[Tensor, ...] | None:
+        """Return the "logits" or "scores" of each new token, [B, V]; None: not kept."""
+        return self.outputs.of(name, int(self.counts.sum(0).max()))
 
 
 def decode(request: Request) -> Decoded:
@@ -42,7 +49,7 @@ def decode(request: Request) -> Decoded:
         ValueError: another call decodes with the drafter, the drafter refuses to start, or the
             model's probabilities hold NaN.
     """
-    progress = Progress(request)
+    progress, outputs = Progress(request), TokenOutputs()
     with exclusive(request.drafter), runner_for(request) as runner:
         with streaming(request):
             pending = runner.prefill()
@@ -56,7 +63,9 @@ def decode(request: Request) -> Decoded:
                     raise _not_drawable(invalid.index(1))
                 if request.criteria:
                     _ask_criteria(request, runner.decoder, counts, remaining, progress)
+                before = progress.totals
                 progress.add(counts)
+                outputs.add(result.outputs, before, before, progress.totals)
                 if request.streamer is not None:
                     request.streamer.put(result.tokens[0, : counts[0]].cpu())
                 if not any(remaining) or progress.all_ended:
@@ -64,9 +73,15 @@ def decode(request: Request) -> Decoded:
                 runner.decoder.advance(progress.longest)
                 pending = following or runner.step()
         sequences = runner.decoder.sequences(progress.new_tokens, request.pad_token_id)
+        if request.past is not None or request.outputs:
+            for first, read in runner.decoder.read_on(sequences):
+                count = next(iter(read.values())).shape[1]
+                begin = [max(first, total) for total in progress.totals]
+                ends = [max(first + count, at) for at in begin]
+                outputs.add(read, [first] * len(begin), begin, ends)
         if request.past is not None:
             fill(request.past, runner.decoder.cached(sequences))
-    return Decoded(sequences, progress.counts())
+    return Decoded(sequences, progress.counts(), outputs)
 
 
 class Progress:

@@ -52,8 +52,6 @@ _NEUTRAL: dict[str, tuple] = {
     "prefill_chunk_size": (None,),
     "cache_implementation": (None, "dynamic"),
     "use_cache": (None, True),
-    "output_scores": (None, False),
-    "output_logits": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
 }
@@ -90,6 +88,7 @@ class Request:
         packed: the model's packed plan, for the native forward pass; None: the model's own.
         past: where keys and values of the text come from, and where they go to; None: nowhere.
         past_slots: how many slots of the prompts come from there.
+        outputs: what is kept of every new token, "logits" and "scores".
     """
 
     model: PreTrainedModel
@@ -110,6 +109,7 @@ class Request:
     packed: PackedPlan | None = None
     past: DynamicCache | None = None
     past_slots: int = 0
+    outputs: frozenset[str] = frozenset()
 
     @property
     def engine(self) -> str:
@@ -215,6 +215,7 @@ def request_for(
         packed=packed,
         past=past,
         past_slots=0 if past is None else _past_slots(past, model, input_ids, offsets),
+        outputs=_outputs(generation_config),
     )
     _ = request.longrope_boundary  # refuses, too
     return request
@@ -230,6 +231,11 @@ def _past_slots(
     if first_factors and input_ids.shape[1] > first_factors + int(offsets.min()):
         return 0
     return slots
+
+
+def _outputs(config: GenerationConfig) -> frozenset[str]:
+    names = ("scores", "logits") if config.return_dict_in_generate else ()
+    return frozenset(name for name in names if getattr(config, f"output_{name}"))
 
 
 def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:

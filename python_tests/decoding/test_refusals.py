@@ -55,8 +55,6 @@ def llama():
         (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens is 3"),
         (dict(cache_implementation="static"), "cache_implementation is 'static'"),
         (dict(use_cache=False), "use_cache is False"),
-        (dict(output_scores=True, return_dict_in_generate=True), "output_scores is True"),
-        (dict(output_logits=True, return_dict_in_generate=True), "output_logits is True"),
         (
             dict(output_hidden_states=True, return_dict_in_generate=True),
             "output_hidden_states is True",
