@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import cast
@@ -101,7 +101,10 @@ def generate(
             (the model's own) or ``"auto"`` (native where it can be; where not, the logger
             ``msn_ext`` says why at level INFO).
         tokenizer: needed with ``stop_strings``.
-        streamer: gets the prompt, then the tokens of each forward pass, then ``end()`` (batch 1).
+        streamer: gets the prompt, then the tokens of each forward pass, then ``end()``. Of several
+            rows it gets int64 [B], a token of each, at a time, as in ``model.generate`` (most of
+            transformers' refuse that); or a list, one for each row: its prompt without padding, the
+            tokens of each pass, ``end()`` where the row ends.
         generation_config, generation_kwargs: as for ``model.generate``; among them
             ``attention_mask`` [B, P], 0 at padding (None: as ``model.generate`` infers it), and
             ``past_key_values``, a ``DynamicCache`` of the beginning of ``input_ids``, which are
@@ -204,7 +207,7 @@ def _decode(
     engine: str,
     generation_config: GenerationConfig,
     result_device: torch.device,
-    streamer: BaseStreamer | None,
+    streamer: BaseStreamer | Sequence[BaseStreamer] | None,
     streamer_has_prompt: bool = False,
     **prepared,
 ) -> Tensor | MSNGenerateOutput:

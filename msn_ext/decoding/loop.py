@@ -16,6 +16,7 @@ from .outputs import TokenOutputs
 from .past import fill
 from .request import Request
 from .runner import runner_for
+from .streaming import streaming
 
 
 @dataclass
@@ -51,7 +52,7 @@ def decode(request: Request) -> Decoded:
     """
     progress, outputs = Progress(request), TokenOutputs()
     with exclusive(request.drafter), runner_for(request) as runner:
-        with streaming(request):
+        with streaming(request) as stream:
             pending = runner.prefill()
             while True:
                 # A row that a criterion cuts would not be cut in a step that is under way.
@@ -66,9 +67,11 @@ def decode(request: Request) -> Decoded:
                 before = progress.totals
                 progress.add(counts)
                 outputs.add(result.outputs, before, before, progress.totals)
-                if request.streamer is not None:
-                    request.streamer.put(result.tokens[0, : counts[0]].cpu())
-                if not any(remaining) or progress.all_ended:
+                over = not any(remaining) or progress.all_ended
+                if stream is not None:
+                    ended = [over or not (left or request.ends_together) for left in remaining]
+                    stream.put(result.tokens, counts, progress.settled, ended)
+                if over:
                     break
                 runner.decoder.advance(progress.longest)
                 pending = following or runner.step()
@@ -114,6 +117,14 @@ class Progress:
         return min(self.totals) >= max(self.ends)
 
     @property
+    def settled(self) -> list[int]:
+        """By row, the tokens that stay whatever comes: where rows end together, one may be ahead of
+        the end.
+        """
+        least = max(map(min, self.totals, self.ends))
+        return [min(total, least) for total in self.totals]
+
+    @property
     def new_tokens(self) -> int:
         """New tokens of the output."""
         return min(self.longest, max(self.ends))
@@ -123,21 +134,6 @@ class Progress:
         nothing = [0] * len(self.totals)
         totals = torch.tensor([nothing, *self._passes], dtype=torch.int64, device="cpu").cumsum(0)
         return totals.clamp(max=self.new_tokens).diff(dim=0)
-
-
-@contextlib.contextmanager
-def streaming(request: Request) -> Iterator[None]:
-    """Give the streamer its prompt, and end it whatever happens within."""
-    streamer = request.streamer
-    if streamer is None:
-        yield
-        return
-    try:
-        if not request.streamer_has_prompt:
-            streamer.put(request.input_ids.cpu())
-        yield
-    finally:
-        streamer.end()
 
 
 _busy: set[int] = set()

@@ -83,7 +83,8 @@ class Request:
         processors: of the logits, as :func:`.processors.checked_processors` gives them.
         criteria: asked after every token of a row.
         ends_together: rows that a criterion ended go on until the last one has ended.
-        streamer: gets the tokens of each pass; batch 1.
+        streamer: gets the tokens of each pass; of several rows one of each at a time, or there is
+            one for each row.
         streamer_has_prompt: it need not be given the prompt.
         packed: the model's packed plan, for the native forward pass; None: the model's own.
         past: where keys and values of the text come from, and where they go to; None: nowhere.
@@ -104,7 +105,7 @@ class Request:
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     criteria: Sequence[StoppingCriteria] = ()
     ends_together: bool = False
-    streamer: BaseStreamer | None = None
+    streamer: BaseStreamer | Sequence[BaseStreamer] | None = None
     streamer_has_prompt: bool = False
     packed: PackedPlan | None = None
     past: DynamicCache | None = None
@@ -158,7 +159,7 @@ def request_for(
     generation_config: GenerationConfig,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
-    streamer: BaseStreamer | None,
+    streamer: BaseStreamer | Sequence[BaseStreamer] | None,
     streamer_has_prompt: bool,
     packed: PackedPlan | None,
     **model_kwargs: Any,
@@ -185,8 +186,8 @@ def request_for(
     given = getattr(generation_config, "_mask_length", input_ids.shape[1])
     if attention_mask is None and given != input_ids.shape[1]:  # ones, which transformers drops
         _check_mask(input_ids, input_ids.new_ones(len(input_ids), given))
-    if streamer is not None and len(input_ids) != 1:
-        raise ValueError(f"streamer needs a batch of one; input_ids has {len(input_ids)} rows")
+    if streamer is not None:
+        _check_streamer(streamer, len(input_ids))
     pad = generation_config._pad_token_tensor
     pad_token_id = None if pad is None else int(pad)
     offsets = _padding(input_ids, attention_mask, pad_token_id)
@@ -279,6 +280,25 @@ def with_stop_strings(
             "tokenizer is None; expected the model's tokenizer, which stop_strings needs"
         )
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(tokenizer, stop_strings)])
+
+
+def _check_streamer(streamer, rows: int) -> None:
+    """Raise ValueError where this is neither a streamer nor one for each row."""
+    several = isinstance(streamer, Sequence)
+    for each in streamer if several else [streamer]:
+        if not (callable(getattr(each, "put", None)) and callable(getattr(each, "end", None))):
+            raise ValueError(
+                f"streamer is {each!r}; expected an object with put(tokens) and end(), or a list of"
+                " them, one for each row"
+            )
+    if several and len(streamer) != rows:
+        raise ValueError(
+            f"streamer is a list of {len(streamer)}; expected one for each of the {rows} rows"
+        )
+    if several and len({id(each) for each in streamer}) < rows:
+        raise ValueError(
+            "streamer has the same one for several rows; expected one of its own for each"
+        )
 
 
 def _check_config(config: GenerationConfig) -> None:

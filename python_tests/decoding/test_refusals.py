@@ -18,6 +18,14 @@ from msn_ext.decoding import TokenRecycling, attention_for
 IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
 
 
+class Streamer:
+    def put(self, value): ...
+    def end(self): ...
+
+
+STREAMER = Streamer()
+
+
 def for_three_rows() -> RepetitionPenaltyLogitsProcessor:
     processor = RepetitionPenaltyLogitsProcessor(1.2)
     processor.prompt_ignore_length = torch.tensor(
@@ -61,7 +69,9 @@ def llama():
         ),
         (dict(stop_strings=["x"]), "tokenizer is None"),
         (dict(inputs_embeds=torch.zeros(2, 3, 16, dtype=torch.float64)), "inputs_embeds"),
-        (dict(streamer=object()), "streamer needs a batch of one"),
+        (dict(streamer=object()), "streamer is <object"),
+        (dict(streamer=[Streamer()]), "streamer is a list of 1; expected one for each of the 2"),
+        (dict(streamer=[STREAMER, STREAMER]), "streamer has the same one for several rows"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
