@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import cast
@@ -54,6 +54,10 @@ class MSNGenerateOutput(GenerateDecoderOnlyOutput):
 
     Attributes:
         sequences: int64 [B, P + new], prompts included, finished rows padded.
+        scores, logits: for every new token float32 [B, V], with ``output_scores`` and
+            ``output_logits``: after and before the processors of logits. After a row's end they
+            are what the model says of the padding, as plain decoding has it.
+        past_key_values: a ``DynamicCache`` of them but for the last token, every layer whole.
         accept_lengths: per row an int64 tensor with one entry a forward pass, the prompt's pass
             first: the tokens that it gained. They sum to the row's new tokens.
         engine: what computed the forward passes, ``"native"`` or ``"torch"``.
@@ -98,9 +102,14 @@ def generate(
             (the model's own) or ``"auto"`` (native where it can be; where not, the logger
             ``msn_ext`` says why at level INFO).
         tokenizer: needed with ``stop_strings``.
-        streamer: gets the prompt, then the tokens of each forward pass, then ``end()`` (batch 1).
+        streamer: gets the prompt, then the tokens of each forward pass, then ``end()``. Of several
+            rows it gets int64 [B], a token of each, at a time, as in ``model.generate`` (most of
+            transformers' refuse that); or a list, one for each row: its prompt without padding, the
+            tokens of each pass, ``end()`` where the row ends.
         generation_config, generation_kwargs: as for ``model.generate``; among them
-            ``attention_mask`` [B, P], 0 at padding (None: as ``model.generate`` infers it).
+            ``attention_mask`` [B, P], 0 at padding (None: as ``model.generate`` infers it), and
+            ``past_key_values``, a ``DynamicCache`` of the beginning of ``input_ids``, which are
+            the whole text: only the rest is read. It is filled in place, and may be empty.
         logits_processor: only kinds that depend on nothing but the text before and the logits.
         stopping_criteria: asked after every token, row by row, with scores None.
 
@@ -222,7 +231,7 @@ def _decode(
     engine: str,
     generation_config: GenerationConfig,
     result_device: torch.device,
-    streamer: BaseStreamer | None,
+    streamer: BaseStreamer | Sequence[BaseStreamer] | None,
     streamer_has_prompt: bool = False,
     **prepared,
 ) -> Tensor | MSNGenerateOutput:
@@ -251,6 +260,9 @@ def _decode(
     return MSNGenerateOutput(
         sequences=cast(torch.LongTensor, sequences),
         accept_lengths=accept_lengths,
+        scores=decoded.output("scores"),  # type: ignore[arg-type]  # of FloatTensor, it says
+        logits=decoded.output("logits"),  # type: ignore[arg-type]
+        past_key_values=request.past,
         engine=request.engine,
     )
 

@@ -241,6 +241,8 @@ def why_eager(request: Request) -> str | None:
     drafter, device = request.drafter, request.input_ids.device
     if request.packed is not None:
         return "the native engine runs steps as they are"
+    if request.outputs:
+        return "the logits of every token are kept"
     if device.type not in BACKENDS:
         return f"the model is on {device.type}"
     if os.environ.get("MSN_GRAPHS", "on") == "off":
