@@ -16,6 +16,7 @@ from .forward.native import NativeForward
 from .forward.transformers import TransformersForward
 from .processors import Texts
 from .request import Request
+from .support import looks_ahead
 from .verification import greedy
 
 RECOMPUTING = {"phi3", "phimoe", "phi4_multimodal"}
@@ -35,8 +36,8 @@ class PassResult:
     Attributes:
         tokens: int64 [B, N]; row b gained ``tokens[b, :counts[b]]``.
         status: int64 [3, B], all that the host has to read: ``counts``, the tokens that each row
-            may still gain (0: finished), and whether a gained token is none of the vocabulary (a
-            draw from probabilities that hold NaN).
+            may still gain (0: finished), and whether a gained token is none of the vocabulary (what
+            logits that are NaN give, and draws from probabilities that hold NaN).
     """
 
     tokens: Tensor
@@ -67,6 +68,7 @@ class Decoder:
         self.drafter = request.drafter
         self.targets, self._processors = request.targets, request.processors
         self._config = request.model.config.get_text_config(decoder=True)
+        self._looks_ahead = looks_ahead(self._config)
         self._room = room
         self._pass: ForwardPass
         if request.packed is not None:
@@ -142,7 +144,8 @@ class Decoder:
     def prefill(self) -> PassResult:
         """Run the first pass: the prompt, and after it a chain of guesses, checked like a tree."""
         guesses = self.drafter.first(self._history, self._lengths)
-        draft = self._chain(None if self._straddles(guesses.shape[1]) else guesses)
+        alone = self._looks_ahead or self._straddles(guesses.shape[1])
+        draft = self._chain(None if alone else guesses)
         prompts = self._prompts[:, : self._prompt_slots]
         return self._prefill(torch.cat([prompts, draft.tokens[:, 1:]], dim=1), draft)
 
@@ -165,9 +168,8 @@ class Decoder:
         else:
             draft = self.drafter.propose(self._history, self._lengths)
             draft.tokens[:, :1] = self._roots()  # in place, as Draft says
-        if self.targets is not greedy:
-            # The root may be what could not be drawn, where the host does not know yet of that.
-            draft.tokens.clamp_(max=self._config.vocab_size - 1)
+        # The root may be what stands for no token, where the host does not know yet of that.
+        draft.tokens.clamp_(max=self._config.vocab_size - 1)
         prefix = self._prefix()
         # Padding nodes have depth -1; they are computed at the root's position and never used.
         depth = draft.depth.clamp(min=0)
@@ -208,6 +210,9 @@ class Decoder:
             guesses,
         )
         self.drafter.observe(verified)
+        vocabulary = logits.shape[-1]
+        # A hidden state that holds NaN makes all logits NaN, whatever processors make of them.
+        targets = targets.masked_fill(logits[..., 0].isnan(), vocabulary)
         tokens, status = ops.advance_text(
             self._history,
             self._lengths,
@@ -216,7 +221,7 @@ class Decoder:
             path,
             accepted,
             self._eos,
-            logits.shape[-1],
+            vocabulary,
         )
         return PassResult(tokens, status)
 

@@ -2,7 +2,8 @@
 
 Later, while decoding (:mod:`.loop`), come only: a drafter that another call uses, what a drafter's
 ``start`` refuses (a corpus of another vocabulary), and probabilities that hold NaN. Models are
-refused by :mod:`.support`, processors of logits by :mod:`.processors`; both are asked here.
+refused by :mod:`.support` and :mod:`.rows`, processors of logits by :mod:`.processors`; all are
+asked here.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from .drafters import Drafter, DraftTree
 from .engine import engine_of, packed_for
 from .forward.packed import PackedPlan
 from .processors import checked_processors
+from .rows import check_rows
 from .support import attention_for, longrope_boundary
 from .verification import Sampler, Targets, greedy
 
@@ -120,6 +122,7 @@ class Request:
         engine: str = "auto",
     ) -> Request:
         """Make a request for greedy decoding, without padding and without an end of text."""
+        check_rows(model, drafter, len(input_ids))
         return cls(
             model,
             attention_for(model),
@@ -168,6 +171,7 @@ def request_for(
     Raises:
         ValueError: what cannot be followed exactly; says which argument.
     """
+    check_rows(model, drafter, len(input_ids))
     attention = attention_for(model)
     _check_config(generation_config)
     processors = checked_processors(logits_processor, len(input_ids))
