@@ -36,8 +36,8 @@ class PassResult:
     Attributes:
         tokens: int64 [B, N]; row b gained ``tokens[b, :counts[b]]``.
         status: int64 [3, B], all that the host has to read: ``counts``, the tokens that each row
-            may still gain (0: finished), and whether a gained token is none of the vocabulary (what
-            logits that are NaN give, and draws from probabilities that hold NaN).
+            may still gain (0: finished), and whether it is of no use: a gained token is none of the
+            vocabulary (a draw from probabilities that hold NaN), or a prompt gave NaN.
     """
 
     tokens: Tensor
@@ -68,7 +68,6 @@ class Decoder:
         self.drafter = request.drafter
         self.targets, self._processors = request.targets, request.processors
         self._config = request.model.config.get_text_config(decoder=True)
-        self._looks_ahead = looks_ahead(self._config)
         self._room = room
         self._pass: ForwardPass
         if request.packed is not None:
@@ -113,6 +112,7 @@ class Decoder:
         # The slot of the root in the longest row, or a later one: the host's bound, which needs no
         # word from the device.
         self._last_root = prompt - 1
+        self._looks_ahead = looks_ahead(self._config)
         self._boundary = request.longrope_boundary
         self._recomputes = (
             self._boundary and self._config.model_type in RECOMPUTING and not bool(offsets.any())
@@ -156,7 +156,11 @@ class Decoder:
             (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
         )
         logits = self._pass.read(ids, positions, self._offsets, keep=len(draft))
-        return self._verify(draft, positions[:, -len(draft) :], logits, self._prefix())
+        result = self._verify(draft, positions[:, -len(draft) :], logits, self._prefix())
+        # NaN at padding reaches every token's hidden state, and by that all of a row's logits,
+        # whatever processors make of them.
+        result.status[2] |= logits[:, 0, 0].isnan()
+        return result
 
     @torch.no_grad()
     def step(self) -> PassResult:
@@ -168,8 +172,9 @@ class Decoder:
         else:
             draft = self.drafter.propose(self._history, self._lengths)
             draft.tokens[:, :1] = self._roots()  # in place, as Draft says
-        # The root may be what stands for no token, where the host does not know yet of that.
-        draft.tokens.clamp_(max=self._config.vocab_size - 1)
+        if self.targets is not greedy:
+            # The root may be what could not be drawn, where the host does not know yet of that.
+            draft.tokens.clamp_(max=self._config.vocab_size - 1)
         prefix = self._prefix()
         # Padding nodes have depth -1; they are computed at the root's position and never used.
         depth = draft.depth.clamp(min=0)
@@ -210,9 +215,6 @@ class Decoder:
             guesses,
         )
         self.drafter.observe(verified)
-        vocabulary = logits.shape[-1]
-        # A hidden state that holds NaN makes all logits NaN, whatever processors make of them.
-        targets = targets.masked_fill(logits[..., 0].isnan(), vocabulary)
         tokens, status = ops.advance_text(
             self._history,
             self._lengths,
@@ -221,7 +223,7 @@ class Decoder:
             path,
             accepted,
             self._eos,
-            vocabulary,
+            logits.shape[-1],
         )
         return PassResult(tokens, status)
 
