@@ -63,7 +63,7 @@ def decode(request: Request) -> Decoded:
                 result = pending.result()
                 counts, remaining, invalid = result.status.tolist()  # all that the host reads here
                 if any(invalid):
-                    raise _not_drawable(invalid.index(1))
+                    raise _no_token(request, invalid.index(1))
                 if request.criteria:
                     _ask_criteria(request, runner.decoder, counts, remaining, progress)
                 before = progress.totals
@@ -159,10 +159,14 @@ def exclusive(drafter: Drafter) -> Iterator[None]:
             _busy.discard(id(drafter))
 
 
-def _not_drawable(row: int) -> ValueError:
-    return ValueError(
-        f"the model's probabilities for row {row} hold NaN or infinity; no token can be drawn"
-    )
+def _no_token(request: Request, row: int) -> ValueError:
+    message = f"the model's probabilities for row {row} hold NaN or infinity; no token can be drawn"
+    if bool(request.offsets.any()):
+        message += (
+            "; at left padding transformers' eager attention gives NaN in float64, where"
+            " attn_implementation='sdpa' or prompts one by one do not"
+        )
+    return ValueError(message)
 
 
 def _ask_criteria(
