@@ -113,11 +113,24 @@ function outline(step, least) {
   return [root, [...lines, bonus]];
 }
 
-function place(line, row) {
-  line.row = row;
-  let free = row + 1;
-  line.children.forEach((child, i) => { free = place(child, i ? free : row); });
-  return free;
+// Gives rows to a node, its first child, that one's first child, …: one row for all; then to the
+// others below, as near as boxes in their columns and lines in the gaps after them allow.
+function place(line, columns, gaps) {
+  const chain = [];
+  for (let one = line; one; one = one.children[0]) chain.push(one);
+  const row = Math.max(...chain.map(({ depth, children }) =>
+    Math.max(columns[depth] || 0, children.length ? gaps[depth] || 0 : 0)));
+  for (const one of chain) {
+    one.row = row;
+    columns[one.depth] = row + 1;
+    if (one.children.length) gaps[one.depth] = row + 1;
+  }
+  for (const { depth, children } of chain.reverse()) {
+    for (const child of children.slice(1)) {
+      place(child, columns, gaps);
+      gaps[depth] = child.row + 1;
+    }
+  }
 }
 
 function box(list, step, line) {
@@ -141,7 +154,7 @@ function box(list, step, line) {
     });
     words = `${percent(step.probability[node])} probable, from ${
       sources.map(({ word }) => word).join(" and ")}, ${kind}`;
-    if (!accepted) item.style.opacity = 0.6 + 0.4 * Math.sqrt(step.probability[node]);
+    if (!accepted) item.style.opacity = 0.75 + 0.25 * Math.sqrt(step.probability[node]);
   }
   if (line.folded) make(small, "span", "folded", ` +${line.folded}`);
   item.title = `${token}: ${words}`;
@@ -150,8 +163,9 @@ function box(list, step, line) {
 }
 
 function writeTree(step) {
-  const [root, lines] = outline(step, Number(at("least").value)), rows = place(root, 0);
+  const [root, lines] = outline(step, Number(at("least").value)), columns = [];
   const tree = at("tree");
+  place(root, columns, []);
   tree.replaceChildren();
   const field = make(tree, "div", "field"), svg = draw(field, "svg", { "aria-hidden": true });
   const list = make(field, "ul");
@@ -162,7 +176,7 @@ function writeTree(step) {
   }
   const lefts = [0];
   widths.forEach((width, depth) => lefts.push(lefts[depth] + width + GAP));
-  const width = lefts.at(-1) - GAP, height = HEAD + ROW * rows;
+  const width = lefts.at(-1) - GAP, height = HEAD + ROW * Math.max(...columns);
   Object.assign(field.style, { width: `${width}px`, height: `${height}px` });
   svg.setAttribute("width", width);
   svg.setAttribute("height", height);
@@ -221,7 +235,7 @@ function go(number, options = {}) {
     if (i >= step.kept) item.classList.add("cut");
   });
   at("figures").textContent = `${count(step.tokens.length - 1, "guess").replace("guesss", "guesses")}`
-    + ` in the tree, ${step.expected.toFixed(1)} tokens expected`;
+    + `, ${step.expected.toFixed(1)} tokens expected`;
   writeTree(step);
   writeSources(step);
   at("home").disabled = at("back").disabled = now === 1;
