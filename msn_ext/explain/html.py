@@ -12,6 +12,7 @@ from importlib import resources
 from .outline import SOURCES, outcome, token_text
 from .recording import Answer, Step
 
+LONGEST = 4  # tokens of one character: bytes
 JOINERS = "\u200c\u200d"  # not printable, but parts of words and of emoji
 
 
@@ -125,7 +126,7 @@ def pieces(tokenizer, tokens: list[int], before: list[int] | None = None) -> lis
     start, done, found = 0, len(known), [""] * len(tokens)
     for end in range(len(known) + 1, len(tokens) + 1):
         old, new = decode(tokens[start:done]), decode(tokens[start:end])
-        if new.endswith("\ufffd") and end < len(tokens):
+        if new.endswith("\ufffd") and end < min(len(tokens), done + LONGEST):
             continue
         found[end - 1] = new[len(old) :]
         start, done = done, end

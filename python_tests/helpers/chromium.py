@@ -5,12 +5,15 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
+PATIENCE = 60  # seconds
 CODES = {"ArrowLeft": 37, "ArrowRight": 39, "ArrowUp": 38, "ArrowDown": 40, "Home": 36, "End": 35}
 CODES |= {"PageUp": 33, "PageDown": 34, "Tab": 9, "Enter": 13, " ": 32}
 
@@ -19,7 +22,7 @@ class Page:
     """A tab. ``events`` are those that came since it was opened, as the browser names them."""
 
     def __init__(self, write: int, read: int):
-        self._write, self._read = write, os.fdopen(read, "rb")
+        self._write, self._read, self._buffer = write, read, b""
         self._number, self._session, self.events = 0, None, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         opened = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -40,12 +43,15 @@ class Page:
         return answer["result"]
 
     def _receive(self) -> dict:
-        data = bytearray()
-        while (byte := self._read.read(1)) != b"\0":
-            if not byte:
+        while b"\0" not in self._buffer:
+            if not select.select([self._read], [], [], PATIENCE)[0]:
+                raise TimeoutError(f"the browser said nothing for {PATIENCE} s")
+            data = os.read(self._read, 1 << 16)
+            if not data:
                 raise RuntimeError("the browser ended")
-            data += byte
-        message = json.loads(data)
+            self._buffer += data
+        first, _, self._buffer = self._buffer.partition(b"\0")
+        message = json.loads(first)
         if "id" not in message:
             self.events.append(message)
         return message
@@ -90,22 +96,22 @@ class Page:
 
     def click(self, selector: str, across: float = 0.5) -> None:
         """Click an element, ``across`` of its width from its left side."""
-        x, y = self.do(
-            f"(() => {{ const b = document.querySelector({json.dumps(selector)})"
-            f".getBoundingClientRect(); return [b.x + {across} * b.width, b.y + b.height / 2]; }})()"
-        )
-        at = dict(x=x, y=y, button="left", clickCount=1)
+        at = dict(**self._place(selector, across), button="left", clickCount=1)
         self.call("Input.dispatchMouseEvent", type="mousePressed", buttons=1, **at)
         self.call("Input.dispatchMouseEvent", type="mouseReleased", **at)
 
     def tap(self, selector: str, across: float = 0.5) -> None:
         """Touch an element with a finger."""
-        x, y = self.do(
-            f"(() => {{ const b = document.querySelector({json.dumps(selector)})"
-            f".getBoundingClientRect(); return [b.x + {across} * b.width, b.y + b.height / 2]; }})()"
-        )
-        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        points = [self._place(selector, across)]
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=points)
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def _place(self, selector: str, across: float) -> dict:
+        x, y, width, height = self.do(
+            f"(({{x, y, width, height}}) => [x, y, width, height])(document.querySelector("
+            f"{json.dumps(selector)}).getBoundingClientRect())"
+        )
+        return {"x": x + across * width, "y": y + height / 2}
 
     def picture(self, file: Path) -> None:
         data = self.call("Page.captureScreenshot", format="png")["data"]
@@ -140,8 +146,10 @@ def chromium(folder: Path) -> Iterator[Page]:
     for fd in theirs:
         os.close(fd)
     try:
-        yield Page(ours[0], ours[1])
+        yield Page(*ours)
     finally:
+        for fd in ours:
+            os.close(fd)
         process.terminate()
         try:
             process.wait(20)

@@ -4,7 +4,7 @@ const at = (id) => document.getElementById(id);
 const data = JSON.parse(at("answer").textContent);
 const steps = data.passes.map((values) =>
   Object.fromEntries(data.fields.map((field, i) => [field, values[i]])));
-const ROW = 44, HEIGHT = 36, GAP = 30, HEAD = 22, BEAT = 1100;
+const ROW = 44, HEIGHT = 36, GAP = 34, HEAD = 22, BEAT = 1100;
 const SVG = "http://www.w3.org/2000/svg";
 
 function make(parent, tag, className = "", text = "") {
@@ -198,7 +198,7 @@ function writeTree(step) {
 function edge(svg, step, line, child, lefts, widths) {
   const x = lefts[line.depth] + widths[line.depth], to = lefts[child.depth];
   const [y, end] = [line, child].map(({ row }) => HEAD + ROW * row + HEIGHT / 2);
-  const bend = x + GAP / 2;
+  const bend = to - 12;  // near the children: a box without any has no line at its side
   const turn = end > y ? `H${bend - 7}Q${bend} ${y} ${bend} ${y + 7}V${end - 7}`
     + `Q${bend} ${end} ${bend + 7} ${end}` : "";
   const taken = child.node === null || step.path.includes(child.node);
