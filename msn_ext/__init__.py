@@ -6,8 +6,9 @@ section 3.3), a ``Drafter`` a source of guesses of your own, which gives a ``Dra
 what was ``Verified``. ``NoisyCollator`` puts noise into training batches (section 3.1),
 ``add_noise`` puts it into a trainer that is there already, ``lowest_loss_starts`` finds places for
 it (appendix A). ``prepare`` packs a model's weights in place for decoding on a CPU, ``unprepare``
-undoes it; ``build_info()`` says what this installation was built with; the kernels are in
-``msn_ext.ops``.
+undoes it; ``grammar`` holds an answer to a JSON schema, ``stateless`` declares that a processor of
+logits may be asked about guesses; ``build_info()`` says what this installation was built with; the
+kernels are in ``msn_ext.ops``.
 """
 
 import importlib
@@ -24,8 +25,10 @@ __all__ = [
     "add_noise",
     "build_info",
     "generate",
+    "grammar",
     "lowest_loss_starts",
     "prepare",
+    "stateless",
     "unprepare",
 ]
 
@@ -38,7 +41,9 @@ _HOMES = dict.fromkeys(
         "DraftTree",
         "Drafter",
         "Verified",
+        "grammar",
         "prepare",
+        "stateless",
         "unprepare",
     ),
     "decoding",

@@ -15,6 +15,7 @@ from .drafters import Draft, DraftTree, Verified, as_compared
 from .forward import ForwardPass
 from .forward.native import NativeForward
 from .forward.transformers import TransformersForward
+from .grammars import Grammar
 from .outputs import Outputs
 from .past import KeysValues, reused_of
 from .processors import Texts, processed
@@ -78,6 +79,7 @@ class Decoder:
         self._config = request.model.config.get_text_config(decoder=True)
         self._vocabulary = self._config.vocab_size
         self._room, self._kept = room, request.outputs
+        self._grammar = next((p for p in self._processors if isinstance(p, Grammar)), None)
         self._pass: ForwardPass
         if request.packed is not None:
             self._pass = NativeForward(request.packed, batch)
@@ -188,6 +190,8 @@ class Decoder:
             draft = self._chain()
         else:
             draft = self.drafter.propose(self._history, self._lengths)
+            if self._grammar is not None:
+                draft = self._with_forced(draft, self._grammar)
         # The root may be what could not be drawn, where the host does not know yet of that.
         positions, prefix = ops.place_tree(
             draft.tokens,
@@ -203,6 +207,30 @@ class Decoder:
             draft.tokens, positions, prefix, self._offsets, draft.ancestors, end
         )
         return self._verify(draft, positions, logits, prefix)
+
+    def _with_forced(self, draft: Draft, grammar: Grammar) -> Draft:
+        """Add the tokens that a grammar leaves no choice about, a chain below the root; waits for
+        the device.
+        """
+        most = min(self.drafter.max_depth, MAX_NODES - len(draft))
+        begin, end = self._prompt_lengths.tolist(), self._lengths.tolist()
+        forced = [
+            grammar.forced(text[begin[b] : end[b]], most, self._vocabulary)
+            for b, text in enumerate(self._history.tolist())
+        ]
+        if not any(forced):
+            return draft
+        longest, nodes = max(map(len, forced)), len(draft)
+        tokens = [row + [0] * (longest - len(row)) for row in forced]
+        parents = [
+            [-1 if i >= len(row) else nodes + i - 1 if i else 0 for i in range(longest)]
+            for row in forced
+        ]
+        above = draft.parents.expand(draft.tokens.shape)
+        return Draft.of(
+            torch.cat([draft.tokens, draft.tokens.new_tensor(tokens)], dim=1),
+            torch.cat([above, above.new_tensor(parents)], dim=1),
+        )
 
     def _prefix(self) -> Tensor:
         """Return the slots of each row before its root, int64 [B]."""
@@ -265,7 +293,7 @@ class Decoder:
             chain = Draft.shaped(tokens, DraftTree.chain(tokens.shape[1]).tensors(tokens.device))
             texts = Texts(chain, self._history, lengths, self._prompts, self._offsets)
             scores = torch.empty_like(logits)
-            for places, those in processed(logits, self._processors, texts):
+            for places, those in processed(logits, self._processors, texts, every=True):
                 scores.flatten(0, 1)[places] = those
             outputs["scores"] = scores
         return {name: outputs[name] for name in self._kept}

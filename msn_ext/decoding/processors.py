@@ -4,14 +4,17 @@ penalty, …
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     ExponentialDecayLengthPenalty,
@@ -24,6 +27,7 @@ from transformers.generation import (
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
@@ -33,9 +37,11 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
 )
 
 from .drafters import Draft
+from .grammars import Grammar
 
 ROWS = 64  # of logits that are processed at a time, some of it in float64
 PREFIX_FREE = frozenset(
@@ -66,24 +72,47 @@ PREFIX_BOUND = frozenset(
         ForcedBOSTokenLogitsProcessor,
         ForcedEOSTokenLogitsProcessor,
         SuppressTokensAtBeginLogitsProcessor,
+        EncoderRepetitionPenaltyLogitsProcessor,
+        EncoderNoRepeatNGramLogitsProcessor,
+        PrefixConstrainedLogitsProcessor,
+        WatermarkLogitsProcessor,
     }
 )
 """Processors whose result depends on nothing but the text before and the logits."""
 
+P = TypeVar("P")
 
-def checked_processors(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
-    """Return the processors as they apply to the nodes of ``rows`` rows.
+
+def stateless(processor: P) -> P:
+    """Declare that what a processor of logits does with a row depends on nothing but that row's
+    text and logits: :func:`msn_ext.generate` then asks it about guesses, too, in any order.
+
+    Args:
+        processor: a class (as a decorator) or an object, with ``__call__(input_ids, scores)`` for
+            int64 [R, L] and float32 [R, V]; gets the attribute ``stateless``.
+    """
+    processor.stateless = True  # type: ignore[attr-defined]
+    return processor
+
+
+def checked_processors(
+    processors: LogitsProcessorList, rows: int, prompt: int
+) -> LogitsProcessorList:
+    """Return the processors as they apply to the nodes of ``rows`` rows after ``prompt`` slots.
 
     Raises:
         ValueError: one of them cannot be followed; says why.
     """
     found, known = LogitsProcessorList(), PREFIX_FREE | PREFIX_BOUND
     for processor in processors:
-        if type(processor) not in known:
+        if isinstance(processor, Grammar):
+            processor = processor.after(prompt, rows)
+        elif type(processor) not in known and getattr(processor, "stateless", False) is not True:
             names = ", ".join(sorted(kind.__name__ for kind in known))
             raise ValueError(
                 f"{type(processor).__name__} may keep a state from token to token, which guesses"
-                f" would spoil; msn_ext.generate supports {names}"
+                f" would spoil; msn_ext.generate supports {names}, msn_ext.grammar(…), and what"
+                " msn_ext.stateless declares to keep none"
             )
         ignored = getattr(processor, "prompt_ignore_length", None)
         if isinstance(ignored, Tensor):  # transformers' own, of padding
@@ -174,21 +203,39 @@ class Texts:
 
 
 def processed(
-    logits: Tensor, processors: LogitsProcessorList, texts: Texts
+    logits: Tensor, processors: LogitsProcessorList, texts: Texts, every: bool = False
 ) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """Yield places of nodes among all B * N, and their logits as the processors leave them, float32
-    [R, V].
+    [R, V]. Nodes that the processors forbid after the one above, which are never accepted, may be
+    left out, unless ``every`` one is asked for.
     """
     logits = logits.flatten(0, 1)
     if all(map(at_once, processors)):
         yield from _processed_at_once(logits, processors, texts)
         return
-    last = None
+    last, nodes = None, texts.draft.tokens.shape[1]
+    parents = texts.draft.parents.expand(texts.draft.tokens.shape)
+    before: dict[int, Tensor] = {}  # scores of the level above, by place
     for row, places, text in texts.by_depth():
         if row != last:
-            last, own = row, _of_row(processors, row)
-        scores = cast(torch.FloatTensor, logits[places].float())
-        yield places, own(cast(torch.LongTensor, text), scores)
+            last, own, before = row, _of_row(processors, row), {}
+        if before and not every:
+            # A guess that the processors forbid is never accepted; what comes after it is no text
+            # that they would ever be asked about.
+            above = (parents[row, places % nodes] + row * nodes).tolist()
+            tokens = texts.draft.tokens.flatten()[places].tolist()
+            allowed = [
+                at in before and before[at][token].item() > -torch.inf
+                for at, token in zip(above, tokens)
+            ]
+            keep = torch.tensor(allowed, device=places.device)
+            places, text = places[keep], text[keep]
+            if not len(places):
+                continue
+        raw = cast(torch.FloatTensor, logits[places].float())
+        scores = own(cast(torch.LongTensor, text), raw)
+        before = dict(zip(places.tolist(), scores))
+        yield places, scores
 
 
 def _processed_at_once(
@@ -223,5 +270,35 @@ def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
         ignored = getattr(processor, "prompt_ignore_length", None)
         if isinstance(ignored, Tensor):
             processor = RepetitionPenaltyLogitsProcessor(processor.penalty, int(ignored[row]))
+        elif type(processor) in _BY_ROW:
+            processor = _BY_ROW[type(processor)](copy.copy(processor), row)
         found.append(processor)
     return found
+
+
+def _its_prompt(processor, row: int):
+    processor.encoder_input_ids = processor.encoder_input_ids[row : row + 1]
+    return processor
+
+
+def _its_ngrams(processor, row: int):
+    processor.batch_size, processor.generated_ngrams = 1, [processor.generated_ngrams[row]]
+    return processor
+
+
+def _its_tokens(processor, row: int):
+    allowed = processor._prefix_allowed_tokens_fn
+    return lambda ids, scores: torch.cat(
+        [
+            PrefixConstrainedLogitsProcessor(lambda _, text: allowed(row, text), 1)(text, score)
+            for text, score in zip(ids.split(1), scores.split(1))
+        ]
+    )
+
+
+_BY_ROW = {
+    EncoderRepetitionPenaltyLogitsProcessor: _its_prompt,
+    EncoderNoRepeatNGramLogitsProcessor: _its_ngrams,
+    PrefixConstrainedLogitsProcessor: _its_tokens,
+}
+"""What makes of a processor that tells rows apart a copy for one of them."""
