@@ -44,7 +44,7 @@ function writeFacts() {
     at("facts").append(before);
     make(at("facts"), "b", "", bold);
   }
-  at("facts").append(`. Plain decoding gives the same text in ${total}.`);
+  at("facts").append(`. Plain decoding needs ${total}.`);
 }
 
 const spans = [];  // of every pass, the prompt's first
@@ -114,22 +114,18 @@ function outline(step, least) {
 }
 
 // Gives rows to a node, its first child, that one's first child, …: one row for all; then to the
-// others below, as near as boxes in their columns and lines in the gaps after them allow.
-function place(line, columns, gaps) {
+// others below, each as near as its columns allow. Who has children stands below all that stands in
+// their column, so that no line crosses another.
+function place(line, columns) {
   const chain = [];
   for (let one = line; one; one = one.children[0]) chain.push(one);
-  const row = Math.max(...chain.map(({ depth, children }) =>
-    Math.max(columns[depth] || 0, children.length ? gaps[depth] || 0 : 0)));
+  const row = Math.max(...chain.map(({ depth }) => columns[depth] || 0));
   for (const one of chain) {
     one.row = row;
     columns[one.depth] = row + 1;
-    if (one.children.length) gaps[one.depth] = row + 1;
   }
-  for (const { depth, children } of chain.reverse()) {
-    for (const child of children.slice(1)) {
-      place(child, columns, gaps);
-      gaps[depth] = child.row + 1;
-    }
+  for (const { children } of chain.reverse()) {
+    for (const child of children.slice(1)) place(child, columns);
   }
 }
 
@@ -165,7 +161,7 @@ function box(list, step, line) {
 function writeTree(step) {
   const [root, lines] = outline(step, Number(at("least").value)), columns = [];
   const tree = at("tree");
-  place(root, columns, []);
+  place(root, columns);
   tree.replaceChildren();
   const field = make(tree, "div", "field"), svg = draw(field, "svg", { "aria-hidden": true });
   const list = make(field, "ul");
