@@ -66,12 +66,14 @@ function writeText() {
   }
 }
 
+const mark = Math.max(1, steps.length / 150);  // wide enough to be seen
+
 function writeStrip() {
   const most = Math.max(...steps.map((step) => step.kept));
   const svg = draw(at("strip"), "svg",
     { viewBox: `0 0 ${steps.length} ${most}`, preserveAspectRatio: "none", "aria-hidden": true });
-  const gap = 0.12, unit = { width: 1 - 2 * gap };
-  draw(svg, "rect", { class: "now", y: 0, width: 1, height: most });
+  const gap = steps.length > 200 ? 0 : 0.12, unit = { width: 1 - 2 * gap };
+  draw(svg, "rect", { class: "now", y: 0, width: mark, height: most });
   steps.forEach((step, i) => {
     draw(svg, "rect", { ...unit, class: "own", x: i + gap, y: most - 1, height: 0.92 });
     if (step.kept > 1) draw(svg, "rect",
@@ -237,7 +239,11 @@ function go(number, options = {}) {
   at("home").disabled = at("back").disabled = now === 1;
   at("end").disabled = at("next").disabled = now === steps.length;
   at("where").textContent = `${now} / ${steps.length}`;
-  history.replaceState(null, "", `#${now}`);
+  try {
+    history.replaceState(null, "", `#${now}`);
+  } catch {
+    // some browsers allow only so many a second
+  }
 }
 
 function showText(before) {
@@ -258,7 +264,7 @@ function showStrip() {
   const strip = at("strip"), step = steps[now - 1];
   strip.setAttribute("aria-valuenow", now);
   strip.setAttribute("aria-valuetext", `pass ${now} of ${steps.length}, ${count(step.kept, "token")}`);
-  strip.querySelector(".now").setAttribute("x", now - 1);
+  strip.querySelector(".now").setAttribute("x", now - (1 + mark) / 2);
   for (const bar of strip.querySelectorAll(".own, .free")) {
     bar.classList.toggle("past", Number(bar.getAttribute("x")) < now);
   }
