@@ -52,6 +52,56 @@ def text_after(answer, passes: int) -> str:
     return "".join(f"w{token}" for token in answer.tokens[:count])
 
 
+def test_the_text_tells_guesses_from_the_models_own(page):
+    answer = random_answer(5, passes=8)
+    tab, opening = page(answer, fragment="#8"), len(answer.opening)
+    guessed = [*answer.opening[:-1]]
+    for step in answer.steps:
+        guessed += step.gained[: min(step.kept, step.accept_length - 1)]
+    free = tab.do("[...document.querySelectorAll('#text .free')].map((e) => e.textContent)")
+    assert free == [f"w{token}" for token in guessed]
+    assert 0 < len(free) < len(answer.tokens)
+    for number in (1, 2, 4):  # plain decoding has as many tokens as passes, the prompt's included
+        tab.do(f"go({number})")
+        plain = tab.do("document.querySelector('#text .plain').textContent")
+        assert plain == f"w{answer.tokens[number + 1]}"
+        now = tab.do("document.querySelector('#text .now').textContent")
+        before = opening + sum(step.kept for step in answer.steps[: number - 1])
+        kept = answer.steps[number - 1].kept
+        assert now == "".join(f"w{token}" for token in answer.tokens[before : before + kept])
+
+
+def lines_of(d: str) -> tuple[tuple, list[tuple]]:
+    """Return where an edge begins, and its straight parts, (x, y, x, y), corners squared."""
+    numbers = [float(number) for number in re.findall(r"[\d.]+", d)]
+    x, y, to = numbers[0], numbers[1], numbers[-1]
+    if "Q" not in d:
+        return (x, y), [(x, y, to, y)]
+    bend, end = numbers[3], numbers[9]
+    return (x, y), [(x, y, bend, y), (bend, y, bend, end), (bend, end, to, end)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lines_of_two_nodes_never_meet(page, seed):
+    tab = page(random_answer(seed, passes=6, nodes=40))
+    for _ in range(6):
+        edges = [
+            lines_of(d)
+            for d in tab.do(
+                "[...document.querySelectorAll('#tree path')].map((e) => e.getAttribute('d'))"
+            )
+        ]
+        assert len(edges) == 40
+        for i, (start, lines) in enumerate(edges):
+            for other, others in edges[:i]:
+                if start != other:
+                    for a in lines:
+                        for b in others:
+                            apart = a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+                            assert apart, (a, b)
+        tab.press("ArrowRight")
+
+
 def test_every_pass_is_shown(page):
     answer = random_answer(0, passes=8)
     tab = page(answer)

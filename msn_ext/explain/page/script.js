@@ -44,7 +44,7 @@ function writeFacts() {
     at("facts").append(before);
     make(at("facts"), "b", "", bold);
   }
-  at("facts").append(`. Plain decoding gives the same text in ${total}.`);
+  at("facts").append(`. Plain decoding needs ${total}.`);
 }
 
 const spans = [];  // of every pass, the prompt's first
@@ -66,12 +66,14 @@ function writeText() {
   }
 }
 
+const mark = Math.max(1, steps.length / 150);  // wide enough to be seen
+
 function writeStrip() {
   const most = Math.max(...steps.map((step) => step.kept));
   const svg = draw(at("strip"), "svg",
     { viewBox: `0 0 ${steps.length} ${most}`, preserveAspectRatio: "none", "aria-hidden": true });
-  const gap = 0.12, unit = { width: 1 - 2 * gap };
-  draw(svg, "rect", { class: "now", y: 0, width: 1, height: most });
+  const gap = steps.length > 200 ? 0 : 0.12, unit = { width: 1 - 2 * gap };
+  draw(svg, "rect", { class: "now", y: 0, width: mark, height: most });
   steps.forEach((step, i) => {
     draw(svg, "rect", { ...unit, class: "own", x: i + gap, y: most - 1, height: 0.92 });
     if (step.kept > 1) draw(svg, "rect",
@@ -114,22 +116,18 @@ function outline(step, least) {
 }
 
 // Gives rows to a node, its first child, that one's first child, …: one row for all; then to the
-// others below, as near as boxes in their columns and lines in the gaps after them allow.
-function place(line, columns, gaps) {
+// others below, each as near as its columns allow. Who has children stands below all that stands in
+// their column, so that no line crosses another.
+function place(line, columns) {
   const chain = [];
   for (let one = line; one; one = one.children[0]) chain.push(one);
-  const row = Math.max(...chain.map(({ depth, children }) =>
-    Math.max(columns[depth] || 0, children.length ? gaps[depth] || 0 : 0)));
+  const row = Math.max(...chain.map(({ depth }) => columns[depth] || 0));
   for (const one of chain) {
     one.row = row;
     columns[one.depth] = row + 1;
-    if (one.children.length) gaps[one.depth] = row + 1;
   }
-  for (const { depth, children } of chain.reverse()) {
-    for (const child of children.slice(1)) {
-      place(child, columns, gaps);
-      gaps[depth] = child.row + 1;
-    }
+  for (const { children } of chain.reverse()) {
+    for (const child of children.slice(1)) place(child, columns);
   }
 }
 
@@ -165,7 +163,7 @@ function box(list, step, line) {
 function writeTree(step) {
   const [root, lines] = outline(step, Number(at("least").value)), columns = [];
   const tree = at("tree");
-  place(root, columns, []);
+  place(root, columns);
   tree.replaceChildren();
   const field = make(tree, "div", "field"), svg = draw(field, "svg", { "aria-hidden": true });
   const list = make(field, "ul");
@@ -241,7 +239,11 @@ function go(number, options = {}) {
   at("home").disabled = at("back").disabled = now === 1;
   at("end").disabled = at("next").disabled = now === steps.length;
   at("where").textContent = `${now} / ${steps.length}`;
-  history.replaceState(null, "", `#${now}`);
+  try {
+    history.replaceState(null, "", `#${now}`);
+  } catch {
+    // some browsers allow only so many a second
+  }
 }
 
 function showText(before) {
@@ -262,7 +264,7 @@ function showStrip() {
   const strip = at("strip"), step = steps[now - 1];
   strip.setAttribute("aria-valuenow", now);
   strip.setAttribute("aria-valuetext", `pass ${now} of ${steps.length}, ${count(step.kept, "token")}`);
-  strip.querySelector(".now").setAttribute("x", now - 1);
+  strip.querySelector(".now").setAttribute("x", now - (1 + mark) / 2);
   for (const bar of strip.querySelectorAll(".own, .free")) {
     bar.classList.toggle("past", Number(bar.getAttribute("x")) < now);
   }
