@@ -91,7 +91,8 @@ def one(session: Session, text: str):
 
 @pytest.mark.parametrize("engine", ["native", "torch"])
 def test_turns_are_those_of_a_fresh_session(engine, talker, chat):
-    code, out, err = chat("hello", "  and then?  ", "", "go on", options=["--engine", engine])
+    options = ["--engine", engine, "--draft", "paper"]
+    code, out, err = chat("hello", "  and then?  ", "", "go on", options=options)
     messages, printed = [], ""
     for text in ("hello", "and then?", "go on"):
         messages.append(("user", text))
