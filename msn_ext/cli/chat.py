@@ -37,7 +37,7 @@ COMMANDS = f"""\
 /reset        begin anew
 /help         this list
 /exit         leave, as Ctrl-D does
-Ctrl-C ends an answer. A message that begins with / takes a space before it."""
+Ctrl-C ends an answer, twice leaves it out. A message that begins with / takes a space before it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
