@@ -220,7 +220,8 @@ class Case:
             settings["is_causal"] = False
         if self.family == "gemma3" and rng.random() < 0.2:
             settings["use_bidirectional_attention"] = True
-        if self.family == "phi3-longrope" and len(self.ids) > 1:
+        rows = len(self.ids) * self.options.get("num_return_sequences", 1)
+        if self.family == "phi3-longrope" and rows > 1:
             self.reasons.append("longrope")
         self.model = tiny_model(self.family, self.seed, **settings)
         if self.family not in EAGER_ONLY and rng.random() < 0.25:
@@ -228,6 +229,10 @@ class Case:
 
     @property
     def new_tokens(self) -> int:
+        """Which a criterion of the user's settles, where there is one."""
+        for each in self.options.get("stopping_criteria", ()):
+            if isinstance(each, MaxLengthCriteria):
+                return each.max_length - self.ids.shape[1]
         most = self.options.get("max_new_tokens")
         return most or self.options["max_length"] - self.ids.shape[1]
 
