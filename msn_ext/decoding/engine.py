@@ -228,6 +228,9 @@ def _check_logits(model: PreTrainedModel, packed: PackedPlan) -> None:
     windows = [layer.attention.window for layer in packed.plan.layers]
     prefix = 6 + min((window for window in windows if 0 < window <= 600), default=0)
     tree = DraftTree((-1, 0, 0, 1, 2, 2))
+    table = packed.plan.positions
+    if table is not None and len(table) <= prefix + tree.max_depth:
+        raise NoPlan(f"its {len(table)} positions are too few to try its plan on")
     generator = torch.Generator("cpu").manual_seed(0)
     vocabulary = packed.head.outputs
     tokens = torch.randint(vocabulary, (1, prefix + len(tree)), generator=generator, device="cpu")

@@ -182,3 +182,13 @@ def test_changed_weights_are_noticed(change):
     if model.dtype == torch.float64:
         plain = fresh.generate(IDS, **SETTINGS).sequences[0, IDS.shape[1] :]
         assert torch.equal(found.tokens, plain)
+
+
+@pytest.mark.parametrize("positions", [5, 8, 9])
+def test_a_short_table_of_positions(positions):
+    """The plan is tried on eight tokens and more; what cannot be tried so is the model's own."""
+    model = tiny_model("gpt2", 1, n_positions=positions, max_position_embeddings=positions)
+    settings = SETTINGS | dict(max_new_tokens=positions - 2)  # the last token is not read again
+    out = generate(model, IDS[:, :3], **settings)
+    assert torch.equal(out.sequences, model.generate(IDS[:, :3], **settings).sequences)
+    assert out.engine == ("native" if positions > 8 else "torch")
