@@ -183,18 +183,18 @@ def _probe(model: PreTrainedModel, attention: KernelAttention) -> None:
     cache.at(lengths, len(tree), 6 + len(tree))
     windows: dict[int, int] = {}
     context = TreeContext(lengths, torch.zeros_like(lengths), tensors.ancestors, windows)
-    with attention.over_tree(context, cache.end) as mask:
-        found = (
-            model(
-                input_ids=nodes,
-                attention_mask=mask,
-                position_ids=lengths[:, None] + tensors.depth,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            .logits[0]
-            .float()
-        )
+    over_tree = attention.over_tree(
+        context,
+        cache.end,
+        lambda mask: model(
+            input_ids=nodes,
+            attention_mask=mask,
+            position_ids=lengths[:, None] + tensors.depth,
+            past_key_values=cache,
+            use_cache=True,
+        ),
+    )
+    found = over_tree.logits[0].float()
     for layer, window in sorted(windows.items()):
         if window != (wanted := _window(config, layer)):
             _refuse(
