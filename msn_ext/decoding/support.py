@@ -76,6 +76,24 @@ def _window(config, layer: int) -> int:
     )
 
 
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse before transformers prepares anything for it, an encoder's pass, say.
+
+    Raises:
+        ValueError: the model has an encoder, or weights that are not in memory.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        _refuse(model, "it is an encoder-decoder model")
+    weights = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    if absent := sum(weight.is_meta for weight in weights):
+        _refuse(
+            model,
+            f"{absent} of its {len(weights)} weights are not in memory (device meta): offloaded by"
+            " accelerate, or never loaded; expected all, as without device_map or with more"
+            " max_memory",
+        )
+
+
 def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
     """Return the way to make ``model`` attend to a tree.
 
@@ -103,8 +121,7 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
 
 def _check_kind(model: PreTrainedModel) -> None:
     """Refuse models that are no decoders whose nodes can be rolled back and have positions."""
-    if model.config.is_encoder_decoder:
-        _refuse(model, "it is an encoder-decoder model")
+    check_model(model)
     # GenerationMixin's, which PreTrainedModel does not declare.
     dynamic_cache = model._supports_default_dynamic_cache()  # type: ignore[operator]
     if getattr(model, "_is_stateful", False) or not dynamic_cache:
