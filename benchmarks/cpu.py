@@ -15,8 +15,9 @@ of repeats, prompts' time included, in brackets the slowest and the fastest repe
 part because it is not installed is said; the exit status is 1 if an engine failed.
 
 Engines: native-DRAFT-DTYPE and torch-DRAFT-DTYPE, ours with either forward pass (drafts: none,
-auto, …, b8 for BestFirst(8)); transformers-eager|sdpa|compiled|lookup-DTYPE ("compiled": a static
-cache, too; "lookup": prompt lookup); llama.cpp-FORMAT and llama.cpp-FORMAT-lookup (llama-cpp-python
+auto, …, b8 for BestFirst(8); the dtype int8: that of the weights, the rest in bfloat16);
+transformers-eager|sdpa|compiled|lookup-DTYPE ("compiled": a static cache, too; "lookup": prompt
+lookup); llama.cpp-FORMAT and llama.cpp-FORMAT-lookup (llama-cpp-python
 and its prompt lookup); openvino-FORMAT (OpenVINO GenAI). The last two read the model's GGUF file,
 requantised by llama.cpp: `pip install llama-cpp-python gguf openvino-genai`.
 """
@@ -44,6 +45,7 @@ from msn_ext.paths import cache_root
 DTYPES = ("float32", "bfloat16")
 ENGINES = [
     *(f"native-{d}-{t}" for t in DTYPES for d in ("none", "auto", "b4", "b6", "b8", "b12", "b16")),
+    *(f"native-{d}-int8" for d in ("none", "auto", "b8")),
     *(f"torch-auto-{t}" for t in DTYPES),
     *(f"transformers-{k}-{t}" for t in DTYPES for k in ("eager", "sdpa", "compiled", "lookup")),
     *(

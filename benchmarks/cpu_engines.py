@@ -95,7 +95,8 @@ class Streamer:
 
 class Ours(Transformers):
     """``msn_ext.generate`` with the engine, draft and dtype of the name: "native-auto-bfloat16",
-    "torch-none-float32", "native-b8-float32" for ``BestFirst(8)``.
+    "torch-none-float32", "native-b8-float32" for ``BestFirst(8)``; "native-auto-int8": int8
+    weights, the rest in bfloat16.
     """
 
     packages = ("msn_ext", "torch", "transformers")
@@ -106,9 +107,11 @@ class Ours(Transformers):
         self.engine, draft, dtype = settings["engine"].split("-")
         budget = draft[1:] if draft[0] == "b" else ""
         self.budget, self.draft = int(budget) if budget.isdigit() else None, draft
+        weights = dtype if dtype == "int8" else None
+        dtype = "bfloat16" if weights else dtype
         super().__init__(settings | dict(engine=f"transformers-sdpa-{dtype}"))
         if self.engine == "native":
-            self.model = msn_ext.prepare(self.model)
+            self.model = msn_ext.prepare(self.model, weights=weights)
 
     def generate(self, **inputs):
         import msn_ext

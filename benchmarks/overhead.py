@@ -49,7 +49,7 @@ class Record:
     def clear(self) -> None:
         pass
 
-    def read(self, ids, positions, offsets, keep):
+    def read(self, ids, positions, offsets, keep, start=0):
         return self._say(ids[0, -keep:].tolist(), positions[0, -keep:].tolist())
 
     def check(self, tokens, positions, prefix, offsets, ancestors, end):

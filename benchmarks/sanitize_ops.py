@@ -69,6 +69,10 @@ def check_tree(n: int, device: str) -> None:
         torch.tensor([0, 40, 7]),
         torch.tensor([99, 0, 2]),
     ]
+    depth = torch.randint(-1, 9, (BATCH, n), dtype=torch.int32)
+    last = torch.tensor([41, 3, 999])
+    place = [text[0], torch.tensor([1, 40, 7]), torch.tensor([0, 3, 9]), last, depth, 3]
+    compare(f"place_tree N={n}", device, ops.place_tree, tokens.clone(), *place)
     compare(
         f"advance_text N={n}",
         device,
@@ -141,8 +145,13 @@ def check_best_first(n: int, device: str) -> None:
     ops.index_suffixes(suffixes_there, *on(device, [history, start, lengths]))
     ops.remember_guesses(adjacency, *draft)
     ops.remember_guesses(adjacency_there, *on(device, draft))
+    denoised, continuation = torch.zeros(BATCH, 20, 8, dtype=torch.int32), path.roll(1, 1)
+    denoised_there = on(device, denoised)
+    ops.keep_continuation(denoised, guesses, continuation)
+    ops.keep_continuation(denoised_there, *on(device, [guesses, continuation]))
     if not (
-        torch.equal(suffixes, suffixes_there.cpu())
+        torch.equal(denoised, denoised_there.cpu())
+        and torch.equal(suffixes, suffixes_there.cpu())
         and torch.equal(adjacency, adjacency_there.cpu())
     ):
         raise SystemExit(f"tables of N={n}: {device} differs from cpu")
@@ -162,6 +171,7 @@ def check_best_first(n: int, device: str) -> None:
     ]
     compare(f"draft_tree N={n}", device, ops.draft_tree, history, lengths, *tables, n, 9, 0.05)
     ops.index_suffixes(suffixes_there, *on(device, [history, outside, outside]))
+    ops.keep_continuation(denoised_there, *on(device, [guesses, path + FAR]))
     ops.remember_guesses(
         adjacency_there, *on(device, [history, outside, tokens, parents + n, path + FAR, guesses])
     )

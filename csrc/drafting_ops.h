@@ -54,6 +54,13 @@ struct RememberGuesses {
   void on_cuda(void* stream) const;
 };
 
+struct KeepContinuation {
+  Tensor denoised, guesses, continuation;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
 struct DraftTree {
   Tensor history, lengths, denoised, adjacency, suffixes, corpus, corpus_suffixes, factors;
   int64_t max_depth = 0;

@@ -62,6 +62,15 @@ struct CommitKV {
   void on_cuda(void* stream) const;
 };
 
+struct PlaceTree {
+  Tensor tokens, history, lengths, offsets, last_position, depth;
+  int64_t vocabulary = 0;
+  Tensor positions, prefix;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
 struct AdvanceText {
   Tensor history, lengths, remaining, targets, path, accept_length, ends;
   int64_t vocabulary = 0;

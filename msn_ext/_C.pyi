@@ -57,6 +57,18 @@ def verify_logits(
 def commit_kv(
     caches: list[Tensor], lengths: Tensor, path: Tensor, accept_length: Tensor, /
 ) -> None: ...
+def place_tree(
+    tokens: Tensor,
+    history: Tensor,
+    lengths: Tensor,
+    offsets: Tensor,
+    last_position: Tensor,
+    depth: Tensor,
+    vocabulary: int,
+    positions: Tensor,
+    prefix: Tensor,
+    /,
+) -> None: ...
 def advance_text(
     history: Tensor,
     lengths: Tensor,
@@ -120,6 +132,7 @@ def remember_guesses(
     guesses: Tensor,
     /,
 ) -> None: ...
+def keep_continuation(denoised: Tensor, guesses: Tensor, continuation: Tensor, /) -> None: ...
 def draft_tree(
     history: Tensor,
     lengths: Tensor,

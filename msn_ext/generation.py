@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -63,6 +64,10 @@ class MSNGenerateOutput(GenerateDecoderOnlyOutput):
 
     Attributes:
         sequences: int64 [B, P + new], prompts included, finished rows padded.
+        scores, logits: for every new token float32 [B, V], with ``output_scores`` and
+            ``output_logits``: after and before the processors of logits. After a row's end they
+            are what the model says of the padding, as plain decoding has it.
+        past_key_values: a ``DynamicCache`` of them but for the last token, every layer whole.
         accept_lengths: per row an int64 tensor with one entry a forward pass, the prompt's pass
             first: the tokens that it gained. They sum to the row's new tokens.
         engine: what computed the forward passes, ``"native"`` or ``"torch"``.
@@ -110,9 +115,14 @@ def generate(
             (the model's own) or ``"auto"`` (native where it can be; where not, the logger
             ``msn_ext`` says why at level INFO).
         tokenizer: needed with ``stop_strings``.
-        streamer: gets the prompt, then the tokens of each forward pass, then ``end()`` (batch 1).
+        streamer: gets the prompt, then the tokens of each forward pass, then ``end()``. Of several
+            rows it gets int64 [B], a token of each, at a time, as in ``model.generate`` (most of
+            transformers' refuse that); or a list, one for each row: its prompt without padding, the
+            tokens of each pass, ``end()`` where the row ends.
         generation_config, generation_kwargs: as for ``model.generate``; among them
-            ``attention_mask`` [B, P], 0 at padding (None: as ``model.generate`` infers it).
+            ``attention_mask`` [B, P], 0 at padding (None: as ``model.generate`` infers it), and
+            ``past_key_values``, a ``DynamicCache`` of the beginning of ``input_ids``, which are
+            the whole text: only the rest is read. It is filled in place, and may be empty.
         logits_processor: only kinds that depend on nothing but the text before and the logits.
         stopping_criteria: asked after every token, row by row, with scores None.
 
@@ -163,8 +173,11 @@ def generate(
     check_drafting(generation_kwargs.get("assistant_model"))
     check_healing(option("token_healing", generation_kwargs, configs))
     stop_strings = option("stop_strings", generation_kwargs, configs)
-    if stop_strings is not None:
-        generation_kwargs["stop_strings"] = None  # takes the place of what both configs say
+    if stop_strings is not None:  # none in the place of what both configs say
+        generation_kwargs["stop_strings"] = None
+        if generation_config is not None and not model.generation_config.stop_strings:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.stop_strings = generation_kwargs.pop("stop_strings")
     if stop_strings:
         stopping_criteria = with_stop_strings(stopping_criteria, stop_strings, tokenizer)
     return method(
@@ -181,6 +194,25 @@ def generate(
         ),
         **generation_kwargs,
     )
+
+
+@model_by_name
+def generate_as_transformers(model: PreTrainedModel, inputs: Tensor | None = None, **kwargs):
+    """Generate with the arguments of ``model.generate``: what transformers calls in its place where
+    a folder has ``custom_generate/`` (``msn export-generate``).
+
+    Args:
+        model: as in :func:`generate`, by name.
+        inputs: int64 [B, P]; the same as ``input_ids``.
+        kwargs: of ``model.generate`` and of :func:`generate`; None: not given.
+
+    Raises:
+        ValueError: as in :func:`generate`; both or none of ``inputs`` and ``input_ids``.
+    """
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    if (inputs is None) == ("input_ids" not in given):
+        raise ValueError("expected either input_ids or inputs, int64 [batch, length]")
+    return generate(model, given.pop("input_ids", inputs), **given)
 
 
 def drafter_for(
@@ -220,7 +252,7 @@ def _decode(
     engine: str,
     generation_config: GenerationConfig,
     result_device: torch.device,
-    streamer: BaseStreamer | None,
+    streamer: BaseStreamer | Sequence[BaseStreamer] | None,
     streamer_has_prompt: bool = False,
     **prepared,
 ) -> Tensor | MSNGenerateOutput:
@@ -249,6 +281,9 @@ def _decode(
     return MSNGenerateOutput(
         sequences=cast(torch.LongTensor, sequences),
         accept_lengths=accept_lengths,
+        scores=decoded.output("scores"),  # type: ignore[arg-type]  # of FloatTensor, it says
+        logits=decoded.output("logits"),  # type: ignore[arg-type]
+        past_key_values=request.past,
         engine=request.engine,
     )
 

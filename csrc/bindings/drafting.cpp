@@ -85,6 +85,19 @@ void remember_guesses(const Argument& adjacency, const Argument& history, const 
   run(tokens, RememberGuesses{adjacency, history, lengths, tokens, parents, path, guesses});
 }
 
+void keep_continuation(const Argument& denoised, const Argument& guesses,
+                       const Argument& continuation) {
+  expect_dims(denoised, 3);
+  expect_dims(guesses, 3);
+  const int64_t batch = guesses.shape[0], nodes = guesses.shape[1];
+  expect_nodes(guesses, nodes);
+  expect_dense(guesses, DType::kInt32, {batch, nodes, kGuesses}, guesses);
+  expect_dense(denoised, DType::kInt32, {batch, denoised.shape[1], kGuesses}, guesses);
+  expect_range("depths of denoised", denoised.shape[1], 0, 1 << 20);
+  expect_dense(continuation, DType::kInt64, {batch, nodes}, guesses);
+  run(guesses, KeepContinuation{denoised, guesses, continuation});
+}
+
 void draft_tree(const Argument& history, const Argument& lengths, const Argument& denoised,
                 const Argument& adjacency, const Argument& suffixes, const Argument& corpus,
                 const Argument& corpus_suffixes, const Argument& factors, int64_t max_depth,
@@ -129,6 +142,7 @@ void define_drafting(py::module_& m) {
   define(m, "index_suffixes", &index_suffixes, {"suffixes", "history", "start", "lengths"});
   define(m, "remember_guesses", &remember_guesses,
          {"adjacency", "history", "lengths", "tokens", "parents", "path", "guesses"});
+  define(m, "keep_continuation", &keep_continuation, {"denoised", "guesses", "continuation"});
   define(m, "draft_tree", &draft_tree,
          {"history", "lengths", "denoised", "adjacency", "suffixes", "corpus", "corpus_suffixes",
           "factors", "max_depth", "foresight", "tokens", "parents", "probability", "sources"});

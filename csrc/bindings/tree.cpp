@@ -159,6 +159,28 @@ void commit_kv(const std::vector<py::object>& objects, const Argument& lengths,
   run(path, op);
 }
 
+void place_tree(const Argument& tokens, const Argument& history, const Argument& lengths,
+                const Argument& offsets, const Argument& last_position, const Argument& depth,
+                int64_t vocabulary, const Argument& positions, const Argument& prefix) {
+  expect_dims(tokens, 2);
+  expect_dims(history, 2);
+  const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
+  expect_nodes(tokens, nodes);
+  expect_dtype(tokens, DType::kInt64);
+  if (batch > 1 && tokens.strides[0] == 0)
+    refuse("tokens has rows that lie in one place; expected a place for every root");
+  expect_dense(history, DType::kInt64, {batch, history.shape[1]}, tokens);
+  expect_dense(lengths, DType::kInt64, {batch}, tokens);
+  expect_dense(offsets, DType::kInt64, {batch}, tokens);
+  expect_dense(last_position, DType::kInt64, {batch}, tokens);
+  expect_tree(depth, DType::kInt32, batch, nodes, tokens);
+  if (vocabulary < 1) refuse("vocabulary is ", vocabulary, "; expected 1 or more");
+  expect_dense(positions, DType::kInt64, {batch, nodes}, tokens);
+  expect_dense(prefix, DType::kInt64, {batch}, tokens);
+  run(tokens, PlaceTree{tokens, history, lengths, offsets, last_position, depth, vocabulary,
+                        positions, prefix});
+}
+
 void advance_text(const Argument& history, const Argument& lengths, const Argument& remaining,
                   const Argument& targets, const Argument& path, const Argument& accept_length,
                   const Argument& ends, int64_t vocabulary, const Argument& gained,
@@ -196,6 +218,9 @@ void define_tree(py::module_& m) {
          {"logits", "tokens", "parents", "guesses", "targets", "accept_length", "path", "bonus",
           "continuation", "arrived"});
   define(m, "commit_kv", &commit_kv, {"caches", "lengths", "path", "accept_length"});
+  define(m, "place_tree", &place_tree,
+         {"tokens", "history", "lengths", "offsets", "last_position", "depth", "vocabulary",
+          "positions", "prefix"});
   define(m, "advance_text", &advance_text,
          {"history", "lengths", "remaining", "targets", "path", "accept_length", "ends",
           "vocabulary", "gained", "status"});

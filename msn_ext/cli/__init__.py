@@ -10,16 +10,18 @@ import contextlib
 import os
 import sys
 
-from . import corpus, demo, explain, generate, info, train, tune
+from . import chat, corpus, demo, explain, export_generate, generate, info, train, tune
 from .common import UsageError, one_line
 
 COMMANDS = {
     "demo": demo,
     "generate": generate,
+    "chat": chat,
     "explain": explain,
     "tune": tune,
     "train": train,
     "corpus": corpus,
+    "export-generate": export_generate,
     "info": info,
 }
 

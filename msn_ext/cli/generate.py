@@ -42,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the text"
     )
+    add_sampling_options(parser)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--do-sample", action="store_true", help="sample instead of taking the likeliest token"
@@ -63,13 +67,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def sampling_of(arguments: argparse.Namespace) -> dict:
+    """Return the sampling options that were given."""
     sampling = {
         name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")
     }
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if sampling and not arguments.do_sample:
         raise UsageError(f"--{next(iter(sampling)).replace('_', '-')} needs --do-sample")
+    return sampling
+
+
+def run(arguments: argparse.Namespace) -> int:
+    sampling = sampling_of(arguments)
     if arguments.corpus is not None and arguments.draft != "auto":
         raise UsageError(
             f"--corpus needs --draft auto, which looks into it; --draft is {arguments.draft}"

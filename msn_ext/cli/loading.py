@@ -138,13 +138,25 @@ def _checked_device(name: str) -> str:
 def tokens_of(tokenizer, prompt: str, chat: bool):
     """Return the prompt's tokens, int64 [1, P]; ``chat``: in the chat template if there is one."""
     if chat and tokenizer.chat_template:
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )["input_ids"]
+        return conversation_tokens(tokenizer, [{"role": "user", "content": prompt}])
     return tokenizer(prompt, return_tensors="pt")["input_ids"]
+
+
+def conversation_tokens(tokenizer, messages: list[dict[str, str]]):
+    """Return the tokens of a conversation up to the next answer, int64 [1, P]; without a chat
+    template, of its messages line by line.
+    """
+    if not tokenizer.chat_template:
+        text = "".join(f"{message['content']}\n" for message in messages)
+        return tokenizer(text, return_tensors="pt")["input_ids"]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+
+
+def context_of(model) -> int | None:
+    """Return how many tokens the model has positions for; None: it does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def encode(model, tokenizer, prompt: str, chat: bool, max_new_tokens: int):
@@ -153,7 +165,7 @@ def encode(model, tokenizer, prompt: str, chat: bool, max_new_tokens: int):
     length = input_ids.shape[1]
     if length == 0:
         raise UsageError("the prompt is empty")
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_of(model)
     if context is not None:
         if length >= context:
             raise CommandError(

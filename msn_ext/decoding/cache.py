@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -27,6 +29,15 @@ class TreeLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    def load(self, keys: Tensor, values: Tensor, slots: int) -> None:
+        """Take over the keys and values before slot ``slots``, or the last of them."""
+        if self.is_initialized:
+            _check(keys, self.keys)
+        else:
+            self.lazy_initialization(keys, values)
+        for to, of in ((self.keys, keys), (self.values, values)):
+            to[:, :, slots - of.shape[2] : slots] = of
+
     def _empty(self, like: Tensor) -> Tensor:
         batch, heads, _, size = like.shape
         # Zeros: a dense mask gives unused slots weight 0, but 0 x NaN would still be NaN.
@@ -45,6 +56,7 @@ class TreeLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        _check(self.keys, key_states)
         at = self._cache.write_index
         self.keys.transpose(1, 2)[at] = key_states.transpose(1, 2)
         self.values.transpose(1, 2)[at] = value_states.transpose(1, 2)
@@ -59,6 +71,14 @@ class TreeLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def _check(came: Tensor, expected: Tensor) -> None:
+    """Refuse keys of ``past_key_values`` that are not of the model's kind."""
+    kinds = [(x.shape[1], x.shape[3], x.dtype) for x in (came, expected)]
+    if kinds[0] != kinds[1]:
+        came_, expected_ = ("{} heads of {} {}".format(*kind) for kind in kinds)
+        raise ValueError(f"past_key_values has {came_}; expected {expected_}, as the model's")
 
 
 class TreeCache(Cache):
@@ -112,11 +132,23 @@ class TreeCache(Cache):
         for x in self._stored():
             x.zero_()
 
-    def at_start(self, count: int) -> None:
-        """Let the next forward pass write ``count`` tokens into the first slots of every row."""
+    def load(self, keys_values: Iterable[tuple[Tensor, Tensor]], slots: int) -> None:
+        """Take over by layer the keys and values of the first ``slots`` slots of every row, or the
+        last of them.
+        """
+        self._reserve(slots)
+        for layer, (keys, values) in zip(self._layers, keys_values):
+            layer.load(keys, values, slots)
+
+    def first(self, slots: int) -> list[tuple[Tensor, Tensor]]:
+        """Return by layer the keys and values of the first slots of every row: views."""
+        return [(layer.keys[:, :, :slots], layer.values[:, :, :slots]) for layer in self._layers]
+
+    def at_start(self, count: int, start: int = 0) -> None:
+        """Let the next forward pass write the slots from ``start`` to ``count`` of every row."""
         self._reserve(count)
-        self.start, self.end = 0, count
-        self.write_index = (slice(None), slice(0, count))
+        self.start, self.end = start, count
+        self.write_index = (slice(None), slice(start, count))
 
     def at(self, lengths: Tensor, nodes: int, end: int) -> None:
         """Let the next forward pass write ``nodes`` tokens of row b from slot ``lengths[b]`` on.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from .drafters import Draft, DraftTree, Verified, as_compared
 from .forward import ForwardPass
 from .forward.native import NativeForward
 from .forward.transformers import TransformersForward
-from .processors import Texts
+from .outputs import Outputs
+from .past import KeysValues, reused_of
+from .processors import Texts, processed
 from .request import Request
+from .support import longrope_tokens
 from .verification import greedy
 
 RECOMPUTING = {"phi3", "phimoe", "phi4_multimodal"}
@@ -27,6 +31,9 @@ AT_FIRST = 1536
 """Slots after the prompt that a cache of fixed slots begins with; they double as they are used up.
 """
 
+READ_ON = 64
+"""Tokens that are read at once after rows that have ended."""
+
 
 @dataclass
 class PassResult:
@@ -37,14 +44,16 @@ class PassResult:
         status: int64 [3, B], all that the host has to read: ``counts``, the tokens that each row
             may still gain (0: finished), and whether a gained token is none of the vocabulary (a
             draw from probabilities that hold NaN).
+        outputs: what the tokens were taken from, of those that the request keeps.
     """
 
     tokens: Tensor
     status: Tensor
+    outputs: Outputs = field(default_factory=dict)
 
     def to_host(self) -> PassResult:
         """Return the same with its status on the host."""
-        return PassResult(self.tokens, self.status.cpu())
+        return PassResult(self.tokens, self.status.cpu(), self.outputs)
 
 
 class Decoder:
@@ -67,7 +76,8 @@ class Decoder:
         self.drafter = request.drafter
         self.targets, self._processors = request.targets, request.processors
         self._config = request.model.config.get_text_config(decoder=True)
-        self._room = room
+        self._vocabulary = self._config.vocab_size
+        self._room, self._kept = room, request.outputs
         self._pass: ForwardPass
         if request.packed is not None:
             self._pass = NativeForward(request.packed, batch)
@@ -96,7 +106,11 @@ class Decoder:
         self._offsets.copy_(offsets)
         self._eos.copy_(request.eos_token_ids)
         self._pass.clear()
-        self.drafter.start(batch, self._config.vocab_size, device)
+        self._past_slots = request.past_slots
+        if request.past is not None and request.past_slots:
+            reused = reused_of(request.past, request.past_slots)
+            self._pass.load(reused, request.past_slots, offsets)
+        self.drafter.start(batch, self._vocabulary, device)
         columns = torch.arange(prompt, device=device)
         self._history.zero_()
         self._history[:, :prompt] = input_ids.gather(
@@ -144,16 +158,20 @@ class Decoder:
         guesses = self.drafter.first(self._history, self._lengths)
         draft = self._chain(None if self._straddles(guesses.shape[1]) else guesses)
         prompts = self._prompts[:, : self._prompt_slots]
-        return self._prefill(torch.cat([prompts, draft.tokens[:, 1:]], dim=1), draft)
+        ids = torch.cat([prompts, draft.tokens[:, 1:]], dim=1)
+        return self._prefill(ids, draft, self._past_slots)
 
-    def _prefill(self, ids: Tensor, draft: Draft) -> PassResult:
-        """Run whole texts [B, slots], padding included, that end in a draft that is a chain."""
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        positions = (
-            (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
-        )
-        logits = self._pass.read(ids, positions, self._offsets, keep=len(draft))
+    def _prefill(self, ids: Tensor, draft: Draft, start: int = 0) -> PassResult:
+        """Run whole texts [B, slots], padding included, that end in a draft that is a chain; the
+        first ``start`` slots are cached.
+        """
+        positions = self._positions(ids.shape[1])
+        logits = self._pass.read(ids, positions, self._offsets, len(draft), start)
         return self._verify(draft, positions[:, -len(draft) :], logits, self._prefix())
+
+    def _positions(self, slots: int) -> Tensor:
+        columns = torch.arange(slots, device=self._offsets.device)
+        return (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
 
     @torch.no_grad()
     def step(self) -> PassResult:
@@ -164,14 +182,16 @@ class Decoder:
             draft = self._chain()
         else:
             draft = self.drafter.propose(self._history, self._lengths)
-            draft.tokens[:, :1] = self._roots()  # in place, as Draft says
-        if self.targets is not greedy:
-            # The root may be what could not be drawn, where the host does not know yet of that.
-            draft.tokens.clamp_(max=self._config.vocab_size - 1)
-        prefix = self._prefix()
-        # Padding nodes have depth -1; they are computed at the root's position and never used.
-        depth = draft.depth.clamp(min=0)
-        positions = ((self._lengths - 1)[:, None] + depth).minimum(self._last_position[:, None])
+        # The root may be what could not be drawn, where the host does not know yet of that.
+        positions, prefix = ops.place_tree(
+            draft.tokens,
+            self._history,
+            self._lengths,
+            self._offsets,
+            self._last_position,
+            draft.depth,
+            self._vocabulary,
+        )
         end = self._last_root + len(draft)
         logits = self._pass.check(
             draft.tokens, positions, prefix, self._offsets, draft.ancestors, end
@@ -208,6 +228,7 @@ class Decoder:
             guesses,
         )
         self.drafter.observe(verified)
+        outputs = self._outputs_of_path(draft, logits, path, accepted) if self._kept else {}
         tokens, status = ops.advance_text(
             self._history,
             self._lengths,
@@ -218,7 +239,30 @@ class Decoder:
             self._eos,
             logits.shape[-1],
         )
-        return PassResult(tokens, status)
+        return PassResult(tokens, status, outputs)
+
+    def _outputs_of_path(
+        self, draft: Draft, logits: Tensor, path: Tensor, accepted: Tensor
+    ) -> Outputs:
+        path = path[:, : int(accepted.max())].clamp(min=0)
+        rows = torch.arange(len(path), device=path.device)[:, None]
+        tokens = draft.tokens.gather(1, path)
+        return self._outputs(tokens, logits[rows, path], self._lengths)
+
+    def _outputs(self, tokens: Tensor, logits: Tensor, lengths: Tensor) -> Outputs:
+        """Return the outputs after each of the tokens [B, n], a chain whose first is the texts'
+        last.
+        """
+        logits = logits.to(torch.float32)
+        outputs = {"logits": logits, "scores": logits}
+        if self._processors and "scores" in self._kept:
+            chain = Draft.shaped(tokens, DraftTree.chain(tokens.shape[1]).tensors(tokens.device))
+            texts = Texts(chain, self._history, lengths, self._prompts, self._offsets)
+            scores = torch.empty_like(logits)
+            for places, those in processed(logits, self._processors, texts):
+                scores.flatten(0, 1)[places] = those
+            outputs["scores"] = scores
+        return {name: outputs[name] for name in self._kept}
 
     @property
     def cache_bytes(self) -> int:
@@ -237,6 +281,38 @@ class Decoder:
         """Take back the last ``count`` tokens of row b and finish it."""
         self._lengths[b] -= count
         self._remaining[b] = 0
+
+    @torch.no_grad()
+    def read_on(self, sequences: Tensor) -> Iterator[tuple[int, Outputs]]:
+        """Read what rows that ended before others lack of the sequences, int64 [B, slots + 1], but
+        for the last token: their last one and the padding after it, as plain decoding reads them.
+        Yield the first new token that some outputs are of, and the outputs.
+        """
+        slots, start = sequences.shape[1] - 1, int(self._prefix().min())
+        for b, offset in enumerate(self._offsets.tolist() if start < slots else ()):
+            self._history[b, : slots + 1 - offset] = sequences[b, offset:]
+        while start < slots:
+            ids = sequences[:, : min(slots, start + READ_ON)]
+            keep = ids.shape[1] - start
+            positions = self._positions(ids.shape[1])
+            logits = self._pass.read(
+                ids, positions, self._offsets, keep if self._kept else 1, start
+            )
+            if self._kept:
+                its = self._outputs(ids[:, start:], logits, start + 1 - self._offsets)
+                yield start + 1 - self._prompt_slots, its
+            start += keep
+
+    def cached(self, sequences: Tensor) -> Iterable[KeysValues]:
+        """Return by layer the keys and values of all slots of the sequences, int64 [B, slots + 1],
+        but for the last one, whose token nobody has read; all others have been (:meth:`read_on`).
+        None of them where 'longrope' has other factors for longer texts.
+        """
+        slots = sequences.shape[1] - 1
+        first_factors = longrope_tokens(self._config)
+        if first_factors and slots > first_factors + int(self._offsets.min()):
+            return ()
+        return self._pass.cached(slots)
 
     def sequences(self, new_tokens: int, pad: int) -> Tensor:
         """Return prompts and new tokens, int64 [B, P + new_tokens], with ``pad`` after the shorter

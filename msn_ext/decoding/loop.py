@@ -12,8 +12,12 @@ from torch import Tensor
 
 from .decoder import Decoder
 from .drafters import Drafter
+from .outputs import TokenOutputs
+from .past import fill
+from .ranks import one_clock
 from .request import Request
 from .runner import runner_for
+from .streaming import streaming
 
 
 @dataclass
@@ -24,14 +28,20 @@ class Decoded:
         sequences: int64 [B, P + new], prompts included, finished rows padded; on the model's
             device.
         counts: int64 [passes, B] on the host, the tokens that each pass gained.
+        outputs: what each new token was taken from, as far as the request keeps it.
     """
 
     sequences: Tensor
     counts: Tensor
+    outputs: TokenOutputs
 
     def accept_lengths(self) -> tuple[Tensor, ...]:
         """Return per row an int64 tensor with one entry a pass that gained something."""
         return tuple(row[row > 0] for row in self.counts.T)
+
+    def output(self, name: str) -> tuple[Tensor, ...] | None:
+        """Return the "logits" or "scores" of each new token, [B, V]; None: not kept."""
+        return self.outputs.of(name, int(self.counts.sum(0).max()))
 
 
 def decode(request: Request) -> Decoded:
@@ -41,9 +51,10 @@ def decode(request: Request) -> Decoded:
         ValueError: another call decodes with the drafter, the drafter refuses to start, or the
             model's probabilities hold NaN.
     """
-    progress = Progress(request)
-    with exclusive(request.drafter), runner_for(request) as runner:
-        with streaming(request):
+    progress, outputs = Progress(request), TokenOutputs()
+    one = one_clock(request.ranks)
+    with one, exclusive(request.drafter), runner_for(request) as runner:
+        with streaming(request) as stream:
             pending = runner.prefill()
             while True:
                 # A row that a criterion cuts would not be cut in a step that is under way.
@@ -55,15 +66,27 @@ def decode(request: Request) -> Decoded:
                     raise _not_drawable(invalid.index(1))
                 if request.criteria:
                     _ask_criteria(request, runner.decoder, counts, remaining, progress)
+                before = progress.totals
                 progress.add(counts)
-                if request.streamer is not None:
-                    request.streamer.put(result.tokens[0, : counts[0]].cpu())
-                if not any(remaining) or progress.all_ended:
+                outputs.add(result.outputs, before, before, progress.totals)
+                over = not any(remaining) or progress.all_ended
+                if stream is not None:
+                    ended = [over or not (left or request.ends_together) for left in remaining]
+                    stream.put(result.tokens, counts, progress.settled, ended)
+                if over:
                     break
                 runner.decoder.advance(progress.longest)
                 pending = following or runner.step()
         sequences = runner.decoder.sequences(progress.new_tokens, request.pad_token_id)
-    return Decoded(sequences, progress.counts())
+        if request.past is not None or request.outputs:
+            for first, read in runner.decoder.read_on(sequences):
+                count = next(iter(read.values())).shape[1]
+                begin = [max(first, total) for total in progress.totals]
+                ends = [max(first + count, at) for at in begin]
+                outputs.add(read, [first] * len(begin), begin, ends)
+        if request.past is not None:
+            fill(request.past, runner.decoder.cached(sequences))
+    return Decoded(sequences, progress.counts(), outputs)
 
 
 class Progress:
@@ -96,6 +119,14 @@ class Progress:
         return min(self.totals) >= max(self.ends)
 
     @property
+    def settled(self) -> list[int]:
+        """By row, the tokens that stay whatever comes: where rows end together, one may be ahead of
+        the end.
+        """
+        least = max(map(min, self.totals, self.ends))
+        return [min(total, least) for total in self.totals]
+
+    @property
     def new_tokens(self) -> int:
         """New tokens of the output."""
         return min(self.longest, max(self.ends))
@@ -105,21 +136,6 @@ class Progress:
         nothing = [0] * len(self.totals)
         totals = torch.tensor([nothing, *self._passes], dtype=torch.int64, device="cpu").cumsum(0)
         return totals.clamp(max=self.new_tokens).diff(dim=0)
-
-
-@contextlib.contextmanager
-def streaming(request: Request) -> Iterator[None]:
-    """Give the streamer its prompt, and end it whatever happens within."""
-    streamer = request.streamer
-    if streamer is None:
-        yield
-        return
-    try:
-        if not request.streamer_has_prompt:
-            streamer.put(request.input_ids.cpu())
-        yield
-    finally:
-        streamer.end()
 
 
 _busy: set[int] = set()

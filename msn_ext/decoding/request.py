@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -32,8 +33,10 @@ from .attention import KernelAttention, MaskAttention
 from .drafters import Drafter, DraftTree
 from .engine import engine_of, packed_for
 from .forward.packed import PackedPlan
+from .past import checked_past
 from .processors import checked_processors
-from .support import attention_for, longrope_boundary
+from .ranks import Ranks, ranks_of
+from .support import attention_for, longrope_boundary, longrope_tokens
 from .verification import Sampler, Targets, greedy
 
 # Settings of a GenerationConfig that change the output or its form in a way this version does not
@@ -50,8 +53,6 @@ _NEUTRAL: dict[str, tuple] = {
     "prefill_chunk_size": (None,),
     "cache_implementation": (None, "dynamic"),
     "use_cache": (None, True),
-    "output_scores": (None, False),
-    "output_logits": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
 }
@@ -83,9 +84,13 @@ class Request:
         processors: of the logits, as :func:`.processors.checked_processors` gives them.
         criteria: asked after every token of a row.
         ends_together: rows that a criterion ended go on until the last one has ended.
-        streamer: gets the tokens of each pass; batch 1.
+        streamer: gets the tokens of each pass; of several rows one of each at a time, or there is
+            one for each row.
         streamer_has_prompt: it need not be given the prompt.
         packed: the model's packed plan, for the native forward pass; None: the model's own.
+        past: where keys and values of the text come from, and where they go to; None: nowhere.
+        past_slots: how many slots of the prompts come from there.
+        outputs: what is kept of every new token, "logits" and "scores".
     """
 
     model: PreTrainedModel
@@ -101,9 +106,12 @@ class Request:
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     criteria: Sequence[StoppingCriteria] = ()
     ends_together: bool = False
-    streamer: BaseStreamer | None = None
+    streamer: BaseStreamer | Sequence[BaseStreamer] | None = None
     streamer_has_prompt: bool = False
     packed: PackedPlan | None = None
+    past: DynamicCache | None = None
+    past_slots: int = 0
+    outputs: frozenset[str] = frozenset()
 
     @property
     def engine(self) -> str:
@@ -133,6 +141,11 @@ class Request:
         )
 
     @cached_property
+    def ranks(self) -> Ranks | None:
+        """The processes that compute the model together; None: this one alone."""
+        return ranks_of(self.model)
+
+    @cached_property
     def longrope_boundary(self) -> int:
         """The slot where 'longrope' switches its factors; 0: not on the way.
 
@@ -152,7 +165,7 @@ def request_for(
     generation_config: GenerationConfig,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
-    streamer: BaseStreamer | None,
+    streamer: BaseStreamer | Sequence[BaseStreamer] | None,
     streamer_has_prompt: bool,
     packed: PackedPlan | None,
     **model_kwargs: Any,
@@ -173,9 +186,14 @@ def request_for(
     processors = checked_processors(logits_processor, len(input_ids))
     attention_mask = model_kwargs.pop("attention_mask", None)
     position_ids = model_kwargs.pop("position_ids", None)
-    _check_model_kwargs(model_kwargs)
-    if streamer is not None and len(input_ids) != 1:
-        raise ValueError(f"streamer needs a batch of one; input_ids has {len(input_ids)} rows")
+    past = _check_model_kwargs(model_kwargs)
+    if not (generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False)):
+        past = None  # transformers' own, which nobody asks for
+    given = getattr(generation_config, "_mask_length", input_ids.shape[1])
+    if attention_mask is None and given != input_ids.shape[1]:  # ones, which transformers drops
+        _check_mask(input_ids, input_ids.new_ones(len(input_ids), given))
+    if streamer is not None:
+        _check_streamer(streamer, len(input_ids))
     pad = generation_config._pad_token_tensor
     pad_token_id = None if pad is None else int(pad)
     offsets = _padding(input_ids, attention_mask, pad_token_id)
@@ -193,7 +211,7 @@ def request_for(
         _max_new_tokens(input_ids, stopping_criteria, generation_config),
         _eos_token_ids(input_ids, stopping_criteria),
         pad_token_id or 0,
-        _targets(generation_config, input_ids.device),
+        _targets(generation_config, input_ids.device, ranks_of(model)),
         processors,
         criteria,
         # Without an end-of-text token transformers pads nothing.
@@ -202,9 +220,29 @@ def request_for(
         streamer=streamer,
         streamer_has_prompt=streamer_has_prompt,
         packed=packed,
+        past=past,
+        past_slots=0 if past is None else _past_slots(past, model, input_ids, offsets),
+        outputs=_outputs(generation_config),
     )
     _ = request.longrope_boundary  # refuses, too
     return request
+
+
+def _past_slots(
+    past: DynamicCache, model: PreTrainedModel, input_ids: Tensor, offsets: Tensor
+) -> int:
+    config = model.config.get_text_config(decoder=True)
+    slots = checked_past(past, len(DynamicCache(config=config).layers), *input_ids.shape)
+    first_factors = longrope_tokens(config)
+    # Beyond them every key is another one; nobody knows by which factors the cached ones turned.
+    if first_factors and input_ids.shape[1] > first_factors + int(offsets.min()):
+        return 0
+    return slots
+
+
+def _outputs(config: GenerationConfig) -> frozenset[str]:
+    names = ("scores", "logits") if config.return_dict_in_generate else ()
+    return frozenset(name for name in names if getattr(config, f"output_{name}"))
 
 
 def prompts_of(input_ids: Tensor | None, options: dict[str, Any]) -> Tensor:
@@ -238,12 +276,18 @@ def prompts_of(input_ids: Tensor | None, options: dict[str, Any]) -> Tensor:
         raise ValueError(
             f"input_ids has shape {list(input_ids.shape)}; expected at least one row and one token"
         )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+    if attention_mask is not None:
+        _check_mask(input_ids, attention_mask)
+    return input_ids
+
+
+def _check_mask(input_ids: Tensor, attention_mask: Tensor) -> None:
+    if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}; expected"
-            f" {list(input_ids.shape)}"
+            f" {list(input_ids.shape)}: input_ids is to be the whole text, what past_key_values"
+            " holds included"
         )
-    return input_ids
 
 
 def option(name: str, options: dict[str, Any], configs: Sequence[GenerationConfig | None]) -> Any:
@@ -284,6 +328,25 @@ def with_stop_strings(
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(tokenizer, stop_strings)])
 
 
+def _check_streamer(streamer, rows: int) -> None:
+    """Raise ValueError where this is neither a streamer nor one for each row."""
+    several = isinstance(streamer, Sequence)
+    for each in streamer if several else [streamer]:
+        if not (callable(getattr(each, "put", None)) and callable(getattr(each, "end", None))):
+            raise ValueError(
+                f"streamer is {each!r}; expected an object with put(tokens) and end(), or a list of"
+                " them, one for each row"
+            )
+    if several and len(streamer) != rows:
+        raise ValueError(
+            f"streamer is a list of {len(streamer)}; expected one for each of the {rows} rows"
+        )
+    if several and len({id(each) for each in streamer}) < rows:
+        raise ValueError(
+            "streamer has the same one for several rows; expected one of its own for each"
+        )
+
+
 def _check_config(config: GenerationConfig) -> None:
     for name, neutral in _NEUTRAL.items():
         value = getattr(config, name, None)
@@ -294,8 +357,8 @@ def _check_config(config: GenerationConfig) -> None:
             )
 
 
-def _check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
-    """Raise ValueError where the model is to be given more than prompts; takes the cache out."""
+def _check_model_kwargs(model_kwargs: dict[str, Any]) -> Any:
+    """Raise ValueError where the model is to be given more than prompts; take the cache out."""
     past_key_values = model_kwargs.pop("past_key_values", None)
     # What encoders made of images and sounds is there, and empty, where there are none.
     encoded = model_kwargs.pop("mm_encoder_outputs", None) or {}
@@ -305,13 +368,7 @@ def _check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
             f"{', '.join(sorted(unknown))}: msn_ext.generate does not support model inputs beside"
             " input_ids"
         )
-    if past_key_values is not None and (
-        getattr(past_key_values, "_is_user_defined", False) or past_key_values.get_seq_length()
-    ):
-        raise ValueError(
-            f"past_key_values is a {type(past_key_values).__name__}; expected None:"
-            " msn_ext.generate fills its own"
-        )
+    return past_key_values
 
 
 def _says_nothing(name: str, value: Any) -> bool:
@@ -324,6 +381,7 @@ def _padding(input_ids: Tensor, attention_mask: Tensor | None, pad: int | None) 
     """Return how many slots of each row are left padding, int64 [B]."""
     if attention_mask is None:
         return input_ids.new_zeros(input_ids.shape[0])
+    _check_mask(input_ids, attention_mask)
     mask = attention_mask.to(input_ids.device).bool()
     if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
         message = (
@@ -382,7 +440,8 @@ def _eos_token_ids(input_ids: Tensor, criteria: StoppingCriteriaList) -> Tensor:
     return torch.cat(eos).to(input_ids.device, torch.int64) if eos else input_ids.new_empty(0)
 
 
-def _targets(config: GenerationConfig, device: torch.device) -> Targets:
+def _targets(config: GenerationConfig, device: torch.device, ranks: Ranks | None) -> Targets:
     if config.do_sample:
-        return Sampler(int(torch.randint(2**63 - 1, (), device="cpu")), device)
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+        return Sampler(seed if ranks is None else ranks.first(seed), device)
     return greedy

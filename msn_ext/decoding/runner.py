@@ -241,6 +241,8 @@ def why_eager(request: Request) -> str | None:
     drafter, device = request.drafter, request.input_ids.device
     if request.packed is not None:
         return "the native engine runs steps as they are"
+    if request.outputs:
+        return "the logits of every token are kept"
     if device.type not in BACKENDS:
         return f"the model is on {device.type}"
     if os.environ.get("MSN_GRAPHS", "on") == "off":
@@ -257,6 +259,8 @@ def why_eager(request: Request) -> str | None:
             return f"{type(processor).__name__} looks at the text before"
         if not all(isinstance(value, PLAIN) for value in vars(processor).values()):
             return f"{type(processor).__name__}, which is applied, has more than plain settings"
+    if request.ranks is not None:
+        return "several processes compute the model together"
     if request.longrope_boundary:
         return "rope_type='longrope' changes its factors on the way"
     return None

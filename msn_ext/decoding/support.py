@@ -36,19 +36,25 @@ def rope_types(config) -> set[str]:
     return {group.get("rope_type", "default") for group in groups}
 
 
+def longrope_tokens(config) -> int:
+    """Return how many tokens 'longrope' has its first factors for; 0: another kind of rope."""
+    if "longrope" not in rope_types(config):
+        return 0
+    return (
+        config.rope_parameters.get("original_max_position_embeddings")
+        or config.max_position_embeddings
+    )
+
+
 def longrope_boundary(config, input_ids: Tensor, offsets: Tensor, max_new_tokens: int) -> int:
     """Return the slot where 'longrope' switches its factors for the whole batch; 0: not on the way.
 
     Raises:
         ValueError: it lies on the way of several rows.
     """
-    if "longrope" not in rope_types(config):
+    if not (boundary := longrope_tokens(config)):
         return 0
     batch, prompt = input_ids.shape
-    boundary = (
-        config.rope_parameters.get("original_max_position_embeddings")
-        or config.max_position_embeddings
-    )
     boundary += int(offsets.min())
     if not prompt - 1 < boundary < prompt + max_new_tokens:
         return 0

@@ -167,6 +167,21 @@ def remember_guesses(
     _C.remember_guesses(adjacency, *seen)
 
 
+@op("keep_continuation(Tensor(a!) denoised, Tensor guesses, Tensor continuation) -> ()")
+def keep_continuation(denoised: Tensor, guesses: Tensor, continuation: Tensor) -> Iterator[None]:
+    """Keep the guesses at the rejected nodes below the accepted path, by depth, in place: the next
+    tree's denoised guesses (Jacobi iteration; arXiv 2406.17404, section 3.3).
+
+    Args:
+        denoised: int32 [B, depths, 8]: ``denoised[b, d]`` becomes what was guessed at
+            ``continuation[b, d]``, -1 where there is none.
+        guesses: int32 [B, N, 8], as :func:`top_guesses` gives them.
+        continuation: int64 [B, N], as :func:`verify_tree` gives it.
+    """
+    yield
+    _C.keep_continuation(denoised, guesses.contiguous(), continuation.contiguous())
+
+
 # ---- draft_tree ----------------------------------------------------------------------------------
 
 

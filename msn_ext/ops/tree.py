@@ -236,7 +236,49 @@ def verify_logits(
     _C.verify_logits(*inputs, guesses.flatten(0, 1), targets, *verified, arrived)
 
 
-# ---- commit_kv, advance_text ---------------------------------------------------------------------
+# ---- place_tree, commit_kv, advance_text ---------------------------------------------------------
+
+
+@op(
+    "place_tree(Tensor(a!) tokens, Tensor history, Tensor lengths, Tensor offsets, Tensor"
+    " last_position, Tensor depth, int vocabulary) -> (Tensor, Tensor)"
+)
+def place_tree(
+    tokens: Tensor,
+    history: Tensor,
+    lengths: Tensor,
+    offsets: Tensor,
+    last_position: Tensor,
+    depth: Tensor,
+    vocabulary: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Put a draft after the text: its root, in place, and where its nodes stand.
+
+    Args:
+        tokens: int64 [B, N]; ``tokens[b, 0]`` becomes the last token of row b.
+        history: int64 [B, C], contiguous; lengths: int64 [B], >= 1: the text.
+        offsets: int64 [B], slots before a row's first token.
+        last_position: int64 [B]: positions go no further.
+        depth: int32 [N] or [B, N]; padding, -1, stands beside the root.
+        vocabulary: >= 1; a last token that is none of it becomes its last one.
+
+    Returns:
+        ``positions`` int64 [B, N]; ``prefix`` int64 [B], the slots before the root.
+    """
+    expect_dims("tokens", tokens, "[B, N]")
+    positions, prefix = tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape[0])
+    yield positions, prefix
+    _C.place_tree(
+        tokens,
+        history,
+        lengths.contiguous(),
+        offsets.contiguous(),
+        last_position.contiguous(),
+        depth.contiguous(),
+        vocabulary,
+        positions,
+        prefix,
+    )
 
 
 @op("commit_kv(Tensor(a!)[] caches, Tensor lengths, Tensor path, Tensor accept_length) -> ()")

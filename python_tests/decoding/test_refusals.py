@@ -6,7 +6,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -17,6 +16,14 @@ from msn_ext import DraftTree, families, generate
 from msn_ext.decoding import TokenRecycling, attention_for
 
 IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
+
+
+class Streamer:
+    def put(self, value): ...
+    def end(self): ...
+
+
+STREAMER = Streamer()
 
 
 def for_three_rows() -> RepetitionPenaltyLogitsProcessor:
@@ -56,15 +63,15 @@ def llama():
         (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens is 3"),
         (dict(cache_implementation="static"), "cache_implementation is 'static'"),
         (dict(use_cache=False), "use_cache is False"),
-        (dict(output_scores=True, return_dict_in_generate=True), "output_scores is True"),
-        (dict(output_logits=True, return_dict_in_generate=True), "output_logits is True"),
         (
             dict(output_hidden_states=True, return_dict_in_generate=True),
             "output_hidden_states is True",
         ),
         (dict(stop_strings=["x"]), "tokenizer is None"),
         (dict(inputs_embeds=torch.zeros(2, 3, 16, dtype=torch.float64)), "inputs_embeds"),
-        (dict(streamer=object()), "streamer needs a batch of one"),
+        (dict(streamer=object()), "streamer is <object"),
+        (dict(streamer=[Streamer()]), "streamer is a list of 1; expected one for each of the 2"),
+        (dict(streamer=[STREAMER, STREAMER]), "streamer has the same one for several rows"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -79,21 +86,6 @@ def test_options_in_a_generation_config(llama):
         generate(llama, IDS, generation_config=config)
     with pytest.raises(ValueError, match="num_beams is 2"):
         llama.generate(IDS, custom_generate=generate, num_beams=2, max_new_tokens=4, pad_token_id=0)
-
-
-def test_a_filled_cache(llama):
-    cache = DynamicCache(config=llama.config)
-    llama(IDS[:, :2], past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache; expected None"):
-        generate(llama, IDS, past_key_values=cache, max_new_tokens=4, pad_token_id=0)
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache; expected None"):
-        generate(
-            llama,
-            IDS,
-            past_key_values=DynamicCache(config=llama.config),
-            max_new_tokens=4,
-            pad_token_id=0,
-        )
 
 
 def test_positions(llama):

@@ -80,7 +80,7 @@ def test_a_step_launches_little_beside_its_model(tapes):
     names = [
         str(operation[0]) for operation in captured.operations[:begin] + captured.operations[end:]
     ]
-    assert sum(name.startswith("msn_ext.") for name in names) == 7 and len(names) <= 27
+    assert sum(name.startswith("msn_ext.") for name in names) == 9 and len(names) <= 14
 
 
 def test_families_that_can_be_recorded(tapes):

@@ -169,6 +169,19 @@ def fuzz_remember_guesses(rng: random.Random, nodes: int) -> None:
     memory.check()
 
 
+def fuzz_keep_continuation(rng: random.Random, nodes: int) -> None:
+    batch, depths = rng.randrange(4), rng.choice([0, 1, 20, 300])
+    guesses = torch.randint(-(2**31), 2**31 - 1, (batch, nodes, ops.GUESSES), dtype=torch.int32)
+    continuation = torch.randint(-1, nodes, (batch, nodes))
+    denoised = torch.randint(-9, 9, (batch, depths, ops.GUESSES), dtype=torch.int32)
+    want, memory = denoised.clone(), Memory(rng)
+    reference.keep_continuation(want, guesses, continuation)
+    outside = torch.where(continuation < 0, rng.choice([*FAR, nodes]), continuation)
+    inputs = guesses, rng.choice([continuation, outside])
+    _C.keep_continuation(memory.place(denoised, want=want), *map(memory.place, inputs))
+    memory.check()
+
+
 def fuzz_draft_tree(rng: random.Random, nodes: int) -> None:
     batch, capacity = rng.choice([0, 1, 1, 2]), rng.choice([1, 2, 20, 100])
     history = random_history(rng, batch, capacity)

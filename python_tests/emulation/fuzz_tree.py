@@ -61,6 +61,25 @@ def fuzz_verify_logits(rng: random.Random, nodes: int) -> None:
     memory.check()
 
 
+def fuzz_place_tree(rng: random.Random, nodes: int) -> None:
+    batch, capacity, vocabulary = rng.randrange(4), rng.choice([1, 5, 40]), rng.choice([1, 50])
+    tokens, history = torch.randint(0, 99, (batch, nodes)), torch.randint(0, 99, (batch, capacity))
+    lengths, offsets = torch.randint(1, capacity + 1, (batch,)), torch.randint(0, 9, (batch,))
+    last = torch.randint(0, 60, (batch,))
+    depth = torch.randint(
+        -1, 9, (nodes,) if rng.random() < 0.3 else (batch, nodes), dtype=torch.int32
+    )
+    placed = tokens.clone()
+    want = reference.place_tree(placed, history, lengths, offsets, last, depth, vocabulary)
+    if rng.random() < 0.3:  # what counts as the nearest inside
+        lengths = torch.where(lengths == capacity, 1 << 40, torch.where(lengths == 1, -9, lengths))
+    memory = Memory(rng)
+    inputs = [memory.place(x) for x in (history, lengths, offsets, last, depth)]
+    outputs = [memory.place(torch.full_like(x, 77), want=x) for x in want]
+    _C.place_tree(memory.place(tokens, want=placed), *inputs, vocabulary, *outputs)
+    memory.check()
+
+
 def fuzz_advance_text(rng: random.Random, nodes: int) -> None:
     batch, vocabulary, room = rng.randrange(4), rng.choice([1, 2, 50]), 20 + nodes
     history, lengths = torch.randint(0, 99, (batch, room)), torch.randint(0, 21, (batch,))

@@ -35,12 +35,14 @@ void TreeAttention::on_cpu() const {
 void VerifyTree::on_cpu() const { on_cuda(nullptr); }
 void VerifyLogits::on_cpu() const { on_cuda(nullptr); }
 void CommitKV::on_cpu() const { on_cuda(nullptr); }
+void PlaceTree::on_cpu() const { on_cuda(nullptr); }
 void AdvanceText::on_cpu() const { on_cuda(nullptr); }
 void LookupNgram::on_cpu() const { on_cuda(nullptr); }
 void FillTree::on_cpu() const { on_cuda(nullptr); }
 void TopGuesses::on_cpu() const { on_cuda(nullptr); }
 void IndexSuffixes::on_cpu() const { on_cuda(nullptr); }
 void RememberGuesses::on_cpu() const { on_cuda(nullptr); }
+void KeepContinuation::on_cpu() const { on_cuda(nullptr); }
 void DraftTree::on_cpu() const { on_cuda(nullptr); }
 void DrawNoise::on_cpu() const { on_cuda(nullptr); }
 const char* attention_isa() { return "emulated CUDA"; }

@@ -50,6 +50,15 @@ def calls(device: str) -> dict[str, Callable[[], dict]]:
             "path": integers([[0, 2, -1], [0, 1, 3]], device),
             "accept_length": integers([2, 3], device),
         },
+        "place_tree": lambda: {
+            "tokens": tokens.clone(),
+            "history": text,
+            "lengths": integers([5, 6], device),
+            "offsets": integers([0, 2], device),
+            "last_position": integers([5, 99], device),
+            "depth": tree_tensor([[0, 1, 1, 2], [0, 1, 2, -1]], device),
+            "vocabulary": 50,
+        },
         "advance_text": lambda: {
             "history": torch.nn.functional.pad(text, (0, 4)),
             "lengths": integers([5, 6], device),
@@ -84,6 +93,11 @@ def calls(device: str) -> dict[str, Callable[[], dict]]:
             "parents": parents,
             "path": integers([[0, 1, 3, -1], [0, -1, -1, -1]], device),
             "guesses": guesses,
+        },
+        "keep_continuation": lambda: {
+            "denoised": torch.zeros(2, 3, 8, dtype=torch.int32, device=device),
+            "guesses": guesses,
+            "continuation": integers([[1, 3, -1, -1], [-1, -1, -1, -1]], device),
         },
         "index_suffixes": lambda: {
             "suffixes": torch.zeros(2, 8, 32, dtype=torch.int32, device=device),

@@ -64,6 +64,10 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         }
         ops.remember_guesses(**observed)
         ops.index_suffixes(**arguments["index_suffixes"])
+        ops.keep_continuation(
+            **{**arguments["keep_continuation"], "guesses": guesses, "continuation": continuation}
+        )
+        placed = ops.place_tree(**arguments["place_tree"])
         tables = {
             "adjacency": observed["adjacency"],
             "suffixes": arguments["index_suffixes"]["suffixes"],
@@ -87,6 +91,7 @@ def test_compiled_step_equals_the_eager_one(device, backend):
             *checked,
             *draft,
             *noise,
+            *placed,
         )
 
     torch.compiler.reset()
@@ -97,6 +102,8 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         ("commit_kv", "caches"),
         ("remember_guesses", "adjacency"),
         ("index_suffixes", "suffixes"),
+        ("keep_continuation", "denoised"),
+        ("place_tree", "tokens"),
         ("advance_text", "history"),
     ]:
         assert_equal(compiled[op][changed], eager[op][changed])

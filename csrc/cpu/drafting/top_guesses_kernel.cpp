@@ -18,6 +18,24 @@ Vec<Key> keys(Ordered<Bits, Key, kInfinity>, const Bits* from) {
   return magnitude > static_cast<Key>(kInfinity) ? Vec<Key>{} + most : value;
 }
 
+template <typename Key>
+Key largest_lane(Vec<Key> v) {
+#if defined(__clang__)  // has no shuffle by a vector
+  Key largest = v[0];
+  for (int i = 1; i < Vector<Key>::size; ++i) largest = std::max<Key>(largest, v[i]);
+  return largest;
+#else
+  Vec<Key> places;
+  for (int i = 0; i < Vector<Key>::size; ++i) places[i] = static_cast<Key>(i);
+#pragma GCC unroll 8
+  for (int half = Vector<Key>::size / 2; half > 0; half /= 2) {
+    const Vec<Key> other = __builtin_shuffle(v, places ^ static_cast<Key>(half));
+    v = other > v ? other : v;
+  }
+  return v[0];
+#endif
+}
+
 template <typename Order, typename Bits, typename Key>
 void maxima(const Bits* row, int64_t count, Key* out) {
   constexpr int kLanes = Vector<Key>::size;
@@ -29,11 +47,7 @@ void maxima(const Bits* row, int64_t count, Key* out) {
       const Vec<Key> some = keys(Order{}, row + begin + i);
       largest = some > largest ? some : largest;
     }
-    Key lanes[kLanes];
-    store(lanes, largest);
-    *out = lanes[0];
-    for (Key lane : lanes) *out = std::max(*out, lane);
-    ++out;
+    *out++ = largest_lane<Key>(largest);
   }
   if (begin == count) return;
   *out = least;

@@ -4,14 +4,13 @@ pay.
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
 from msn_ext import ops
 from msn_ext.ops import FACTORS, MAX_NODES, SUFFIXES
 
+from ..ranks import seconds
 from ..sizing import (
     CAPTURED_SIZES,
     FIRST_CAPTURED_SIZE,
@@ -200,7 +199,7 @@ class BestFirst:
 
     def _observe_last_step(self, lengths: Tensor) -> None:
         """Learn from the step before: how long it took, what it gained, and which rows go on."""
-        now = time.perf_counter()
+        now = seconds()
         if self.draft is not None and self._accepted is not None:
             accepted = self._accepted if len(lengths) == 1 else self._accepted[self._growing]
             mean = sum(accepted.tolist()) / len(accepted)

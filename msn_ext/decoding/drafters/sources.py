@@ -25,7 +25,6 @@ class Denoised:
     """
 
     def __init__(self, batch: int, depths: int, device: torch.device):
-        self._depths = depths
         self.guesses = torch.full((batch, depths, GUESSES), -1, dtype=torch.int32, device=device)
 
     def forget(self) -> None:
@@ -33,12 +32,7 @@ class Denoised:
 
     def update(self, verified: Verified, guesses: Tensor) -> None:
         """Take the guesses [B, N, 8] at the rejected continuation of a checked tree."""
-        nodes = verified.continuation[:, : self._depths, None]
-        or_none = torch.nn.functional.pad(guesses, (0, 0, 0, 1), value=-1)
-        # Node -1, none, is the one after the last.
-        found = or_none.gather(1, (nodes % or_none.shape[1]).expand(-1, -1, GUESSES))
-        self.guesses[:, found.shape[1] :] = -1
-        self.guesses[:, : found.shape[1]] = found
+        ops.keep_continuation(self.guesses, guesses, verified.continuation)
 
 
 class Adjacency:

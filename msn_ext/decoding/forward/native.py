@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from msn_ext import _C
 
+from ..past import KeysValues
 from .packed import PackedPlan
 
 CHUNK = 96
@@ -26,6 +29,13 @@ class NativeForward:
         self._packed, self._vocabulary = packed, packed.head.outputs
         attention = packed.plan.layers[0].attention
         self._heads, self._size = attention.kv_heads, attention.head_size
+        # Two numbers of a key lie side by side in bfloat16; and two slots of a value.
+        self._pair = 2 if packed.cache_dtype == torch.bfloat16 else 1
+        # For transformers, as its own cache has them: int8 weights' is bfloat16, which goes back
+        # unchanged.
+        exact = torch.promote_types(packed.cache_dtype, packed.plan.embedding.dtype)
+        is_exact = exact == packed.plan.embedding.dtype
+        self._dtype = exact if is_exact else packed.cache_dtype
         self._batch, self._slots = batch, 0
         self._keys = self._values = torch.empty(0, device="cpu")
         self._pass = packed.forward_pass()
@@ -49,8 +59,7 @@ class NativeForward:
         rows = len(self._packed.plan.layers), self._batch, self._heads
         panels = -(-self._size // width)
         dtype = self._packed.cache_dtype
-        pair = 2 if dtype == torch.bfloat16 else 1  # of a key, two numbers lie side by side
-        size = -(-self._size // pair) * pair
+        size = -(-self._size // self._pair) * self._pair
         keys = torch.empty(*rows, self._slots * size, dtype=dtype, device="cpu")
         values = torch.empty(*rows, panels * self._slots * width, dtype=dtype, device="cpu")
         if old:
@@ -70,13 +79,57 @@ class NativeForward:
     def make_room(self, slots: int, most: int) -> bool:
         raise NotImplementedError("steps on a CPU are not captured, so that no room is fixed")
 
-    def read(self, ids: Tensor, positions: Tensor, offsets: Tensor, keep: int) -> Tensor:
+    def load(self, keys_values: Iterable[KeysValues], slots: int, offsets: Tensor) -> None:
+        self._reserve(slots)
+        expected = self._heads, self._size, {self._packed.cache_dtype, self._dtype}
+        whole = -(-slots // _C.CACHE_WIDTH) * _C.CACHE_WIDTH
+        for number, layer in enumerate(keys_values):
+            _, heads, count, size = layer[0].shape
+            if (heads, size) != expected[:2] or layer[0].dtype not in expected[2]:
+                raise ValueError(
+                    f"past_key_values has {heads} heads of {size} {layer[0].dtype}; expected"
+                    f" {self._heads} heads of {self._size} {self._dtype}, as the model's"
+                )
+            for b, offset in enumerate(offsets.tolist()):
+                if offset >= slots:
+                    continue  # nothing but padding
+                for to, of in zip(self._stored(number, b), layer):
+                    text = to.new_zeros(heads, whole, to.shape[-2] * to.shape[-1])
+                    first = max(slots - count, offset)
+                    text[:, first - offset : slots - offset, :size] = of[b, :, first - slots :]
+                    to[:, : whole // to.shape[2]] = text.unflatten(-1, to.shape[-2:]).unflatten(
+                        1, (-1, to.shape[2])
+                    )
+
+    def cached(self, slots: int) -> Iterable[KeysValues]:
+        for number in range(len(self._packed.plan.layers)):
+            shape = self._batch, self._heads, slots, self._size
+            layer = torch.zeros(2, *shape, dtype=self._dtype, device="cpu")
+            for b, offset in enumerate(self._offsets.tolist()):
+                for to, of in zip(layer, self._stored(number, b)):
+                    text = of.flatten(3, 4).flatten(1, 2)
+                    to[b, :, offset:] = text[:, : slots - offset, : self._size]
+            yield layer[0], layer[1]
+
+    def _stored(self, layer: int, b: int) -> KeysValues:
+        """Return keys and values of a row as the kernels store them, seen as [heads, slots / n, n,
+        numbers of a head / m, m], of which n and m are the storage's business.
+        """
+        width, pair = _C.CACHE_WIDTH, self._pair
+        keys = self._keys[layer, b].unflatten(-1, (self._slots // width, -1, width, pair))
+        values = self._values[layer, b].unflatten(-1, (-1, self._slots // pair, width, pair))
+        return keys.permute(0, 1, 3, 2, 4), values.permute(0, 2, 4, 1, 3)
+
+    def read(
+        self, ids: Tensor, positions: Tensor, offsets: Tensor, keep: int, start: int = 0
+    ) -> Tensor:
         batch, slots = ids.shape
         self._reserve(slots)
         self._offsets, self._padded = offsets, bool((offsets > 0).any())
         logits = self._logits(batch, keep)
         for b, offset in enumerate(offsets.tolist()):
-            tokens, at = ids[b, offset:].contiguous(), positions[b, offset:].contiguous()
+            first = max(offset, start)
+            tokens, at = ids[b, first:].contiguous(), positions[b, first:].contiguous()
             count = len(tokens)
             parts = -(-count // CHUNK)
             for part in range(parts):
@@ -87,7 +140,7 @@ class NativeForward:
                     b,
                     tokens[begin:end],
                     at[begin:end],
-                    begin,
+                    first - offset + begin,
                     kept,
                     logits[b, done : done + kept] if kept else logits[b, :0],
                     torch.get_num_threads(),

@@ -7,9 +7,12 @@ vocabulary. Slots and positions are those of :class:`msn_ext.decoding.request.Re
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from torch import Tensor
+
+from ..past import KeysValues
 
 
 class ForwardPass(Protocol):
@@ -18,12 +21,27 @@ class ForwardPass(Protocol):
     def clear(self) -> None:
         """Forget what is cached, for other prompts."""
 
-    def read(self, ids: Tensor, positions: Tensor, offsets: Tensor, keep: int) -> Tensor:
-        """Compute whole texts.
+    def load(self, keys_values: Iterable[KeysValues], slots: int, offsets: Tensor) -> None:
+        """Take over by layer what an earlier pass cached in the first slots, or in the last of
+        them (windows).
+
+        Raises:
+            ValueError: it is another model's; says why. Or the next pass says so.
+        """
+
+    def cached(self, slots: int) -> Iterable[KeysValues]:
+        """Return by layer what is cached in the first slots."""
+        ...
+
+    def read(
+        self, ids: Tensor, positions: Tensor, offsets: Tensor, keep: int, start: int = 0
+    ) -> Tensor:
+        """Compute whole texts from slot ``start`` on; what is before is cached.
 
         Args:
             ids, positions: int64 [B, P].
             offsets: int64 [B], slots of padding before each text.
+            keep: at most P - ``start``.
 
         Returns:
             Logits [B, keep, V] of the last ``keep`` slots.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..attention import KernelAttention, MaskAttention, TreeContext
 from ..cache import TreeCache
+from ..past import KeysValues
 
 
 class TransformersForward:
@@ -50,13 +52,23 @@ class TransformersForward:
     def make_room(self, slots: int, most: int) -> bool:
         return self._cache.fit(slots, most)
 
-    def read(self, ids: Tensor, positions: Tensor, offsets: Tensor, keep: int) -> Tensor:
+    def load(self, keys_values: Iterable[KeysValues], slots: int, offsets: Tensor) -> None:
+        self._cache.load(keys_values, slots)
+
+    def cached(self, slots: int) -> Iterable[KeysValues]:
+        return self._cache.first(slots)
+
+    def read(
+        self, ids: Tensor, positions: Tensor, offsets: Tensor, keep: int, start: int = 0
+    ) -> Tensor:
         slots = ids.shape[1]
-        self._cache.at_start(slots)
+        self._cache.at_start(slots, start)
         padded = bool((offsets > 0).any())
         columns = torch.arange(slots, device=ids.device)
         mask = (columns >= offsets[:, None]).long() if padded else None
-        return self._attention.over_text(lambda: self._logits(ids, positions, mask, keep))
+        return self._attention.over_text(
+            lambda: self._logits(ids[:, start:], positions[:, start:], mask, keep)
+        )
 
     def check(
         self,

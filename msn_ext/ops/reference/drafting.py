@@ -133,6 +133,14 @@ def remember_guesses(adjacency, history, lengths, tokens, parents, path, guesses
                 adjacency[order, h % slots, 1:] = guesses[b, node]
 
 
+def keep_continuation(denoised, guesses, continuation):
+    denoised.fill_(-1)
+    for b, row in enumerate(continuation.tolist()):
+        for depth, node in enumerate(row[: denoised.shape[1]]):
+            if node >= 0:
+                denoised[b, depth] = guesses[b, node]
+
+
 def last_place(text, slots, ngram, h):
     """Return where an n-gram (newest token first) of hash h stood last in ``text``, a list or an
     array, by the slots of this n: the place after it; 0: it is not where they point, or nothing

@@ -128,6 +128,13 @@ def commit_kv(caches, lengths, path, accept_length):
             cache[b, :, start : start + kept] = cache[b, :, slots]
 
 
+def place_tree(tokens, history, lengths, offsets, last_position, depth, vocabulary):
+    roots = history.gather(1, lengths[:, None] - 1)
+    tokens[:, :1] = roots.clamp(max=vocabulary - 1)
+    positions = lengths[:, None] - 1 + depth.clamp(min=0)
+    return positions.minimum(last_position[:, None]), lengths - 1 + offsets
+
+
 def advance_text(history, lengths, remaining, targets, path, accept_length, ends, vocabulary):
     batch = len(targets)
     gained = targets.gather(1, path.clamp(min=0))
