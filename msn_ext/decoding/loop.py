@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .decoder import Decoder
 from .drafters import Drafter
+from .drafters.checks import TOKENS, TREE, error_of
 from .outputs import TokenOutputs
 from .past import fill
 from .ranks import one_clock
@@ -63,7 +64,7 @@ def decode(request: Request) -> Decoded:
                 result = pending.result()
                 counts, remaining, invalid = result.status.tolist()  # all that the host reads here
                 if any(invalid):
-                    raise _not_drawable(invalid.index(1))
+                    raise _error(request, invalid)
                 if request.criteria:
                     _ask_criteria(request, runner.decoder, counts, remaining, progress)
                 before = progress.totals
@@ -159,7 +160,11 @@ def exclusive(drafter: Drafter) -> Iterator[None]:
             _busy.discard(id(drafter))
 
 
-def _not_drawable(row: int) -> ValueError:
+def _error(request: Request, invalid: list[int]) -> ValueError:
+    if wrong := max(invalid) & (TOKENS | TREE):
+        vocabulary = request.model.config.get_text_config(decoder=True).vocab_size
+        return error_of(wrong, request.drafter, vocabulary)
+    row = invalid.index(1)
     return ValueError(
         f"the model's probabilities for row {row} hold NaN or infinity; no token can be drawn"
     )

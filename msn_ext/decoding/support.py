@@ -82,14 +82,18 @@ def _window(config, layer: int) -> int:
     )
 
 
+def _check_decoder(model) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        _refuse(model, "it is an encoder-decoder model")
+
+
 def check_model(model: PreTrainedModel) -> None:
     """Refuse before transformers prepares anything for it, an encoder's pass, say.
 
     Raises:
         ValueError: the model has an encoder, or weights that are not in memory.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        _refuse(model, "it is an encoder-decoder model")
+    _check_decoder(model)
     weights = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
     if absent := sum(weight.is_meta for weight in weights):
         _refuse(
@@ -127,7 +131,7 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
 
 def _check_kind(model: PreTrainedModel) -> None:
     """Refuse models that are no decoders whose nodes can be rolled back and have positions."""
-    check_model(model)
+    _check_decoder(model)
     # GenerationMixin's, which PreTrainedModel does not declare.
     dynamic_cache = model._supports_default_dynamic_cache()  # type: ignore[operator]
     if getattr(model, "_is_stateful", False) or not dynamic_cache:
