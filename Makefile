@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 Q ?= -q
+CHROMIUM ?= chromium
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ CXX_SOURCES = $(shell find csrc python_tests/emulation -name '*.h' -o -name '*.c
 SOURCES := $(shell find csrc msn_ext -type f -not -name '*.pyc' -not -name '*.so') \
   CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help demo test lint format bench asan clean
+.PHONY: help demo test lint format bench asan picture clean
 
 help:
 	@echo "make demo   a small language model answers, several tokens a pass, next to plain decoding"
@@ -22,6 +23,7 @@ help:
 	@echo "make lint   style and types of the sources; make format mends the style"
 	@echo "make asan   of the tests, only those of the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make bench  ops and decoding, timed on this machine; DATA=question.jsonl is Spec-Bench's"
+	@echo "make picture  README's, docs/answer.png, by Chromium (CHROMIUM=program)"
 	@echo "make clean  remove $(VENV) and what was built"
 	@echo "The first of them makes $(VENV) and installs into it: some minutes, most of it PyTorch."
 
@@ -46,6 +48,15 @@ bench: $(STAMP)
 asan: $(STAMP)
 	@echo "== Compiling the CPU kernels with sanitizers and running their tests"
 	@$(BIN)/pytest -v python_tests/ops/test_sanitizers.py
+
+# In headless Chromium. The fragment is the pass: "known as | Rayleigh scattering. When light".
+picture: $(STAMP)
+	@mkdir -p build
+	@$(BIN)/msn explain --prompt "Explain in simple words why the sky is blue." --nodes 16 \
+	  --max-new-tokens 128 --dtype float32 --html build/answer.html >/dev/null
+	@$(CHROMIUM) --headless --hide-scrollbars --force-prefers-reduced-motion \
+	  --window-size=1080,680 --force-device-scale-factor=1.4 \
+	  --screenshot=docs/answer.png "file://$(CURDIR)/build/answer.html#36"
 
 lint: $(LINT)
 	@echo "== Checking style and types"

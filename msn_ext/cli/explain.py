@@ -1,4 +1,4 @@
-"""``msn explain``: one step's draft tree, as text and as a picture."""
+"""``msn explain``: one step's draft tree as text and as a picture, a whole answer as a page."""
 
 import argparse
 
@@ -19,7 +19,7 @@ HELP = "draw one step's draft tree and what the model accepted of it"
 DESCRIPTION = (
     "Decode greedily with best-first draft trees and draw one forward pass: the tree of"
     " guesses, where they come from, how probable they were, and the path that the model"
-    " accepted."
+    " accepted. --html writes a page that steps through all of them."
 )
 
 
@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the K-th forward pass after the prompt's (default: the one that gained most)",
     )
     parser.add_argument("--svg", metavar="FILE", help="also write the picture to this file")
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="also write a page to this file, to look through every pass of the answer",
+    )
     parser.add_argument(
         "--min-probability",
         type=_zero_to_one,
@@ -64,9 +69,13 @@ def _tree_size(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     prompt = read_prompt(arguments.prompt)
-    svg = None if arguments.svg is None else output_file("--svg", arguments.svg)
+    files = {
+        option: output_file(option, path)
+        for option, path in (("--svg", arguments.svg), ("--html", arguments.html))
+        if path is not None
+    }
 
-    from msn_ext.explain import as_svg, as_text, record
+    from msn_ext.explain import as_html, as_svg, as_text, record_answer
     from msn_ext.terminal import quiet_transformers
 
     model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
@@ -74,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
         input_ids, limit = encode(
             model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens
         )
-        steps = record(model, input_ids, arguments.nodes, limit, arguments.engine)
+        answer = record_answer(model, input_ids, arguments.nodes, limit, arguments.engine)
+    steps, least = answer.steps, arguments.min_probability
     if not steps:
         raise CommandError(
             "the prompt's own pass gained the whole answer: there is no tree; try more"
@@ -88,12 +98,18 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(
             f"--pass {arguments.number}: after the prompt's pass there were only {len(steps)}"
         )
-    if svg is not None:
-        picture = as_svg(step, tokenizer, arguments.min_probability)
-        try:
-            with open(svg, "w", encoding="utf-8") as file:
-                file.write(picture)
-        except OSError as error:
-            raise CommandError(f"--svg {arguments.svg}: {error.strerror or error}") from error
-    print(as_text(step, tokenizer, arguments.min_probability, color=wants_color()))
+    if "--svg" in files:
+        _write("--svg", files["--svg"], as_svg(step, tokenizer, least))
+    if "--html" in files:
+        page = as_html(answer, tokenizer, prompt, arguments.number or 1, least)
+        _write("--html", files["--html"], page)
+    print(as_text(step, tokenizer, least, color=wants_color()))
     return 0
+
+
+def _write(option: str, path: str, text: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise CommandError(f"{option} {path}: {error.strerror or error}") from error

@@ -20,7 +20,7 @@ from .outputs import Outputs
 from .past import KeysValues, reused_of
 from .processors import Texts, processed
 from .request import Request
-from .support import longrope_tokens
+from .support import longrope_tokens, looks_ahead
 from .verification import greedy
 
 RECOMPUTING = {"phi3", "phimoe", "phi4_multimodal"}
@@ -43,8 +43,9 @@ class PassResult:
     Attributes:
         tokens: int64 [B, N]; row b gained ``tokens[b, :counts[b]]``.
         status: int64 [3, B], all that the host has to read: ``counts``, the tokens that each row
-            may still gain (0: finished), and whether a gained token is none of the vocabulary (a
-            draw from probabilities that hold NaN); to which :mod:`.drafters.checks` adds its own.
+            may still gain (0: finished), and whether it is of no use: a gained token is none of the
+            vocabulary (a draw from probabilities that hold NaN), or a prompt gave NaN; to which
+            :mod:`.drafters.checks` adds its own.
         outputs: what the tokens were taken from, of those that the request keeps.
     """
 
@@ -133,6 +134,7 @@ class Decoder:
         # The slot of the root in the longest row, or a later one: the host's bound, which needs no
         # word from the device.
         self._last_root = prompt - 1
+        self._looks_ahead = looks_ahead(self._config)
         self._boundary = request.longrope_boundary
         self._recomputes = (
             self._boundary and self._config.model_type in RECOMPUTING and not bool(offsets.any())
@@ -167,7 +169,8 @@ class Decoder:
         if self._checks:
             texts = self._history
             guesses, wrong = checked_chain(guesses, self.drafter, texts, self._vocabulary)
-        draft = self._chain(None if self._straddles(guesses.shape[1]) else guesses)
+        alone = self._looks_ahead or self._straddles(guesses.shape[1])
+        draft = self._chain(None if alone else guesses)
         prompts = self._prompts[:, : self._prompt_slots]
         ids = torch.cat([prompts, draft.tokens[:, 1:]], dim=1)
         return self._prefill(ids, draft, self._past_slots).but(wrong)
@@ -178,7 +181,11 @@ class Decoder:
         """
         positions = self._positions(ids.shape[1])
         logits = self._pass.read(ids, positions, self._offsets, len(draft), start)
-        return self._verify(draft, positions[:, -len(draft) :], logits, self._prefix())
+        result = self._verify(draft, positions[:, -len(draft) :], logits, self._prefix())
+        # NaN at padding reaches every token's hidden state, and by that all of a row's logits,
+        # whatever processors make of them.
+        result.status[2] |= logits[:, 0, 0].isnan()
+        return result
 
     def _positions(self, slots: int) -> Tensor:
         columns = torch.arange(slots, device=self._offsets.device)

@@ -164,10 +164,17 @@ def _error(request: Request, invalid: list[int]) -> ValueError:
     if wrong := max(invalid) & (TOKENS | TREE):
         vocabulary = request.model.config.get_text_config(decoder=True).vocab_size
         return error_of(wrong, request.drafter, vocabulary)
-    row = invalid.index(1)
-    return ValueError(
-        f"the model's probabilities for row {row} hold NaN or infinity; no token can be drawn"
-    )
+    return _no_token(request, invalid.index(1))
+
+
+def _no_token(request: Request, row: int) -> ValueError:
+    message = f"the model's probabilities for row {row} hold NaN or infinity; no token can be drawn"
+    if bool(request.offsets.any()):
+        message += (
+            "; at left padding transformers' eager attention gives NaN in float64, where"
+            " attn_implementation='sdpa' or prompts one by one do not"
+        )
+    return ValueError(message)
 
 
 def _ask_criteria(

@@ -2,7 +2,8 @@
 
 Later, while decoding (:mod:`.loop`), come only: a drafter that another call uses, what a drafter's
 ``start`` refuses (a corpus of another vocabulary), and probabilities that hold NaN. Models are
-refused by :mod:`.support`, processors of logits by :mod:`.processors`; both are asked here.
+refused by :mod:`.support` and :mod:`.rows`, processors of logits by :mod:`.processors`; all are
+asked here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from .forward.packed import PackedPlan
 from .past import checked_past
 from .processors import checked_processors
 from .ranks import Ranks, ranks_of
-from .support import attention_for, longrope_boundary, longrope_tokens
+from .rows import check_rows
+from .support import attention_for, longrope_boundary, longrope_tokens, looks_ahead
 from .verification import Sampler, Targets, greedy
 
 # Settings of a GenerationConfig that change the output or its form in a way this version does not
@@ -128,6 +130,7 @@ class Request:
         engine: str = "auto",
     ) -> Request:
         """Make a request for greedy decoding, without padding and without an end of text."""
+        check_rows(model, drafter, len(input_ids))
         return cls(
             model,
             attention_for(model),
@@ -181,6 +184,7 @@ def request_for(
     Raises:
         ValueError: what cannot be followed exactly; says which argument.
     """
+    check_rows(model, drafter, len(input_ids))
     attention = attention_for(model)
     _check_config(generation_config)
     processors = checked_processors(logits_processor, len(input_ids))
@@ -233,6 +237,8 @@ def _past_slots(
 ) -> int:
     config = model.config.get_text_config(decoder=True)
     slots = checked_past(past, len(DynamicCache(config=config).layers), *input_ids.shape)
+    if looks_ahead(config):  # the cached ones have not seen what follows
+        return 0
     first_factors = longrope_tokens(config)
     # Beyond them every key is another one; nobody knows by which factors the cached ones turned.
     if first_factors and input_ids.shape[1] > first_factors + int(offsets.min()):

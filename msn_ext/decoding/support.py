@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -67,6 +67,15 @@ def longrope_boundary(config, input_ids: Tensor, offsets: Tensor, max_new_tokens
     return boundary
 
 
+def looks_ahead(config) -> bool:
+    """Return whether the tokens of a prompt attend to later ones, so that a guess after it would
+    change them.
+    """
+    # Gemma 4's "vision" is of images alone.
+    both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    return both_ways or not getattr(config, "is_causal", True)
+
+
 def _window(config, layer: int) -> int:
     """Return the sliding window of a layer; 0: none."""
     if types := getattr(config, "layer_types", None):
@@ -112,6 +121,7 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
     """
     family = model.config.get_text_config(decoder=True).model_type
     _check_kind(model)
+    _check_adapter(model)
     _check_layers(model)
     _check_state(model)
     if family in MASK_ONLY:
@@ -124,6 +134,10 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
         )
     attention = KernelAttention(model)
     if family not in TESTED:
+        if looks_ahead(model.config.get_text_config(decoder=True)):
+            _refuse(
+                model, "its prompts attend to later tokens; expected one of the tested families"
+            )
         with torch.autocast(model.device.type, enabled=False):
             _probe(model, attention)
     return attention
@@ -138,6 +152,27 @@ def _check_kind(model: PreTrainedModel) -> None:
         _refuse(model, "it has recurrent state, which cannot be rolled back past a rejected token")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         _refuse(model, "its forward takes no position_ids")
+
+
+def _check_adapter(model: PreTrainedModel) -> None:
+    """Refuse PEFT's adapters of the prompt, whose part is not in the model itself."""
+    # While PEFT's own generate runs, its model prepares the inputs of the one within.
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    adapter: Any = getattr(getattr(prepare, "__self__", None), "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+        _refuse(
+            model,
+            f"its adapter ({kind}) puts virtual tokens before the text; call its own generate,"
+            " without msn_ext, or train an adapter of weights (LoRA, …), which is followed",
+        )
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    if any(getattr(hook, "keywords", {}).get("alora_offsets") is not None for hook in hooks):
+        _refuse(
+            model,
+            "its adapter (activated LoRA) counts from the end of every call where it begins, which"
+            " guesses would shift; call its own generate, without msn_ext",
+        )
 
 
 def _check_layers(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,27 @@ class Step:
     def gained(self) -> list[int]:
         """Return the tokens of the path and the bonus."""
         return [*(self.tokens[node] for node in self.path[1:]), self.bonus]
+
+
+@dataclass
+class Answer:
+    """A recorded answer.
+
+    Attributes:
+        prompt: its tokens.
+        opening: the tokens that the prompt's pass gained.
+        steps: every pass after it, in order.
+    """
+
+    prompt: list[int]
+    opening: list[int]
+    steps: list[Step]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Return the tokens of the answer, without the prompt's."""
+        gained = (step.gained[: step.kept] for step in self.steps)
+        return [*self.opening, *itertools.chain.from_iterable(gained)]
 
 
 class Recorder(ObservedDrafter):
@@ -114,7 +136,14 @@ class Recorder(ObservedDrafter):
 def record(
     model, input_ids: Tensor, nodes: int, max_new_tokens: int, engine: str = "auto"
 ) -> list[Step]:
-    """Decode greedily with trees of ``nodes`` nodes, and return every pass after the prompt's.
+    """Return the steps of :func:`record_answer`, which takes the same arguments."""
+    return record_answer(model, input_ids, nodes, max_new_tokens, engine).steps
+
+
+def record_answer(
+    model, input_ids: Tensor, nodes: int, max_new_tokens: int, engine: str = "auto"
+) -> Answer:
+    """Decode greedily with trees of ``nodes`` nodes, and keep every pass after the prompt's.
 
     Args:
         model: a causal language model.
@@ -124,7 +153,7 @@ def record(
         engine: as for :func:`msn_ext.generate`.
 
     Returns:
-        One step a pass; none where the prompt's pass gained everything.
+        The answer, with one step a pass; none where the prompt's pass gained everything.
     """
     drafter = Recorder(nodes)
     out = generate(
@@ -139,4 +168,6 @@ def record(
     lengths = out.accept_lengths[0].tolist()
     for step, kept in zip(drafter.steps, lengths[1:], strict=True):
         step.kept, step.passes = kept, len(drafter.steps)
-    return drafter.steps
+    prompt = input_ids[0].tolist()
+    opening = out.sequences[0, len(prompt) : len(prompt) + lengths[0]].tolist()
+    return Answer(prompt, opening, drafter.steps)

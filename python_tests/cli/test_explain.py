@@ -1,6 +1,7 @@
 """`msn explain`."""
 
 import io
+import json
 import re
 import sys
 
@@ -41,16 +42,24 @@ def test_command(tiny, tmp_path, capsys, monkeypatch):
     kept = [step.kept for step in record(LlamaForCausalLM.from_pretrained(tiny), prompt, 12, 24)]
     assert len(kept) == passes and kept.index(max(kept)) + 1 == chosen
     for number in {1, passes, chosen}:
-        file = tmp_path / f"{number}.svg"
+        file, page = tmp_path / f"{number}.svg", tmp_path / f"{number}.html"
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("grün <&>\n".encode())))
-        assert cli.main([*options, "--prompt", "-", "--pass", str(number), "--svg", str(file)]) == 0
+        here = ["--pass", str(number), "--svg", str(file), "--html", str(page)]
+        assert cli.main([*options, "--prompt", "-", *here]) == 0
         out = capsys.readouterr().out
         assert f"pass {number} of {passes} " in out
         assert len(boxes(file.read_text(encoding="utf-8"))) == len(drawn(out)[0])
         assert (out == best) == (number == chosen)
+        html = page.read_text(encoding="utf-8")
+        assert '<h1 dir="auto">grün &lt;&amp;&gt;</h1>' in html
+        data = json.loads(re.search(r'id="answer">(.*?)</script>', html)[1])
+        assert (data["first"], data["least"], len(data["passes"])) == (number, 0, passes)
 
-    assert cli.main([*options, "--prompt", "grün <&>", "--min-probability", "0.9"]) == 0
+    page = tmp_path / "page.html"
+    least = ["--min-probability", "0.9", "--html", str(page)]
+    assert cli.main([*options, "--prompt", "grün <&>", *least]) == 0
     assert "below 90% left out" in capsys.readouterr().out
+    assert '"first":1,"least":0.9}' in page.read_text(encoding="utf-8")
     assert cli.main([*options, "--prompt", "grün <&>", "--pass", str(passes + 1)]) == 1
     err = capsys.readouterr().err
     assert err == f"msn: --pass {passes + 1}: after the prompt's pass there were only {passes}\n"
@@ -92,6 +101,8 @@ WRONG = [
     ),
     ([*ASK, "--svg", "/"], 2, "--svg /: expected a file"),
     ([*SHORT, "4", "--svg", "/dev/full"], 1, "--svg /dev/full: No space left on device"),
+    ([*SHORT, "4", "--html", "/dev/full"], 1, "--html /dev/full: No space left on device"),
+    ([*ASK, "--html", "/no/such/page.html"], 2, "--html /no/such/page.html: expected a file in a"),
     ([*SHORT, "1"], 1, "try more --max-new-tokens"),
     ([*SHORT, "4", "--pass", "1000"], 1, "--pass 1000: after the prompt's pass there were only"),
 ]

@@ -150,3 +150,37 @@ def test_nan_logits_follow_torch():
     )
     with pytest.raises(ValueError, match="NaN"):
         generate(model, ids, do_sample=True, **settings)
+
+
+@pytest.mark.parametrize("options", [{}, dict(remove_invalid_values=True)], ids=["plain", "mended"])
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "mixtral"])
+def test_nan_at_left_padding_is_an_error(family, options, each_engine):
+    """transformers' eager attention in float64; the native engine has no such attention, and gives
+    what every row gives alone.
+    """
+    model = tiny_model(family, 3)
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[5, 9, 4, 7, 3, 8], [0, 0, 0, 9, 4, 6]])
+    mask = (torch.arange(6) >= torch.tensor([[0], [3]])).long()
+    settings = dict(
+        max_new_tokens=12, eos_token_id=None, pad_token_id=0, do_sample=False, **options
+    )
+    with torch.no_grad():
+        nan = model(ids, attention_mask=mask).logits[:, -1].isnan().any(-1)
+    assert nan.tolist() == [False, True]
+    alone = [
+        generate(model, row[None, -length:], **settings)[0, -12:]
+        for row, length in zip(ids, (6, 3))
+    ]
+    for draft in ("none", "auto", "paper"):
+        if each_engine == "auto" and family != "mixtral":
+            found = generate(model, ids, attention_mask=mask, draft=draft, **settings)
+            assert torch.equal(found[:, -12:], torch.stack(alone))
+            continue
+        for way in (settings, settings | dict(do_sample=True)):
+            with pytest.raises(ValueError, match="row 1 hold NaN .*left padding.*'sdpa'"):
+                generate(model, ids, attention_mask=mask, draft=draft, **way)
+    if each_engine == "torch":
+        model.set_attn_implementation("sdpa")
+        expected = model.generate(ids, attention_mask=mask, **settings)
+        assert torch.equal(generate(model, ids, attention_mask=mask, **settings), expected)
