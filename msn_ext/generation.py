@@ -207,12 +207,10 @@ def generate_as_transformers(model: PreTrainedModel, inputs: Tensor | None = Non
         kwargs: of ``model.generate`` and of :func:`generate`; None: not given.
 
     Raises:
-        ValueError: as in :func:`generate`; both or none of ``inputs`` and ``input_ids``.
+        ValueError: as in :func:`generate`.
     """
     given = {name: value for name, value in kwargs.items() if value is not None}
-    if (inputs is None) == ("input_ids" not in given):
-        raise ValueError("expected either input_ids or inputs, int64 [batch, length]")
-    return generate(model, given.pop("input_ids", inputs), **given)
+    return generate(model, inputs=inputs, **given)
 
 
 def drafter_for(

@@ -1,7 +1,10 @@
 """Who calls the model while we decode with it gets what the model says alone."""
 
 import copy
+import random
+import signal
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -173,3 +176,26 @@ def test_an_error_within_a_pass_leaves_the_model_as_it_was(error):
     assert passes[0] == "eager" != passes[2]
     assert model.config._attn_implementation == "eager"
     assert torch.equal(model(OTHER).logits, alone)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers on this system")
+def test_interrupts_at_any_moment_leave_the_model_as_it_was():
+    model, rng = model_of("llama"), random.Random(0)
+    alone, expected = model(OTHER).logits, model.generate(PROMPT, **SETTINGS)
+    within_a_pass = 0
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(150):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 0.03))
+                generate(model, PROMPT, **TREES)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt as interrupt:
+                called = {frame.name for frame in traceback.extract_tb(interrupt.__traceback__)}
+                within_a_pass += "over_tree" in called
+            assert torch.equal(model(OTHER).logits, alone)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert within_a_pass > 10
+    assert torch.equal(generate(model, PROMPT, **TREES), expected)
