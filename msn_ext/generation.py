@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
@@ -34,7 +30,21 @@ from .decoding import (
     decode,
 )
 from .decoding.engine import engine_of, packed_for
-from .decoding.request import check_inputs, request_for, with_stop_strings
+from .decoding.method import (
+    argument_of_caller,
+    method_of,
+    model_by_name,
+    transformers_method_of,
+)
+from .decoding.request import (
+    check_drafting,
+    check_healing,
+    option,
+    prompts_of,
+    request_for,
+    with_stop_strings,
+)
+from .decoding.support import check_model
 
 DRAFTS: dict[str, Callable[[], DraftTree | Drafter] | None] = {
     "auto": None,  # depends on the model
@@ -68,9 +78,10 @@ class MSNGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 # Over 60 lines with its docstring, which is the reference of the public function.
+@model_by_name
 def generate(
     model: PreTrainedModel,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     *,
     draft: str | DraftTree | Drafter = "auto",
     engine: str = "auto",
@@ -87,11 +98,13 @@ def generate(
     taken (arXiv 2406.17404, section 3.3). Greedy output is that of
     ``model.generate(do_sample=False)``; sampled output has exactly the model's distribution, and
     for a seed (``torch.manual_seed``) it is the same whatever the draft; below float64 both but for
-    near-ties. Also usable as ``model.generate(**inputs, custom_generate=msn_ext.generate)``.
+    near-ties. Also usable as ``model.generate(**inputs, custom_generate=msn_ext.generate)``, in the
+    place of a method (``model.generate = functools.partial(msn_ext.generate, model)``), and as the
+    function of a model's folder ``custom_generate``.
 
     Args:
         model: a decoder-only transformers model.
-        input_ids: int64 [B, P], left-padded where the rows differ in length.
+        input_ids: int64 [B, P], left-padded where the rows differ in length; also as ``inputs=``.
         draft: ``"auto"`` (the best guesses of all sources, as many as pay by the clock),
             ``"paper"`` (the paper's 68 guesses), ``"jacobi"`` (a chain of 5 denoised guesses),
             ``"lookup"`` (7 tokens retrieved from the text), ``"suffix"`` (SAM-Decoding, arXiv
@@ -119,8 +132,14 @@ def generate(
     Raises:
         ValueError: a model, an option or an input that cannot be followed exactly; says which.
     """
-    if generation_config is not None and hasattr(generation_config, "_eos_token_tensor"):
+    check_model(model)
+    if (
+        input_ids is not None
+        and generation_config is not None
+        and hasattr(generation_config, "_eos_token_tensor")
+    ):
         # transformers calls us back: `custom_generate=msn_ext.generate`, everything prepared.
+        check_drafting(argument_of_caller("assistant_model"))
         ours = streamer is not None  # transformers' own streamer has the prompt
         return _decode(
             model,
@@ -130,16 +149,30 @@ def generate(
             generation_config=generation_config,
             draft=draft,
             engine=engine,
-            streamer=streamer if ours else _callers_streamer(),
+            streamer=streamer if ours else argument_of_caller("streamer"),
             streamer_has_prompt=not ours,
             result_device=input_ids.device,
             **generation_kwargs,
         )
-    check_inputs(input_ids, generation_kwargs.get("attention_mask"))
-    configured = getattr(generation_config, "stop_strings", None) or getattr(
-        model.generation_config, "stop_strings", None
-    )
-    stop_strings = generation_kwargs.get("stop_strings", configured)
+    decoding = generation_kwargs.pop("custom_generate", None)
+    if isinstance(decoding, functools.partial) and decoding.func is _decode:
+        # What the last line calls has called the method that we took the place of.
+        return transformers_method_of(model)(
+            input_ids,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            custom_generate=decoding,
+            **generation_kwargs,
+        )
+    if decoding not in (None, generate):
+        raise ValueError(f"custom_generate is {decoding!r}; expected None: this is such a method")
+    method = method_of(model)
+    input_ids = prompts_of(input_ids, generation_kwargs)
+    configs = generation_config, model.generation_config
+    check_drafting(generation_kwargs.get("assistant_model"))
+    check_healing(option("token_healing", generation_kwargs, configs))
+    stop_strings = option("stop_strings", generation_kwargs, configs)
     if stop_strings is not None:  # none in the place of what both configs say
         generation_kwargs["stop_strings"] = None
         if generation_config is not None and not model.generation_config.stop_strings:
@@ -147,9 +180,7 @@ def generate(
             generation_config.stop_strings = generation_kwargs.pop("stop_strings")
     if stop_strings:
         stopping_criteria = with_stop_strings(stopping_criteria, stop_strings, tokenizer)
-    # The class's: the model's own may be what calls us.
-    return type(model).generate(  # type: ignore[attr-defined]  # GenerationMixin's
-        model,
+    return method(
         input_ids.to(model.device, torch.int64),
         generation_config=generation_config,
         logits_processor=logits_processor,
@@ -165,6 +196,7 @@ def generate(
     )
 
 
+@model_by_name
 def generate_as_transformers(model: PreTrainedModel, inputs: Tensor | None = None, **kwargs):
     """Generate with the arguments of ``model.generate``: what transformers calls in its place where
     a folder has ``custom_generate/`` (``msn export-generate``).
@@ -175,12 +207,10 @@ def generate_as_transformers(model: PreTrainedModel, inputs: Tensor | None = Non
         kwargs: of ``model.generate`` and of :func:`generate`; None: not given.
 
     Raises:
-        ValueError: as in :func:`generate`; both or none of ``inputs`` and ``input_ids``.
+        ValueError: as in :func:`generate`.
     """
     given = {name: value for name, value in kwargs.items() if value is not None}
-    if (inputs is None) == ("input_ids" not in given):
-        raise ValueError("expected either input_ids or inputs, int64 [batch, length]")
-    return generate(model, given.pop("input_ids", inputs), **given)
+    return generate(model, inputs=inputs, **given)
 
 
 def drafter_for(
@@ -208,17 +238,6 @@ def drafter_for(
         f"draft is {draft!r}; expected {names}, a DraftTree or a Drafter (an object with max_depth,"
         " start, first, propose and observe)"
     )
-
-
-def _callers_streamer():
-    """Return the streamer of the ``model.generate`` that calls us back, which hands it to no custom
-    decoding method.
-    """
-    code = inspect.unwrap(GenerationMixin.generate).__code__
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame and frame.f_locals["streamer"]
 
 
 @torch.inference_mode(False)  # what stays from call to call could not be changed outside of it

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from msn_ext import ops
 from msn_ext.ops import tree_mask
 
 IMPLEMENTATION = "msn_tree"
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -33,7 +35,17 @@ class TreeContext:
     windows: dict[int, int] | None = None
 
 
-_active = threading.local()
+class _Check(NamedTuple):
+    """A tree that a thread is checking, the configs that its model attends by, and the text's
+    implementation otherwise.
+    """
+
+    tree: TreeContext
+    configs: tuple[PretrainedConfig, ...]
+    replaced: str | None
+
+
+_active = threading.local()  # its `check`, if any, is the one that this thread is in
 
 
 def _tree_attention_forward(
@@ -52,11 +64,13 @@ def _tree_attention_forward(
     """Attend to the active tree: ``attn_implementation="msn_tree"``, by transformers' attention
     interface.
     """
-    tree: TreeContext | None = getattr(_active, "tree", None)
-    if tree is None:
+    check: _Check | None = getattr(_active, "check", None)
+    if check is None:
         raise RuntimeError(
-            "this model is being decoded by msn_ext in another thread; wait for it or use a copy"
+            f"attn_implementation is {IMPLEMENTATION!r}, which msn_ext.generate uses by itself;"
+            " expected another one, such as 'sdpa'"
         )
+    tree = check.tree
     if tree.windows is not None:
         tree.windows[getattr(module, "layer_idx", len(tree.windows))] = sliding_window or 0
     # Cast as around SDPA.
@@ -74,7 +88,7 @@ def _tree_attention_forward(
         scale=scaling,
         window=sliding_window or 0,
         # Older transformers run Gemma 2 through sdpa, which leaves the soft cap out; then so do we.
-        softcap=0.0 if _active.replaced == "sdpa" else softcap or 0.0,
+        softcap=0.0 if check.replaced == "sdpa" else softcap or 0.0,
         sinks=None if s_aux is None else s_aux.to(query.dtype),
     )
     return out, None
@@ -82,53 +96,71 @@ def _tree_attention_forward(
 
 AttentionInterface.register(IMPLEMENTATION, _tree_attention_forward)
 
-_locks: weakref.WeakKeyDictionary[PreTrainedModel, threading.Lock] = weakref.WeakKeyDictionary()
-_locks_guard = threading.Lock()
+
+def _answer_by_thread(config_class: type[PretrainedConfig]) -> None:
+    """Let configs of a class say to a thread that checks a tree by them, and to no other, that the
+    implementation is ours. Nothing is written to a config, so copies and saved ones are as ever.
+    """
+    owner = next(c for c in config_class.__mro__ if "_attn_implementation" in vars(c))
+    chosen = vars(owner)["_attn_implementation"]
+    if getattr(chosen.fget, "by_thread", False):
+        return
+
+    # torch.compile traces this for models of others, too: it guards a plain threading.local.
+    def implementation(self):
+        check = getattr(_active, "check", None)
+        if check is not None and any(config is self for config in check.configs):
+            return IMPLEMENTATION
+        return chosen.fget(self)
+
+    implementation.by_thread = True  # type: ignore[attr-defined]
+    answers = property(implementation, chosen.fset, chosen.fdel, chosen.__doc__)
+    owner._attn_implementation = answers  # type: ignore[attr-defined]
 
 
-def _lock_of(model: PreTrainedModel) -> threading.Lock:
-    with _locks_guard:
-        return _locks.setdefault(model, threading.Lock())
+_locks: weakref.WeakKeyDictionary[PreTrainedModel, threading.RLock] = weakref.WeakKeyDictionary()
+_guard = threading.Lock()
 
 
 class KernelAttention:
     """Our kernel inside the model, for one forward pass at a time.
 
-    The implementation is switched on the model's configs only while a tree is being checked, under
-    a lock per model: prompts run through the implementation the user chose, and two threads that
-    generate with one model take turns.
+    While a thread checks a tree, the model's configs name our implementation to that thread, and
+    to others the one that the user chose, which reads the prompts, too. So others may call the
+    model meanwhile. Threads that generate with one model take turns, a pass each.
     """
 
     def __init__(self, model: PreTrainedModel):
-        self._lock = _lock_of(model)
         submodels = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-        self._configs = list({id(m.config): m.config for m in submodels}.values())
+        self._configs = tuple({id(m.config): m.config for m in submodels}.values())
         self._text_config = model.config.get_text_config(decoder=True)
+        with _guard:
+            self._lock = _locks.setdefault(model, threading.RLock())
+            for config in self._configs:
+                _answer_by_thread(type(config))
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
         return type(model)._can_set_attn_implementation()
 
-    def over_text(self) -> contextlib.AbstractContextManager:
-        """Within: the model attends as the user set it up."""
-        return self._lock
+    def over_text(self, call: Callable[[], Result]) -> Result:
+        """Return ``call()``, in which the model attends as the user set it up."""
+        return self._attend(None, call)
 
-    @contextlib.contextmanager
-    def over_tree(self, tree: TreeContext, end: int) -> Iterator[None]:
-        """Within: the model attends to ``tree``; yields the mask to call it with (none)."""
+    def over_tree(self, tree: TreeContext, end: int, call: Callable[[None], Result]) -> Result:
+        """Return ``call(mask)``, in which the model attends to ``tree``, without a mask."""
+        replaced = self._text_config._attn_implementation_internal
+        return self._attend(_Check(tree, self._configs, replaced), lambda: call(None))
+
+    def _attend(self, check: _Check | None, call: Callable[[], Result]) -> Result:
         with self._lock:
-            # The internal attribute, as set_attn_implementation does: the property also sets
-            # sub-configs.
-            before = [config._attn_implementation_internal for config in self._configs]
-            _active.tree, _active.replaced = tree, self._text_config._attn_implementation
+            before = getattr(_active, "check", None)  # not None in a hook of the model's
+            # Nothing is called on the way in or out, so no interrupt leaves it set.
             try:
-                for config in self._configs:
-                    config._attn_implementation_internal = IMPLEMENTATION
-                yield None
+                _active.check = check
+                return call()
             finally:
-                for config, implementation in zip(self._configs, before):
-                    config._attn_implementation_internal = implementation
-                _active.tree = None
+                _active.check = before
 
 
 class MaskAttention:
@@ -157,15 +189,18 @@ class MaskAttention:
             )
         return mask
 
-    def over_text(self) -> contextlib.AbstractContextManager:
-        """Within: the same; this one changes nothing of the model."""
-        return contextlib.nullcontext()
+    def over_text(self, call: Callable[[], Result]) -> Result:
+        """Return ``call()``; this one changes nothing of the model."""
+        return call()
 
-    @contextlib.contextmanager
-    def over_tree(self, tree: TreeContext, end: int) -> Iterator[Tensor | dict[str, Tensor]]:
-        """Within: the mask that it yields is for ``tree``, over the first ``end`` cache slots."""
+    def over_tree(
+        self,
+        tree: TreeContext,
+        end: int,
+        call: Callable[[Tensor | dict[str, Tensor]], Result],
+    ) -> Result:
+        """Return ``call(mask)``, the mask for ``tree`` over the first ``end`` cache slots."""
         if self._layer_types is None:
-            yield self._mask(tree, end, self._window)
-        else:
-            windows = {"full_attention": 0, "sliding_attention": self._window}
-            yield {kind: self._mask(tree, end, windows[kind]) for kind in self._layer_types}
+            return call(self._mask(tree, end, self._window))
+        windows = {"full_attention": 0, "sliding_attention": self._window}
+        return call({kind: self._mask(tree, end, windows[kind]) for kind in self._layer_types})

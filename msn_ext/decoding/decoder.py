@@ -12,6 +12,7 @@ from msn_ext import ops
 from msn_ext.ops import MAX_NODES
 
 from .drafters import Draft, DraftTree, Verified, as_compared
+from .drafters.checks import checked_chain, checked_draft, is_others
 from .forward import ForwardPass
 from .forward.native import NativeForward
 from .forward.transformers import TransformersForward
@@ -44,13 +45,20 @@ class PassResult:
         tokens: int64 [B, N]; row b gained ``tokens[b, :counts[b]]``.
         status: int64 [3, B], all that the host has to read: ``counts``, the tokens that each row
             may still gain (0: finished), and whether it is of no use: a gained token is none of the
-            vocabulary (a draw from probabilities that hold NaN), or a prompt gave NaN.
+            vocabulary (a draw from probabilities that hold NaN), or a prompt gave NaN; to which
+            :mod:`.drafters.checks` adds its own.
         outputs: what the tokens were taken from, of those that the request keeps.
     """
 
     tokens: Tensor
     status: Tensor
     outputs: Outputs = field(default_factory=dict)
+
+    def but(self, wrong: Tensor | None) -> PassResult:
+        """Return the same, which says that the proposal was wrong where it was, int64 []."""
+        if wrong is not None:
+            self.status[2] += wrong
+        return self
 
     def to_host(self) -> PassResult:
         """Return the same with its status on the host."""
@@ -113,6 +121,7 @@ class Decoder:
             reused = reused_of(request.past, request.past_slots)
             self._pass.load(reused, request.past_slots, offsets)
         self.drafter.start(batch, self._vocabulary, device)
+        self._checks = is_others(self.drafter)
         columns = torch.arange(prompt, device=device)
         self._history.zero_()
         self._history[:, :prompt] = input_ids.gather(
@@ -158,12 +167,15 @@ class Decoder:
     @torch.no_grad()
     def prefill(self) -> PassResult:
         """Run the first pass: the prompt, and after it a chain of guesses, checked like a tree."""
-        guesses = self.drafter.first(self._history, self._lengths)
+        guesses, wrong = self.drafter.first(self._history, self._lengths), None
+        if self._checks:
+            texts = self._history
+            guesses, wrong = checked_chain(guesses, self.drafter, texts, self._vocabulary)
         alone = self._looks_ahead or self._straddles(guesses.shape[1])
         draft = self._chain(None if alone else guesses)
         prompts = self._prompts[:, : self._prompt_slots]
         ids = torch.cat([prompts, draft.tokens[:, 1:]], dim=1)
-        return self._prefill(ids, draft, self._past_slots)
+        return self._prefill(ids, draft, self._past_slots).but(wrong)
 
     def _prefill(self, ids: Tensor, draft: Draft, start: int = 0) -> PassResult:
         """Run whole texts [B, slots], padding included, that end in a draft that is a chain; the
@@ -186,10 +198,14 @@ class Decoder:
         """Run a later pass: a tree after the cached prefix."""
         if self._recomputes and self._last_root == self._boundary:
             return self._prefill(self._history[:, : self._last_root + 1], self._chain())
+        wrong = None
         if self._straddles(self.drafter.max_depth):
             draft = self._chain()
         else:
             draft = self.drafter.propose(self._history, self._lengths)
+            if self._checks:
+                texts = self._history
+                draft, wrong = checked_draft(draft, self.drafter, texts, self._vocabulary)
             if self._grammar is not None:
                 draft = self._with_forced(draft, self._grammar)
         # The root may be what could not be drawn, where the host does not know yet of that.
@@ -206,7 +222,7 @@ class Decoder:
         logits = self._pass.check(
             draft.tokens, positions, prefix, self._offsets, draft.ancestors, end
         )
-        return self._verify(draft, positions, logits, prefix)
+        return self._verify(draft, positions, logits, prefix).but(wrong)
 
     def _with_forced(self, draft: Draft, grammar: Grammar) -> Draft:
         """Add the tokens that a grammar leaves no choice about, a chain below the root; waits for

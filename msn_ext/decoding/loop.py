@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .decoder import Decoder
 from .drafters import Drafter
+from .drafters.checks import TOKENS, TREE, error_of
 from .outputs import TokenOutputs
 from .past import fill
 from .ranks import one_clock
@@ -63,7 +64,7 @@ def decode(request: Request) -> Decoded:
                 result = pending.result()
                 counts, remaining, invalid = result.status.tolist()  # all that the host reads here
                 if any(invalid):
-                    raise _no_token(request, invalid.index(1))
+                    raise _error(request, invalid)
                 if request.criteria:
                     _ask_criteria(request, runner.decoder, counts, remaining, progress)
                 before = progress.totals
@@ -157,6 +158,13 @@ def exclusive(drafter: Drafter) -> Iterator[None]:
     finally:
         with _busy_lock:
             _busy.discard(id(drafter))
+
+
+def _error(request: Request, invalid: list[int]) -> ValueError:
+    if wrong := max(invalid) & (TOKENS | TREE):
+        vocabulary = request.model.config.get_text_config(decoder=True).vocab_size
+        return error_of(wrong, request.drafter, vocabulary)
+    return _no_token(request, invalid.index(1))
 
 
 def _no_token(request: Request, row: int) -> ValueError:

@@ -251,8 +251,22 @@ def _outputs(config: GenerationConfig) -> frozenset[str]:
     return frozenset(name for name in names if getattr(config, f"output_{name}"))
 
 
-def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Raise ValueError where these are no prompts, before transformers sees them."""
+def prompts_of(input_ids: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """Return the prompts, given as ``input_ids`` or, among the options, as ``inputs``, which is
+    taken out.
+
+    Raises:
+        ValueError: these are no prompts; says so before transformers sees them.
+    """
+    inputs, attention_mask = options.pop("inputs", None), options.get("attention_mask")
+    if options.get("inputs_embeds") is not None:
+        raise ValueError(
+            "inputs_embeds is given; expected None: msn_ext.generate reads tokens, input_ids"
+        )
+    if inputs is not None and input_ids is not None:
+        raise ValueError("inputs is given beside input_ids; expected one of them")
+    if inputs is not None:
+        input_ids = inputs
     if (
         not isinstance(input_ids, torch.Tensor)
         or input_ids.dim() != 2
@@ -270,6 +284,7 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
     if attention_mask is not None:
         _check_mask(input_ids, attention_mask)
+    return input_ids
 
 
 def _check_mask(input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -278,6 +293,31 @@ def _check_mask(input_ids: Tensor, attention_mask: Tensor) -> None:
             f"attention_mask has shape {list(attention_mask.shape)}; expected"
             f" {list(input_ids.shape)}: input_ids is to be the whole text, what past_key_values"
             " holds included"
+        )
+
+
+def option(name: str, options: dict[str, Any], configs: Sequence[GenerationConfig | None]) -> Any:
+    """Return what an option of ``model.generate`` is, as given or else as configured."""
+    if name in options:
+        return options[name]
+    return next(filter(None, (getattr(config, name, None) for config in configs)), None)
+
+
+def check_drafting(assistant_model: Any) -> None:
+    """Refuse an assistant, which transformers hands to no custom decoding method."""
+    if assistant_model is not None:
+        raise ValueError(
+            f"assistant_model is a {type(assistant_model).__name__}; expected None:"
+            " msn_ext.generate drafts without another model, as draft= says"
+        )
+
+
+def check_healing(token_healing: bool | None) -> None:
+    """Refuse to change the prompt's last tokens, for which transformers has no tokenizer then."""
+    if token_healing:
+        raise ValueError(
+            f"token_healing is {token_healing!r}; expected False: msn_ext.generate goes on from the"
+            " prompt as it is (model.heal_tokens(input_ids, tokenizer) heals it before)"
         )
 
 
@@ -326,12 +366,21 @@ def _check_config(config: GenerationConfig) -> None:
 def _check_model_kwargs(model_kwargs: dict[str, Any]) -> Any:
     """Raise ValueError where the model is to be given more than prompts; take the cache out."""
     past_key_values = model_kwargs.pop("past_key_values", None)
-    if unknown := {name for name, value in model_kwargs.items() if value is not None} - _PREPARED:
+    # What encoders made of images and sounds is there, and empty, where there are none.
+    encoded = model_kwargs.pop("mm_encoder_outputs", None) or {}
+    given = {name for name, value in model_kwargs.items() if not _says_nothing(name, value)}
+    if unknown := (given | {f"{kind}s" for kind in encoded}) - _PREPARED:
         raise ValueError(
             f"{', '.join(sorted(unknown))}: msn_ext.generate does not support model inputs beside"
             " input_ids"
         )
     return past_key_values
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Return whether a model input is none: nothing, or that all tokens are of type 0, text."""
+    types = name in ("token_type_ids", "mm_token_type_ids")
+    return value is None or (types and not bool(value.any()))
 
 
 def _padding(input_ids: Tensor, attention_mask: Tensor | None, pad: int | None) -> Tensor:

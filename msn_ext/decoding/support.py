@@ -91,6 +91,28 @@ def _window(config, layer: int) -> int:
     )
 
 
+def _check_decoder(model) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        _refuse(model, "it is an encoder-decoder model")
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse before transformers prepares anything for it, an encoder's pass, say.
+
+    Raises:
+        ValueError: the model has an encoder, or weights that are not in memory.
+    """
+    _check_decoder(model)
+    weights = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    if absent := sum(weight.is_meta for weight in weights):
+        _refuse(
+            model,
+            f"{absent} of its {len(weights)} weights are not in memory (device meta): offloaded by"
+            " accelerate, or never loaded; expected all, as without device_map or with more"
+            " max_memory",
+        )
+
+
 def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
     """Return the way to make ``model`` attend to a tree.
 
@@ -123,8 +145,7 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
 
 def _check_kind(model: PreTrainedModel) -> None:
     """Refuse models that are no decoders whose nodes can be rolled back and have positions."""
-    if model.config.is_encoder_decoder:
-        _refuse(model, "it is an encoder-decoder model")
+    _check_decoder(model)
     # GenerationMixin's, which PreTrainedModel does not declare.
     dynamic_cache = model._supports_default_dynamic_cache()  # type: ignore[operator]
     if getattr(model, "_is_stateful", False) or not dynamic_cache:
@@ -224,18 +245,18 @@ def _probe(model: PreTrainedModel, attention: KernelAttention) -> None:
     cache.at(lengths, len(tree), 6 + len(tree))
     windows: dict[int, int] = {}
     context = TreeContext(lengths, torch.zeros_like(lengths), tensors.ancestors, windows)
-    with attention.over_tree(context, cache.end) as mask:
-        found = (
-            model(
-                input_ids=nodes,
-                attention_mask=mask,
-                position_ids=lengths[:, None] + tensors.depth,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            .logits[0]
-            .float()
-        )
+    over_tree = attention.over_tree(
+        context,
+        cache.end,
+        lambda mask: model(
+            input_ids=nodes,
+            attention_mask=mask,
+            position_ids=lengths[:, None] + tensors.depth,
+            past_key_values=cache,
+            use_cache=True,
+        ),
+    )
+    found = over_tree.logits[0].float()
     for layer, window in sorted(windows.items()):
         if window != (wanted := _window(config, layer)):
             _refuse(

@@ -66,8 +66,9 @@ class TransformersForward:
         padded = bool((offsets > 0).any())
         columns = torch.arange(slots, device=ids.device)
         mask = (columns >= offsets[:, None]).long() if padded else None
-        with self._attention.over_text():
-            return self._logits(ids[:, start:], positions[:, start:], mask, keep)
+        return self._attention.over_text(
+            lambda: self._logits(ids[:, start:], positions[:, start:], mask, keep)
+        )
 
     def check(
         self,
@@ -81,8 +82,9 @@ class TransformersForward:
         nodes = tokens.shape[1]
         self._cache.at(prefix, nodes, end)
         context = TreeContext(prefix, offsets, ancestors)
-        with self._attention.over_tree(context, self._cache.end) as mask:
-            return self._logits(tokens, positions, mask, nodes)
+        return self._attention.over_tree(
+            context, self._cache.end, lambda mask: self._logits(tokens, positions, mask, nodes)
+        )
 
     def _logits(self, ids: Tensor, positions: Tensor, mask, keep: int) -> Tensor:
         limit = {} if self._forwards_all_logits else {"logits_to_keep": keep}
