@@ -3,9 +3,10 @@
 ``generate`` decodes, and gives an ``MSNGenerateOutput`` if asked; ``BestFirst`` drafts what is most
 probable, also from a ``Corpus``, ``DraftTree`` is the shape of a fixed draft (arXiv 2406.17404,
 section 3.3), a ``Drafter`` a source of guesses of your own, which gives a ``Draft`` and is shown
-what was ``Verified``. ``NoisyCollator`` puts noise into training batches (section 3.1),
-``add_noise`` puts it into a trainer that is there already, ``lowest_loss_starts`` finds places for
-it (appendix A). ``prepare`` packs a model's weights in place for decoding on a CPU, ``unprepare``
+what was ``Verified``. ``grammar`` compiles what an answer has to follow, ``stateless`` declares a
+processor of logits that may be asked about guesses. ``NoisyCollator`` puts noise into training
+batches (section 3.1), ``add_noise`` puts it into a trainer that is there already,
+``lowest_loss_starts`` finds places for it (appendix A). ``prepare`` packs a model's weights in place for decoding on a CPU, ``unprepare``
 undoes it; ``build_info()`` says what this installation was built with; the kernels are in
 ``msn_ext.ops``.
 """
@@ -24,8 +25,10 @@ __all__ = [
     "add_noise",
     "build_info",
     "generate",
+    "grammar",
     "lowest_loss_starts",
     "prepare",
+    "stateless",
     "unprepare",
 ]
 
@@ -38,7 +41,9 @@ _HOMES = dict.fromkeys(
         "DraftTree",
         "Drafter",
         "Verified",
+        "grammar",
         "prepare",
+        "stateless",
         "unprepare",
     ),
     "decoding",

@@ -18,7 +18,9 @@ from .drafters import (
     Verified,
 )
 from .engine import prepare, unprepare
+from .grammars import grammar
 from .loop import decode
+from .processors import stateless
 from .request import Request
 from .runner import runner_for
 from .support import attention_for
@@ -43,8 +45,10 @@ __all__ = [
     "Verified",
     "attention_for",
     "decode",
+    "grammar",
     "greedy",
     "prepare",
     "runner_for",
+    "stateless",
     "unprepare",
 ]

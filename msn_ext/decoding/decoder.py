@@ -14,6 +14,7 @@ from .drafters import Draft, DraftTree, Verified, as_compared
 from .forward import ForwardPass
 from .forward.native import NativeForward
 from .forward.transformers import TransformersForward
+from .grammars import FORCED, GrammarFollower
 from .processors import Texts
 from .request import Request
 from .verification import greedy
@@ -66,6 +67,7 @@ class Decoder:
         batch, prompt = request.input_ids.shape
         self.drafter = request.drafter
         self.targets, self._processors = request.targets, request.processors
+        self._grammars = [p for p in self._processors if isinstance(p, GrammarFollower)]
         self._config = request.model.config.get_text_config(decoder=True)
         self._room = room
         self._pass: ForwardPass
@@ -142,6 +144,10 @@ class Decoder:
     def prefill(self) -> PassResult:
         """Run the first pass: the prompt, and after it a chain of guesses, checked like a tree."""
         guesses = self.drafter.first(self._history, self._lengths)
+        for grammar in self._grammars:
+            grammar.advance(self._history, self._lengths)
+        if self._grammars and guesses.shape[1]:
+            guesses = self._grammars[0].opening(guesses)
         draft = self._chain(None if self._straddles(guesses.shape[1]) else guesses)
         prompts = self._prompts[:, : self._prompt_slots]
         return self._prefill(torch.cat([prompts, draft.tokens[:, 1:]], dim=1), draft)
@@ -160,18 +166,23 @@ class Decoder:
         """Run a later pass: a tree after the cached prefix."""
         if self._recomputes and self._last_root == self._boundary:
             return self._prefill(self._history[:, : self._last_root + 1], self._chain())
-        if self._straddles(self.drafter.max_depth):
+        for grammar in self._grammars:
+            grammar.advance(self._history, self._lengths)
+        depth = self.drafter.max_depth
+        if self._straddles(max(depth, FORCED) if self._grammars else depth):
             draft = self._chain()
         else:
             draft = self.drafter.propose(self._history, self._lengths)
+            if self._grammars and depth:
+                draft = self._grammars[0].with_forced(draft)
             draft.tokens[:, :1] = self._roots()  # in place, as Draft says
         if self.targets is not greedy:
             # The root may be what could not be drawn, where the host does not know yet of that.
             draft.tokens.clamp_(max=self._config.vocab_size - 1)
         prefix = self._prefix()
         # Padding nodes have depth -1; they are computed at the root's position and never used.
-        depth = draft.depth.clamp(min=0)
-        positions = ((self._lengths - 1)[:, None] + depth).minimum(self._last_position[:, None])
+        depths = draft.depth.clamp(min=0)
+        positions = ((self._lengths - 1)[:, None] + depths).minimum(self._last_position[:, None])
         end = self._last_root + len(draft)
         logits = self._pass.check(
             draft.tokens, positions, prefix, self._offsets, draft.ancestors, end
@@ -192,7 +203,15 @@ class Decoder:
                 as_compared(logits), draft.tokens, draft.parents
             )
         else:
-            texts = Texts(draft, self._history, self._lengths, self._prompts, self._offsets)
+            texts = Texts(
+                draft,
+                self._history,
+                self._lengths,
+                self._prompts,
+                self._offsets,
+                self._remaining,
+                self._eos,
+            )
             targets = self.targets(logits, positions, self._processors, texts)
             accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._pass.commit(prefix, path, accepted)

@@ -4,14 +4,18 @@ penalty, …
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     ExponentialDecayLengthPenalty,
@@ -24,6 +28,7 @@ from transformers.generation import (
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
@@ -33,9 +38,11 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
 )
 
 from .drafters import Draft
+from .grammars import Grammar, GrammarFollower, allowed_only
 
 ROWS = 64  # of logits that are processed at a time, some of it in float64
 PREFIX_FREE = frozenset(
@@ -66,9 +73,34 @@ PREFIX_BOUND = frozenset(
         ForcedBOSTokenLogitsProcessor,
         ForcedEOSTokenLogitsProcessor,
         SuppressTokensAtBeginLogitsProcessor,
+        PrefixConstrainedLogitsProcessor,
+        EncoderRepetitionPenaltyLogitsProcessor,
+        EncoderNoRepeatNGramLogitsProcessor,
+        WatermarkLogitsProcessor,
     }
 )
 """Processors whose result depends on nothing but the text before and the logits."""
+REFUSED = {
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "runs the model itself, token by token",
+    "ClassifierFreeGuidanceLogitsProcessor": "needs the logits of two texts",
+    "DiaClassifierFreeGuidanceLogitsProcessor": "needs the logits of two texts",
+    "SynthIDTextWatermarkLogitsProcessor": "remembers which contexts it has seen",
+}
+"""Processors that cannot be declared ``stateless`` either, and why."""
+
+_Processor = TypeVar("_Processor")
+
+
+def stateless(processor: _Processor) -> _Processor:
+    """Declare that a processor of logits is a function of ``(input_ids, scores)`` alone, row by
+    row, so that :func:`msn_ext.generate` may ask it about guesses, several of one row at a time.
+
+    Args:
+        processor: a class, an object or a function, which gets ``stateless = True``. Can be used as
+            a decorator.
+    """
+    processor.stateless = True  # type: ignore[attr-defined]
+    return processor
 
 
 def checked_processors(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
@@ -79,12 +111,20 @@ def checked_processors(processors: LogitsProcessorList, rows: int) -> LogitsProc
     """
     found, known = LogitsProcessorList(), PREFIX_FREE | PREFIX_BOUND
     for processor in processors:
-        if type(processor) not in known:
+        name = getattr(processor, "__name__", type(processor).__name__)
+        if type(processor).__name__ in REFUSED:
+            raise ValueError(f"{name} {REFUSED[name]}; msn_ext.generate cannot follow it")
+        if isinstance(processor, Grammar):
+            found.append(GrammarFollower(processor, rows))
+            continue
+        if type(processor) not in known and not getattr(processor, "stateless", False):
             names = ", ".join(sorted(kind.__name__ for kind in known))
             raise ValueError(
                 f"{type(processor).__name__} may keep a state from token to token, which guesses"
-                f" would spoil; msn_ext.generate supports {names}"
+                f" would spoil; msn_ext.generate supports {names}, and what is declared with"
+                " msn_ext.stateless"
             )
+        _check_encoder_rows(processor, rows)
         ignored = getattr(processor, "prompt_ignore_length", None)
         if isinstance(ignored, Tensor):  # transformers' own, of padding
             if ignored.shape != (rows,):
@@ -96,6 +136,18 @@ def checked_processors(processors: LogitsProcessorList, rows: int) -> LogitsProc
                 processor = RepetitionPenaltyLogitsProcessor(processor.penalty)
         found.append(processor)
     return found
+
+
+def _check_encoder_rows(processor, rows: int) -> None:
+    """Raise ValueError where a processor's own texts are not as many as divide the rows."""
+    if type(processor) is EncoderRepetitionPenaltyLogitsProcessor:
+        own = len(processor.encoder_input_ids)
+    elif type(processor) is EncoderNoRepeatNGramLogitsProcessor:
+        own = processor.batch_size
+    else:
+        return
+    if rows % own:
+        raise ValueError(f"encoder_input_ids has {own} rows; expected {rows}, as input_ids has")
 
 
 def at_once(processor: LogitsProcessor) -> bool:
@@ -115,6 +167,8 @@ class Texts:
         draft: of B rows and N nodes.
         history, lengths: as a :class:`.drafters.Drafter` has them, before the draft was checked.
         prompts: int64 [B, P or more], of which the first ``offsets`` [B] of a row are padding.
+        remaining: int64 [B], tokens that the rows may still gain; 0: nobody asks about it any more.
+        ends: int64 [E], the tokens that end a row.
     """
 
     draft: Draft
@@ -122,6 +176,8 @@ class Texts:
     lengths: Tensor
     prompts: Tensor
     offsets: Tensor
+    remaining: Tensor
+    ends: Tensor
 
     def before(self, vocabulary: int) -> Tensor:
         """Mark the tokens that the texts have up to the root, padding included: bool [B,
@@ -149,10 +205,11 @@ class Texts:
     def by_depth(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Go row by row and depth by depth: the row, the places of its nodes among all B * N,
         int64 [R], and the texts up to them, int64 [R, L], as transformers has them, with padding in
-        front. Waits for the device; padding nodes have none.
+        front. Waits for the device; padding nodes and rows that have ended have none.
         """
         device, shape = self.history.device, self.draft.tokens.shape
         lengths, offsets = self.lengths.tolist(), self.offsets.tolist()
+        remaining = self.remaining.tolist()
         rows = zip(
             *(
                 x.expand(shape).tolist()
@@ -160,6 +217,8 @@ class Texts:
             )
         )
         for b, (tokens, parents, depths) in enumerate(rows):
+            if not remaining[b]:
+                continue
             before = torch.cat([self.prompts[b, : offsets[b]], self.history[b, : lengths[b]]])
             paths: list[list[int]] = [[]]
             for node in range(1, len(tokens)):
@@ -183,12 +242,56 @@ def processed(
     if all(map(at_once, processors)):
         yield from _processed_at_once(logits, processors, texts)
         return
-    last = None
+    last, reached = None, _Reached(texts)
+    masks = {
+        id(follower): follower.masks(texts.draft)
+        for follower in processors
+        if isinstance(follower, GrammarFollower)
+    }
     for row, places, text in texts.by_depth():
         if row != last:
-            last, own = row, _of_row(processors, row)
-        scores = cast(torch.FloatTensor, logits[places].float())
-        yield places, own(cast(torch.LongTensor, text), scores)
+            last, own = row, _of_row(processors, row, len(texts.lengths))
+        asked = reached.asked(places)
+        places, text = places[asked], text[asked]
+        if not len(places):
+            continue
+        scores = logits[places].float()
+        for processor in own:
+            if isinstance(processor, GrammarFollower):
+                scores = allowed_only(scores, masks[id(processor)][places])
+            else:
+                scores = processor(cast(torch.LongTensor, text), cast(torch.FloatTensor, scores))
+        reached.go_on(places, scores)
+        yield places, scores
+
+
+class _Reached:
+    """Which nodes of a draft plain decoding might come to. About others it would never ask, and a
+    processor may have no answer: their own token, or one above, has no probability or is an end.
+    """
+
+    def __init__(self, texts: Texts):
+        shape = texts.draft.tokens.shape
+        self._tokens = texts.draft.tokens.flatten()
+        first = torch.arange(shape[0], device=self._tokens.device)[:, None] * shape[1]
+        parents = texts.draft.parents.expand(shape)
+        self._parents = torch.where(parents < 0, -1, parents + first).flatten()
+        self._nodes = self._parents < 0  # roots, and padding
+        self._ended = (~self._nodes) & torch.isin(self._tokens, texts.ends)
+
+    def asked(self, places: Tensor) -> Tensor:
+        """Return of which of the places [R] the next token is asked for, bool [R]."""
+        return self._nodes[places] & ~self._ended[places]
+
+    def go_on(self, places: Tensor, scores: Tensor) -> None:
+        """Note by the scores [R, V] after the nodes at the places which come after them."""
+        at = torch.full_like(self._parents, -1)
+        at[places] = torch.arange(len(places), dtype=at.dtype, device=at.device)
+        below = (self._parents >= 0).logical_and_(at[self._parents] >= 0).nonzero()[:, 0]
+        above = at[self._parents[below]].long()
+        possible = ~scores.isneginf()
+        possible |= ~possible.any(1, keepdim=True)  # then any token may be taken
+        self._nodes[below] = possible[above, self._tokens[below]]
 
 
 def _processed_at_once(
@@ -216,12 +319,31 @@ def _processed_at_once(
         yield places, scores
 
 
-def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+def _of_row(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
     """Return the same; of those that tell the rows of a batch apart, what is meant for this one."""
     found = LogitsProcessorList()
     for processor in processors:
         ignored = getattr(processor, "prompt_ignore_length", None)
         if isinstance(ignored, Tensor):
             processor = RepetitionPenaltyLogitsProcessor(processor.penalty, int(ignored[row]))
+        elif type(processor) is PrefixConstrainedLogitsProcessor:
+            allowed = processor._prefix_allowed_tokens_fn
+            processor = PrefixConstrainedLogitsProcessor(
+                functools.partial(_allowed_in_row, allowed, row), 1
+            )
+        elif type(processor) is EncoderRepetitionPenaltyLogitsProcessor:
+            own = processor.encoder_input_ids
+            processor = copy.copy(processor)
+            processor.encoder_input_ids = own[row * len(own) // rows][None]
+        elif type(processor) is EncoderNoRepeatNGramLogitsProcessor:
+            processor = copy.copy(processor)
+            processor.generated_ngrams = [
+                processor.generated_ngrams[row * processor.batch_size // rows]
+            ]
+            processor.batch_size = 1
         found.append(processor)
     return found
+
+
+def _allowed_in_row(allowed: Callable[[int, Tensor], list[int]], row: int, _, text: Tensor):
+    return allowed(row, text)
