@@ -6,9 +6,9 @@ section 3.3), a ``Drafter`` a source of guesses of your own, which gives a ``Dra
 what was ``Verified``. ``grammar`` compiles what an answer has to follow, ``stateless`` declares a
 processor of logits that may be asked about guesses. ``NoisyCollator`` puts noise into training
 batches (section 3.1), ``add_noise`` puts it into a trainer that is there already,
-``lowest_loss_starts`` finds places for it (appendix A). ``prepare`` packs a model's weights in place for decoding on a CPU, ``unprepare``
-undoes it; ``build_info()`` says what this installation was built with; the kernels are in
-``msn_ext.ops``.
+``lowest_loss_starts`` finds places for it (appendix A). ``prepare`` packs a model's weights in
+place for decoding on a CPU, ``unprepare`` undoes it; ``build_info()`` says what this installation
+was built with; the kernels are in ``msn_ext.ops``.
 """
 
 import importlib

@@ -114,17 +114,21 @@ class Grammar(LogitsProcessor):
             for row, token in enumerate(input_ids[:, -1].tolist()):
                 self._plain.accept(row, [token])
         self._seen = input_ids.clone()
-        return allowed_only(scores, self._plain.roots().to(scores.device))
+        return self.applied(scores, self._plain.roots().to(scores.device))
+
+    def applied(self, scores: Tensor, masks: Tensor) -> Tensor:
+        """Return scores [R, V], -inf where the bits of int32 masks [R, W] are 0, and at what is no
+        token of the tokenizer's.
+        """
+        return _applied(scores, masks, self.compiled.tokenizer_info.vocab_size)
 
 
-def allowed_only(scores: Tensor, masks: Tensor) -> Tensor:
-    """Return scores [R, V], -inf where the bits of int32 masks [R, W] are 0. Where nothing that is
-    allowed is left by what was applied before, all that is allowed is 0.
-    """
+def _applied(scores: Tensor, masks: Tensor, vocabulary: int) -> Tensor:
     bits = masks[..., None] >> torch.arange(32, dtype=torch.int32, device=masks.device) & 1
-    allowed = bits.flatten(1)[:, : scores.shape[1]] > 0
+    allowed = bits.flatten(1)[:, : min(vocabulary, scores.shape[1])] > 0
     allowed = torch.nn.functional.pad(allowed, (0, scores.shape[1] - allowed.shape[1]))
     found = scores.masked_fill(~allowed, -torch.inf)
+    # Where what was applied before has left nothing that is allowed: it is allowed still.
     nothing = found.isneginf().all(1, keepdim=True)
     return torch.where(nothing & allowed, 0.0, found)
 
@@ -137,8 +141,8 @@ class Matchers:
         self._grammar, self._stops = grammar, grammar.compiled.tokenizer_info.stop_token_ids
         self._matchers = [xgrammar.GrammarMatcher(grammar.compiled) for _ in range(rows)]
         self._free = [False] * rows  # of rows whose text the grammar does not have
-        vocabulary = grammar.compiled.tokenizer_info.vocab_size
-        self._words = xgrammar.get_bitmask_shape(1, vocabulary)[1]
+        self._vocabulary = grammar.compiled.tokenizer_info.vocab_size
+        self._words = xgrammar.get_bitmask_shape(1, self._vocabulary)[1]
 
     def masks(self, count: int) -> Tensor:
         """Return masks [count, W] that allow nothing."""
@@ -150,8 +154,9 @@ class Matchers:
         """
         matcher = self._matchers[row]
         for token in tokens:
-            if not (self._free[row] or matcher.is_terminated() or matcher.accept_token(token)):
-                self._free[row] = True
+            if self.ends(row):
+                return
+            self._free[row] = token >= self._vocabulary or not matcher.accept_token(token)
 
     def ends(self, row: int) -> bool:
         """Return whether the grammar has no say in what follows, but that the text has ended."""
@@ -188,7 +193,7 @@ class Matchers:
             return masks
         child, sibling = torch.full((2, len(tokens)), -1, dtype=torch.int64, device="cpu").tolist()
         for node in range(len(tokens) - 1, 0, -1):
-            if parents[node] >= 0:
+            if parents[node] >= 0 and tokens[node] < self._vocabulary:
                 sibling[node], child[parents[node]] = child[parents[node]], node
         walk = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in (child, sibling, tokens))
         self._matchers[row].traverse_draft_tree(*walk, masks)
@@ -231,7 +236,7 @@ class GrammarFollower:
     """
 
     def __init__(self, grammar: Grammar, rows: int):
-        self._matchers = Matchers(grammar, rows)
+        self.grammar, self._matchers = grammar, Matchers(grammar, rows)
         self._ends: list[int] | None = None  # of the texts that the matchers have accepted
 
     def advance(self, history: Tensor, lengths: Tensor) -> None:

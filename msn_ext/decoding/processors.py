@@ -42,7 +42,7 @@ from transformers.generation import (
 )
 
 from .drafters import Draft
-from .grammars import Grammar, GrammarFollower, allowed_only
+from .grammars import Grammar, GrammarFollower
 
 ROWS = 64  # of logits that are processed at a time, some of it in float64
 PREFIX_FREE = frozenset(
@@ -258,7 +258,7 @@ def processed(
         scores = logits[places].float()
         for processor in own:
             if isinstance(processor, GrammarFollower):
-                scores = allowed_only(scores, masks[id(processor)][places])
+                scores = processor.grammar.applied(scores, masks[id(processor)][places])
             else:
                 scores = processor(cast(torch.LongTensor, text), cast(torch.FloatTensor, scores))
         reached.go_on(places, scores)
