@@ -208,7 +208,10 @@ class Matchers:
         matcher, found = self._matchers[row], list[int]()
         encode = self._grammar.tokenizer.encode
         while len(found) < FORCED and not matcher.is_terminated():
-            text = matcher.find_jump_forward_string()
+            try:
+                text = matcher.find_jump_forward_string()
+            except UnicodeDecodeError:  # it begins or ends within a character
+                text = ""
             tokens = encode(text, add_special_tokens=False) if text else self._only(row)
             before = len(found)
             for token in tokens[: FORCED - before]:

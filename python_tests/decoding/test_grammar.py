@@ -149,7 +149,10 @@ def test_random_grammars_give_plain_decodings_text(tokenizer, case):
             if 2 not in row:
                 continue
             answer = tokenizer.decode(row[: row.index(2)], clean_up_tokenization_spaces=False)
-            assert re.fullmatch(pattern, answer) if case % 2 else json.loads(answer) is not ...
+            if case % 2:
+                assert re.fullmatch(pattern, answer)
+            else:
+                json.loads(answer, strict=False)  # xgrammar's strings may have control characters
 
 
 def test_what_is_bound_to_come_costs_no_passes(tokenizer):
