@@ -334,7 +334,7 @@ def _of_row(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProce
         elif type(processor) is EncoderRepetitionPenaltyLogitsProcessor:
             own = processor.encoder_input_ids
             processor = copy.copy(processor)
-            processor.encoder_input_ids = own[row * len(own) // rows][None]
+            processor.encoder_input_ids = cast(torch.LongTensor, own[row * len(own) // rows][None])
         elif type(processor) is EncoderNoRepeatNGramLogitsProcessor:
             processor = copy.copy(processor)
             processor.generated_ngrams = [

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +189,20 @@ def test_a_call_goes_on_from_the_end_of_another(tokenizer):
             options = dict(do_sample=False, max_new_tokens=1, eos_token_id=2, pad_token_id=0)
             text = decode(text, logits_processor=[grammar], **options)
             assert tokenizer.decode(text[0, -1:]) in ("a", "b")
+
+
+def test_the_documents_examples(tokenizer):
+    page = Path(__file__).parents[2] / "docs" / "grammars.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    model = tiny_model("llama", 1, vocab_size=VOCAB)
+    model.generation_config.eos_token_id = 2
+    names = dict(model=model, tokenizer=tokenizer, ids=torch.tensor([[5, 6, 7]]))
+    for block in blocks:
+        exec(block, names)
+    assert re.match(r'\{"age": -?\d', names["answer"])
+    options = dict(max_new_tokens=20, logits_processor=[names["no_repeat"]])
+    row = generate(model, names["ids"], **options)[0, 2:].tolist()
+    assert all(a != b for a, b in zip(row, row[1:]))
 
 
 @pytest.mark.parametrize(
