@@ -3,12 +3,12 @@
 ``generate`` decodes, and gives an ``MSNGenerateOutput`` if asked; ``BestFirst`` drafts what is most
 probable, also from a ``Corpus``, ``DraftTree`` is the shape of a fixed draft (arXiv 2406.17404,
 section 3.3), a ``Drafter`` a source of guesses of your own, which gives a ``Draft`` and is shown
-what was ``Verified``. ``NoisyCollator`` puts noise into training batches (section 3.1),
-``add_noise`` puts it into a trainer that is there already, ``lowest_loss_starts`` finds places for
-it (appendix A). ``prepare`` packs a model's weights in place for decoding on a CPU, ``unprepare``
-undoes it; ``grammar`` holds an answer to a JSON schema, ``stateless`` declares that a processor of
-logits may be asked about guesses; ``build_info()`` says what this installation was built with; the
-kernels are in ``msn_ext.ops``.
+what was ``Verified``. ``grammar`` compiles what an answer has to follow, ``stateless`` declares a
+processor of logits that may be asked about guesses. ``NoisyCollator`` puts noise into training
+batches (section 3.1), ``add_noise`` puts it into a trainer that is there already,
+``lowest_loss_starts`` finds places for it (appendix A). ``prepare`` packs a model's weights in
+place for decoding on a CPU, ``unprepare`` undoes it; ``build_info()`` says what this installation
+was built with; the kernels are in ``msn_ext.ops``.
 """
 
 import importlib

@@ -16,7 +16,7 @@ from .drafters.checks import checked_chain, checked_draft, is_others
 from .forward import ForwardPass
 from .forward.native import NativeForward
 from .forward.transformers import TransformersForward
-from .grammars import Grammar
+from .grammars import FORCED, GrammarFollower
 from .outputs import Outputs
 from .past import KeysValues, reused_of
 from .processors import Texts, processed
@@ -84,10 +84,10 @@ class Decoder:
         batch, prompt = request.input_ids.shape
         self.drafter = request.drafter
         self.targets, self._processors = request.targets, request.processors
+        self._grammars = [p for p in self._processors if isinstance(p, GrammarFollower)]
         self._config = request.model.config.get_text_config(decoder=True)
         self._vocabulary = self._config.vocab_size
         self._room, self._kept = room, request.outputs
-        self._grammar = next((p for p in self._processors if isinstance(p, Grammar)), None)
         self._pass: ForwardPass
         if request.packed is not None:
             self._pass = NativeForward(request.packed, batch)
@@ -171,6 +171,9 @@ class Decoder:
         if self._checks:
             texts = self._history
             guesses, wrong = checked_chain(guesses, self.drafter, texts, self._vocabulary)
+        self._follow_texts()
+        if self._grammars and guesses.shape[1]:
+            guesses = self._grammars[0].opening(guesses)
         alone = self._looks_ahead or self._straddles(guesses.shape[1])
         draft = self._chain(None if alone else guesses)
         prompts = self._prompts[:, : self._prompt_slots]
@@ -198,16 +201,17 @@ class Decoder:
         """Run a later pass: a tree after the cached prefix."""
         if self._recomputes and self._last_root == self._boundary:
             return self._prefill(self._history[:, : self._last_root + 1], self._chain())
-        wrong = None
-        if self._straddles(self.drafter.max_depth):
+        wrong, depth = None, self.drafter.max_depth
+        self._follow_texts()
+        if self._straddles(max(depth, FORCED) if self._grammars else depth):
             draft = self._chain()
         else:
             draft = self.drafter.propose(self._history, self._lengths)
             if self._checks:
                 texts = self._history
                 draft, wrong = checked_draft(draft, self.drafter, texts, self._vocabulary)
-            if self._grammar is not None:
-                draft = self._with_forced(draft, self._grammar)
+            if self._grammars and depth:
+                draft = self._grammars[0].with_forced(draft)
         # The root may be what could not be drawn, where the host does not know yet of that.
         positions, prefix = ops.place_tree(
             draft.tokens,
@@ -224,29 +228,10 @@ class Decoder:
         )
         return self._verify(draft, positions, logits, prefix).but(wrong)
 
-    def _with_forced(self, draft: Draft, grammar: Grammar) -> Draft:
-        """Add the tokens that a grammar leaves no choice about, a chain below the root; waits for
-        the device.
-        """
-        most = min(self.drafter.max_depth, MAX_NODES - len(draft))
-        begin, end = self._prompt_lengths.tolist(), self._lengths.tolist()
-        forced = [
-            grammar.forced(text[begin[b] : end[b]], most, self._vocabulary)
-            for b, text in enumerate(self._history.tolist())
-        ]
-        if not any(forced):
-            return draft
-        longest, nodes = max(map(len, forced)), len(draft)
-        tokens = [row + [0] * (longest - len(row)) for row in forced]
-        parents = [
-            [-1 if i >= len(row) else nodes + i - 1 if i else 0 for i in range(longest)]
-            for row in forced
-        ]
-        above = draft.parents.expand(draft.tokens.shape)
-        return Draft.of(
-            torch.cat([draft.tokens, draft.tokens.new_tensor(tokens)], dim=1),
-            torch.cat([above, above.new_tensor(parents)], dim=1),
-        )
+    def _follow_texts(self) -> None:
+        """Let grammars know what the texts have gained; waits for the device."""
+        for grammar in self._grammars:
+            grammar.advance(self._history, self._lengths)
 
     def _prefix(self) -> Tensor:
         """Return the slots of each row before its root, int64 [B]."""
@@ -262,7 +247,15 @@ class Decoder:
                 as_compared(logits), draft.tokens, draft.parents
             )
         else:
-            texts = Texts(draft, self._history, self._lengths, self._prompts, self._offsets)
+            texts = Texts(
+                draft,
+                self._history,
+                self._lengths,
+                self._prompts,
+                self._offsets,
+                self._remaining,
+                self._eos,
+            )
             targets = self.targets(logits, positions, self._processors, texts)
             accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._pass.commit(prefix, path, accepted)
@@ -307,7 +300,10 @@ class Decoder:
         outputs = {"logits": logits, "scores": logits}
         if self._processors and "scores" in self._kept:
             chain = Draft.shaped(tokens, DraftTree.chain(tokens.shape[1]).tensors(tokens.device))
-            texts = Texts(chain, self._history, lengths, self._prompts, self._offsets)
+            going, endless = torch.ones_like(lengths), self._eos[:0]
+            texts = Texts(
+                chain, self._history, lengths, self._prompts, self._offsets, going, endless
+            )
             scores = torch.empty_like(logits)
             for places, those in processed(logits, self._processors, texts, every=True):
                 scores.flatten(0, 1)[places] = those
@@ -338,6 +334,7 @@ class Decoder:
         for the last token: their last one and the padding after it, as plain decoding reads them.
         Yield the first new token that some outputs are of, and the outputs.
         """
+        self._follow_texts()
         slots, start = sequences.shape[1] - 1, int(self._prefix().min())
         for b, offset in enumerate(self._offsets.tolist() if start < slots else ()):
             self._history[b, : slots + 1 - offset] = sequences[b, offset:]

@@ -5,7 +5,8 @@ penalty, …
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -41,7 +42,7 @@ from transformers.generation import (
 )
 
 from .drafters import Draft
-from .grammars import Grammar
+from .grammars import Grammar, GrammarFollower
 
 ROWS = 64  # of logits that are processed at a time, some of it in float64
 PREFIX_FREE = frozenset(
@@ -72,48 +73,58 @@ PREFIX_BOUND = frozenset(
         ForcedBOSTokenLogitsProcessor,
         ForcedEOSTokenLogitsProcessor,
         SuppressTokensAtBeginLogitsProcessor,
+        PrefixConstrainedLogitsProcessor,
         EncoderRepetitionPenaltyLogitsProcessor,
         EncoderNoRepeatNGramLogitsProcessor,
-        PrefixConstrainedLogitsProcessor,
         WatermarkLogitsProcessor,
     }
 )
 """Processors whose result depends on nothing but the text before and the logits."""
+REFUSED = {
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "runs the model itself, token by token",
+    "ClassifierFreeGuidanceLogitsProcessor": "needs the logits of two texts",
+    "DiaClassifierFreeGuidanceLogitsProcessor": "needs the logits of two texts",
+    "SynthIDTextWatermarkLogitsProcessor": "remembers which contexts it has seen",
+}
+"""Processors that cannot be declared ``stateless`` either, and why."""
 
-P = TypeVar("P")
+_Processor = TypeVar("_Processor")
 
 
-def stateless(processor: P) -> P:
-    """Declare that what a processor of logits does with a row depends on nothing but that row's
-    text and logits: :func:`msn_ext.generate` then asks it about guesses, too, in any order.
+def stateless(processor: _Processor) -> _Processor:
+    """Declare that a processor of logits is a function of ``(input_ids, scores)`` alone, row by
+    row, so that :func:`msn_ext.generate` may ask it about guesses, several of one row at a time.
 
     Args:
-        processor: a class (as a decorator) or an object, with ``__call__(input_ids, scores)`` for
-            int64 [R, L] and float32 [R, V]; gets the attribute ``stateless``.
+        processor: a class, an object or a function, which gets ``stateless = True``. Can be used as
+            a decorator.
     """
     processor.stateless = True  # type: ignore[attr-defined]
     return processor
 
 
-def checked_processors(
-    processors: LogitsProcessorList, rows: int, prompt: int
-) -> LogitsProcessorList:
-    """Return the processors as they apply to the nodes of ``rows`` rows after ``prompt`` slots.
+def checked_processors(processors: LogitsProcessorList, rows: int) -> LogitsProcessorList:
+    """Return the processors as they apply to the nodes of ``rows`` rows.
 
     Raises:
         ValueError: one of them cannot be followed; says why.
     """
     found, known = LogitsProcessorList(), PREFIX_FREE | PREFIX_BOUND
     for processor in processors:
+        name = getattr(processor, "__name__", type(processor).__name__)
+        if type(processor).__name__ in REFUSED:
+            raise ValueError(f"{name} {REFUSED[name]}; msn_ext.generate cannot follow it")
         if isinstance(processor, Grammar):
-            processor = processor.after(prompt, rows)
-        elif type(processor) not in known and getattr(processor, "stateless", False) is not True:
+            found.append(GrammarFollower(processor, rows))
+            continue
+        if type(processor) not in known and not getattr(processor, "stateless", False):
             names = ", ".join(sorted(kind.__name__ for kind in known))
             raise ValueError(
                 f"{type(processor).__name__} may keep a state from token to token, which guesses"
-                f" would spoil; msn_ext.generate supports {names}, msn_ext.grammar(…), and what"
-                " msn_ext.stateless declares to keep none"
+                f" would spoil; msn_ext.generate supports {names}, and what is declared with"
+                " msn_ext.stateless"
             )
+        _check_encoder_rows(processor, rows)
         ignored = getattr(processor, "prompt_ignore_length", None)
         if isinstance(ignored, Tensor):  # transformers' own, of padding
             if ignored.shape != (rows,):
@@ -125,6 +136,18 @@ def checked_processors(
                 processor = RepetitionPenaltyLogitsProcessor(processor.penalty)
         found.append(processor)
     return found
+
+
+def _check_encoder_rows(processor, rows: int) -> None:
+    """Raise ValueError where a processor's own texts are not as many as divide the rows."""
+    if type(processor) is EncoderRepetitionPenaltyLogitsProcessor:
+        own = len(processor.encoder_input_ids)
+    elif type(processor) is EncoderNoRepeatNGramLogitsProcessor:
+        own = processor.batch_size
+    else:
+        return
+    if rows % own:
+        raise ValueError(f"encoder_input_ids has {own} rows; expected {rows}, as input_ids has")
 
 
 def at_once(processor: LogitsProcessor) -> bool:
@@ -144,6 +167,8 @@ class Texts:
         draft: of B rows and N nodes.
         history, lengths: as a :class:`.drafters.Drafter` has them, before the draft was checked.
         prompts: int64 [B, P or more], of which the first ``offsets`` [B] of a row are padding.
+        remaining: int64 [B], tokens that the rows may still gain; 0: nobody asks about it any more.
+        ends: int64 [E], the tokens that end a row.
     """
 
     draft: Draft
@@ -151,6 +176,8 @@ class Texts:
     lengths: Tensor
     prompts: Tensor
     offsets: Tensor
+    remaining: Tensor
+    ends: Tensor
 
     def before(self, vocabulary: int) -> Tensor:
         """Mark the tokens that the texts have up to the root, padding included: bool [B,
@@ -178,10 +205,11 @@ class Texts:
     def by_depth(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Go row by row and depth by depth: the row, the places of its nodes among all B * N,
         int64 [R], and the texts up to them, int64 [R, L], as transformers has them, with padding in
-        front. Waits for the device; padding nodes have none.
+        front. Waits for the device; padding nodes and rows that have ended have none.
         """
         device, shape = self.history.device, self.draft.tokens.shape
         lengths, offsets = self.lengths.tolist(), self.offsets.tolist()
+        remaining = self.remaining.tolist()
         rows = zip(
             *(
                 x.expand(shape).tolist()
@@ -189,6 +217,8 @@ class Texts:
             )
         )
         for b, (tokens, parents, depths) in enumerate(rows):
+            if not remaining[b]:
+                continue
             before = torch.cat([self.prompts[b, : offsets[b]], self.history[b, : lengths[b]]])
             paths: list[list[int]] = [[]]
             for node in range(1, len(tokens)):
@@ -206,36 +236,63 @@ def processed(
     logits: Tensor, processors: LogitsProcessorList, texts: Texts, every: bool = False
 ) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """Yield places of nodes among all B * N, and their logits as the processors leave them, float32
-    [R, V]. Nodes that the processors forbid after the one above, which are never accepted, may be
-    left out, unless ``every`` one is asked for.
+    [R, V]: of the nodes that plain decoding might come to, or of ``every`` one.
     """
     logits = logits.flatten(0, 1)
     if all(map(at_once, processors)):
         yield from _processed_at_once(logits, processors, texts)
         return
-    last, nodes = None, texts.draft.tokens.shape[1]
-    parents = texts.draft.parents.expand(texts.draft.tokens.shape)
-    before: dict[int, Tensor] = {}  # scores of the level above, by place
+    last, reached = None, _Reached(texts)
+    masks = {
+        id(follower): follower.masks(texts.draft)
+        for follower in processors
+        if isinstance(follower, GrammarFollower)
+    }
     for row, places, text in texts.by_depth():
         if row != last:
-            last, own, before = row, _of_row(processors, row), {}
-        if before and not every:
-            # A guess that the processors forbid is never accepted; what comes after it is no text
-            # that they would ever be asked about.
-            above = (parents[row, places % nodes] + row * nodes).tolist()
-            tokens = texts.draft.tokens.flatten()[places].tolist()
-            allowed = [
-                at in before and before[at][token].item() > -torch.inf
-                for at, token in zip(above, tokens)
-            ]
-            keep = torch.tensor(allowed, device=places.device)
-            places, text = places[keep], text[keep]
-            if not len(places):
-                continue
-        raw = cast(torch.FloatTensor, logits[places].float())
-        scores = own(cast(torch.LongTensor, text), raw)
-        before = dict(zip(places.tolist(), scores))
+            last, own = row, _of_row(processors, row, len(texts.lengths))
+        if not every:
+            asked = reached.asked(places)
+            places, text = places[asked], text[asked]
+        if not len(places):
+            continue
+        scores = logits[places].float()
+        for processor in own:
+            if isinstance(processor, GrammarFollower):
+                scores = processor.grammar.applied(scores, masks[id(processor)][places])
+            else:
+                scores = processor(cast(torch.LongTensor, text), cast(torch.FloatTensor, scores))
+        reached.go_on(places, scores)
         yield places, scores
+
+
+class _Reached:
+    """Which nodes of a draft plain decoding might come to. About others it would never ask, and a
+    processor may have no answer: their own token, or one above, has no probability or is an end.
+    """
+
+    def __init__(self, texts: Texts):
+        shape = texts.draft.tokens.shape
+        self._tokens = texts.draft.tokens.flatten()
+        first = torch.arange(shape[0], device=self._tokens.device)[:, None] * shape[1]
+        parents = texts.draft.parents.expand(shape)
+        self._parents = torch.where(parents < 0, -1, parents + first).flatten()
+        self._nodes = self._parents < 0  # roots, and padding
+        self._ended = (~self._nodes) & torch.isin(self._tokens, texts.ends)
+
+    def asked(self, places: Tensor) -> Tensor:
+        """Return of which of the places [R] the next token is asked for, bool [R]."""
+        return self._nodes[places] & ~self._ended[places]
+
+    def go_on(self, places: Tensor, scores: Tensor) -> None:
+        """Note by the scores [R, V] after the nodes at the places which come after them."""
+        at = torch.full_like(self._parents, -1)
+        at[places] = torch.arange(len(places), dtype=at.dtype, device=at.device)
+        below = (self._parents >= 0).logical_and_(at[self._parents] >= 0).nonzero()[:, 0]
+        above = at[self._parents[below]].long()
+        possible = ~scores.isneginf()
+        possible |= ~possible.any(1, keepdim=True)  # then any token may be taken
+        self._nodes[below] = possible[above, self._tokens[below]]
 
 
 def _processed_at_once(
@@ -263,42 +320,31 @@ def _processed_at_once(
         yield places, scores
 
 
-def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+def _of_row(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
     """Return the same; of those that tell the rows of a batch apart, what is meant for this one."""
     found = LogitsProcessorList()
     for processor in processors:
         ignored = getattr(processor, "prompt_ignore_length", None)
         if isinstance(ignored, Tensor):
             processor = RepetitionPenaltyLogitsProcessor(processor.penalty, int(ignored[row]))
-        elif type(processor) in _BY_ROW:
-            processor = _BY_ROW[type(processor)](copy.copy(processor), row)
+        elif type(processor) is PrefixConstrainedLogitsProcessor:
+            allowed = processor._prefix_allowed_tokens_fn
+            processor = PrefixConstrainedLogitsProcessor(
+                functools.partial(_allowed_in_row, allowed, row), 1
+            )
+        elif type(processor) is EncoderRepetitionPenaltyLogitsProcessor:
+            own = processor.encoder_input_ids
+            processor = copy.copy(processor)
+            processor.encoder_input_ids = cast(torch.LongTensor, own[row * len(own) // rows][None])
+        elif type(processor) is EncoderNoRepeatNGramLogitsProcessor:
+            processor = copy.copy(processor)
+            processor.generated_ngrams = [
+                processor.generated_ngrams[row * processor.batch_size // rows]
+            ]
+            processor.batch_size = 1
         found.append(processor)
     return found
 
 
-def _its_prompt(processor, row: int):
-    processor.encoder_input_ids = processor.encoder_input_ids[row : row + 1]
-    return processor
-
-
-def _its_ngrams(processor, row: int):
-    processor.batch_size, processor.generated_ngrams = 1, [processor.generated_ngrams[row]]
-    return processor
-
-
-def _its_tokens(processor, row: int):
-    allowed = processor._prefix_allowed_tokens_fn
-    return lambda ids, scores: torch.cat(
-        [
-            PrefixConstrainedLogitsProcessor(lambda _, text: allowed(row, text), 1)(text, score)
-            for text, score in zip(ids.split(1), scores.split(1))
-        ]
-    )
-
-
-_BY_ROW = {
-    EncoderRepetitionPenaltyLogitsProcessor: _its_prompt,
-    EncoderNoRepeatNGramLogitsProcessor: _its_ngrams,
-    PrefixConstrainedLogitsProcessor: _its_tokens,
-}
-"""What makes of a processor that tells rows apart a copy for one of them."""
+def _allowed_in_row(allowed: Callable[[int, Tensor], list[int]], row: int, _, text: Tensor):
+    return allowed(row, text)

@@ -187,7 +187,7 @@ def request_for(
     check_rows(model, drafter, len(input_ids))
     attention = attention_for(model)
     _check_config(generation_config)
-    processors = checked_processors(logits_processor, *input_ids.shape)
+    processors = checked_processors(logits_processor, len(input_ids))
     attention_mask = model_kwargs.pop("attention_mask", None)
     position_ids = model_kwargs.pop("position_ids", None)
     past = _check_model_kwargs(model_kwargs)

@@ -130,7 +130,7 @@ def test_a_nodes_text_has_the_same_tokens_however_it_is_asked_for(nodes):
     )
     draft = Draft.of(torch.randint(VOCAB - 1, (3, nodes)), parents)
     draft.tokens[:, 0] = ids[:, -1]
-    texts = Texts(draft, history, mask.sum(1), ids, offsets)
+    texts = Texts(draft, history, mask.sum(1), ids, offsets, mask.sum(1), ids.new_empty(0))
     before = texts.before(VOCAB)
     chunks = [texts.seen(before, slice(begin, begin + 64)) for begin in range(0, 3 * nodes, 64)]
     found = [row.nonzero()[:, 0].tolist() for row in torch.cat(chunks)]

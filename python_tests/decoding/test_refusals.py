@@ -9,7 +9,9 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkingConfig,
 )
+from transformers.generation import EncoderRepetitionPenaltyLogitsProcessor
 
 from helpers.families import tiny_model
 from msn_ext import DraftTree, families, generate
@@ -48,10 +50,21 @@ def llama():
         (dict(num_beams=3), "num_beams is 3"),
         (dict(penalty_alpha=0.6, top_k=4), "penalty_alpha is 0.6"),
         (
-            dict(prefix_allowed_tokens_fn=lambda b, ids: [3]),
-            "PrefixConstrainedLogitsProcessor may keep a state",
+            dict(guidance_scale=2.0),
+            "UnbatchedClassifierFreeGuidanceLogitsProcessor runs the model itself",
         ),
-        (dict(guidance_scale=2.0), "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+        (
+            dict(watermarking_config=SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)),
+            "SynthIDTextWatermarkLogitsProcessor remembers which contexts",
+        ),
+        (
+            dict(
+                logits_processor=[
+                    EncoderRepetitionPenaltyLogitsProcessor(1.5, torch.ones(3, 2).long())
+                ]
+            ),
+            "encoder_input_ids has 3 rows; expected 2",
+        ),
         (
             dict(logits_processor=LogitsProcessorList([lambda ids, scores: scores])),
             "function may keep a state",

@@ -1,87 +1,138 @@
-"""Processors that are declared to be functions of the text, and transformers' own that are."""
+"""Processors of logits that are functions of the text: transformers' own, and declared ones."""
+
+import functools
+import random
 
 import pytest
 import torch
+from transformers import LogitsProcessor, WatermarkingConfig
+from transformers.generation import EncoderNoRepeatNGramLogitsProcessor, logits_process
 
 import msn_ext
-from helpers.conversations import repeating_llama
+from helpers.drafters import RandomDrafter, prompts, random_best_first, random_tree
+from helpers.families import VOCAB, tiny_model
+from msn_ext import generate
+from msn_ext.decoding.processors import PREFIX_BOUND, PREFIX_FREE, REFUSED
 
-NEW = 40
-
-
-@pytest.fixture(scope="module")
-def model():
-    return repeating_llama(200).double()
+pytestmark = pytest.mark.usefixtures("each_engine")
 
 
-@pytest.fixture(scope="module")
-def inputs() -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(5))
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+class Cumulative(LogitsProcessor):
+    """Adds what depends on every token of the text, and on their order."""
 
-
-def both(model, inputs, **options) -> list[torch.Tensor]:
-    plain = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
-    drafts = ("auto", "paper", msn_ext.BestFirst(16))
-    found = [
-        msn_ext.generate(
-            model, **inputs, max_new_tokens=NEW, draft=draft, engine="torch", **options
-        )
-        for draft in drafts
-    ]
-    return [plain, *found]
-
-
-class NoTwice:
-    """Forbids the token three before, and asks to be asked about texts that may be."""
-
-    def __init__(self):
-        self.asked = 0
+    stateless = True
 
     def __call__(self, input_ids, scores):
-        self.asked += 1
-        return scores.scatter(1, input_ids[:, -3:-2], -torch.inf)
+        place = torch.arange(1, input_ids.shape[1] + 1)
+        number = (input_ids * place).sum(1, keepdim=True)
+        return scores.add_(torch.sin(number + torch.arange(scores.shape[1])))  # in place
 
 
-def test_what_is_declared_is_followed(model, inputs):
-    with pytest.raises(ValueError, match=r"NoTwice may keep a state.*msn_ext\.stateless"):
-        msn_ext.generate(model, **inputs, logits_processor=[NoTwice()], max_new_tokens=5)
-    declared = msn_ext.stateless(NoTwice())
-    texts = both(model, inputs, logits_processor=[declared])
-    assert all(torch.equal(text, texts[0]) for text in texts) and declared.asked
-    assert msn_ext.stateless(type("Mine", (NoTwice,), {})).stateless is True
-    plain = both(model, inputs)
-    assert not torch.equal(plain[0], texts[0]), "it changes something"
+@msn_ext.stateless
+def no_successor(input_ids, scores):
+    return scores.scatter(1, (input_ids[:, -1:] + 1) % scores.shape[1], -torch.inf)
 
 
-def test_allowed_tokens_are_asked_of_texts_that_may_be(model, inputs):
-    """Row by row, and never after a guess that was not allowed."""
-
-    def allowed(row: int, text: torch.Tensor) -> list[int]:
-        new = text[inputs["input_ids"].shape[1] :].tolist()
-        assert all((token + at) % (2 + row) == 0 for at, token in enumerate(new)), "no such text"
-        return [token for token in range(3, 250) if (token + len(new)) % (2 + row) == 0]
-
-    texts = both(model, inputs, prefix_allowed_tokens_fn=allowed)
-    assert all(torch.equal(text, texts[0]) for text in texts)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(encoder_repetition_penalty=1.7),
-        dict(encoder_no_repeat_ngram_size=1),
-        dict(watermarking_config=dict(greenlist_ratio=0.3, bias=4.0)),
-        dict(watermarking_config=dict(bias=4.0, seeding_scheme="selfhash", context_width=3)),
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_transformers_own(model, inputs, options):
-    texts = both(model, inputs, **options)
-    assert all(torch.equal(text, texts[0]) for text in texts)
-    assert not torch.equal(texts[0], both(model, inputs)[0]), "it changes something"
+def allowed(row: int, text: torch.Tensor) -> list[int]:
+    """Other tokens by row and by the whole text; fails after texts that may not be."""
+    tokens = text.tolist()
+    while tokens[:1] == [0]:
+        del tokens[:1]
+    for end in range(allowed.prompts[row], len(tokens)):
+        assert tokens[end] in [0, *choice(row, tokens[:end])], "nobody asks about such texts"
+        assert tokens[end] not in (0, 2) or end == len(tokens) - 1 or not any(tokens[end + 1 :])
+    return choice(row, tokens)
 
 
-def test_guidance_is_refused(model, inputs):
-    with pytest.raises(ValueError, match="UnbatchedClassifierFreeGuidance"):
-        msn_ext.generate(model, **inputs, max_new_tokens=5, guidance_scale=1.5)
+def choice(row: int, tokens: list[int]) -> list[int]:
+    return [2, *random.Random(f"{row} {tokens[-1]}").sample(range(3, VOCAB), 4)]
+
+
+def encoder(ids, ngram):
+    return EncoderNoRepeatNGramLogitsProcessor(ngram, ids)
+
+
+DECLARED = {
+    "prefix": lambda ids: dict(prefix_allowed_tokens_fn=allowed),
+    "encoder penalty": lambda ids: dict(encoder_repetition_penalty=1.7),
+    "encoder n-grams": lambda ids: dict(encoder_no_repeat_ngram_size=1),
+    "encoder n-grams of rows": lambda ids: dict(logits_processor=[encoder(ids[:, :3], 1)]),
+    "watermark": lambda ids: dict(watermarking_config=WatermarkingConfig(bias=4.0)),
+    "self-hashing watermark": lambda ids: dict(
+        watermarking_config=WatermarkingConfig(bias=4.0, seeding_scheme="selfhash")
+    ),
+    "class": lambda ids: dict(logits_processor=[Cumulative()]),
+    "function": lambda ids: dict(logits_processor=[no_successor]),
+    "partial": lambda ids: dict(
+        logits_processor=[msn_ext.stateless(functools.partial(no_successor))]
+    ),
+    "several": lambda ids: dict(
+        logits_processor=[Cumulative(), no_successor],
+        repetition_penalty=1.2,
+        prefix_allowed_tokens_fn=allowed,
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", DECLARED)
+def test_functions_of_the_text_are_followed(settings):
+    changed, longest = False, 0
+    for seed in range(3):
+        rng = random.Random(f"{settings}{seed}")
+        # A watermark that hashes itself needs more tokens.
+        model = tiny_model(rng.choice(["llama", "gpt2", "qwen2"]), seed, vocab_size=2 * VOCAB)
+        ids, mask = prompts(rng, 1 + seed)
+        allowed.prompts = mask.sum(1).tolist()
+        plain = dict(do_sample=False, max_new_tokens=30, eos_token_id=[2], pad_token_id=0)
+        options = plain | DECLARED[settings](ids)
+        expected = model.generate(ids, attention_mask=mask, **options)
+        for draft in ("auto", "recycling", random_tree(rng), RandomDrafter(rng)):
+            out = generate(
+                model,
+                ids,
+                attention_mask=mask,
+                draft=draft,
+                return_dict_in_generate=True,
+                **options,
+            )
+            assert torch.equal(out.sequences, expected), draft
+            longest = max(longest, *(int(accepts.max()) for accepts in out.accept_lengths))
+        changed |= not torch.equal(model.generate(ids, attention_mask=mask, **plain), expected)
+    assert changed and longest > 1, "settings that matter, and guesses that come true beside them"
+
+
+@pytest.mark.parametrize("settings", DECLARED)
+def test_sampled_text_is_the_same_for_every_draft(settings):
+    rng = random.Random(settings)
+    model = tiny_model("llama", 1, vocab_size=2 * VOCAB)
+    ids, mask = prompts(rng, 3)
+    allowed.prompts = mask.sum(1).tolist()
+    options = dict(do_sample=True, temperature=0.7, max_new_tokens=30, eos_token_id=[2])
+    outputs = []
+    for draft in ("none", "auto", random_tree(rng), random_best_first(rng)):
+        torch.manual_seed(7)
+        options |= dict(pad_token_id=0, attention_mask=mask, draft=draft)
+        outputs.append(generate(model, ids, **options, **DECLARED[settings](ids)))
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+def test_every_processor_of_transformers_is_classified():
+    """One that is new in transformers is looked at before it is followed or left out."""
+    other_kinds_of_models = {
+        "AlternatingCodebooksLogitsProcessor",
+        "BarkEosPrioritizerLogitsProcessor",
+        "DiaEOSChannelFilterLogitsProcessor",
+        "DiaEOSDelayPatternLogitsProcessor",
+        "WhisperNoSpeechDetection",
+        "WhisperTimeStampLogitsProcessor",
+    }
+    there = {
+        name
+        for name, kind in vars(logits_process).items()
+        if isinstance(kind, type)
+        and issubclass(kind, LogitsProcessor)
+        and kind is not LogitsProcessor
+    }
+    followed = {kind.__name__ for kind in PREFIX_FREE | PREFIX_BOUND}
+    assert there == followed | REFUSED.keys() | other_kinds_of_models
+    assert not followed & REFUSED.keys()
