@@ -100,7 +100,9 @@ def generate(
         streamer: gets the prompt, then the tokens of each forward pass, then ``end()`` (batch 1).
         generation_config, generation_kwargs: as for ``model.generate``; among them
             ``attention_mask`` [B, P], 0 at padding (None: as ``model.generate`` infers it).
-        logits_processor: only kinds that depend on nothing but the text before and the logits.
+        logits_processor: only kinds that depend on nothing but the text before and the logits:
+            transformers' own, a :func:`msn_ext.grammar`, and those that are declared
+            :func:`msn_ext.stateless`.
         stopping_criteria: asked after every token, row by row, with scores None.
 
     Returns:

@@ -2,6 +2,7 @@
 costs no passes of its own.
 """
 
+import itertools
 import json
 import os
 import random
@@ -202,7 +203,7 @@ def test_the_documents_examples(tokenizer):
     assert re.match(r'\{"age": -?\d', names["answer"])
     options = dict(max_new_tokens=20, logits_processor=[names["no_repeat"]])
     row = generate(model, names["ids"], **options)[0, 2:].tolist()
-    assert all(a != b for a, b in zip(row, row[1:]))
+    assert all(a != b for a, b in itertools.pairwise(row))
 
 
 @pytest.mark.parametrize(
