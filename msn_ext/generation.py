@@ -123,7 +123,9 @@ def generate(
             ``attention_mask`` [B, P], 0 at padding (None: as ``model.generate`` infers it), and
             ``past_key_values``, a ``DynamicCache`` of the beginning of ``input_ids``, which are
             the whole text: only the rest is read. It is filled in place, and may be empty.
-        logits_processor: only kinds that depend on nothing but the text before and the logits.
+        logits_processor: only kinds that depend on nothing but the text before and the logits:
+            transformers' own, a :func:`msn_ext.grammar`, and those that are declared
+            :func:`msn_ext.stateless`.
         stopping_criteria: asked after every token, row by row, with scores None.
 
     Returns:

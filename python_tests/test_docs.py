@@ -26,7 +26,10 @@ PAGES = {
         *sorted((ROOT / "docs").glob("*.md")),
     ]
 }
-ELSEWHERE = {"docs/integrations.md": ROOT / "python_tests" / "integrations" / "test_docs.py"}
+ELSEWHERE = {
+    "docs/grammars.md": ROOT / "python_tests" / "decoding" / "test_grammar.py",
+    "docs/integrations.md": ROOT / "python_tests" / "integrations" / "test_docs.py",
+}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 

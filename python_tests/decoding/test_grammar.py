@@ -2,6 +2,7 @@
 costs no passes of its own.
 """
 
+import itertools
 import json
 import os
 import random
@@ -14,8 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import msn_ext
+from helpers.conversations import repeating_llama
 from helpers.drafters import RandomDrafter, random_tree
 from helpers.families import tiny_model
+from helpers.samples import byte_tokenizer
 from msn_ext import generate
 
 xgrammar = pytest.importorskip("xgrammar", reason="xgrammar is not installed")
@@ -202,7 +205,7 @@ def test_the_documents_examples(tokenizer):
     assert re.match(r'\{"age": -?\d', names["answer"])
     options = dict(max_new_tokens=20, logits_processor=[names["no_repeat"]])
     row = generate(model, names["ids"], **options)[0, 2:].tolist()
-    assert all(a != b for a, b in zip(row, row[1:]))
+    assert all(a != b for a, b in itertools.pairwise(row))
 
 
 @pytest.mark.parametrize(
@@ -219,3 +222,18 @@ def test_the_documents_examples(tokenizer):
 def test_what_is_no_grammar_is_refused(tokenizer, given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         msn_ext.grammar(**dict(tokenizer=tokenizer) | given)
+
+
+@pytest.mark.parametrize("draft", ["auto", "paper", "lookup"])
+def test_a_text_that_goes_on_after_the_grammars_end_is_plain_decodings(draft):
+    """The model's end of text may be another token than the grammar's, which then comes again."""
+    tokenizer = byte_tokenizer("")
+    model = repeating_llama(200)
+    options = dict(
+        tokenizer("Once upon a time", return_tensors="pt"),
+        max_new_tokens=20,
+        logits_processor=[msn_ext.grammar(regex="(ab|cd){2}!", tokenizer=tokenizer)],
+    )
+    plain = generate(model, draft="none", **options)
+    assert plain[0, -3:].tolist() == [tokenizer.eos_token_id] * 3
+    assert torch.equal(generate(model, draft=draft, **options), plain)
