@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from msn_ext.paths import writable_file
+
 # Names of msn_ext.generate's drafts; listed here because importing them costs seconds.
 DRAFTS = ("auto", "paper", "jacobi", "lookup", "suffix", "recycling", "lookahead", "none")
 ENGINES = ("auto", "native", "torch")
@@ -139,8 +141,10 @@ def number(
 def output_file(option: str, path: str) -> str:
     """Return the path of a file to write, without ``~``; refuse it where that cannot be."""
     file = os.path.expanduser(path)
-    if os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or "."):
-        raise UsageError(f"{option} {path}: expected a file in a folder that exists")
+    try:
+        writable_file(file)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}") from error
     return file
 
 

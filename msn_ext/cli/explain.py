@@ -2,6 +2,8 @@
 
 import argparse
 
+from msn_ext.paths import replacing
+
 from .common import (
     CommandError,
     add_engine_option,
@@ -91,8 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
     if svg is not None:
         picture = as_svg(step, tokenizer, arguments.min_probability)
         try:
-            with open(svg, "w", encoding="utf-8") as file:
-                file.write(picture)
+            with replacing(svg) as unfinished:
+                unfinished.write_text(picture, encoding="utf-8")
         except OSError as error:
             raise CommandError(f"--svg {arguments.svg}: {error.strerror or error}") from error
     print(as_text(step, tokenizer, arguments.min_probability, color=wants_color()))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msn_ext.paths import replacing
 from msn_ext.recipe.settings import NoiseSettings, SampleSettings, TrainSettings
 
 from .common import CommandError, add_device_option, one_line
@@ -286,10 +287,8 @@ class _Folder:
 
 
 def _write(file: Path, content: dict) -> None:
-    """Write JSON so that a process that is killed leaves the file as it was, or whole."""
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(file)
+    with replacing(file) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _table(figures: dict) -> str:
