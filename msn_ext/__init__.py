@@ -12,6 +12,14 @@ was built with; the kernels are in ``msn_ext.ops``.
 """
 
 import importlib
+import os
+from importlib.util import find_spec
+
+if find_spec("msn_ext._C") is None:
+    raise ImportError(
+        f"msn_ext is not compiled in {os.path.dirname(__path__[0])}, for this Python at least; if"
+        " that is its source, run `pip install .` there and use Python in another folder"
+    )
 
 __all__ = [
     "BestFirst",
@@ -54,17 +62,30 @@ _HOMES |= dict.fromkeys(("NoisyCollator", "add_noise", "lowest_loss_starts"), "t
 
 def build_info() -> dict:
     """Version, compiler, CUDA version (None: CPU only), CUDA architectures, CPU instruction set."""
-    from msn_ext.ops import _C
+    return _module("ops")._C.build_info()
 
-    return _C.build_info()
+
+def _module(name: str):
+    """Return a module of the package; say what to do where what it needs is not installed."""
+    try:
+        return importlib.import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise ModuleNotFoundError(
+            f"msn_ext needs {error.name}, which is not installed; run: pip install {error.name}",
+            name=error.name,
+        ) from error
 
 
 def __getattr__(name: str):
     if name == "__version__":
-        return build_info()["version"]
+        from importlib.metadata import version  # torch, which _C.build_info() needs, takes seconds
+
+        return version(__name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(_module(_HOMES[name]), name)
 
 
 def __dir__():

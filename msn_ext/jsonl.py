@@ -34,7 +34,7 @@ def row(line: str, place: str) -> dict:
     """Return the object in a line of JSON lines.
 
     Raises:
-        ValueError: it is no JSON object; names the place.
+        ValueError: it is no JSON object, or a text in it is none; names the place.
     """
     try:
         found = json.loads(line)
@@ -42,6 +42,14 @@ def row(line: str, place: str) -> dict:
         raise ValueError(f"{place} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{place} is no object, but {line.strip()[:40]}")
+    if "\\u" in line:
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise ValueError(
+                f"{place} has {half}, half of a character, which no text has"
+            ) from error
     return found
 
 

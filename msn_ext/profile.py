@@ -7,7 +7,6 @@ dtype, so a fine-tuned model shares its base model's.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import warnings
@@ -21,7 +20,7 @@ from torch import Tensor
 from .decoding import BestFirst, Corpus
 from .decoding.drafters import factors
 from .decoding.sizing import StepTimes
-from .paths import cache_root
+from .paths import cache_root, replacing
 
 
 @dataclass
@@ -43,9 +42,8 @@ class Profile:
         path.parent.mkdir(parents=True, exist_ok=True)
         tables = None if self.factors is None else factors.tables(self.factors)
         text = json.dumps({"about": self.about, "times": self.times, "factors": tables}, indent=1)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as unfinished:
+            unfinished.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Profile:

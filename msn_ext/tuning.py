@@ -29,7 +29,7 @@ WARM_UP = 2
 @torch.no_grad()
 def measure_step_times(
     model,
-    context: int = 256,
+    context: int | None = None,
     sizes: tuple[int, ...] = SIZES,
     progress: bool = True,
     engine: str = "auto",
@@ -41,10 +41,13 @@ def measure_step_times(
     median counts.
 
     Args:
-        context: tokens of the text before the first step, at most half of what the model can take.
+        context: tokens of the text before the first step, as :func:`checked_context` has it.
         engine: as for :func:`msn_ext.generate`.
+
+    Raises:
+        ValueError: the context is too long for the model.
     """
-    context = max(1, min(context, _context_of(model, 2 * context) // 2))
+    context = checked_context(model, context)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     text = torch.randint(vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     drafter = BestFirst(budget=1)
@@ -64,6 +67,20 @@ def measure_step_times(
                 seconds[size].append(time.perf_counter() - start)
                 bar.update()
     return {size: statistics.median(taken[WARM_UP:]) for size, taken in seconds.items()}
+
+
+def checked_context(model, context: int | None) -> int:
+    """Return the tokens before a step; None: 256, or fewer where the model has no room for them.
+
+    Raises:
+        ValueError: more than half of the model's positions, and the steps need the other half.
+    """
+    most = max(1, _context_of(model, 1 << 30) // 2)
+    if context is not None and not 1 <= context <= most:
+        raise ValueError(
+            f"context is {context}; expected 1 to {most}, half of the positions that the model has"
+        )
+    return min(256, most) if context is None else context
 
 
 def _context_of(model, otherwise: int) -> int:
@@ -148,7 +165,7 @@ def _prompt(line: str, place: str) -> str:
 def tune(
     model,
     prompts: list[Tensor],
-    context: int = 256,
+    context: int | None = None,
     progress: bool = True,
     engine: str = "auto",
 ) -> tuple[Profile, Path]:
@@ -158,8 +175,13 @@ def tune(
     Factors of an earlier profile are kept where no prompts are given.
 
     Args:
+        context: tokens before a step, as :func:`checked_context` has it.
         engine: as for :func:`msn_ext.generate`; the profile is of the one that runs.
+
+    Raises:
+        ValueError: the context is too long for the model.
     """
+    context = checked_context(model, context)
     engine = engine_of(packed_for(model, engine))
     path = profile_path(model, engine)
     earlier = None

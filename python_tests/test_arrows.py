@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "msn_ext"
 # From the top down. A module imports from lower layers and from its own package, so those of one
 # layer never import each other: training knows nothing of decoding, nor decoding of training.
 LAYERS = [
+    {"__main__"},
     {"cli"},
     {"custom_generate", "explain", "recipe", "spec_bench", "tuning"},
     {"generation"},

@@ -10,6 +10,8 @@ import contextlib
 import os
 import sys
 
+import msn_ext
+
 from . import chat, corpus, demo, explain, export_generate, generate, info, train, tune
 from .common import UsageError, one_line
 
@@ -31,6 +33,14 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+class _Version(argparse.Action):
+    """argparse's "version", but the version is looked up only when it is asked for."""
+
+    def __call__(self, parser, *_):
+        print("msn_ext", msn_ext.__version__)
+        parser.exit()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -42,27 +52,49 @@ def main(argv: list[str] | None = None) -> int:
         reader of stdout has gone. Errors are one line on stderr; ``MSN_DEBUG=1`` adds the
         traceback.
     """
+    with contextlib.ExitStack() as absent:
+        for name, redirect in (
+            ("stdout", contextlib.redirect_stdout),
+            ("stderr", contextlib.redirect_stderr),
+        ):
+            if getattr(sys, name) is None:  # closed, as by `>&-`: nobody reads it
+                absent.enter_context(redirect(absent.enter_context(open(os.devnull, "w"))))
+        return _exit_code(argv)
+
+
+def _exit_code(argv: list[str] | None) -> int:
     try:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a character that cannot be shown is no error
-        arguments = _parser().parse_args(argv)
-        code = arguments.run(arguments)
+        try:
+            arguments = _parser().parse_args(argv)
+            code = arguments.run(arguments)
+        except SystemExit as stop:  # argparse, after --help
+            code = int(stop.code or 0)
         sys.stdout.flush()
         return code
-    except SystemExit as stop:  # argparse, after --help
-        return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # what is still buffered would raise again when Python closes stdout
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if os.environ.get("MSN_DEBUG"):
             raise
         print(f"msn: {one_line(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
+    finally:
+        _forget_unwritable()
+
+
+def _forget_unwritable() -> None:
+    """Throw away what stdout cannot take (its reader has gone, a full disk): Python would try again
+    at its end, and complain.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
             "Several tokens per forward pass from a causal language model, with unchanged output."
         ),
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         added = subparsers.add_parser(name, help=command.HELP, description=command.DESCRIPTION)

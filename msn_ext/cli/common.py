@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from msn_ext.paths import writable_file
+
 # Names of msn_ext.generate's drafts; listed here because importing them costs seconds.
 DRAFTS = ("auto", "paper", "jacobi", "lookup", "suffix", "recycling", "lookahead", "none")
 ENGINES = ("auto", "native", "torch")
@@ -35,8 +37,10 @@ class UsageError(CommandError):
 
 def one_line(error: Exception) -> str:
     """Return the first line of a message; errors of kinds that are not made for readers also say
-    their kind.
+    their kind, and a package that is missing how to get it.
     """
+    if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
+        return f"this needs {error.name}, which is not installed; run: pip install {error.name}"
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if message and (
         isinstance(error, (CommandError, OSError, ValueError)) or type(error) is RuntimeError
@@ -139,8 +143,10 @@ def number(
 def output_file(option: str, path: str) -> str:
     """Return the path of a file to write, without ``~``; refuse it where that cannot be."""
     file = os.path.expanduser(path)
-    if os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or "."):
-        raise UsageError(f"{option} {path}: expected a file in a folder that exists")
+    try:
+        writable_file(file)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}") from error
     return file
 
 
@@ -149,7 +155,7 @@ def output_file(option: str, path: str) -> str:
 
 def read_prompt(text: str) -> str:
     """Return the prompt that ``--prompt`` names, read from standard input if it is ``-``."""
-    return checked_prompt(standard_input() if text == "-" else text)
+    return checked_prompt(standard_input() if text == "-" else text, "--prompt")
 
 
 def standard_input() -> str:
@@ -162,10 +168,14 @@ def standard_input() -> str:
     return text.removesuffix("\n")
 
 
-def checked_prompt(text: str) -> str:
+def checked_prompt(text: str, source: str) -> str:
+    """Return a prompt of the command line; refuse it, by its option, if it is no text."""
     if not text.strip():
         raise UsageError("the prompt is empty")
-    return text
+    try:  # Python makes surrogates of bytes that are not UTF-8
+        return text.encode(errors="surrogateescape").decode()
+    except UnicodeError as error:
+        raise UsageError(f"{source} is not UTF-8: {error}") from error
 
 
 def wants_color() -> bool:

@@ -55,7 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     with quiet_transformers():
         corpus = Corpus.build(tokens, vocabulary, progress=sys.stderr.isatty())
-    corpus.save(output)
+    try:
+        corpus.save(output)
+    except OSError as error:
+        raise CommandError(f"--output {arguments.output}: {error.strerror or error}") from error
     seconds = time.perf_counter() - start
     print(
         f"{len(corpus.tokens):,} tokens, {corpus.nbytes:,} bytes, {seconds:.1f} seconds; kept in"

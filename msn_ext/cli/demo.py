@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prompt is None:
         prompt = random.choice(PROMPTS)
     else:
-        prompt = checked_prompt(arguments.prompt)
+        prompt = checked_prompt(arguments.prompt, "the prompt")
     color = not arguments.no_color and wants_color()
 
     from msn_ext.terminal import quiet_transformers

@@ -2,6 +2,8 @@
 
 import argparse
 
+from msn_ext.paths import replacing
+
 from .common import (
     CommandError,
     add_engine_option,
@@ -109,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _write(option: str, path: str, text: str) -> None:
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+        with replacing(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CommandError(f"{option} {path}: {error.strerror or error}") from error

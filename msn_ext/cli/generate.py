@@ -12,6 +12,7 @@ from .common import (
     add_engine_option,
     add_model_options,
     add_prompt_options,
+    from_to,
     positive_float,
     positive_int,
     probability,
@@ -63,7 +64,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="only the likeliest tokens whose probabilities make up P",
     )
     sampling.add_argument(
-        "--seed", type=int, metavar="S", help="a seed gives the same text whatever the draft"
+        "--seed",
+        type=from_to(0, 2**64 - 1),
+        metavar="S",
+        help="a seed gives the same text whatever the draft",
     )
 
 

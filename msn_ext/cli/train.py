@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msn_ext.paths import replacing
 from msn_ext.recipe.settings import NoiseSettings, SampleSettings, TrainSettings
 
 from .common import CommandError, add_device_option, one_line
@@ -98,7 +99,7 @@ def _check_machine(arguments: argparse.Namespace) -> None:
         import accelerate  # noqa: F401
         import peft  # noqa: F401
     except ImportError as error:
-        raise CommandError(f"training needs {error.name}: pip install accelerate peft") from error
+        raise CommandError(f"training needs {error.name}: pip install {error.name}") from error
     if (arguments.device or "").startswith("cuda:") and arguments.device != "cuda:0":
         raise CommandError(
             f"--device {arguments.device}: a Trainer takes the first GPU that it sees; set"
@@ -248,6 +249,8 @@ class _Folder:
 
     def __init__(self, output: str, settings: dict):
         self.path = Path(os.path.expanduser(output))
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise CommandError(f"--output {output}: no folder; expected one, or a free path")
         self._settings, self._figures = settings, self.path / FIGURES
 
     def check_settings(self) -> None:
@@ -286,10 +289,8 @@ class _Folder:
 
 
 def _write(file: Path, content: dict) -> None:
-    """Write JSON so that a process that is killed leaves the file as it was, or whole."""
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(file)
+    with replacing(file) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _table(figures: dict) -> str:

@@ -22,9 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context",
         type=positive_int,
-        default=256,
         metavar="N",
-        help="tokens before a step (default: 256)",
+        help="tokens before a step, at most half of what the model takes (default: 256, or that)",
     )
     parser.add_argument(
         "--prompts",
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from msn_ext.jsonl import draw
-    from msn_ext.tuning import read_prompts, tune
+    from msn_ext.tuning import checked_context, read_prompts, tune
 
     try:
         prompts = draw(
@@ -56,11 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
     from msn_ext.terminal import quiet_transformers
 
     model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
+    try:
+        context = checked_context(model, arguments.context)
+    except ValueError as error:
+        raise CommandError(f"--{error}") from error
     with quiet_transformers():
         encoded = [tokens_of(tokenizer, prompt, True) for prompt in prompts]
-        profile, path = tune(
-            model, encoded, arguments.context, sys.stderr.isatty(), arguments.engine
-        )
+        profile, path = tune(model, encoded, context, sys.stderr.isatty(), arguments.engine)
     plain = profile.times[1]
     print(f"{'nodes':>5} {'ms a step':>10} {'over plain':>11}")
     for nodes, seconds in profile.times.items():

@@ -1,6 +1,7 @@
 """`msn corpus`."""
 
 import gzip
+import os
 
 import pytest
 
@@ -81,3 +82,20 @@ def test_documents_that_cannot_be_read(content, part, tiny, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and part in error and ("rows.jsonl" in error or not content)
     assert not output.exists()
+
+
+def test_output_through_a_link_and_into_no_fifo(tiny, tmp_path, capsys):
+    text, output, target = tmp_path / "text.txt", tmp_path / "x.corpus", tmp_path / "target"
+    text.write_text("hello")
+    output.symlink_to(target.name)
+    command = ["corpus", str(text), "--model", tiny, "--output", str(output)]
+    assert cli.main(command) == 0
+    assert output.is_symlink() and len(Corpus.load(target).tokens) == 5
+    output.unlink()
+    os.mkfifo(output)
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    assert capsys.readouterr().err == (
+        f"msn: --output {output}: expected a file in a folder that exists; this is a FIFO\n"
+    )
+    assert output.is_fifo()

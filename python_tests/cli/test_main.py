@@ -36,6 +36,18 @@ def test_interrupt_and_gone_reader(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_output_is_nobodys_error(closed):
+    code = "import sys; from msn_ext.cli import main; sys.exit(main(['info']))"
+    run = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def msn(*arguments, **options) -> subprocess.Popen:
     code = "import sys; from msn_ext.cli import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen(

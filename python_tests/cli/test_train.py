@@ -253,7 +253,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, data, tmp_path, caps
 
     broken = tmp_path / "broken"
     process = subprocess.Popen(
-        [sys.executable, "-m", "msn_ext.cli", *command(folder, data, broken, *options)],
+        [sys.executable, "-m", "msn_ext", *command(folder, data, broken, *options)],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -7,7 +7,6 @@ import os
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy
 import torch
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from msn_ext import ops
 from msn_ext.ops import SUFFIXES
+from msn_ext.paths import replacing
 
 MOST_SLOTS = 1 << 24
 """Per length of n-grams: 512 MB in all. A larger corpus loses more and more of its older ones."""
@@ -91,20 +91,19 @@ class Corpus:
         return cls(vocabulary, tokens, _index(tokens, progress))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the file whole or not at all; who has mapped an older one keeps that."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        """Write the file whole or not at all, also through a symbolic link; who has mapped an older
+        one keeps that.
+
+        Raises:
+            OSError: it cannot be written, or there is something else than a file; names the path.
+        """
         header = _HEADER.pack(
             _MAGIC, _VERSION, self.vocabulary, len(self.tokens), self.suffixes.shape[1]
         )
-        try:
-            with open(temporary, "wb") as file:
-                file.write(header)
-                for part in (self.tokens, self.suffixes):
-                    part.numpy().tofile(file)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as unfinished, open(unfinished, "wb") as file:
+            file.write(header)
+            for part in (self.tokens, self.suffixes):
+                part.numpy().tofile(file)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Corpus:
