@@ -126,7 +126,7 @@ def generate(
         logits_processor: only kinds that depend on nothing but the text before and the logits:
             transformers' own, a :func:`msn_ext.grammar`, and those that are declared
             :func:`msn_ext.stateless`.
-        stopping_criteria: asked after every token, row by row, with scores None.
+        stopping_criteria: asked after every token, with scores None.
 
     Returns:
         int64 [B, P + new], or with ``return_dict_in_generate=True`` an :class:`MSNGenerateOutput`.

@@ -7,10 +7,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .decoder import Decoder
+from .criteria import Progress, ask_rows, ask_together
 from .drafters import Drafter
 from .drafters.checks import TOKENS, TREE, error_of
 from .outputs import TokenOutputs
@@ -65,14 +64,21 @@ def decode(request: Request) -> Decoded:
                 counts, remaining, invalid = result.status.tolist()  # all that the host reads here
                 if any(invalid):
                     raise _error(request, invalid)
-                if request.criteria:
-                    _ask_criteria(request, runner.decoder, counts, remaining, progress)
+                if progress.asks_rows:
+                    ask_rows(request, runner.decoder, counts, remaining, progress)
                 before = progress.totals
                 progress.add(counts)
+                if request.criteria and not progress.asks_rows:
+                    ask_together(request, runner.decoder, remaining, progress)
                 outputs.add(result.outputs, before, before, progress.totals)
                 over = not any(remaining) or progress.all_ended
                 if stream is not None:
-                    ended = [over or not (left or request.ends_together) for left in remaining]
+                    ended = [
+                        over or (settled == total and not (left or request.ends_together))
+                        for settled, total, left in zip(
+                            progress.settled, progress.totals, remaining
+                        )
+                    ]
                     stream.put(result.tokens, counts, progress.settled, ended)
                 if over:
                     break
@@ -88,55 +94,6 @@ def decode(request: Request) -> Decoded:
         if request.past is not None:
             fill(request.past, runner.decoder.cached(sequences))
     return Decoded(sequences, progress.counts(), outputs)
-
-
-class Progress:
-    """The tokens that the rows have gained, counted on the host.
-
-    Attributes:
-        totals: by row, the tokens that it has gained.
-        ends: by row, its tokens where a criterion ended it, ``max_new_tokens`` where none has; a
-            row still gains some where rows end together.
-    """
-
-    def __init__(self, request: Request):
-        rows = len(request.input_ids)
-        self.totals = [0] * rows
-        self.ends = [request.max_new_tokens] * rows
-        self._passes: list[list[int]] = []
-
-    def add(self, counts: list[int]) -> None:
-        """Count the tokens, by row, of one more pass."""
-        self._passes.append(counts)
-        self.totals = [total + count for total, count in zip(self.totals, counts)]
-
-    @property
-    def longest(self) -> int:
-        return max(self.totals)
-
-    @property
-    def all_ended(self) -> bool:
-        """Whether every row has come as far as the last one that a criterion ended."""
-        return min(self.totals) >= max(self.ends)
-
-    @property
-    def settled(self) -> list[int]:
-        """By row, the tokens that stay whatever comes: where rows end together, one may be ahead of
-        the end.
-        """
-        least = max(map(min, self.totals, self.ends))
-        return [min(total, least) for total in self.totals]
-
-    @property
-    def new_tokens(self) -> int:
-        """New tokens of the output."""
-        return min(self.longest, max(self.ends))
-
-    def counts(self) -> Tensor:
-        """Return what every pass gained of the output, int64 [passes, B]."""
-        nothing = [0] * len(self.totals)
-        totals = torch.tensor([nothing, *self._passes], dtype=torch.int64, device="cpu").cumsum(0)
-        return totals.clamp(max=self.new_tokens).diff(dim=0)
 
 
 _busy: set[int] = set()
@@ -175,32 +132,3 @@ def _no_token(request: Request, row: int) -> ValueError:
             " attn_implementation='sdpa' or prompts one by one do not"
         )
     return ValueError(message)
-
-
-def _ask_criteria(
-    request: Request,
-    decoder: Decoder,
-    counts: list[int],
-    remaining: list[int],
-    progress: Progress,
-) -> None:
-    """Ask after every token that a pass gained, up to the first one that ends its row.
-
-    ``counts`` and ``remaining``, by row, are the pass's, which ``progress`` does not have yet.
-    Where rows end together, ``progress.ends`` is set; else the row is cut, and ``counts`` and
-    ``remaining`` are corrected.
-    """
-    for b, count in enumerate(counts):
-        if not count or progress.totals[b] >= progress.ends[b]:
-            continue
-        ids = decoder.row(b)[None]
-        for kept in range(1, count + 1):
-            seen = ids[:, : ids.shape[1] - count + kept]
-            if not any(bool(torch.as_tensor(ask(seen, None)).all()) for ask in request.criteria):
-                continue
-            if request.ends_together:
-                progress.ends[b] = progress.totals[b] + kept
-            else:
-                decoder.cut(b, count - kept)
-                counts[b], remaining[b] = kept, 0
-            break

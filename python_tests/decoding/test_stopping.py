@@ -126,3 +126,67 @@ def test_stop_strings_as_in_plain_decoding():
         )
         assert given.stop_strings == [free[at]], "the user's own is left alone"
         model.generation_config.stop_strings = None
+
+
+class SeenBy:
+    """Ends all rows once each has had a token of some, as lm-evaluation-harness does: it keeps who
+    has, by number.
+    """
+
+    def __init__(self, tokens: set[int], prompt: int, rows: int):
+        self.tokens, self.prompt, self.done = tokens, prompt, [False] * rows
+
+    def __call__(self, input_ids, scores, **kwargs):
+        for row, text in enumerate(input_ids[:, self.prompt :].tolist()):
+            self.done[row] |= bool(self.tokens & set(text[-3:]))
+        return all(self.done)
+
+
+class Behind:
+    """Ends the rows whose sum is the smallest, at times: it compares rows."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        sums = input_ids.sum(1)
+        return (sums == sums.min()) & (input_ids.shape[1] % 7 == 0)
+
+
+@pytest.mark.parametrize("end", [None, 2])
+@pytest.mark.parametrize("kind", ["keeps", "compares", "both"])
+def test_criteria_about_all_rows_are_asked_in_plain_decodings_order(kind, end):
+    stopped = 0
+    for seed in range(6):
+        rng = random.Random(f"{kind} {end} {seed}")
+        model = tiny_model(rng.choice(["llama", "qwen2"]), seed)
+        ids, mask = prompts(rng, 1 + seed % 3)
+        ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
+        ids[-1, -1] = 3 + seed
+        tokens = set(rng.sample(range(3, VOCAB), 5))
+
+        def criteria(tokens=tokens, ids=ids):
+            seen = SeenBy(tokens, ids.shape[1], len(ids))
+            return {"keeps": [seen], "compares": [Behind()], "both": [seen, Behind()]}[kind]
+
+        settings = dict(
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=30,
+            eos_token_id=end,
+            pad_token_id=0,
+        )
+        expected = model.generate(ids, stopping_criteria=criteria(), **settings)
+        stopped += expected.shape[1] < ids.shape[1] + 30
+        for draft in ("none", "lookup", random_tree(rng), RandomDrafter(rng)):
+            out = generate(
+                model,
+                ids,
+                stopping_criteria=criteria(),
+                draft=draft,
+                return_dict_in_generate=True,
+                **settings,
+            )
+            assert torch.equal(out.sequences, expected), (seed, draft)
+            for row, gained in zip(out.sequences, out.accept_lengths):
+                new = row[ids.shape[1] :]
+                kept = len(new) if end is None else int((new != 0).sum())
+                assert kept <= int(gained.sum()) <= len(new)
+    assert stopped

@@ -150,7 +150,9 @@ def test_a_server_answers_with_the_text_of_plain_decoding(folders, server, passe
     assert stops and len(passes) == 4 * len(PROMPTS) + stops and min(passes) < 30
 
 
-def test_the_evaluation_harness_scores_the_same(folders, tmp_path, passes):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_evaluation_harness_scores_the_same(folders, tmp_path, passes, batch):
+    """Its stop strings are criteria that end a batch together."""
     evaluation = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
@@ -181,11 +183,11 @@ def test_the_evaluation_harness_scores_the_same(folders, tmp_path, passes):
             tasks=["ours"],
             task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
             device="cpu",
-            batch_size=1,
+            batch_size=batch,
             bootstrap_iters=0,
         )
         texts.append([sample["resps"] for sample in found["samples"]["ours"]])
-    assert texts[0] == texts[1] and len(passes) == len(PROMPTS)
+    assert texts[0] == texts[1] and len(passes) == -(-len(PROMPTS) // batch)
 
 
 def test_generate_in_the_place_of_the_models_own(folders, passes):
