@@ -15,12 +15,13 @@ from .common import (
     add_draft_option,
     add_engine_option,
     add_model_options,
+    add_weights_option,
     one_line,
     positive_int,
     status,
 )
 from .generate import add_sampling_options, sampling_of
-from .loading import load
+from .loading import load_for
 
 if TYPE_CHECKING:
     from .session import Session, Turn
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_draft_option(parser)
     add_engine_option(parser)
+    add_weights_option(parser)
     add_sampling_options(parser)
 
 
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         from .session import Session
 
-        model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
+        model, tokenizer, _ = load_for(arguments)
         if (seed := sampling.pop("seed", None)) is not None:
             torch.manual_seed(seed)
         session = Session(

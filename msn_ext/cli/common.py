@@ -78,6 +78,14 @@ def add_engine_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("int8",),
+        help="round the linear weights to int8, for our own forward pass (default: as --dtype)",
+    )
+
+
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1 … (default: cuda if it can be used, else cpu)"

@@ -9,13 +9,14 @@ from .common import (
     add_engine_option,
     add_model_options,
     add_prompt_options,
+    add_weights_option,
     number,
     output_file,
     positive_int,
     read_prompt,
     wants_color,
 )
-from .loading import encode, load
+from .loading import encode, load_for
 
 HELP = "draw one step's draft tree and what the model accepted of it"
 DESCRIPTION = (
@@ -28,6 +29,7 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_engine_option(parser)
+    add_weights_option(parser)
     add_prompt_options(parser)
     parser.add_argument(
         "--pass",
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     from msn_ext.explain import as_html, as_svg, as_text, record_answer
     from msn_ext.terminal import quiet_transformers
 
-    model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
+    model, tokenizer, _ = load_for(arguments)
     with quiet_transformers():
         input_ids, limit = encode(
             model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens

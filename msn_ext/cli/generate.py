@@ -12,13 +12,14 @@ from .common import (
     add_engine_option,
     add_model_options,
     add_prompt_options,
+    add_weights_option,
     from_to,
     positive_float,
     positive_int,
     probability,
     read_prompt,
 )
-from .loading import encode, load
+from .loading import encode, load_for
 from .runs import PassStreamer, timed
 
 HELP = "generate with any causal language model"
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_draft_option(parser)
     add_engine_option(parser)
+    add_weights_option(parser)
     parser.add_argument(
         "--corpus",
         metavar="FILE",
@@ -95,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     from msn_ext.terminal import quiet_transformers
 
     corpus = None if arguments.corpus is None else load_corpus(arguments.corpus)
-    model, tokenizer, device = load(arguments.model, arguments.dtype, arguments.device)
+    model, tokenizer, device = load_for(arguments)
     with quiet_transformers():
         input_ids, limit = encode(
             model, tokenizer, prompt, not arguments.raw, arguments.max_new_tokens

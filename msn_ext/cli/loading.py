@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
@@ -41,6 +42,25 @@ def load(name: str | None, dtype: str | None, device: str | None):
             raise CommandError(f"--model {name}: {one_line(error)}") from error
         tokenizer = _tokenizer_of(source, name)
     return model.eval().to(device), tokenizer, device
+
+
+def load_for(arguments: argparse.Namespace):
+    """Return what :func:`load` does, for a command with ``--model``, ``--dtype``, ``--device``,
+    ``--engine`` and ``--weights``.
+    """
+    if arguments.weights and arguments.engine == "torch":
+        raise UsageError(
+            f"--weights {arguments.weights} needs our own forward pass; --engine is torch"
+        )
+    model, tokenizer, device = load(arguments.model, arguments.dtype, arguments.device)
+    if arguments.weights:
+        from msn_ext.decoding import prepare
+
+        try:
+            prepare(model, weights=arguments.weights)
+        except ValueError as error:
+            raise CommandError(f"--weights {arguments.weights}: {one_line(error)}") from error
+    return model, tokenizer, device
 
 
 def _merged(source: str, **options):

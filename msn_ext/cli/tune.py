@@ -4,8 +4,14 @@ import argparse
 import os
 import sys
 
-from .common import CommandError, add_engine_option, add_model_options, positive_int
-from .loading import load, tokens_of
+from .common import (
+    CommandError,
+    add_engine_option,
+    add_model_options,
+    add_weights_option,
+    positive_int,
+)
+from .loading import load_for, tokens_of
 
 HELP = "measure a model on this machine, so that drafts are sized to it"
 DESCRIPTION = (
@@ -19,6 +25,7 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_engine_option(parser)
+    add_weights_option(parser)
     parser.add_argument(
         "--context",
         type=positive_int,
@@ -54,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from msn_ext.terminal import quiet_transformers
 
-    model, tokenizer, _ = load(arguments.model, arguments.dtype, arguments.device)
+    model, tokenizer, _ = load_for(arguments)
     try:
         context = checked_context(model, arguments.context)
     except ValueError as error:

@@ -16,6 +16,7 @@ from helpers.commands import CONTEXT, KEYS, TEMPLATE, generate_json
 from helpers.samples import byte_tokenizer
 from msn_ext import cli
 from msn_ext.cli import common, loading
+from msn_ext.decoding import engine
 
 
 def test_the_listed_drafts_are_those_of_generate():
@@ -88,3 +89,15 @@ def test_context_bounds_the_answer(tiny, capsys):
 def test_dtype(tiny, capsys):
     options = ["--model", tiny, "--prompt", "hello", "--max-new-tokens", "4", "--dtype", "bfloat16"]
     assert generate_json(capsys, *options)["dtype"] == "bfloat16"
+
+
+def test_int8_weights(tiny, capsys, monkeypatch):
+    """Packed by our own forward pass; the text is the same with and without drafts."""
+    packed = []
+    pack = engine.pack_in_place
+    monkeypatch.setattr(
+        engine, "pack_in_place", lambda model, *rest: packed.append(rest[0]) or pack(model, *rest)
+    )
+    asked = ["--prompt", "hello", "--model", tiny, "--max-new-tokens", "40", "--weights", "int8"]
+    texts = [generate_json(capsys, *asked, "--draft", draft)["text"] for draft in ("none", "paper")]
+    assert texts[0] == texts[1] and packed == ["int8", "int8"]
