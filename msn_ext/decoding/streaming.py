@@ -12,6 +12,15 @@ from transformers.generation import BaseStreamer
 from .request import Request
 
 
+def one_a_row(streamer) -> bool:
+    """Return whether these are several streamers, one for each row."""
+    return isinstance(streamer, Sequence) and not hasattr(streamer, "put")
+
+
+def _streamers(streamer) -> list[BaseStreamer]:
+    return list(streamer) if one_a_row(streamer) else [streamer]
+
+
 class Streaming:
     """Hands tokens to streamers, once it is settled that they will stay.
 
@@ -23,7 +32,7 @@ class Streaming:
         streamer = request.streamer
         assert streamer is not None
         self._ends, self._pad = ends, request.pad_token_id
-        self._of_rows = list(streamer) if isinstance(streamer, Sequence) else [streamer]
+        self._of_rows = _streamers(streamer)
         self._texts: list[list[int]] = [[] for _ in request.input_ids]
         self._sent = [0] * len(self._of_rows)
 
@@ -70,14 +79,13 @@ def streaming(request: Request) -> Iterator[Streaming | None]:
         if streamer is None:
             yield None
             return
-        if isinstance(streamer, Sequence):
-            ends = [stack.enter_context(_ending(each)) for each in streamer]
-            for row, offset, each in zip(ids, request.offsets.tolist(), streamer):
+        streamers = _streamers(streamer)
+        ends = [stack.enter_context(_ending(each)) for each in streamers]
+        if one_a_row(streamer):
+            for row, offset, each in zip(ids, request.offsets.tolist(), streamers):
                 each.put(row[None, offset:].cpu())
-        else:
-            ends = [stack.enter_context(_ending(streamer))]
-            if not request.streamer_has_prompt:
-                streamer.put(ids.cpu())
+        elif not request.streamer_has_prompt:
+            streamers[0].put(ids.cpu())
         yield Streaming(request, ends)
 
 

@@ -300,6 +300,7 @@ class Terminal:
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
             env=os.environ | {"TERM": "dumb"},
+            cwd="/",  # from the checkout Python would import what is not compiled
         )
         os.close(theirs)
         self.shown = ""
@@ -313,7 +314,10 @@ class Terminal:
         while text not in self.shown:
             ready, _, _ = select.select([self._ours], [], [], 1)
             if ready:
-                self.shown += os.read(self._ours, 4096).decode()
+                try:
+                    self.shown += os.read(self._ours, 4096).decode()
+                except OSError:  # it has ended
+                    raise AssertionError(self.shown) from None
             elif again:
                 self.type(again)
             assert time.monotonic() < end and self.process.poll() is None, self.shown

@@ -44,6 +44,7 @@ def test_closed_output_is_nobodys_error(closed):
         capture_output=True,
         text=True,
         timeout=120,
+        cwd="/",
     )
     assert (run.returncode, run.stderr) == (0, "")
 
