@@ -104,7 +104,14 @@ def _parser() -> argparse.ArgumentParser:
             "Several tokens per forward pass from a causal language model, with unchanged output."
         ),
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        dest=argparse.SUPPRESS,
+        default=argparse.SUPPRESS,
+        help="show the version and exit",
+    )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         added = subparsers.add_parser(name, help=command.HELP, description=command.DESCRIPTION)
