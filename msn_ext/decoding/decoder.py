@@ -171,7 +171,7 @@ class Decoder:
         if self._checks:
             texts = self._history
             guesses, wrong = checked_chain(guesses, self.drafter, texts, self._vocabulary)
-        self._follow_texts()
+        self._follow_texts(self._lengths)
         if self._grammars and guesses.shape[1]:
             guesses = self._grammars[0].opening(guesses)
         alone = self._looks_ahead or self._straddles(guesses.shape[1])
@@ -202,7 +202,7 @@ class Decoder:
         if self._recomputes and self._last_root == self._boundary:
             return self._prefill(self._history[:, : self._last_root + 1], self._chain())
         wrong, depth = None, self.drafter.max_depth
-        self._follow_texts()
+        self._follow_texts(self._lengths)
         if self._straddles(max(depth, FORCED) if self._grammars else depth):
             draft = self._chain()
         else:
@@ -228,10 +228,10 @@ class Decoder:
         )
         return self._verify(draft, positions, logits, prefix).but(wrong)
 
-    def _follow_texts(self) -> None:
-        """Let grammars know what the texts have gained; waits for the device."""
+    def _follow_texts(self, lengths: Tensor) -> None:
+        """Let grammars know the texts of these lengths; waits for the device."""
         for grammar in self._grammars:
-            grammar.advance(self._history, self._lengths)
+            grammar.advance(self._history, lengths)
 
     def _prefix(self) -> Tensor:
         """Return the slots of each row before its root, int64 [B]."""
@@ -304,6 +304,7 @@ class Decoder:
             texts = Texts(
                 chain, self._history, lengths, self._prompts, self._offsets, going, endless
             )
+            self._follow_texts(lengths)
             scores = torch.empty_like(logits)
             for places, those in processed(logits, self._processors, texts, every=True):
                 scores.flatten(0, 1)[places] = those
@@ -334,7 +335,6 @@ class Decoder:
         for the last token: their last one and the padding after it, as plain decoding reads them.
         Yield the first new token that some outputs are of, and the outputs.
         """
-        self._follow_texts()
         slots, start = sequences.shape[1] - 1, int(self._prefix().min())
         for b, offset in enumerate(self._offsets.tolist() if start < slots else ()):
             self._history[b, : slots + 1 - offset] = sequences[b, offset:]

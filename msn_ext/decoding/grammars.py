@@ -148,6 +148,11 @@ class Matchers:
         """Return masks [count, W] that allow nothing."""
         return torch.zeros(count, self._words, dtype=torch.int32, device="cpu")
 
+    def restart(self, row: int) -> None:
+        """Go back to where the grammar begins."""
+        self._matchers[row].reset()
+        self._free[row] = False
+
     def accept(self, row: int, tokens: list[int]) -> None:
         """Go on by tokens of the text. After the grammar's end nothing changes any more; after a
         token that it forbids (padding of a row that ended early), everything is allowed.
@@ -183,8 +188,8 @@ class Matchers:
             mask[token // 32] |= -(1 << 31) if bit == 31 else 1 << bit
 
     def tree(self, row: int, tokens: list[int], parents: list[int]) -> Tensor:
-        """Return the masks of what may follow the nodes of a tree, int32 [N, W], on the host; what
-        allows nothing is a node that the grammar forbids, or padding.
+        """Return the masks of what may follow the nodes of a tree, int32 [N, W], on the host: after
+        a node that the grammar forbids, and at padding, everything.
 
         The matcher follows the tree depth first, and takes back what it accepted on the way.
         """
@@ -200,6 +205,7 @@ class Matchers:
         walk = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in (child, sibling, tokens))
         self._matchers[row].traverse_draft_tree(*walk, masks)
         self._end_nodes(tokens, parents, masks)
+        masks[~masks.any(1)] = -1
         return masks
 
     def _end_nodes(self, tokens: list[int], parents: list[int], masks: Tensor) -> None:
@@ -254,14 +260,20 @@ class GrammarFollower:
 
     def __init__(self, grammar: Grammar, rows: int):
         self.grammar, self._matchers = grammar, Matchers(grammar, rows)
-        self._ends: list[int] | None = None  # of the texts that the matchers have accepted
+        self._prompts: list[int] | None = None  # their lengths
+        self._ends: list[int] = []  # of the texts that the matchers have accepted
 
     def advance(self, history: Tensor, lengths: Tensor) -> None:
-        """Accept what the texts gained: ``history`` and ``lengths`` as a drafter has them. The
-        texts of the first call are the prompts.
+        """Go on to the texts ``history`` and ``lengths`` as a drafter has them, or back to them
+        from the prompts, which are the texts of the first call.
         """
         ends = lengths.tolist()
-        for row, (begin, end) in enumerate(zip(self._ends or ends, ends)):
+        if self._prompts is None:
+            self._prompts = self._ends = ends
+        for row, (begin, end) in enumerate(zip(self._ends, ends)):
+            if end < begin:
+                self._matchers.restart(row)
+                begin = self._prompts[row]
             if begin < end:
                 self._matchers.accept(row, history[row, begin:end].tolist())
         self._ends = ends

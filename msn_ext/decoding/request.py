@@ -334,9 +334,14 @@ def with_stop_strings(
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(tokenizer, stop_strings)])
 
 
+def one_a_row(streamer) -> bool:
+    """Return whether these are several streamers, one for each row."""
+    return isinstance(streamer, Sequence) and not hasattr(streamer, "put")
+
+
 def _check_streamer(streamer, rows: int) -> None:
     """Raise ValueError where this is neither a streamer nor one for each row."""
-    several = isinstance(streamer, Sequence) and not hasattr(streamer, "put")
+    several = one_a_row(streamer)
     for each in streamer if several else [streamer]:
         if not (callable(getattr(each, "put", None)) and callable(getattr(each, "end", None))):
             raise ValueError(

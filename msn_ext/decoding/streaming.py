@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 from transformers.generation import BaseStreamer
 
-from .request import Request
-
-
-def one_a_row(streamer) -> bool:
-    """Return whether these are several streamers, one for each row."""
-    return isinstance(streamer, Sequence) and not hasattr(streamer, "put")
+from .request import Request, one_a_row
 
 
 def _streamers(streamer) -> list[BaseStreamer]:

@@ -237,3 +237,37 @@ def test_a_text_that_goes_on_after_the_grammars_end_is_plain_decodings(draft):
     plain = generate(model, draft="none", **options)
     assert plain[0, -3:].tolist() == [tokenizer.eos_token_id] * 3
     assert torch.equal(generate(model, draft=draft, **options), plain)
+
+
+@pytest.mark.parametrize("draft", ["none", "paper", "lookup"])
+def test_scores_after_a_row_that_another_criterion_ended(draft):
+    """In the middle of the grammar, which then forbids the padding, as in plain decoding."""
+    tokenizer = byte_tokenizer("")
+    model = repeating_llama(200).double()
+    end = tokenizer.eos_token_id
+    ids = torch.randint(3, 200, (3, 9), generator=torch.Generator().manual_seed(1))
+
+    def smallest(ids, scores, **kwargs):
+        sums = ids.sum(1)
+        return (sums == sums.min()) & (ids.shape[1] % 7 == 0)
+
+    def options():
+        return dict(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=90,
+            eos_token_id=end,
+            pad_token_id=end,
+            return_dict_in_generate=True,
+            output_scores=True,
+            stopping_criteria=[smallest],
+            logits_processor=[msn_ext.grammar(regex="[a-f ]{85}", tokenizer=tokenizer)],
+        )
+
+    want = model.generate(**options(), do_sample=False)
+    out = generate(model, draft=draft, engine="torch", **options())
+    assert torch.equal(out.sequences, want.sequences) and len(out.scores) == len(want.scores)
+    new_tokens = (want.sequences[:, 9:] != end).sum(1)
+    assert len(new_tokens.unique()) > 1, "rows end apart"
+    for ours, theirs in zip(out.scores, want.scores):
+        torch.testing.assert_close(ours, theirs)
