@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers.utils import import_utils
 
 from .decoder import PassResult
 
@@ -39,6 +43,12 @@ class CaptureBackend(Protocol):
     def warm_up(self, step: Callable[[], PassResult]) -> PassResult:
         """Run a step outside any capture, as capturing asks for beforehand."""
 
+    def rehearse(self, step: Callable[[], PassResult]) -> tuple[PassResult, str | None]:
+        """Run a step as :meth:`warm_up` does, and return what in it waits for the device, too,
+        which no capture may; None: nothing that was seen. Not the first step, which may wait while
+        it sets things up; one thread at a time.
+        """
+
     def capture(self, step: Callable[[], PassResult]) -> CapturedStep:
         """Capture a step without running it."""
 
@@ -51,19 +61,69 @@ class CaptureBackend(Protocol):
         """Wait until all that was launched has run."""
 
 
+@contextlib.contextmanager
+def as_if_capturing() -> Iterator[None]:
+    """Let transformers leave out, in this thread, the questions to the device that it leaves out in
+    a capture, such as those for a warning. One thread at a time.
+    """
+    thread, asks = threading.get_ident(), import_utils.is_cuda_stream_capturing
+    import_utils.is_cuda_stream_capturing = lambda: threading.get_ident() == thread or asks()
+    try:
+        yield
+    finally:
+        import_utils.is_cuda_stream_capturing = asks
+
+
+@contextlib.contextmanager
+def watched_waits() -> Iterator[list[str]]:
+    """Give a list of the places where this thread waits for the device within: torch reports those
+    of its own operations. Nothing is stopped in its middle. One thread at a time.
+    """
+    waits: list[str] = []
+    thread, before = threading.get_ident(), torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message, category, filename, lineno, *args, **kwargs):
+            if "synchronizing CUDA operation" not in str(message):
+                show(message, category, filename, lineno, *args, **kwargs)
+            elif threading.get_ident() == thread:  # the mode is every thread's
+                waits.append(f"{filename}:{lineno}")
+
+        warnings.showwarning = note
+        warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
 class CudaCapturedStep:
     """A step as a CUDA graph."""
 
     def __init__(self, step: Callable[[], PassResult], pool, stream: torch.cuda.Stream):
         self._graph = torch.cuda.CUDAGraph()
-        # The outer context restores the stream, which a failed capture would leave switched.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream(stream.device)),
-            torch.cuda.graph(
-                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-            ),
-        ):
-            self.result = step()
+        # A workspace of cuBLAS's that another capture or an eager call made, torch may free while
+        # our graph still names its address. Made within, it is our pool's for as long as we are.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # The outer context restores the stream, which a failed capture would leave switched.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(stream.device)),
+                torch.cuda.graph(
+                    self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                ),
+            ):
+                self.result = step()
+        except BaseException:
+            # Up to torch 2.12 the allocator goes on as if the capture did.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+            raise
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()  # nor does an eager call get ours
 
     def replay(self) -> None:
         self._graph.replay()
@@ -85,6 +145,11 @@ class CudaCaptureBackend:
             result = step()
         torch.cuda.current_stream(self._device).wait_stream(self._side)
         return result
+
+    def rehearse(self, step: Callable[[], PassResult]) -> tuple[PassResult, str | None]:
+        with as_if_capturing(), watched_waits() as waits:
+            result = self.warm_up(step)
+        return result, waits[0] if waits else None
 
     def capture(self, step: Callable[[], PassResult]) -> CapturedStep:
         return CudaCapturedStep(step, self._pool, self._side)

@@ -89,6 +89,7 @@ class GraphRunner:
         # By nodes, the last used last: the step, and its drafter's report.
         self.captures: OrderedDict[int, tuple[CapturedStep, Tensor | None]] = OrderedDict()
         self._warm: set[int] = set()
+        self._rehearsed = False
         self._workspace = ops.Workspace()
         self._allocations = self._drafter.allocations
         self._cannot_capture = False
@@ -130,8 +131,7 @@ class GraphRunner:
                 captured.replay()
                 result = captured.result
             else:
-                result = self.backend.warm_up(self.decoder.step)
-                report = self._drafter.report
+                result, report = self._run_once(nodes), self._drafter.report
         reports = [] if report is None else [report]
         copies, wait = self.backend.copy_to_host([result.tokens, result.status, *reports])
 
@@ -147,10 +147,30 @@ class GraphRunner:
 
         return PendingStep(fetch)
 
+    def _run_once(self, nodes: int) -> PassResult:
+        """Run a step of this size as it is; the second one of all shows whether steps wait."""
+        waits = None
+        if self._warm and not self._rehearsed and not self._cannot_capture:
+            self._rehearsed = True
+            with _capture_lock:
+                result, waits = self.backend.rehearse(self.decoder.step)
+        else:
+            result = self.backend.warm_up(self.decoder.step)
+        self._warm.add(nodes)
+        if waits is not None:
+            self._refuse(f"it waits for the device ({waits})")
+        return result
+
+    def _refuse(self, reason: object) -> None:
+        self._cannot_capture = True
+        logger.warning(
+            "msn_ext decodes without CUDA graphs: a step of this model cannot be captured: %s",
+            reason,
+        )
+
     def _capture(self, nodes: int) -> bool:
-        """Capture a step of this size, which has to run once before; return whether it is there."""
-        if self._cannot_capture or nodes not in self._warm:
-            self._warm.add(nodes)
+        """Capture a step of this size, if one has run before; return whether it is there."""
+        if self._cannot_capture or not self._rehearsed or nodes not in self._warm:
             return False
         cached = torch.is_autocast_cache_enabled()
         # A cached copy of a weight would be read where it no longer is.
@@ -158,12 +178,8 @@ class GraphRunner:
         try:
             with _capture_lock:  # one at a time: torch's allocator knows of one
                 captured = self.backend.capture(self.decoder.step)
-        except RuntimeError as error:
-            self._cannot_capture = True
-            logger.warning(
-                "msn_ext decodes without CUDA graphs: a step of this model cannot be captured: %s",
-                error,
-            )
+        except RuntimeError as error:  # of what torch's report left out
+            self._refuse(error)
             return False
         finally:
             torch.set_autocast_cache_enabled(cached)

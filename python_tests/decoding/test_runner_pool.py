@@ -227,7 +227,8 @@ def test_a_cache_grows_with_its_text(tapes, monkeypatch):
             (only,) = runner.pools[model]
             kept.append(only.decoder._pass._cache.capacity)
         assert 8 + 520 < kept[0] == kept[1] == kept[2] == runner.room_for(460)
-        assert len(tapes[0].captures) == 2 and tapes[0].warm_ups == 2, "before it grew, and after"
+        assert len(tapes[0].captures) == 2, "before it grew, and after"
+        assert tapes[0].warm_ups == 3, "one more to see that nothing waits"
     long = dict(max_new_tokens=100_000, eos_token_id=int(ids[0, -1]))
     ours(
         model,
@@ -286,43 +287,6 @@ def test_failed_calls_leave_no_keys(tapes):
                 stopping_criteria=[Broken()],
             )
     assert len(runner.pools[model]) == 0
-
-
-def test_a_failed_capture_leaves_the_stream_that_was(monkeypatch):
-    """torch.cuda.graph's behaviour: where capturing fails at its end, its stream stays the current
-    one.
-    """
-    current = ["the user's"]
-
-    @contextlib.contextmanager
-    def stream(other):
-        before = current[0]
-        current[0] = other
-        try:
-            yield
-        finally:
-            current[0] = before
-
-    class Graph:
-        def __init__(self, graph, pool, stream, capture_error_mode):
-            assert capture_error_mode == "thread_local", "other threads may go on"
-
-        def __enter__(self):
-            current[0] = "the side stream"
-
-        def __exit__(self, *error):
-            raise RuntimeError("capture failed")
-
-    class Side:
-        device = "cuda:0"
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", Graph)
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
-    with pytest.raises(RuntimeError, match="capture failed"):
-        capture.CudaCapturedStep(lambda: None, None, Side())
-    assert current == ["the user's"]
 
 
 def test_a_step_under_way_is_awaited_before_its_recording_may_go(tapes, monkeypatch):

@@ -7,15 +7,40 @@ error or as a wrong result.
 """
 
 from typing import ClassVar
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from msn_ext.decoding.capture import as_if_capturing
+
 
 def tensors(tree):
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def why_it_asks(func, args) -> str | None:
+    """What about an operation asks the device, if anything."""
+    masks = any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args[1:]))
+    plain = func is torch.ops.aten.index.Tensor and not masks  # indexed by numbers
+    if torch.Tag.data_dependent_output in func.tags or (
+        torch.Tag.dynamic_output_shape in func.tags and not plain
+    ):
+        return f"{func} asks the device, which a captured step cannot"
+    return None
+
+
+class Questions(TorchDispatchMode):
+    """Notes what asks the device, and lets it pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (question := why_it_asks(func, args)) is not None:
+            self.seen.append(question)
+        return func(*args, **kwargs or {})
 
 
 class TapeStep(TorchDispatchMode):
@@ -26,13 +51,7 @@ class TapeStep(TorchDispatchMode):
         self.operations, self._before, self._made = [], {}, set()
         self.replays = 0
         try:
-            # As transformers asks, which leaves its own questions to the device out then.
-            with (
-                mock.patch(
-                    "transformers.utils.import_utils.is_cuda_stream_capturing", return_value=True
-                ),
-                self,
-            ):
+            with as_if_capturing(), self:
                 self.result = step()
         finally:
             for storage, content in self._before.values():
@@ -40,12 +59,8 @@ class TapeStep(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        masks = any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args[1:]))
-        plain = func is torch.ops.aten.index.Tensor and not masks  # indexed by numbers
-        if torch.Tag.data_dependent_output in func.tags or (
-            torch.Tag.dynamic_output_shape in func.tags and not plain
-        ):
-            raise RuntimeError(f"{func} asks the device, which a captured step cannot")
+        if (question := why_it_asks(func, args)) is not None:
+            raise RuntimeError(question)
         written = []
         for at, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -86,6 +101,11 @@ class TapeBackend:
     def warm_up(self, step):
         self.warm_ups += 1
         return step()
+
+    def rehearse(self, step):
+        with as_if_capturing(), Questions() as questions:
+            result = self.warm_up(step)
+        return result, questions.seen[0] if questions.seen else None
 
     def capture(self, step):
         self.captures.append(TapeStep(step))
