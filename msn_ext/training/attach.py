@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .collator import NoisyCollator
+from .gate import CHECKPOINTED, GatedLoss, check_gate, mark
 from .layouts import ANNOTATIONS, NO_LABEL, branch_mask
 
 Weights = tuple[float, float]
@@ -19,7 +20,12 @@ ROWS = 512  # of logits in float32 at a time
 
 
 def add_noise(
-    trainer, *, loss_weights: Weights | Callable[[float], Weights] = (1.0, 1.0), **settings
+    trainer,
+    *,
+    loss_weights: Weights | Callable[[float], Weights] = PLAIN,
+    gate: bool = False,
+    divergence: str = "kl",
+    **settings,
 ):
     """Put noise into the training batches of a ``transformers.Trainer`` or TRL ``SFTTrainer``::
 
@@ -37,6 +43,15 @@ def add_noise(
         loss_weights: of the labels after clean tokens and after noise, or a function that gives
             them for the share of the steps that are done, 0 to 1; the trainer still divides by the
             number of labels. Others than (1, 1) need a trainer whose loss is plain cross-entropy.
+        gate: train a PEFT LoRA for the noise alone: the text is computed by the base model, which
+            is the teacher of the noise beside it (``layout="branch"``), so that nothing that the
+            model says of a text can change. Labels, where there are any, only say where noise may
+            be. The trainer's own loss is not computed; evaluation leaves the adapter out. Logged:
+            ``noise_loss`` (the divergence), ``noise_accuracy`` and ``noise_accuracy_8`` (share of
+            noise tokens after which the base model's likeliest token is the likeliest, and among
+            the likeliest eight). The adapter's folder says that it is gated.
+        divergence: with ``gate``, of the noise's distribution from the teacher's: ``"kl"``
+            (Kullback-Leibler), ``"tv"`` (total variation), ``"both"`` (their sum).
         settings: of :class:`NoisyCollator`, all but ``inner`` and ``config``.
 
     Returns:
@@ -48,6 +63,8 @@ def add_noise(
     """
     if isinstance(trainer.data_collator, NoisyCollator):
         raise ValueError("trainer has noise already: its data_collator is a NoisyCollator")
+    if gate:
+        _check_gated(trainer, loss_weights, divergence, settings)
     weighed = callable(loss_weights) or _check(loss_weights) != PLAIN
     if weighed and (own := _own_loss(trainer)):
         raise ValueError(
@@ -63,13 +80,17 @@ def add_noise(
             "layout='branch' and a PEFT prompt, which lengthens the text, do not go together;"
             " expected layout='replace'"
         )
-    noisy.annotate = True
+    noisy.annotate, noisy.gated = True, gate
     if hasattr(inner, "tokenizer"):
         noisy.tokenizer = inner.tokenizer
     trainer.data_collator = noisy
     for name in ("get_eval_dataloader", "get_test_dataloader"):
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
-    trainer.noise = NoisyLoss(noisy, _weights_of_step(trainer, loss_weights))
+    if gate:
+        mark(trainer.model, noisy)
+        trainer.noise = GatedLoss(trainer, noisy, divergence)
+    else:
+        trainer.noise = NoisyLoss(noisy, _weights_of_step(trainer, loss_weights))
     # Imported here: with transformers' callbacks come seconds of imports, which the workers of a
     # data loader would wait for, too, since they import this package for its collator.
     from .epochs import Epochs
@@ -78,6 +99,28 @@ def add_noise(
     trainer.compute_loss = trainer.noise.around(trainer.compute_loss)
     trainer.log = _with_noise_logged(trainer, trainer.log)
     return trainer
+
+
+def _check_gated(trainer, loss_weights, divergence: str, settings: dict) -> None:
+    """Raise ValueError where a gate does not fit the trainer or the other settings."""
+    check_gate(trainer.model, divergence)
+    names = "activation_checkpointing", "gradient_checkpointing"  # by release of transformers
+    if any(getattr(trainer.args, name, False) for name in names):
+        raise ValueError(CHECKPOINTED)
+    if settings.setdefault("layout", "branch") != "branch":
+        raise ValueError(
+            f"gate=True and layout={settings['layout']!r} do not go together: the text"
+            " beside the noise is the teacher; expected layout='branch'"
+        )
+    if settings.get("content") == "self":
+        raise ValueError(
+            "gate=True and content='self' do not go together: noise is what the"
+            " untouched model would have to guess; expected another content"
+        )
+    if callable(loss_weights) or tuple(loss_weights) != PLAIN:
+        raise ValueError(
+            "loss_weights weigh labels, which gate=True does without; leave them at (1, 1)"
+        )
 
 
 def _own_loss(trainer) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from msn_ext import ops
 
-from .layouts import branch, check_branches, replace, sample_bounds, unmark
+from .layouts import branch, check_branches, labels_of_noise, replace, sample_bounds, unmark
 
 LAYOUTS = ("replace", "branch")
 CONTENTS = {"ahead": 0.0, "random": 1.0, "mixed": 0.5, "self": 0.0}
@@ -65,6 +65,8 @@ class NoisyCollator:
             needs its vocabulary.
 
     Attributes:
+        gated: whether the noise is learned by a gate: where a batch has no labels, all of its text
+            may have noise beside it, and labels only count the noise tokens.
         annotate: whether batches say where their noise is (:data:`.layouts.ANNOTATIONS`), and leave
             the mask of branches to be made of it on the model's device. Off, since models do not
             take it.
@@ -108,7 +110,7 @@ class NoisyCollator:
         # In shared memory: workers that live on from epoch to epoch see both change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._paused = torch.zeros((), dtype=torch.bool).share_memory_()
-        self.annotate = False
+        self.annotate = self.gated = False
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other noise from now on; call it before a pass over the data begins."""
@@ -140,6 +142,8 @@ class NoisyCollator:
             raise ValueError(
                 f"inner gave a {type(batch).__name__}; expected a dict with input_ids and labels"
             )
+        if self.gated and "input_ids" in batch and "labels" not in batch:
+            batch = dict(batch) | {"labels": batch["input_ids"]}
         if missing := {"input_ids", "labels"} - set(batch):
             raise ValueError(
                 f"inner gave a batch without {' and '.join(sorted(missing))}, but"
@@ -178,6 +182,8 @@ class NoisyCollator:
         )
         lay_out = replace if self.layout == "replace" else branch
         batch = lay_out(batch, samples, starts, noise)
+        if self.gated:
+            batch["labels"] = labels_of_noise(batch["noise_depth"])
         if not self.annotate:
             unmark(batch, self.config, self.length)
         return batch

@@ -286,6 +286,15 @@ def _masks(sees: Tensor, positions: Tensor, config) -> Tensor | dict[str, Tensor
     return {kind: form(near if kind == "sliding_attention" else sees) for kind in sorted(kinds)}
 
 
+def labels_of_noise(depth: Tensor) -> Tensor:
+    """Return labels that say nothing but how many noise tokens a batch has, which a trainer counts
+    them by: int64 [B, T'], one column after each token.
+    """
+    labels = torch.full_like(depth, NO_LABEL)
+    labels[:, 1:] = torch.where(depth[:, :-1] > 0, 0, NO_LABEL)
+    return labels
+
+
 def _count_within(groups: Tensor) -> Tensor:
     """Count, for every entry of an ascending tensor, the equal ones before it."""
     groups, at = groups.contiguous(), torch.arange(len(groups), device=groups.device)

@@ -1,0 +1,276 @@
+"""Train an adapter that works on noise alone: the text is computed by the untouched model, in every
+bit, and teaches.
+
+The layout is that of branches (:func:`.layouts.branch`), computed in two parts: the clean text by
+the base model, without a gradient, of which keys, values and distributions are kept; then the noise
+by the model with its adapter. A noise token learns the distribution that the base model has at the
+same place of the clean text (a gated LoRA as in arXiv 2507.11851; here no label is needed).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .collator import NoisyCollator
+from .layouts import ANNOTATIONS, branch_mask
+
+DIVERGENCES = ("kl", "tv", "both")
+AMONG = 8  # guesses that decoding keeps of a row
+MARK = "msn_ext"
+CHECKPOINTED = (
+    "gate=True keeps the text's keys and values for the noise, which gradient checkpointing drops;"
+    " turn it off (the text has no gradient, and needs little memory)"
+)
+
+
+def check_gate(model, divergence: str) -> None:
+    """Raise ValueError where a model's adapter cannot be kept from the text."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(
+            f"divergence is {divergence!r}; expected {', '.join(map(repr, DIVERGENCES))}"
+        )
+    configs = getattr(model, "peft_config", None)
+    if configs is None or not hasattr(model, "disable_adapter"):
+        raise ValueError(
+            f"gate=True needs a PEFT model with a LoRA adapter, which can be left out for the text;"
+            f" the model is a {type(model).__name__}"
+        )
+    for name in model.active_adapters:
+        if wrong := _why_not(configs[name]):
+            raise ValueError(
+                f"gate=True needs a LoRA whose effect is a sum that can be left out, but adapter"
+                f" {name!r} has {wrong}"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            raise ValueError(
+                f"gate=True keeps the base model as it is, but {name} would be trained; expected"
+                " LoRA weights alone"
+            )
+    # What transformers' models say themselves has another name in later releases.
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(CHECKPOINTED)
+
+
+def _why_not(config) -> str | None:
+    """Return the setting of an adapter that cannot be gated, if any."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        return f"peft_type={kind!r}"
+    plain: dict[str, Any] = {"bias": "none", "use_dora": False, "lora_bias": False}
+    names = ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
+    plain |= dict.fromkeys(("layer_replication", *names))
+    for name, usual in plain.items():
+        if (value := getattr(config, name, usual)) not in (usual, [], ()):
+            return f"{name}={value!r}"
+    return None
+
+
+def mark(model, collator: NoisyCollator) -> None:
+    """Write into the configs of the active adapters that they are gated, and for which noise."""
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        # The one field of PEFT's that is kept in its file as it is, and that it does not use for
+        # adapters of a known task.
+        config.auto_mapping = (config.auto_mapping or {}) | {
+            MARK: {"gated": True, "length": collator.length, "content": collator.content}
+        }
+
+
+def gated_noise(config) -> dict | None:
+    """Return for which noise an adapter was trained, by its PEFT config: ``length`` and
+    ``content``; None: it is not gated.
+    """
+    found = (getattr(config, "auto_mapping", None) or {}).get(MARK)
+    return found if isinstance(found, dict) and found.get("gated") else None
+
+
+class NoisePass(NamedTuple):
+    """What a batch of branches gave.
+
+    Attributes:
+        teacher, student: [n, V], the logits of the base model at the clean text and of the model
+            with its adapter at the noise in its place, for every noise token.
+        depth: int64 [n], of each in its segment, from 1 on.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    depth: Tensor
+
+
+def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
+    """Compute a batch of branches in two parts.
+
+    Args:
+        model: what is called, such as ``peft`` wrapped for several processes.
+        peft: the PEFT model itself.
+        batch: of :func:`.layouts.branch`; the annotations are taken out of it.
+        config: of the model's text.
+        length: of the longest branch, or more.
+    """
+    from transformers import DynamicCache  # a data loader's workers would wait for it
+
+    depth, before, sample = (batch.pop(name) for name in ANNOTATIONS)
+    batch.pop("labels", None)
+    ids, positions = batch.pop("input_ids"), batch.pop("position_ids")
+    batch.pop("attention_mask", None)
+    mask = branch_mask(depth, before, sample, positions, config, length)
+    rows, columns = depth.nonzero(as_tuple=True)
+    depths = depth[rows, columns]
+    width = int(columns.min()) if len(columns) else ids.shape[1] - 1  # of the clean text
+    clean = before[rows, columns - depths + 1] + depths  # the places that the noise stands for
+    cache = DynamicCache()
+    with _base_model(peft):
+        teacher = _logits(
+            model,
+            peft,
+            clean,
+            rows,
+            0,
+            input_ids=ids[:, :width],
+            position_ids=positions[:, :width],
+            attention_mask=_part(mask, slice(0, width), slice(0, width)),
+            past_key_values=cache,
+            use_cache=True,
+            **batch,
+        )
+    student = _logits(
+        model,
+        peft,
+        columns,
+        rows,
+        width,
+        input_ids=ids[:, width:],
+        position_ids=positions[:, width:],
+        attention_mask=_part(mask, slice(width, None), slice(None)),
+        past_key_values=cache,
+        use_cache=True,
+        **batch,
+    )
+    return NoisePass(teacher, student, depths)
+
+
+@contextlib.contextmanager
+def _base_model(peft) -> Iterator[None]:
+    """Leave the adapter out, and dropout and gradients, within this context."""
+    modes = [(module, module.training) for module in peft.modules()]
+    peft.eval()
+    try:
+        with torch.no_grad(), peft.disable_adapter():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _part(mask, queries: slice, keys: slice):
+    if isinstance(mask, dict):
+        return {kind: _part(of, queries, keys) for kind, of in mask.items()}
+    return mask[:, :, queries, keys]
+
+
+def _logits(model, peft, columns: Tensor, rows: Tensor, begin: int, **inputs) -> Tensor:
+    """Return the logits [n, V] at some rows and columns, of which ``begin`` is the first one of the
+    inputs.
+    """
+    kept, at = torch.unique(columns - begin, return_inverse=True)
+    if "logits_to_keep" in inspect.signature(peft.get_base_model().forward).parameters:
+        inputs["logits_to_keep"] = kept
+    else:
+        at = columns - begin
+    logits = model(**inputs).logits
+    if logits is None:
+        raise ValueError("gate=True needs the logits of the model, which gives none")
+    return logits[rows, at]
+
+
+def divergences(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    """Return how far each row of logits is from the teacher's, float32 (float64 of float64) [n],
+    natural logarithm: the Kullback-Leibler divergence from the teacher's distribution, the total
+    variation, or their sum.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    said, right = (x.to(dtype).log_softmax(-1) for x in (student, teacher))
+    found = said.new_zeros(len(said))
+    if kind != "tv":
+        found = found + torch.nn.functional.kl_div(
+            said, right, reduction="none", log_target=True
+        ).sum(-1)
+    if kind != "kl":
+        found = found + (said.exp() - right.exp()).abs().sum(-1) / 2
+    return found
+
+
+class GatedLoss:
+    """The loss of a trainer with a gate, in the place of its own; figures for the log."""
+
+    def __init__(self, trainer, collator: NoisyCollator, divergence: str):
+        self._trainer, self._collator, self._divergence = trainer, collator, divergence
+        self._sums: Tensor | None = None  # divergence, tokens, right ones, right among AMONG
+
+    def around(self, compute_loss):
+        """Return ``compute_loss`` of a trainer for annotated batches; others stay as they are."""
+
+        @functools.wraps(compute_loss)
+        def computed(model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
+            peft = self._trainer.accelerator.unwrap_model(model)
+            if ANNOTATIONS[0] not in inputs:  # evaluation, of text
+                with peft.disable_adapter():
+                    return compute_loss(
+                        model,
+                        inputs,
+                        return_outputs,
+                        num_items_in_batch=num_items_in_batch,
+                        **kwargs,
+                    )
+            found = noise_pass(
+                model, peft, dict(inputs), self._collator.config, self._collator.length
+            )
+            losses = divergences(found.student, found.teacher, self._divergence)
+            self._observe(losses, found)
+            loss = self._scaled(losses, num_items_in_batch)
+            return (loss, {"logits": found.student}) if return_outputs else loss
+
+        return computed
+
+    def _scaled(self, losses: Tensor, items) -> Tensor:
+        """Return the batch's share of the step's mean over all noise tokens, as the trainer divides
+        the loss of a model: by ``items`` of all its batches, where it counts them.
+        """
+        trainer = self._trainer
+        if items is None or not trainer.model_accepts_loss_kwargs:
+            return losses.sum() / max(len(losses), 1)
+        loss = losses.sum() / items
+        if trainer.args.average_tokens_across_devices:
+            loss = loss * trainer.accelerator.num_processes
+        return loss
+
+    @torch.no_grad()
+    def _observe(self, losses: Tensor, found: NoisePass) -> None:
+        right = found.teacher.argmax(-1, keepdim=True)
+        said = found.student.topk(min(AMONG, found.student.shape[-1]), -1).indices == right
+        parts = [losses.sum(), torch.tensor(len(losses)), said[:, 0].sum(), said.sum()]
+        sums = torch.stack([part.to(losses.device, torch.float32) for part in parts])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def read(self) -> dict[str, float]:
+        """Return what this process observed since the last call."""
+        if self._sums is None:
+            return {}
+        loss, tokens, right, among = self._sums.tolist()
+        self._sums = None
+        if not tokens:
+            return {}
+        return {
+            "noise_loss": loss / tokens,
+            "noise_accuracy": right / tokens,
+            f"noise_accuracy_{AMONG}": among / tokens,
+        }
