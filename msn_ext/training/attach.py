@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 
 from .collator import NoisyCollator
+from .figures import Figures
 from .gate import CHECKPOINTED, GatedLoss, check_gate, mark
 from .layouts import ANNOTATIONS, NO_LABEL, branch_mask
 
 Weights = tuple[float, float]
 PLAIN = (1.0, 1.0)
+CROSS_ENTROPY = {("transformers", "Trainer"), ("trl", "SFTTrainer")}
+"""Trainers whose loss is plain cross-entropy, unless a setting of theirs says otherwise."""
 ROWS = 512  # of logits in float32 at a time
 
 
@@ -58,9 +62,20 @@ def add_noise(
         The trainer.
 
     Raises:
-        ValueError: a setting is wrong or does not fit the trainer, or the trainer has noise
-            already.
+        ValueError: a setting is wrong or does not fit the trainer or its model, or the trainer has
+            noise already.
+        TypeError: there is no such setting.
     """
+    known = inspect.signature(NoisyCollator).parameters.keys() - {"inner", "config"}
+    if unknown := settings.keys() - known:
+        raise TypeError(
+            f"add_noise() has no setting {min(unknown)!r}; expected some of"
+            f" {', '.join(sorted(known))}"
+        )
+    if why := _why_not_causal(trainer.model):
+        raise ValueError(
+            f"trainer has a {type(trainer.model).__name__}, {why}; expected a causal language model"
+        )
     if isinstance(trainer.data_collator, NoisyCollator):
         raise ValueError("trainer has noise already: its data_collator is a NoisyCollator")
     if gate:
@@ -90,12 +105,12 @@ def add_noise(
         mark(trainer.model, noisy)
         trainer.noise = GatedLoss(trainer, noisy, divergence)
     else:
-        trainer.noise = NoisyLoss(noisy, _weights_of_step(trainer, loss_weights))
+        trainer.noise = NoisyLoss(trainer, noisy, _weights_of_step(trainer, loss_weights))
     # Imported here: with transformers' callbacks come seconds of imports, which the workers of a
     # data loader would wait for, too, since they import this package for its collator.
     from .epochs import Epochs
 
-    trainer.add_callback(Epochs(noisy, trainer.noise.read))
+    trainer.add_callback(Epochs(noisy, trainer.noise.figures))
     trainer.compute_loss = trainer.noise.around(trainer.compute_loss)
     trainer.log = _with_noise_logged(trainer, trainer.log)
     return trainer
@@ -123,8 +138,28 @@ def _check_gated(trainer, loss_weights, divergence: str, settings: dict) -> None
         )
 
 
+def _why_not_causal(model) -> str | None:
+    """Return why a model does not predict each next token from those before; None: it does, as far
+    as it says.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder-decoder model"
+    if hasattr(model, "can_generate") and not model.can_generate():
+        return "which does not generate text"
+    # Only models that can be both say so (BERT and its like).
+    if getattr(config, "is_decoder", True) is False:
+        return "which looks at the tokens after, too, as config.is_decoder is False"
+    return None
+
+
 def _own_loss(trainer) -> str | None:
-    """Name the setting that makes a trainer's loss another one than cross-entropy."""
+    """Name what makes a trainer's loss another one than cross-entropy."""
+    if "compute_loss" in vars(trainer):
+        return "a compute_loss of its own"
+    owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    if (owner.__module__.partition(".")[0], owner.__name__) not in CROSS_ENTROPY:
+        return f"the compute_loss of {owner.__qualname__}"
     if getattr(trainer, "label_smoother", None) is not None:
         return "label_smoothing_factor"
     if getattr(trainer, "compute_loss_func", None) is not None:
@@ -182,10 +217,10 @@ class NoisyLoss:
     and figures for the log.
     """
 
-    def __init__(self, collator: NoisyCollator, weights: Callable[[], Weights]):
+    def __init__(self, trainer, collator: NoisyCollator, weights: Callable[[], Weights]):
         self._collator, self._weights = collator, weights
         # Of the labels after clean tokens loss and count; after noise loss, count and right ones.
-        self._sums: Tensor | None = None
+        self.figures = Figures(trainer)
 
     def around(self, compute_loss):
         """Return ``compute_loss`` of a trainer for annotated batches; others stay as they are."""
@@ -265,9 +300,8 @@ class NoisyLoss:
             return loss
         losses, right = found
         noisy = noisy[live]
-        parts = [losses.detach() * ~noisy, ~noisy, losses.detach() * noisy, noisy, right & noisy]
-        sums = torch.stack([part.sum(dtype=torch.float32) for part in parts])
-        self._sums = sums if self._sums is None else self._sums + sums
+        seen = losses.detach()
+        self.figures.add([seen * ~noisy, ~noisy, seen * noisy, noisy, right & noisy])
         if not weighted or not len(losses):
             return loss
         if getattr(outputs, "aux_loss", None) is not None:
@@ -280,11 +314,10 @@ class NoisyLoss:
         return scale * (losses * torch.where(noisy, noise, clean)).sum()
 
     def read(self) -> dict[str, float]:
-        """Return what this process observed since the last call."""
-        if self._sums is None:
+        """Return what was observed up to the last step that is to be logged, once."""
+        if (sums := self.figures.read()) is None:
             return {}
-        clean_loss, clean_labels, noise_loss, noise_labels, right = self._sums.tolist()
-        self._sums = None
+        clean_loss, clean_labels, noise_loss, noise_labels, right = sums
         figures = {}
         if clean_labels:
             figures["clean_loss"] = clean_loss / clean_labels

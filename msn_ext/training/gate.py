@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .collator import NoisyCollator
+from .figures import Figures
 from .layouts import ANNOTATIONS, branch_mask
 
 DIVERGENCES = ("kl", "tv", "both")
@@ -214,7 +215,7 @@ class GatedLoss:
 
     def __init__(self, trainer, collator: NoisyCollator, divergence: str):
         self._trainer, self._collator, self._divergence = trainer, collator, divergence
-        self._sums: Tensor | None = None  # divergence, tokens, right ones, right among AMONG
+        self.figures = Figures(trainer)  # divergence, tokens, right ones, right among AMONG
 
     def around(self, compute_loss):
         """Return ``compute_loss`` of a trainer for annotated batches; others stay as they are."""
@@ -253,20 +254,14 @@ class GatedLoss:
             loss = loss * trainer.accelerator.num_processes
         return loss
 
-    @torch.no_grad()
     def _observe(self, losses: Tensor, found: NoisePass) -> None:
         right = found.teacher.argmax(-1, keepdim=True)
         said = found.student.topk(min(AMONG, found.student.shape[-1]), -1).indices == right
-        parts = [losses.sum(), torch.tensor(len(losses)), said[:, 0].sum(), said.sum()]
-        sums = torch.stack([part.to(losses.device, torch.float32) for part in parts])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self.figures.add([losses, torch.ones_like(losses), said[:, 0], said])
 
     def read(self) -> dict[str, float]:
-        """Return what this process observed since the last call."""
-        if self._sums is None:
-            return {}
-        loss, tokens, right, among = self._sums.tolist()
-        self._sums = None
+        """Return what was observed up to the last step that is to be logged, once."""
+        loss, tokens, right, among = self.figures.read() or [0.0] * 4
         if not tokens:
             return {}
         return {

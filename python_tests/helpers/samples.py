@@ -84,3 +84,17 @@ def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One that TRL accepts for data that has tokens already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{i}": i for i in range(vocabulary)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")),
+        pad_token="t0",
+        eos_token="t2",
+        unk_token="t0",
+    )

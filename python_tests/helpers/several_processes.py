@@ -14,8 +14,27 @@ from helpers.families import VOCAB, tiny_model
 from helpers.samples import Pad, samples
 
 
-def learn(folder, layout: str, processes: int = 1, fsdp: bool = False) -> dict:
-    """Return the weights after two passes over 24 samples, four of them in a step."""
+def gated_model():
+    """A tiny model with an adapter that does something."""
+    import peft
+
+    model = peft.get_peft_model(
+        tiny_model("llama", 1, torch.float32),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    generator = torch.Generator().manual_seed(5)
+    for name, x in model.named_parameters():
+        if "lora_" in name:
+            x.data = torch.randn(x.shape, generator=generator) / 20
+    return model
+
+
+def learn(folder, layout: str, processes: int = 1, fsdp: bool = False) -> tuple[dict, list]:
+    """Return the weights after two passes over 24 samples, four of them in a step, and the log.
+
+    Args:
+        layout: of the noise, or "gate".
+    """
     wrapped = dict(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])
     settings = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -32,23 +51,25 @@ def learn(folder, layout: str, processes: int = 1, fsdp: bool = False) -> dict:
         **(dict(fsdp="full_shard", fsdp_config=wrapped) if fsdp else {}),
     )
     rows = samples(24, VOCAB)
-    model = tiny_model("llama", 1, torch.float32)
+    gate = layout == "gate"
+    model = gated_model() if gate else tiny_model("llama", 1, torch.float32)
     trainer = transformers.Trainer(
         model, settings, Pad(), train_dataset=rows, eval_dataset=rows[:8]
     )
-    msn_ext.add_noise(trainer, layout=layout, segments=2, seed=1)
+    noise = dict(gate=True) if gate else dict(layout=layout)
+    msn_ext.add_noise(trainer, **noise, segments=2, seed=1)
     trainer.train()
     state = trainer.accelerator.get_state_dict(trainer.model)
-    return {name: x.cpu() for name, x in state.items()}
+    return {name: x.cpu() for name, x in state.items()}, trainer.state.log_history
 
 
 def main(folder: str, *layouts: str) -> None:
     torch.set_num_threads(1)
     fsdp, layouts = "--fsdp" in layouts, [name for name in layouts if name != "--fsdp"]
     for layout in layouts:
-        weights = learn(folder, layout, int(os.environ["WORLD_SIZE"]), fsdp)
+        learned = learn(folder, layout, int(os.environ["WORLD_SIZE"]), fsdp)
         if torch.distributed.get_rank() == 0:
-            torch.save(weights, f"{folder}/{layout}.pt")
+            torch.save(learned, f"{folder}/{layout}.pt")
     # A process that leaves while another one still talks to it may abort that one.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

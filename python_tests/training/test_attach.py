@@ -14,7 +14,7 @@ import torch
 from helpers import several_processes
 from helpers.cases import one_thread
 from helpers.families import VOCAB, tiny_model
-from helpers.samples import NONE, Pad, samples
+from helpers.samples import NONE, Pad, samples, word_tokenizer
 from msn_ext import NoisyCollator, add_noise
 from msn_ext.training.layouts import unmark
 
@@ -328,7 +328,7 @@ def test_the_loss_that_balances_experts_does_not_go_with_branches(tmp_path):
 
 def test_a_tokenizer_that_would_be_saved_still_is(tmp_path):
     class WithTokenizer(Pad):
-        tokenizer = tokenizer()
+        tokenizer = word_tokenizer(VOCAB)
 
     trainer = trainer_for(tmp_path)
     trainer.data_collator = WithTokenizer()
@@ -424,7 +424,7 @@ def test_trl(tmp_path, layout, weights, form):
         config,
         train_dataset=data,
         eval_dataset=data.select(range(8)),
-        processing_class=tokenizer(),
+        processing_class=word_tokenizer(VOCAB),
     )
     clean = trainer.evaluate()["eval_loss"]
     add_noise(trainer, layout=layout, segments=2, seed=1, loss_weights=weights)
@@ -442,34 +442,37 @@ def test_trl(tmp_path, layout, weights, form):
             assert low - 1e-3 <= log["loss"] <= high + 1e-3
 
 
-def tokenizer():
-    """One that TRL accepts; the data has tokens already."""
-    from tokenizers import Tokenizer, models
-
-    inner = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="t0", eos_token="t2", unk_token="t0"
-    )
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict:
-    """The weights after training in one process, by layout."""
+    """The weights after training in one process, and its log, by layout."""
     with one_thread():
         return {
             layout: several_processes.learn(tmp_path_factory.mktemp("alone"), layout)
-            for layout in LAYOUTS
+            for layout in [*LAYOUTS, "gate"]
         }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_learn_what_one_learns(once, alone, fsdp, layout):
-    """Each sample has the noise that it has in one process, so the weights end the same."""
+@pytest.mark.parametrize(
+    "kind, layout",
+    [
+        ("ddp", "replace"),
+        ("ddp", "branch"),
+        ("ddp", "gate"),
+        ("fsdp", "replace"),
+        ("fsdp", "branch"),
+    ],
+)
+def test_two_processes_learn_what_one_learns(once, alone, kind, layout):
+    """Each sample has the noise that it has in one process, so the weights end the same, and the
+    figures in the log are those of all processes.
+    """
+    pytest.importorskip("peft")
+    fsdp = kind == "fsdp"
+    layouts = LAYOUTS if fsdp else [*LAYOUTS, "gate"]
 
     def launch(folder: Path) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        script = [several_processes.__file__, str(folder), *["--fsdp"] * fsdp, *LAYOUTS]
+        script = [several_processes.__file__, str(folder), *["--fsdp"] * fsdp, *layouts]
         run = subprocess.run(
             [*launcher, "--nproc-per-node=2", *script],
             cwd=folder,
@@ -486,11 +489,18 @@ def test_two_processes_learn_what_one_learns(once, alone, fsdp, layout):
         )
         assert run.returncode == 0, run.stderr[-3000:]
 
-    expected = alone[layout]
-    found = torch.load(once("fsdp" if fsdp else "ddp", launch) / f"{layout}.pt")
-    start = tiny_model("llama", 1, torch.float32).state_dict()
+    expected, log = alone[layout]
+    found, logged = torch.load(once(kind, launch) / f"{layout}.pt")
+    gate = layout == "gate"
+    model = several_processes.gated_model() if gate else tiny_model("llama", 1, torch.float32)
+    start = model.state_dict()
     moved = max(float((x - start[name]).abs().max()) for name, x in expected.items())
     assert moved > 1e-3
+    for mine, theirs in zip(log, logged, strict=True):
+        figures = [name for name in mine if name.startswith(("noise_", "clean_"))]
+        assert figures or "train_loss" in mine
+        for name in figures:
+            assert theirs[name] == pytest.approx(mine[name], abs=1e-3), name
     for name, x in expected.items():
         torch.testing.assert_close(
             found[name], x, rtol=0, atol=moved / 50, msg=lambda text: f"{name}: {text}"

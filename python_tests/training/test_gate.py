@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.families import VOCAB, tiny_model
-from helpers.samples import Pad, flatten, samples
+from helpers.samples import Pad, flatten, samples, word_tokenizer
 from msn_ext import NoisyCollator, add_noise
 from msn_ext.training import gate, layouts
 
@@ -339,3 +339,41 @@ def test_checkpointing_would_drop_what_the_noise_reads(tmp_path, name):
     else:
         setattr(trainer.args, name, True)
     refused_by(trainer, "gradient checkpointing")
+
+
+@pytest.mark.parametrize("form", ["padded", "packing"])
+def test_in_trls_trainer(tmp_path, form):
+    """Of TRL, too, in bfloat16 and in parts of a step; the text stays what it was."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = [
+        {"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()} for row in ROWS
+    ]
+    config = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        bf16=True,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        num_train_epochs=12,
+        learning_rate=2e-2,
+        gradient_checkpointing=False,
+        **(dict(packing=True, max_length=64) if form == "packing" else {}),
+    )
+    model = with_adapter(tiny_model("llama", 1, torch.float32))
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    trainer = trl.SFTTrainer(
+        model,
+        config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=word_tokenizer(VOCAB),
+    )
+    add_noise(trainer, gate=True, segments=4, seed=1)
+    trainer.train()
+    losses = [log["noise_loss"] for log in trainer.state.log_history if "noise_loss" in log]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    for name, x in model.named_parameters():
+        assert torch.equal(x, before[name]) == ("lora_" not in name), name
