@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from msn_ext.gates import mark_gated
+
 from .collator import NoisyCollator
 from .figures import Figures
-from .gate import CHECKPOINTED, GatedLoss, check_gate, mark
+from .gate import CHECKPOINTED, GatedLoss, check_gate
 from .layouts import ANNOTATIONS, NO_LABEL, branch_mask
 
 Weights = tuple[float, float]
@@ -102,7 +104,8 @@ def add_noise(
     for name in ("get_eval_dataloader", "get_test_dataloader"):
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
     if gate:
-        mark(trainer.model, noisy)
+        for name in trainer.model.active_adapters:
+            mark_gated(trainer.model.peft_config[name], noisy.length, noisy.content)
         trainer.noise = GatedLoss(trainer, noisy, divergence)
     else:
         trainer.noise = NoisyLoss(trainer, noisy, _weights_of_step(trainer, loss_weights))

@@ -24,7 +24,6 @@ from .layouts import ANNOTATIONS, branch_mask
 
 DIVERGENCES = ("kl", "tv", "both")
 AMONG = 8  # guesses that decoding keeps of a row
-MARK = "msn_ext"
 CHECKPOINTED = (
     "gate=True keeps the text's keys and values for the noise, which gradient checkpointing drops;"
     " turn it off (the text has no gradient, and needs little memory)"
@@ -72,25 +71,6 @@ def _why_not(config) -> str | None:
         if (value := getattr(config, name, usual)) not in (usual, [], ()):
             return f"{name}={value!r}"
     return None
-
-
-def mark(model, collator: NoisyCollator) -> None:
-    """Write into the configs of the active adapters that they are gated, and for which noise."""
-    for name in model.active_adapters:
-        config = model.peft_config[name]
-        # The one field of PEFT's that is kept in its file as it is, and that it does not use for
-        # adapters of a known task.
-        config.auto_mapping = (config.auto_mapping or {}) | {
-            MARK: {"gated": True, "length": collator.length, "content": collator.content}
-        }
-
-
-def gated_noise(config) -> dict | None:
-    """Return for which noise an adapter was trained, by its PEFT config: ``length`` and
-    ``content``; None: it is not gated.
-    """
-    found = (getattr(config, "auto_mapping", None) or {}).get(MARK)
-    return found if isinstance(found, dict) and found.get("gated") else None
 
 
 class NoisePass(NamedTuple):

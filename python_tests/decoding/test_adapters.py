@@ -5,6 +5,7 @@ import torch
 
 from helpers.families import VOCAB, tiny_model
 from msn_ext import generate
+from msn_ext.gates import mark_gated
 from msn_ext.generation import DRAFTS
 
 peft = pytest.importorskip("peft")
@@ -86,3 +87,28 @@ def test_adapters_that_mix_the_tokens_of_a_call():
     ids = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="decode one prompt at a time with draft='none'"):
         generate(model, ids, draft="none", **SETTINGS)
+
+
+@pytest.mark.parametrize("way", [generate, through_peft])
+def test_gated_adapters_do_not_change_the_text(way, tmp_path):
+    """Refused while they are active, also as loaded from a folder; without them it is the base
+    model's text.
+    """
+
+    def config():
+        return peft.LoraConfig(task_type="CAUSAL_LM", target_modules=PROJECTIONS, r=4)
+
+    model = adapted(config())
+    mark_gated(model.peft_config["default"], 2, "ahead")
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama", 3), tmp_path).eval()
+    base = tiny_model("llama", 3).generate(IDS, **SETTINGS)
+    for gated in (model, loaded):
+        with pytest.raises(ValueError, match="its adapter 'default' is gated"):
+            way(gated, IDS, **SETTINGS)
+        with gated.disable_adapter():
+            assert torch.equal(generate(gated.get_base_model(), IDS, **SETTINGS), base)
+    loaded.load_adapter(tmp_path, "other")
+    loaded.add_adapter("plain", config())
+    loaded.set_adapter("plain")
+    assert torch.equal(way(loaded, IDS, **SETTINGS), base), "a new one does nothing yet"

@@ -10,6 +10,7 @@ import torch
 from helpers.families import VOCAB, tiny_model
 from helpers.samples import Pad, flatten, samples, word_tokenizer
 from msn_ext import NoisyCollator, add_noise
+from msn_ext.gates import gated_noise
 from msn_ext.training import gate, layouts
 
 transformers = pytest.importorskip("transformers")
@@ -261,16 +262,16 @@ def test_its_folder_is_an_ordinary_one_that_says_that_it_is_gated(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             config = peft.PeftConfig.from_pretrained(str(folder))
-        assert gate.gated_noise(config) == {"gated": True, "length": 2, "content": "mixed"}
+        assert gated_noise(config) == {"gated": True, "length": 2, "content": "mixed"}
         saved = json.loads((folder / "adapter_config.json").read_text())
         assert saved["peft_type"] == "LORA"
     again = peft.PeftModel.from_pretrained(
         tiny_model("llama", 1, torch.float32), str(tmp_path / "out")
     )
-    assert gate.gated_noise(again.peft_config["default"])["length"] == 2
+    assert gated_noise(again.peft_config["default"])["length"] == 2
     for (name, x), (_, y) in zip(again.named_parameters(), trainer.model.named_parameters()):
         assert torch.equal(x, y), name
-    assert gate.gated_noise(with_adapter().peft_config["default"]) is None
+    assert gated_noise(with_adapter().peft_config["default"]) is None
 
 
 def test_a_run_goes_on_where_it_was(tmp_path):
