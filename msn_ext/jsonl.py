@@ -20,14 +20,24 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is damaged or no text; names the file.
+        ValueError: it is damaged or no text; names the file and the line.
     """
     opened = gzip.open if path.endswith(".gz") else open
+    number = 0
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            yield from enumerate(file, 1)
-    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        # What is no UTF-8 comes as half characters, which no UTF-8 has, and is found in its line.
+        with opened(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                line.encode()
+                yield number, line
+    except UnicodeEncodeError as error:
+        byte = ord(error.object[error.start]) - 0xDC00
+        raise ValueError(
+            f"{path}: line {number} cannot be read: byte 0x{byte:02x} after {error.start}"
+            " characters is no UTF-8"
+        ) from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} cannot be read after line {number}: {error}") from error
 
 
 def row(line: str, place: str) -> dict:

@@ -1,13 +1,46 @@
-"""Keep transformers' messages off the terminal, and show a bar of the package's own."""
+"""Show how far long work is, on a terminal and in a file; keep transformers' messages away."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+INTERVAL = 30.0
+"""Seconds between two lines about the same work, where there is no terminal."""
+
+
+class _Lines:
+    """A stream for tqdm, which goes back to the beginning of its line: each time is a line here."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            self._stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def progress_bar(iterable=None, **settings) -> tqdm:
+    """Return a bar of tqdm, with its settings, on standard error; where that is no terminal, lines:
+    one every half a minute, none for work that takes less.
+    """
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        lines = _Lines(sys.stderr)
+        settings |= dict(file=lines, mininterval=INTERVAL, delay=INTERVAL, ncols=100, leave=True)
+    return tqdm(iterable, **settings)
 
 
 @contextlib.contextmanager

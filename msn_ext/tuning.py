@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+
+from msn_ext.terminal import progress_bar
 
 from .decoding import BestFirst, Request, runner_for
 from .decoding.drafters.calibration import FactorRecorder, Record, fit
@@ -53,7 +54,7 @@ def measure_step_times(
     drafter = BestFirst(budget=1)
     request = Request.greedy_unpadded(model, text.to(model.device), drafter, context, engine)
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
-    bar = tqdm(
+    bar = progress_bar(
         total=ROUNDS * len(sizes), unit="step", desc="step times", leave=False, disable=not progress
     )
     with runner_for(request) as runner, bar:
@@ -109,7 +110,9 @@ def learn_factors(
     records: list[Record] = []
     asked = 0
     context = _context_of(model, 1 << 30)
-    for prompt in tqdm(prompts, unit="prompt", desc="factors", leave=False, disable=not progress):
+    for prompt in progress_bar(
+        prompts, unit="prompt", desc="factors", leave=False, disable=not progress
+    ):
         length = prompt.shape[1]
         if not 0 < length < context:
             continue  # nothing to ask, or no room for an answer

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 import time
 
 from .common import CommandError, UsageError, output_file
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     start = time.perf_counter()
     with quiet_transformers():
-        corpus = Corpus.build(tokens, vocabulary, progress=sys.stderr.isatty())
+        corpus = Corpus.build(tokens, vocabulary)
     try:
         corpus.save(output)
     except OSError as error:

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,6 +120,8 @@ def _read(sources: list[str], count: int | None) -> list:
             else f"--data: {one_line(error)}"
         )
         raise CommandError(where) from error
+    except ValueError as error:
+        raise CommandError(f"--data {error}") from error
     return draw(files, count or sum(map(len, files)))
 
 
@@ -142,7 +143,6 @@ class _Recipe:
 
         if self.noise.layout == "branch":
             check_branches(self.model.config.get_text_config(decoder=True))
-        self.progress = sys.stderr.isatty()
         self.context = context_of(self.model)
         longest = min(self.sampling.max_new_tokens, self.context // 2)
         self.sampling = replace(self.sampling, max_new_tokens=longest)
@@ -198,7 +198,6 @@ class _Recipe:
             conversations,
             self.folder.path / ANSWERS,
             max_new_tokens=self.sampling.max_new_tokens,
-            progress=self.progress,
         )
         if self.training.bf16:  # what was rounded is read again
             name, device = self.arguments.model, self.arguments.device
@@ -209,7 +208,7 @@ class _Recipe:
         from msn_ext.recipe.metrics import figures
 
         length = self.noise.length
-        return figures(model, self.tokenizer, samples, questions, length, progress=self.progress)
+        return figures(model, self.tokenizer, samples, questions, length)
 
     def train(self, samples: list[dict], figures: dict):
         """Return the trained model, without an adapter, and add to the figures how it went."""
@@ -223,7 +222,6 @@ class _Recipe:
             self.folder.path,
             self.noise,
             self.training,
-            progress=self.progress,
         )
         figures["training seconds"] = round(time.time() - begun)
         figures["log"] = log

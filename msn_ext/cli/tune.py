@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 
 from .common import (
     CommandError,
@@ -68,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--{error}") from error
     with quiet_transformers():
         encoded = [tokens_of(tokenizer, prompt, True) for prompt in prompts]
-        profile, path = tune(model, encoded, context, sys.stderr.isatty(), arguments.engine)
+        profile, path = tune(model, encoded, context, True, arguments.engine)
     plain = profile.times[1]
     print(f"{'nodes':>5} {'ms a step':>10} {'over plain':>11}")
     for nodes, seconds in profile.times.items():

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from msn_ext.decoding import BestFirst
 from msn_ext.generation import generate
+from msn_ext.terminal import progress_bar
 from msn_ext.training.data import Collate, Conversation, prompt_ids
 from msn_ext.training.evaluation import new_trigrams, noise_accuracy
 
@@ -73,7 +73,7 @@ def mean_accept_length(
     """
     tokens = passes = 0
     answers = []
-    for question in tqdm(
+    for question in progress_bar(
         questions, desc="accept length", unit="prompt", leave=False, disable=not progress
     ):
         ids = torch.tensor([prompt_ids(tokenizer, question_of(question))], device=model.device)

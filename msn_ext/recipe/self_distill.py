@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from tqdm import tqdm
 
 from msn_ext.generation import generate
 from msn_ext.jsonl import whole_rows
+from msn_ext.terminal import progress_bar
 from msn_ext.training.data import Conversation, prompt_ids
 
 from .samples import Answer, pad_of, question_key, question_of
@@ -44,7 +44,7 @@ def self_distill(
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(path, "a", encoding="utf-8") as file,
-        tqdm(
+        progress_bar(
             total=len(questions),
             initial=len(questions) - len(order),
             unit="answer",

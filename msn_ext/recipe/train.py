@@ -8,11 +8,11 @@ from typing import cast
 
 import torch
 from torch.utils.data import Sampler
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from msn_ext.terminal import progress_bar
 from msn_ext.training import add_noise
 from msn_ext.training.data import Collate
 
@@ -137,7 +137,7 @@ class _Bar(TrainerCallback):
     """A progress bar with both losses and the accuracy after noise."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=state.max_steps,
             initial=state.global_step,
             desc="training",
@@ -153,7 +153,8 @@ class _Bar(TrainerCallback):
             shown = {"loss": logs["clean_loss"], "after noise": logs.get("noise_loss", 0.0)}
             self._bar.set_postfix(
                 {name: f"{value:.3f}" for name, value in shown.items()}
-                | {"right": f"{100 * logs.get('noise_accuracy', 0.0):.0f} %"}
+                | {"right": f"{100 * logs.get('noise_accuracy', 0.0):.0f} %"},
+                refresh=False,
             )
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+
+from msn_ext.terminal import progress_bar
 
 from .collator import NoisyCollator
 from .layouts import NO_LABEL, unmark
@@ -66,7 +67,9 @@ def noise_accuracy(
     model.eval()
     try:
         starts = range(0, len(samples), batch_size)
-        for at in tqdm(starts, desc="evaluation", unit="batch", leave=False, disable=not progress):
+        for at in progress_bar(
+            starts, desc="evaluation", unit="batch", leave=False, disable=not progress
+        ):
             for batch, depth in _passes(noisy, samples[at : at + batch_size], model.device):
                 labels, depth = batch.pop("labels")[:, 1:], depth[:, :-1]
                 live = (labels != NO_LABEL) & (depth >= 0)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+
+from msn_ext.terminal import progress_bar
 
 from .collator import Starts, identity
 from .layouts import NO_LABEL, sample_bounds
@@ -46,7 +47,7 @@ def lowest_loss_starts(
     training, starts, samples = model.training, Starts(), []
     model.eval()
     try:
-        with tqdm(
+        with progress_bar(
             dataset, unit="sample", desc="lowest loss", leave=False, disable=not progress
         ) as bar:
             for sample in bar:

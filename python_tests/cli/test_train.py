@@ -159,6 +159,24 @@ def test_ranges_are_told_before_anything_is_done(folder, data, tmp_path, capsys,
     assert f"'{value}' is not a whole number from" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"prompt": "a"}\n{"prompt": "\xfc"}\n', "line 2 cannot be read: byte 0xfc"),
+        (b'{"prompt": "a"}\n{"question": "b"}\n', "line 2 has neither messages nor a prompt"),
+        (b"", "holds no conversations"),
+    ],
+    ids=["latin", "fields", "empty"],
+)
+def test_wrong_data_is_named_by_option_file_and_line(folder, tmp_path, capsys, content, message):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(content)
+    assert cli.main(command(folder, str(file), tmp_path / "out")) == 1
+    said = capsys.readouterr().err
+    assert f"--data {file}" in said and message in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_gpu_is_chosen_elsewhere(folder, data, tmp_path, capsys):
     assert cli.main(command(folder, data, tmp_path / "out", "--device", "cuda:1")) == 1
     assert "CUDA_VISIBLE_DEVICES" in capsys.readouterr().err

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 import numpy
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from msn_ext import ops
 from msn_ext.ops import SUFFIXES
 from msn_ext.paths import replacing
+from msn_ext.terminal import progress_bar
 
 MOST_SLOTS = 1 << 24
 """Per length of n-grams: 512 MB in all. A larger corpus loses more and more of its older ones."""
@@ -72,7 +72,7 @@ class Corpus:
         if type(vocabulary) is not int or not 1 <= vocabulary < 1 << 31:
             raise ValueError(f"vocabulary is {vocabulary!r}; expected the model's vocab_size")
         collected = array.array("i")  # grows in place
-        with tqdm(
+        with progress_bar(
             unit=" tokens", unit_scale=True, desc="reading", leave=False, disable=not progress
         ) as bar:
             for at, text in enumerate(documents):
@@ -195,7 +195,7 @@ def _slots(tokens: int) -> int:
 def _index(tokens: Tensor, progress: bool) -> Tensor:
     """Return the suffixes of all tokens, int32 [8, S], indexed chunk by chunk."""
     suffixes = torch.zeros(1, len(SUFFIXES), _slots(len(tokens)), dtype=torch.int32, device="cpu")
-    with tqdm(
+    with progress_bar(
         total=len(tokens),
         unit=" tokens",
         unit_scale=True,
