@@ -7,6 +7,7 @@ kernel the sanitizer sees is ours.
 """
 
 import argparse
+import sys
 
 import torch
 
@@ -16,6 +17,10 @@ BATCH = 3
 NODES = (1, 33, 70, 256)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # times (1 + |value|)
 FAR = 1 << 40
+
+
+class Differs(Exception):
+    """Another result than the CPU's."""
 
 
 def rand_trees(n: int) -> torch.Tensor:
@@ -46,10 +51,10 @@ def compare(name: str, device: str, op, *args, tolerance: float = 0.0, **kwargs)
     for expected, result in zip(want, got) if isinstance(want, tuple) else [(want, got)]:
         result = result.cpu()
         if tolerance == 0 and not torch.equal(result, expected):
-            raise SystemExit(f"{name}: {device} differs from cpu")
+            raise Differs(f"{name}: {device} differs from cpu")
         expected, result = expected.double(), result.double()
         if tolerance and not ((result - expected).abs() <= tolerance * (1 + expected.abs())).all():
-            raise SystemExit(
+            raise Differs(
                 f"{name}: {device} differs from cpu by up to {(result - expected).abs().max():.3g}"
             )
     print(f"{name}: same as on the CPU", flush=True)
@@ -91,7 +96,7 @@ def check_tree(n: int, device: str) -> None:
     want = ops.verify_tree(tokens, targets, dead)
     got = ops.verify_tree(*on(device, [tokens, targets, broken]))
     if not all(torch.equal(a, b.cpu()) for a, b in zip(want, got)):
-        raise SystemExit(f"verify_tree N={n}: a malformed parent does not count as padding")
+        raise Differs(f"verify_tree N={n}: a malformed parent does not count as padding")
 
 
 def check_drafting(n: int, device: str) -> None:
@@ -154,7 +159,7 @@ def check_best_first(n: int, device: str) -> None:
         and torch.equal(suffixes, suffixes_there.cpu())
         and torch.equal(adjacency, adjacency_there.cpu())
     ):
-        raise SystemExit(f"tables of N={n}: {device} differs from cpu")
+        raise Differs(f"tables of N={n}: {device} differs from cpu")
     corpus, corpus_suffixes = (
         torch.randint(-1, 9, (5000,)),
         torch.zeros(1, 8, 4096, dtype=torch.int32),
@@ -240,7 +245,7 @@ def check_commit(n: int, device: str) -> None:
     outside = [torch.tensor([FAR, -1, slots]), path, torch.tensor([FAR, n, n])]
     ops.commit_kv(copies, *on(device, outside))  # every row starts outside: nothing may change
     if not all(torch.equal(a, b.cpu()) for a, b in zip(caches, copies)):
-        raise SystemExit(f"commit_kv N={n}: {device} differs from cpu")
+        raise Differs(f"commit_kv N={n}: {device} differs from cpu")
     ops.commit_kv(copies, *on(device, [lengths, path + FAR, torch.full((BATCH,), FAR)]))
     print(f"commit_kv N={n}: same as on the CPU", flush=True)
 
@@ -287,13 +292,14 @@ def check_attention(n: int, device: str) -> None:
         )  # reads no slot outside
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda", help="what is compared with the CPU")
     device = parser.parse_args().device
     torch.manual_seed(0)
+    failed = False
     for n in NODES:
         for check in (
             check_tree,
@@ -303,10 +309,15 @@ def main() -> None:
             check_commit,
             check_attention,
         ):
-            check(n, device)
+            try:
+                check(n, device)
+            except Differs as difference:
+                print(difference, flush=True)
+                failed = True
     if device == "cuda":
         torch.cuda.synchronize()
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
