@@ -1,4 +1,4 @@
-"""Builds, tests, sanitizes and times msn_ext on a machine with a GPU, from a bare checkout, offline.
+"""Build, test, sanitize and time msn_ext on a machine with a GPU, from a bare checkout, offline.
 
     benchmarks/gpu.sh ops memcheck          these parts, which build first what is not built
     benchmarks/gpu.sh plan                  commands for a machine that is lent for half an hour
@@ -6,10 +6,10 @@
     OUT=/tmp/results benchmarks/gpu.sh ops  results there; default: benchmarks/results/<GPU's name>
     PYTHON=python3.12 benchmarks/gpu.sh ops default: python3
 
-The machine may be lent for a while, a command at a time, each with a limit of ten minutes after
-which it is killed, and with few files given back. So every part has a limit (SCALE=0.5 halves them),
-all of a command together TOTAL seconds; a part that fails or takes too long costs none of the
-others; and results are appended as they come, to at most eight files:
+The machine may be lent for a while, a command at a time: killed after ten minutes, with few files
+given back. So every part has a limit (SCALE=0.5 halves them), and all of a command TOTAL seconds; a
+part that fails or takes too long costs none of the others; and results are appended as they come,
+to at most eight files:
 
     parts.jsonl    the machine, then every part: begun, ended, how
     log.txt        what the parts printed
@@ -20,7 +20,7 @@ Results that are in OUT already stay, and are not measured again. The exit statu
 failed.
 
 Needs nvcc, compute-sanitizer, cmake, ninja, and in that Python: torch with CUDA, transformers,
-pybind11, scikit-build-core, pytest, hypothesis, pytest-xdist; for `demo` the pieces, and accelerate.
+pybind11, scikit-build-core, pytest, hypothesis, pytest-xdist; for `demo` accelerate and the pieces.
 The package is installed into build/gpu/site, never into the environment.
 """
 
