@@ -32,15 +32,16 @@ class Report:
     def row(self, **figures) -> None:
         self._connection.send(("row", self._case | figures))
 
-    def error(self, error: Exception) -> None:
-        """Tell why the case has no figures. Where the GPU can't be used any more, this process
-        ends; another one goes on with the next case.
-        """
+    def error(self, error: Exception, spoilt: bool = False) -> None:
+        """Tell why the case has no figures; then as :meth:`go_on`."""
         self.row(error=said(error))
-        self.go_on_if_possible()
+        self.go_on(spoilt)
 
-    def go_on_if_possible(self) -> None:
-        if not usable(self._device):
+    def go_on(self, spoilt: bool = False) -> None:
+        """End this process if it is ``spoilt`` or the GPU can't be used any more; another one goes
+        on with the next case.
+        """
+        if spoilt or not usable(self._device):
             sys.exit()
 
 

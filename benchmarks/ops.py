@@ -103,11 +103,11 @@ def measure_all(report: Report, options: argparse.Namespace) -> None:
         try:
             row = measure(made, timer, bandwidth)
         except Exception as error:
-            report.error(error)
+            report.error(error, timer.spoilt)
             return
         report.row(dtype=str(model.dtype).removeprefix("torch."), **row)
         if row["errors"]:
-            report.go_on_if_possible()
+            report.go_on(timer.spoilt)
 
     for model in MODELS[device]:
         for op in options.ops:

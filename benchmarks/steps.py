@@ -203,7 +203,7 @@ def measure(report: Report, options) -> None:
                 # out of memory, or what a peer cannot do: said, not hidden
                 runs.pop(way, None)
                 failed.add(key[:-1])
-                report.error(error)
+                report.error(error, spoilt="recorded" in way)
 
 
 def summarise(rows: list[dict]) -> str:

@@ -8,10 +8,14 @@ from machine import last_level_cache
 
 
 class Timer:
-    """Seconds per call with cold caches."""
+    """Seconds per call with cold caches.
+
+    Attributes:
+        spoilt: a capture has failed, after which torch's allocator may take it for still under way.
+    """
 
     def __init__(self, device: str, repeats: int):
-        self.device, self.repeats = device, repeats
+        self.device, self.repeats, self.spoilt = device, repeats, False
         self.flushed = torch.empty(2 * last_level_cache(device), dtype=torch.uint8, device=device)
 
     def __call__(self, call: Callable, captured: bool = True) -> list[float]:
@@ -40,9 +44,11 @@ class Timer:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         here.wait_stream(side)
+        self.spoilt = True
         # The outer context restores the stream, which a failed capture would leave switched.
         with torch.cuda.stream(here), torch.cuda.graph(graph, stream=side):
             call()
+        self.spoilt = False
         return graph.replay
 
     def _once(self, call: Callable) -> float:

@@ -55,7 +55,7 @@ def test_a_case_that_goes_wrong_costs_only_itself(cases):
 
     done = {("second",): {"name": "second", "process": 0}}
     names = [*NAMES, "last"]
-    found = list(isolated(cases.work, names, "cpu", 4.0, done))
+    found = list(isolated(cases.work, names, "cpu", 8.0, done))
     rows = [content for kind, content in found if kind == "row"]
     assert [row["name"] for row in rows] == [name for name in names if name != "second"]
     assert set(done) == {(name,) for name in names}
@@ -64,7 +64,7 @@ def test_a_case_that_goes_wrong_costs_only_itself(cases):
         "fails": "ValueError: no such thing",
         "breaks the device": "RuntimeError: an illegal memory access",
         "ends the process": "ended its process, exit status 3",
-        "hangs": "took longer than 4 s",
+        "hangs": "took longer than 8 s",
     }
     processes = [row["process"] for row in rows if "process" in row]
     assert len(processes) == 3 and len(set(processes)) == 3, "three cases after a fresh start each"
@@ -76,4 +76,4 @@ def test_a_process_that_ends_before_its_cases_is_an_error(cases):
     from isolated import isolated
 
     with pytest.raises(RuntimeError, match="before the first of them: .*exit status 4"):
-        list(isolated(cases.ends_at_once, ["first"], "cpu", 4.0, {}))
+        list(isolated(cases.ends_at_once, ["first"], "cpu", 8.0, {}))

@@ -61,7 +61,7 @@ def test_only_what_is_marked_waits_for_the_device(op_cases):
 
 
 def test_a_timer_finds_what_waits_before_it_captures(monkeypatch):
-    """A capture that fails cannot be ended; only the stream is what it was."""
+    """A capture that fails spoils the process; only the stream is what it was."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import contextlib
 
@@ -93,5 +93,13 @@ def test_a_timer_finds_what_waits_before_it_captures(monkeypatch):
     monkeypatch.setattr(timer, "_once", lambda call: 1.0)
     with pytest.raises(RuntimeError, match="synchronizing"):
         timer(waits)
-    assert "capture" not in events and mode == ["default"]
+    assert "capture" not in events and mode == ["default"] and not timer.spoilt
     assert timer(waits, captured=False) == [1.0] * 3 and "capture" not in events
+
+    def fails():
+        if "capture" in events:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        timer(fails)
+    assert timer.spoilt and events[-2:] == ["stream", "capture"], "the stream is restored outside"

@@ -1,4 +1,4 @@
-"""benchmarks/sanitize_ops.py finds no differences where there are none, and those that there are."""
+"""benchmarks/sanitize_ops.py finds the differences that there are, and no others."""
 
 import subprocess
 import sys
