@@ -126,12 +126,13 @@ assert msn_ext.build_info()["cuda"], "built without CUDA" """
                 decode("bfloat16", 12, "decode.jsonl"),
                 decode("float32", 6, "decode-float32.jsonl"),
             ],
-            {
-                "PYTHONPATH": os.pathsep.join(map(str, (SITE, DEMO))),
-                "MSN_CACHE": str(WORK / "cache"),
-            },
+            {"PYTHONPATH": python_path(SITE, DEMO), "MSN_CACHE": str(WORK / "cache")},
         ),
     }
+
+
+def python_path(*first: Path) -> str:
+    return os.pathsep.join(filter(None, [*map(str, first), os.environ.get("PYTHONPATH")]))
 
 
 # ---- commands, ready to paste --------------------------------------------------------------------
@@ -303,6 +304,7 @@ def run_part(name: str, part: Part, out: Path, deadline: float) -> str:
     status = "not run: no time left"
     for command in part.commands:
         if time.monotonic() >= deadline:
+            status = "failed: took too long" if status == "ok" else status
             break
         status = run(command, part.environment, log, deadline)
         if status != "ok":
@@ -323,10 +325,10 @@ def run_parts(names: list[str], out: Path, known: dict[str, Part]) -> dict[str, 
     """Run the parts, and before them `build` if what is built is not of these sources."""
     deadline = time.monotonic() + TOTAL * SCALE
     built, wanted = WORK / "built", sources()
-    if not built.is_file() or built.read_text() != wanted:
+    if "build" in names or not built.is_file() or built.read_text() != wanted:
         names = ["build", *names]
     statuses: dict[str, str] = {}
-    for name in sorted(set(names), key=list(known).index):
+    for name in dict.fromkeys(names):
         if statuses.get("build", "ok") != "ok":
             statuses[name] = "not run: nothing is built"
             note(out, {"part": name, "status": statuses[name]})
@@ -363,9 +365,10 @@ def main(arguments: list[str]) -> int:
     architecture = gpu("compute_cap").replace(".", "")  # 9.0 -> 90
     if architecture == "90":
         architecture = "90a-real"  # wgmma, which only that has
-    os.environ["PYTHONPATH"] = str(SITE)
+    known = parts(out, architecture)
+    os.environ["PYTHONPATH"] = python_path(SITE)
     os.environ["PYTHONUNBUFFERED"] = "1"
-    statuses = run_parts(arguments, out, parts(out, architecture))
+    statuses = run_parts(arguments, out, known)
     print(f"\n{gpu('name')}; results in {out}")
     for part, status in statuses.items():
         print(f"{part:<13} {status}")

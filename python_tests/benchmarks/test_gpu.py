@@ -261,6 +261,12 @@ def test_the_limit_of_a_command_is_that_of_its_last_part(tmp_path, monkeypatch):
     assert time.monotonic() - begun < 10
 
 
+def test_a_part_whose_last_command_did_not_run_is_not_ok(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "run", lambda *_: time.sleep(0.3) or "ok")
+    part = gpu.Part(0.2, [["the first"], ["the last"]])
+    assert gpu.run_part("demo", part, tmp_path, time.monotonic() + 60) == "failed: took too long"
+
+
 def test_the_plan_can_be_pasted_and_fits(machine):
     """Every command on a machine of its own, as if the one before had been given back."""
     commands = [line for line in gpu.plan().splitlines() if not line.startswith("#")]
@@ -277,13 +283,14 @@ def test_the_plan_can_be_pasted_and_fits(machine):
     flat = [name for parts in names for name in parts]
     assert sorted(flat) == sorted(ALL), "every part, once"
     assert gpu.START + sum(known[name].seconds for name in flat) <= gpu.LENT
-    for number, command in enumerate(commands):
+    for parts, command in zip(names, commands):
         shutil.rmtree(machine.checkout / "build", ignore_errors=True)
-        out = machine.out / str(number)
-        process = machine.start(f"env {command}", OUT=str(out))
+        shutil.rmtree(machine.out, ignore_errors=True)
+        process = machine.start(f"env {command}")
         output, _ = process.communicate(timeout=50)
         assert process.returncode == 0, output.decode()
-        check_what_comes_back(out)
+        assert list(machine.statuses()) == list(dict.fromkeys(["build", *parts])), "in their order"
+        check_what_comes_back(machine.out)
 
 
 def test_options_of_the_parts_are_those_of_their_programs():
