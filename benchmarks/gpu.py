@@ -163,7 +163,7 @@ def plan() -> str:
         seconds = sum(known[name].seconds for name in names)
         bring = f"; bring {(PIECES / str(piece)).relative_to(ROOT)} along" if piece else ""
         lines.append(f"# {number}. {seconds:.0f} s at most{bring}")
-        lines.append(f'MSN_COMMIT={commit()} OUT="$OUT" benchmarks/gpu.sh {" ".join(names)}')
+        lines.append(f'MSN_COMMIT={commit()} OUT="$OUT" bash benchmarks/gpu.sh {" ".join(names)}')
     return "\n".join(lines)
 
 
