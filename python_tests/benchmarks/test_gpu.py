@@ -311,3 +311,25 @@ def test_other_parts_are_an_error_that_says_which_there_are(machine, parts):
     assert "memcheck, racecheck" in machine.output
     assert ("unknown part 'opps'" in machine.output) == bool(parts)
     assert not machine.out.exists()
+
+
+def test_tests_of_a_gpu_run_alone_and_leave_a_line_each(tmp_path):
+    """As the part `test` runs them; here, without a GPU, they fail, and are not left out."""
+    tests = [f"python_tests/ops/test_{name}.py" for name in ("commit_kv", "constants")]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    lines = tmp_path / "tests.jsonl"
+    alone = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    run = subprocess.run(
+        [*command, "-k", "no_caches or constants"],
+        cwd=BENCHMARKS.parent,
+        env=alone
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
+        | {"MSN_TEST_DEVICES": "cuda", "MSN_TEST_RESULTS": str(lines)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
+    (row,) = map(json.loads, lines.read_text().splitlines())
+    assert "test_commit_of_no_caches_or_no_nodes_does_nothing[cuda]" in row["test"]
+    assert row["outcome"] == "failed" and "there is no GPU" in row["error"]
