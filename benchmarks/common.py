@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import pathlib
-import subprocess
 
 import torch
 import transformers
+from machine import git_commit
 
 import msn_ext
 from msn_ext.jsonl import whole_rows
@@ -53,12 +53,6 @@ def load_questions(path: pathlib.Path) -> list[dict]:
 
 def conditions(model, program: str, arguments: list[str]) -> dict:
     """Return what the figures depend on, for the record."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=BENCHMARKS,
-    )
     device = (
         torch.cuda.get_device_name()
         if model.device.type == "cuda"
@@ -66,7 +60,7 @@ def conditions(model, program: str, arguments: list[str]) -> dict:
     )
     return dict(
         command=f"python benchmarks/{program} " + " ".join(arguments),
-        commit=commit.stdout.strip() or "unknown",
+        commit=git_commit(),
         device=device,
         dtype=str(model.dtype).removeprefix("torch."),
         torch=torch.__version__,

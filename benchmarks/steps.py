@@ -3,7 +3,7 @@ drawn at random.
 
     python benchmarks/steps.py --shape llama-3-8b --device cuda --dtype bfloat16 --context 2048
     python benchmarks/steps.py --shape llama-3-8b --device cuda --dtype bfloat16 \\
-        --batch 1,2,4,8,16,32 --nodes 1,16,64
+        --batch 1,2,4,8,16,32 --nodes 1,16,64 --who ours --output steps.jsonl
     python benchmarks/steps.py --shape smollm2-135m --nodes 1,16    # a CPU will do, too
 
 Weights at random make no sense of a text, but their time is that of real ones. A step is everything
@@ -13,20 +13,27 @@ only), "one by one" launches each kernel. transformers decodes greedily after th
 the time to read the weights that a step needs once, at the bandwidth of a large copy measured in
 the same run. Each figure is the median of ROUNDS stretches of STEPS steps, which take turns with
 the others'.
+
+Ours are timed first, transformers' in another process (isolated.py), whose compiler and memory
+touch nothing of ours. With --output, a line is appended per stretch; what stands there already is
+not run again, "error" says why a way has no figures.
 """
 
 import argparse
 import functools
+import itertools
 import json
+import math
 import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from common import Results, conditions
+from isolated import Report, isolated
 from machine import copy_bandwidth, wait
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from msn_ext.decoding import BestFirst, Decoder, Request
@@ -61,6 +68,8 @@ SHAPES = {
     ),
 }
 ROUNDS, STEPS = 5, 20
+KEYS = "batch", "context", "way", "round"  # of a stretch
+LIMIT = 150.0  # seconds that a stretch may take, recording and compiling included
 
 
 def make_model(shape: str, device: str, dtype: torch.dtype):
@@ -84,10 +93,11 @@ def make_model(shape: str, device: str, dtype: torch.dtype):
 class Ours:
     """STEPS steps of a decoder at a time."""
 
-    def __init__(self, model, prompt, nodes: int, recorded: bool, longest: int):
-        self._device = prompt.device.type
+    def __init__(self, model, prompt, nodes: int, recorded: bool, engine: str):
+        self._device, self._recorded = prompt.device.type, recorded
+        longest = (ROUNDS + 3) * STEPS * (1 + nodes)
         decoder = Decoder(
-            Request.greedy_unpadded(model, prompt, BestFirst(nodes), longest),
+            Request.greedy_unpadded(model, prompt, BestFirst(nodes), longest, engine),
             room=room_for(prompt.shape[1] + longest),
         )
         decoder.prefill()
@@ -104,6 +114,8 @@ class Ours:
         for _ in range(STEPS):
             self._run.step()
         wait(self._device)
+        if self._recorded and not self._run.captures:
+            raise RuntimeError("its step could not be recorded; the log says why")
         return (time.perf_counter() - start) / STEPS
 
 
@@ -140,86 +152,78 @@ def read_bytes(model) -> int:
     return sum(parameter.nbytes for parameter in model.parameters()) - table
 
 
-def ways(model, prompt, sizes: list[int], options) -> dict[str, object]:
-    longest = (ROUNDS + 3) * STEPS * (1 + max(sizes))
-    made = {}
-    for nodes in sizes:
-        made[f"{nodes} one by one"] = lambda nodes=nodes: Ours(model, prompt, nodes, False, longest)
-        if options.device in BACKENDS:
-            made[f"{nodes} recorded"] = lambda nodes=nodes: Ours(
-                model, prompt, nodes, True, longest
-            )
-    if not options.no_transformers:
-        made["transformers eager"] = lambda: Transformers(model, prompt)
-        if options.device == "cuda":
-            made["transformers static"] = lambda: Transformers(
-                model, prompt, cache_implementation="static"
-            )
-    return made
+def ways(model, prompt, options) -> dict[str, Callable]:
+    """What makes each way of decoding."""
+    device, sizes = prompt.device.type, [int(nodes) for nodes in options.nodes.split(",")]
+    if options.who == "transformers":
+        static = {"cache_implementation": "static"}
+        made = {"transformers eager": functools.partial(Transformers, model, prompt)}
+        if device == "cuda":
+            made["transformers static"] = functools.partial(Transformers, model, prompt, **static)
+        return made
+    return {
+        f"{nodes} {'recorded' if recorded else 'one by one'}"
+        + (f", {engine}" if engine != "auto" else ""): functools.partial(
+            Ours, model, prompt, nodes, recorded, engine
+        )
+        for engine in options.engine.split(",")
+        for nodes in sizes
+        for recorded in ([False, True] if device in BACKENDS else [False])
+    }
 
 
 @torch.no_grad()
-def measure(model, batch: int, options, limit: float) -> list[dict]:
-    sizes = [int(nodes) for nodes in options.nodes.split(",")]
-    prompt = torch.randint(
-        model.config.vocab_size,
-        (batch, options.context),
-        generator=torch.Generator().manual_seed(batch),
-    )
-    runs, failed = {}, {}
-    for name, make in ways(model, prompt.to(options.device), sizes, options).items():
-        try:
-            runs[name] = make()
-            runs[name]()  # warms up, records, compiles
-        except (RuntimeError, ValueError) as error:
-            # out of memory, or what a peer cannot do: said, not hidden
-            runs.pop(name, None)
-            failed[name] = f"{type(error).__name__}: {error}"[:300]
-    seconds = {name: [] for name in runs}
-    for _ in tqdm(range(ROUNDS), desc=f"batch {batch}", disable=None):
-        for name, run in runs.items():
-            seconds[name].append(run())
-    rows = [
-        dict(
-            batch=batch,
-            context=options.context,
-            way=name,
-            seconds=statistics.median(s),
-            all=s,
-            limit=limit,
-        )
-        for name, s in seconds.items()
-    ]
-    return rows + [
-        dict(batch=batch, context=options.context, way=name, failed=why)
-        for name, why in failed.items()
-    ]
+def measure(report: Report, options) -> None:
+    """Report every stretch that is not done."""
+    model = make_model(options.shape, options.device, getattr(torch, options.dtype))
+    report.about(conditions(model, "steps.py", sys.argv[1:]))
+    limit = read_bytes(model) / copy_bandwidth(options.device)
+    failed = {key[:-1] for key, row in report.done.items() if "error" in row}
+    for batch in map(int, options.batch.split(",")):
+        prompt = torch.randint(
+            model.config.vocab_size,
+            (batch, options.context),
+            generator=torch.Generator().manual_seed(batch),
+        ).to(options.device)
+        runs: dict[str, Callable] = {}
+        for turn, (way, make) in itertools.product(
+            range(ROUNDS), ways(model, prompt, options).items()
+        ):
+            case = dict(batch=batch, context=options.context, way=way, round=turn)
+            key = tuple(case.values())
+            if key in report.done or key[:-1] in failed:
+                continue
+            report.begin(**case)
+            try:
+                if way not in runs:
+                    runs[way] = make()
+                    runs[way]()  # warms up, records, compiles
+                report.row(seconds=runs[way](), limit=limit)
+            except (RuntimeError, ValueError) as error:
+                # out of memory, or what a peer cannot do: said, not hidden
+                runs.pop(way, None)
+                failed.add(key[:-1])
+                report.error(error, spoilt="recorded" in way)
 
 
 def summarise(rows: list[dict]) -> str:
     """Return a table, a line a way: milliseconds a step, the share of it that reading the weights
     takes, and over one node.
     """
-    lines = [f"{'batch':>5} {'nodes, way':<24}{'ms':>9}{'limit / step':>14}{'over 1 node':>13}"]
+    lines = [f"{'batch':>5} {'nodes, way':<28}{'ms':>9}{'limit / step':>14}{'over 1 node':>13}"]
+    stretches: dict[tuple, list[float]] = {}
     for row in rows:
-        if "failed" in row:
-            lines.append(f"{row['batch']:>5} {row['way']:<24} failed: {row['failed']}")
-            continue
-        kind = row["way"].split(" ", 1)[-1]
-        plain = next(
-            (
-                r["seconds"]
-                for r in rows
-                if r["batch"] == row["batch"] and r["way"] == f"1 {kind}" and "seconds" in r
-            ),
-            None,
-        )
-        over = f"{row['seconds'] / plain:>12.2f}x" if plain else ""
-        lines.append(
-            f"{row['batch']:>5}"
-            f" {row['way']:<24}{1e3 * row['seconds']:>9.3f}{row['limit'] / row['seconds']:>13.0%}"
-            f" {over}"
-        )
+        if "seconds" in row:
+            stretches.setdefault((row["batch"], row["way"]), []).append(row["seconds"])
+    limit = statistics.median([row["limit"] for row in rows if "limit" in row] or [math.nan])
+    for (batch, way), all_seconds in stretches.items():
+        seconds = statistics.median(all_seconds)
+        plain = stretches.get((batch, f"1 {way.split(' ', 1)[1]}"))
+        over = f"{seconds / statistics.median(plain):>12.2f}x" if plain else ""
+        lines.append(f"{batch:>5} {way:<28}{1e3 * seconds:>9.3f}{limit / seconds:>13.0%} {over}")
+    for row in rows:
+        if "error" in row:
+            lines.append(f"{row['batch']:>5} {row['way']:<28} failed: {row['error']}")
     return "\n".join(lines)
 
 
@@ -234,23 +238,39 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", default="1", help="comma-separated")
     parser.add_argument("--nodes", default="1,16,64", help="comma-separated")
     parser.add_argument(
-        "--no-transformers", action="store_true", help="leave transformers' own decoding out"
+        "--engine",
+        default="auto",
+        help="comma-separated: of our steps, what generate(engine=) takes; default: auto",
     )
     parser.add_argument(
-        "--output", type=pathlib.Path, help="JSON lines: conditions, then a line per batch and way"
+        "--who",
+        default="ours,transformers",
+        help="comma-separated: whose steps, each in a process of its own; default: %(default)s",
+    )
+    parser.add_argument(
+        "--output", type=pathlib.Path, help="JSON lines: conditions, then a line per stretch"
     )
     options = parser.parse_args(arguments)
-    model = make_model(options.shape, options.device, getattr(torch, options.dtype))
-    header = conditions(model, "steps.py", arguments)
-    limit = read_bytes(model) / copy_bandwidth(options.device)
-    results, rows = Results(options.output), []
-    for batch in options.batch.split(","):
-        for row in measure(model, int(batch), options, limit):
-            results.save(header, row)
-            rows.append(row)
+    everyone = options.who.split(",")
+    if unknown := set(everyone) - {"ours", "transformers"}:
+        parser.error(f"--who has {', '.join(sorted(unknown))}; expected ours, transformers")
+
+    results = Results(options.output)
+    header, rows = next(iter(results.lines), None), list(results.rows)
+    done = {tuple(row[key] for key in KEYS): row for row in rows}
+    for who in everyone:
+        options.who = who
+        for kind, content in isolated(measure, options, options.device, LIMIT, done):
+            if kind == "row":
+                results.save(header, content)
+                rows.append(content)
+            elif kind == "about":
+                header = header or content
+            else:
+                print(*content.values(), file=sys.stderr, flush=True)
     print(json.dumps(header, indent=1))
     print(summarise(rows))
-    return 0
+    return int(any("error" in row for row in rows))
 
 
 if __name__ == "__main__":

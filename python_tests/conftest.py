@@ -1,6 +1,7 @@
 """Hypothesis profiles and the ``device`` fixture.
 
-``MSN_REQUIRE_CUDA=1`` turns missing CUDA kernels or a missing GPU from an absence into a failure.
+``MSN_TEST_DEVICES=cuda`` runs on a GPU what runs on one, and nothing else; without CUDA kernels or
+a GPU, those tests fail. ``MSN_TEST_RESULTS=FILE`` appends a line of JSON per test as it ends.
 """
 
 import json
@@ -33,14 +34,35 @@ for name, examples in [("msn", 100), ("sanitizers", 15)]:
 settings.load_profile("msn")
 
 HAVE_CUDA = bool(torch.cuda.is_available() and msn_ext.build_info()["cuda"])
-WANT_CUDA = os.environ.get("MSN_REQUIRE_CUDA") == "1"
+DEVICES = os.environ.get("MSN_TEST_DEVICES", "cpu,cuda" if HAVE_CUDA else "cpu").split(",")
+if HAVE_CUDA and "cuda" in DEVICES and "PYTEST_XDIST_WORKER" in os.environ:
+    # None of the processes side by side takes the others' part of the GPU's memory.
+    torch.cuda.set_per_process_memory_fraction(0.8 / int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
 
 
-@pytest.fixture(scope="session", params=["cpu", "cuda"] if HAVE_CUDA or WANT_CUDA else ["cpu"])
+@pytest.fixture(scope="session", params=DEVICES)
 def device(request) -> str:
     if request.param == "cuda" and not HAVE_CUDA:
-        pytest.fail("MSN_REQUIRE_CUDA=1, but there is no GPU or msn_ext was built without CUDA")
+        pytest.fail("MSN_TEST_DEVICES=cuda, but there is no GPU or msn_ext was built without CUDA")
     return request.param
+
+
+def pytest_collection_modifyitems(config, items):
+    if "cpu" not in DEVICES:
+        others = [item for item in items if "device" not in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if "device" in item.fixturenames]
+
+
+def pytest_runtest_logreport(report):
+    file = os.environ.get("MSN_TEST_RESULTS")
+    once = report.when == "call" or report.outcome != "passed"
+    if file and once and "PYTEST_XDIST_WORKER" not in os.environ:
+        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+        if report.failed:
+            row["error"] = report.longreprtext[-4000:]
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,9 @@ CONTEXTS = {"cpu": [256, 1024, 4096], "cuda": [1024, 4096, 16384]}
 
 @dataclasses.dataclass
 class Case:
-    """One op at one size; its calls hold while the generator that made it stays here."""
+    """One op at one size; its calls hold while the generator that made it stays here. All but an
+    ``eager`` that ``waits`` for the device can be captured as CUDA graphs.
+    """
 
     size: str
     bytes: int
@@ -39,6 +41,7 @@ class Case:
     eager: Callable | None = None  # none: what is sequential has no vectorised equivalent
     others: dict[str, Callable] = dataclasses.field(default_factory=dict)
     check: Callable = torch.testing.assert_close  # called with what run and an equivalent returned
+    waits: bool = False
 
 
 def random_tree(nodes: int, device: str) -> torch.Tensor:

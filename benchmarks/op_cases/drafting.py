@@ -1,5 +1,6 @@
 """The ops that draft."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -60,11 +61,15 @@ def fill_tree(candidates, retrieved, history, lengths, depth, rank, seed):
     return torch.where(depth > 0, tokens, history.gather(1, lengths[:, None] - 1))
 
 
+@functools.cache
+def edges_on(device):
+    return torch.tensor(ops.EDGES, device=device)  # waits for a GPU
+
+
 def top_guesses(logits):
     """The same but for ties and NaN."""
     best = logits.float().topk(ops.GUESSES, dim=-1)
-    edges = torch.tensor(ops.EDGES, device=logits.device)
-    levels = torch.bucketize(best.values.softmax(-1), edges, right=True)
+    levels = torch.bucketize(best.values.softmax(-1), edges_on(logits.device), right=True)
     return (best.indices * 16 + levels).int()
 
 

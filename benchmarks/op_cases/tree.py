@@ -239,6 +239,7 @@ def commit_cases(
             + 8 * kept,
             lambda: ops.commit_kv(caches, lengths, path, accepted),
             lambda: commit_kv(caches, lengths, path, accepted),
+            waits=True,
             check=lambda *_: torch.testing.assert_close(
                 committed(ops.commit_kv), committed(commit_kv), rtol=0, atol=0
             ),

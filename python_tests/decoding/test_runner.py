@@ -96,9 +96,12 @@ def test_families_that_can_be_recorded(tapes):
         ), family
         replays[family] = sum(tape.replays for tape in tapes)
         tapes.clear()
-    # Experts are picked by the host here; longrope changes what positions mean on the way.
-    eager = {"deepseek_v2", "deepseek_v3", "mixtral", "qwen3_moe", "phi3-longrope"}
-    assert {family for family, count in replays.items() if not count} == eager
+    eager = {family for family, count in replays.items() if not count}
+    # The host picks experts on a CPU; on a GPU that is for transformers to choose.
+    experts = {"deepseek_v2", "deepseek_v3", "mixtral", "qwen3_moe"}
+    # longrope changes what positions mean on the way.
+    assert eager - experts == {"phi3-longrope"}
+    assert runners.where != "cpu" or experts <= eager
 
 
 @pytest.mark.parametrize("settings", SAMPLED)

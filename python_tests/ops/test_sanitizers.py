@@ -83,7 +83,7 @@ def run_sanitized(build: Path, *command: str) -> subprocess.CompletedProcess:
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=98",
             "CUDA_VISIBLE_DEVICES": "",
-            "MSN_REQUIRE_CUDA": "0",
+            "MSN_TEST_DEVICES": "cpu",
         },
         cwd=build,
         capture_output=True,
