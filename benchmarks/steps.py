@@ -20,6 +20,7 @@ not run again, "error" says why a way has no figures.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -38,6 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from msn_ext.decoding import BestFirst, Decoder, Request
 from msn_ext.decoding.capture import BACKENDS
+from msn_ext.decoding.engine import packed_for
 from msn_ext.decoding.runner import EagerRunner, GraphRunner, room_for
 
 SHAPES = {
@@ -161,15 +163,17 @@ def ways(model, prompt, options) -> dict[str, Callable]:
         if device == "cuda":
             made["transformers static"] = functools.partial(Transformers, model, prompt, **static)
         return made
-    return {
-        f"{nodes} {'recorded' if recorded else 'one by one'}"
-        + (f", {engine}" if engine != "auto" else ""): functools.partial(
-            Ours, model, prompt, nodes, recorded, engine
-        )
-        for engine in options.engine.split(",")
-        for nodes in sizes
-        for recorded in ([False, True] if device in BACKENDS else [False])
-    }
+    made, engines = {}, options.engine.split(",")
+    for engine in engines:  # before anything is recorded: weights may move
+        with contextlib.suppress(ValueError):  # which its steps will say
+            packed_for(model, engine)
+    for engine, nodes in itertools.product(engines, sizes):
+        its = f"{nodes}" if engine == "auto" else f"{nodes} {engine}"
+        make = functools.partial(Ours, model, prompt, nodes, engine=engine)
+        made[f"{its} one by one"] = functools.partial(make, recorded=False)
+        if device in BACKENDS:
+            made[f"{its} recorded"] = functools.partial(make, recorded=True)
+    return made
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def test_stretches_that_are_there_are_not_run_again(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "steps.py"), *options, "--output", str(file)]
     header = {"command": "steps.py"}
     done = [
-        dict(batch=1, context=20, way="1 one by one, torch", round=turn, seconds=9.0, limit=1.0)
+        dict(batch=1, context=20, way="1 torch one by one", round=turn, seconds=9.0, limit=1.0)
         for turn in range(4)
     ]
     lines = "".join(json.dumps(line) + "\n" for line in (header, *done))
@@ -56,6 +56,6 @@ def test_stretches_that_are_there_are_not_run_again(tmp_path):
     text = file.read_text()
     assert text.startswith(lines)
     failed, last = map(json.loads, text.removeprefix(lines).splitlines())
-    assert failed["way"] == "1 one by one, steam" and "engine is 'steam'" in failed["error"]
-    assert last["way"] == "1 one by one, torch" and last["round"] == 4 and last["seconds"] < 9
+    assert failed["way"] == "1 steam one by one" and "engine is 'steam'" in failed["error"]
+    assert last["way"] == "1 torch one by one" and last["round"] == 4 and last["seconds"] < 9
     assert "steam" in run.stdout and "9000.000" in run.stdout, "the median of five"
