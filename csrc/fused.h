@@ -27,10 +27,14 @@ struct Scaling {
   F mean = 0, factor = 1;
 };
 
+// Of the mean of the squares.
 template <typename F>
-MSN_HD F factor_of(F squares, int64_t size, double eps) {
-  using std::sqrt;
-  return 1 / sqrt(squares / static_cast<F>(size) + static_cast<F>(eps));
+MSN_HD F factor_of(F mean_square, double eps) {
+#ifdef __CUDA_ARCH__
+  return rsqrt(mean_square + static_cast<F>(eps));
+#else
+  return 1 / std::sqrt(mean_square + static_cast<F>(eps));
+#endif
 }
 
 }  // namespace msn

@@ -210,9 +210,7 @@ def rotary_cache(
     out: Tensor,
     /,
 ) -> None: ...
-def gated_activation(
-    gate: Tensor, up: Tensor | None, activation: str, out: Tensor, /
-) -> None: ...
+def gated_activation(gate: Tensor, up: Tensor | None, activation: str, out: Tensor, /) -> None: ...
 
 # ---- layers: their stages, and the native forward pass (msn_ext/decoding/forward)
 

@@ -77,9 +77,9 @@ void rotary_cache(const Argument& q, const Argument& k, const Argument& v, const
   const int64_t batch = q.shape[0], nodes = q.shape[1], heads = q.shape[2], size = q.shape[3];
   const int64_t kv_heads = k.shape[2], slots = keys.shape[2];
   expect_nodes(q, nodes);
-  expect_range("heads of q", heads, 1, 1 << 16);
-  expect_range("heads of k", kv_heads, 1, 1 << 16);
-  expect_range("head size of q", size, 1, 1 << 16);
+  expect_range("heads of q", heads, 1, 1 << 12);
+  expect_range("heads of k", kv_heads, 1, 1 << 12);
+  expect_range("head size of q", size, 1, 1 << 12);
   expect_rows(q, {batch, nodes, heads, size}, q);
   expect_rows(k, {batch, nodes, kv_heads, size}, q);
   expect_dims(v, 4);

@@ -41,7 +41,7 @@ Scaling<F> scaling_of(const RowNorm& norm, int64_t count, Value value) {
     const double from_mean = value(i) - scaling.mean;
     squares += from_mean * from_mean;
   }
-  scaling.factor = static_cast<F>(factor_of(squares, count, norm.eps));
+  scaling.factor = static_cast<F>(factor_of(squares / static_cast<double>(count), norm.eps));
   return scaling;
 }
 
