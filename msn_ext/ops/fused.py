@@ -102,10 +102,26 @@ def rotary_cache(
     expect_dims("q", q, "[B, N, heads, D]")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     yield out
-    normed = norm, q_weight, q_bias, k_weight, k_bias, eps, offset, norm_each_head
-    rows = dense_rows(q), dense_rows(k), dense_rows(v)
-    at = prefix.contiguous(), positions.contiguous()
-    _C.rotary_cache(*rows, keys, values, *at, cosines, sines, *normed, out)
+    _C.rotary_cache(
+        dense_rows(q),
+        dense_rows(k),
+        dense_rows(v),
+        keys,
+        values,
+        prefix.contiguous(),
+        positions.contiguous(),
+        cosines,
+        sines,
+        norm,
+        q_weight,
+        q_bias,
+        k_weight,
+        k_bias,
+        eps,
+        offset,
+        norm_each_head,
+        out,
+    )
 
 
 @op('gated_activation(Tensor gate, Tensor? up=None, str activation="silu") -> Tensor')
