@@ -90,7 +90,7 @@ void rotary_cache(const Argument& q, const Argument& k, const Argument& v, const
   expect_dense(prefix, DType::kInt64, {batch}, q);
   expect_dense(positions, DType::kInt64, {batch, nodes}, q);
   RotaryCache op;
-  if (cosines.data) {
+  if (cosines.data || cosines.ndim) {  // a table of no position has no data
     expect_dims(cosines, 2);
     if (!sines.data) refuse("sines is missing");
     const DType number = q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
