@@ -90,9 +90,10 @@ void rotary_cache(const Argument& q, const Argument& k, const Argument& v, const
   expect_dense(prefix, DType::kInt64, {batch}, q);
   expect_dense(positions, DType::kInt64, {batch, nodes}, q);
   RotaryCache op;
-  if (cosines.data || cosines.ndim) {  // a table of no position has no data
+  const auto given = [](const Argument& t) { return t.data || t.ndim; };  // or of no number
+  if (given(cosines)) {
     expect_dims(cosines, 2);
-    if (!sines.data) refuse("sines is missing");
+    if (!given(sines)) refuse("sines is missing");
     const DType number = q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
     const int64_t known = cosines.shape[0], half = cosines.shape[1];
     expect_range("positions of cosines", known, 1, int64_t{1} << 40);
