@@ -43,13 +43,14 @@ def in_one(pieces: Sequence[Tensor]) -> Whole | None:
     first = min(pieces, key=Tensor.storage_offset).detach()
     if len(pieces) == 1:
         return Whole(first, [0])
-    row = first.stride(0)
+    row, like = first.stride(0), (first.stride(), first.shape[1:])
     starts = [(piece.storage_offset() - first.storage_offset()) // row for piece in pieces]
     ends = 0
     for start, piece in sorted(zip(starts, pieces), key=lambda pair: pair[0]):
         same = piece.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         offset = piece.storage_offset() - first.storage_offset()
-        if not same or piece.stride() != first.stride() or (start, offset) != (ends, ends * row):
+        fits = same and (piece.stride(), piece.shape[1:]) == like
+        if not fits or (start, offset) != (ends, ends * row):
             return None
         ends += len(piece)
     shape = ends, *first.shape[1:]
