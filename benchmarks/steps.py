@@ -5,6 +5,8 @@ drawn at random.
     python benchmarks/steps.py --shape llama-3-8b --device cuda --dtype bfloat16 \\
         --batch 1,2,4,8,16,32 --nodes 1,16,64
     python benchmarks/steps.py --shape smollm2-135m --nodes 1,16    # a CPU will do, too
+    python benchmarks/steps.py --shape llama-3-8b --device cuda --dtype bfloat16 \\
+        --engine torch,native
 
 Weights at random make no sense of a text, but their time is that of real ones. A step is everything
 from the draft to the next tree: "recorded" replays a CUDA graph (`msn_ext.decoding.runner`; a GPU
@@ -17,6 +19,7 @@ the others'.
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -31,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from msn_ext.decoding import BestFirst, Decoder, Request
 from msn_ext.decoding.capture import BACKENDS
+from msn_ext.decoding.engine import packed_for
 from msn_ext.decoding.runner import EagerRunner, GraphRunner, room_for
 
 SHAPES = {
@@ -84,10 +88,10 @@ def make_model(shape: str, device: str, dtype: torch.dtype):
 class Ours:
     """STEPS steps of a decoder at a time."""
 
-    def __init__(self, model, prompt, nodes: int, recorded: bool, longest: int):
+    def __init__(self, model, prompt, nodes: int, recorded: bool, longest: int, engine: str):
         self._device = prompt.device.type
         decoder = Decoder(
-            Request.greedy_unpadded(model, prompt, BestFirst(nodes), longest),
+            Request.greedy_unpadded(model, prompt, BestFirst(nodes), longest, engine),
             room=room_for(prompt.shape[1] + longest),
         )
         decoder.prefill()
@@ -143,12 +147,15 @@ def read_bytes(model) -> int:
 def ways(model, prompt, sizes: list[int], options) -> dict[str, object]:
     longest = (ROUNDS + 3) * STEPS * (1 + max(sizes))
     made = {}
-    for nodes in sizes:
-        made[f"{nodes} one by one"] = lambda nodes=nodes: Ours(model, prompt, nodes, False, longest)
+    engines = options.engine.split(",")
+    for engine in engines:
+        packed_for(model, engine)  # before anything is recorded: it may move weights
+    for engine, nodes in itertools.product(engines, sizes):
+        its = f"{nodes}" if engine == "auto" else f"{nodes} {engine}"
+        make = functools.partial(Ours, model, prompt, nodes, longest=longest, engine=engine)
+        made[f"{its} one by one"] = functools.partial(make, recorded=False)
         if options.device in BACKENDS:
-            made[f"{nodes} recorded"] = lambda nodes=nodes: Ours(
-                model, prompt, nodes, True, longest
-            )
+            made[f"{its} recorded"] = functools.partial(make, recorded=True)
     if not options.no_transformers:
         made["transformers eager"] = lambda: Transformers(model, prompt)
         if options.device == "cuda":
@@ -233,6 +240,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--context", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--batch", default="1", help="comma-separated")
     parser.add_argument("--nodes", default="1,16,64", help="comma-separated")
+    parser.add_argument("--engine", default="auto", help="comma-separated: auto, torch, native")
     parser.add_argument(
         "--no-transformers", action="store_true", help="leave transformers' own decoding out"
     )

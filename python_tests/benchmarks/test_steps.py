@@ -36,3 +36,11 @@ def test_steps_are_timed_next_to_transformers(tmp_path):
             and 0 < row["limit"] < row["seconds"]
         )
         assert row["way"] in run.stdout
+
+
+def test_engines_side_by_side(tmp_path):
+    options = ["--shape", "tiny", "--context", "20", "--nodes", "4", "--engine", "torch,native"]
+    command = [sys.executable, str(BENCHMARKS / "steps.py"), *options, "--no-transformers"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "4 torch one by one" in run.stdout and "4 native one by one" in run.stdout
