@@ -72,6 +72,8 @@ def lay_together(model: PreTrainedModel, plan: Plan) -> None:
                 whole = torch.cat([piece.detach() for piece in pieces])
                 for piece, part in zip(pieces, whole.split([len(piece) for piece in pieces])):
                     piece.data = part
+        if plan.embedding.is_cuda:  # torch's allocator would keep them, of no use to larger ones
+            torch.cuda.empty_cache()
 
 
 def _is_alone(piece: Tensor, users: Counter[int]) -> bool:
