@@ -35,8 +35,8 @@ def placed_norm(rng: random.Random, memory: Memory, dtype: torch.dtype, size: in
     kind = rng.choice(NORMS)
     if kind == "none":
         return [kind, None, None, 0.0, 0.0]
-    weight = memory.place(numbers(dtype, size))
-    bias = memory.place(numbers(dtype, size)) if rng.random() < 0.5 else None
+    weight = memory.place(numbers(dtype, size), free=1)
+    bias = memory.place(numbers(dtype, size), free=1) if rng.random() < 0.5 else None
     return [kind, weight, bias, rng.choice([1e-6, 0.1]), rng.choice([0.0, 1.0])]
 
 

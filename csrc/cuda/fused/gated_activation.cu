@@ -24,13 +24,14 @@ __global__ void __launch_bounds__(kThreads) gated_activation_kernel(const Proble
   const T* const gates = p.gate + row * p.gate_row;
   const T* const ups = p.up ? p.up + row * p.up_row : nullptr;
   for (int64_t i = first; i < p.size; i += int64_t{gridDim.y} * kThreads * kLanes) {
-    auto pack = load<kLanes>(gates + i);
-    const auto up = load<kLanes>(ups ? ups + i : gates + i);
+    Sum<T> numbers[kLanes], factors[kLanes];
+    widen(load<kLanes>(gates + i), numbers);
+    widen(load<kLanes>(ups ? ups + i : gates + i), factors);
     for (int j = 0; j < kLanes; ++j) {
-      const Sum<T> value = activated(p.activation, widen(pack.at[j]));
-      narrow(ups ? value * widen(up.at[j]) : value, &pack.at[j]);
+      numbers[j] = activated(p.activation, numbers[j]);
+      if (ups) numbers[j] *= factors[j];
     }
-    store<kLanes>(pack, p.out + row * p.size + i);
+    store(numbers, p.out + row * p.size + i);
   }
 }
 

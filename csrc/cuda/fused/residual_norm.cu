@@ -19,8 +19,7 @@ struct Problem {
   NormOf<T> x_norm, norm;
 };
 
-// Of a row of which number i is value(pack of numbers, i); `first` is the sum of its numbers for a
-// LayerNorm, of their squares for an RMS norm.
+// Of a row; `first` is this thread's sum of moments.
 template <int kLanes, typename T, typename F>
 __device__ Scaling<F> scaling_of(const NormOf<T>& norm, const T* row, int64_t size, F first,
                                  F (&scratch)[kWarp]) {
@@ -43,6 +42,7 @@ __device__ Scaling<F> scaling_of(const NormOf<T>& norm, const T* row, int64_t si
   return scaling;
 }
 
+// What a norm's first sum is of.
 template <typename F>
 __device__ F moment(Norm::Kind kind, F x) {
   return kind == Norm::kLayer ? x : x * x;
@@ -66,22 +66,23 @@ __global__ void __launch_bounds__(kThreads) residual_norm_kernel(const Problem<T
   }
   F first = 0;
   each_pack<kLanes>(p.size, [&](int64_t i) {
-    auto sum = load<kLanes>(h + i);
+    F sums[kLanes];
+    widen(load<kLanes>(h + i), sums);
     if (x) {
-      const auto branch = load<kLanes>(x + i);
-      for (int j = 0; j < kLanes; ++j) {
-        const F added = p.x_norm(of_x, F{widen(branch.at[j])}, i + j);
-        narrow(widen(sum.at[j]) + static_cast<F>(p.scale) * added, &sum.at[j]);
-      }
-      store<kLanes>(sum, h + i);
+      F branch[kLanes];
+      widen(load<kLanes>(x + i), branch);
+      p.x_norm(of_x, branch, i);
+      for (int j = 0; j < kLanes; ++j) sums[j] += static_cast<F>(p.scale) * branch[j];
+      widen(store(sums, h + i), sums);
     }
-    for (const T& number : sum.at) first += moment(p.norm.kind, widen(number));
+    for (const F sum : sums) first += moment(p.norm.kind, sum);
   });
   const Scaling<F> of_h = scaling_of<kLanes>(p.norm, h, p.size, first, scratch);
   each_pack<kLanes>(p.size, [&](int64_t i) {
-    auto pack = load<kLanes>(h + i);
-    for (int j = 0; j < kLanes; ++j) narrow(p.norm(of_h, F{widen(pack.at[j])}, i + j), &pack.at[j]);
-    store<kLanes>(pack, out + i);
+    F numbers[kLanes];
+    widen(load<kLanes>(h + i), numbers);
+    p.norm(of_h, numbers, i);
+    store(numbers, out + i);
   });
 }
 
@@ -98,7 +99,9 @@ void ResidualNorm::on_cuda(void* stream) const {
                              scale,
                              NormOf<T>(x_norm, h.shape[1]),
                              NormOf<T>(norm, h.shape[1])};
-    const bool wide = whole_rows(h, 16) && whole_rows(out, 16) && (!x.data || whole_rows(x, 16));
+    bool wide = whole_rows(h, 16);
+    for (const Tensor* t : {&out, &x, &x_norm.weight, &x_norm.bias, &norm.weight, &norm.bias})
+      wide &= !t->data || whole_rows(*t, 16);
     const auto kernel = wide ? residual_norm_kernel<T, kWide<T>> : residual_norm_kernel<T, 1>;
     const int64_t packs = h.shape[1] / (wide ? kWide<T> : 1);
     const int threads = packs < kThreads ? whole_warps(static_cast<int>(packs)) : kThreads;

@@ -88,7 +88,11 @@ __global__ void __launch_bounds__(kThreads)
           part.norm, p.size, lane, kWarp, [&](int i) { return widen(numbers[i]); },
           [&](F sum) { return warp_sum(sum); });
     const int begin = p.norm_each_head ? 0 : head * p.size;  // in the weights
-    const auto value = [&](int i) { return part.norm(scaling, F{widen(numbers[i])}, begin + i); };
+    const auto value = [&](int i) {
+      F number[] = {widen(numbers[i])};
+      part.norm(scaling, number, begin + i);
+      return number[0];
+    };
 #pragma unroll 1
     for (int i = lane; i < half; i += kWarp) {
       const F a = value(i), b = value(i + half);

@@ -40,9 +40,17 @@ template <int kLanes, typename T>
 __device__ Pack<T, kLanes> load(const T* from) {
   return *reinterpret_cast<const Pack<T, kLanes>*>(from);
 }
-template <int kLanes, typename T>
-__device__ void store(const Pack<T, kLanes>& pack, T* to) {
+template <typename T, typename F, int kLanes>
+__device__ void widen(const Pack<T, kLanes>& pack, F (&numbers)[kLanes]) {
+  for (int j = 0; j < kLanes; ++j) numbers[j] = widen(pack.at[j]);
+}
+// Returns them as they were rounded.
+template <typename T, typename F, int kLanes>
+__device__ Pack<T, kLanes> store(const F (&numbers)[kLanes], T* to) {
+  Pack<T, kLanes> pack;
+  for (int j = 0; j < kLanes; ++j) narrow(numbers[j], &pack.at[j]);
   *reinterpret_cast<Pack<T, kLanes>*>(to) = pack;
+  return pack;
 }
 template <typename T>
 constexpr int kWide = 16 / sizeof(T);  // lanes of 16 bytes
@@ -87,11 +95,17 @@ struct NormOf {
         offset(norm.offset),
         share(static_cast<Sum<T>>(1.0 / static_cast<double>(size))) {}
 
-  template <typename F>
-  __device__ F operator()(const Scaling<F>& scaling, F x, int64_t i) const {
-    if (kind == Norm::kNone) return x;
-    x = (x - scaling.mean) * scaling.factor * (widen(weight[i]) + static_cast<F>(offset));
-    return bias ? x + widen(bias[i]) : x;
+  // Numbers i, i + 1, .. of a row.
+  template <int kLanes, typename F>
+  __device__ void operator()(const Scaling<F>& scaling, F (&x)[kLanes], int64_t i) const {
+    if (kind == Norm::kNone) return;
+    const auto weights = load<kLanes>(weight + i);
+    for (int j = 0; j < kLanes; ++j)
+      x[j] =
+          (x[j] - scaling.mean) * scaling.factor * (widen(weights.at[j]) + static_cast<F>(offset));
+    if (!bias) return;
+    const auto biases = load<kLanes>(bias + i);
+    for (int j = 0; j < kLanes; ++j) x[j] += widen(biases.at[j]);
   }
 };
 
