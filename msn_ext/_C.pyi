@@ -170,6 +170,48 @@ def draw_noise(
     /,
 ) -> None: ...
 
+# ---- fused
+
+def residual_norm(
+    h: Tensor,
+    x: Tensor | None,
+    scale: float,
+    x_norm: str,
+    x_weight: Tensor | None,
+    x_bias: Tensor | None,
+    x_eps: float,
+    x_offset: float,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    out: Tensor,
+    /,
+) -> None: ...
+def rotary_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix: Tensor,
+    positions: Tensor,
+    cosines: Tensor | None,
+    sines: Tensor | None,
+    norm: str,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    eps: float,
+    offset: float,
+    norm_each_head: bool,
+    out: Tensor,
+    /,
+) -> None: ...
+def gated_activation(gate: Tensor, up: Tensor | None, activation: str, out: Tensor, /) -> None: ...
+
 # ---- layers: their stages, and the native forward pass (msn_ext/decoding/forward)
 
 CACHE_WIDTH: Final[int]

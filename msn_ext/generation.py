@@ -111,9 +111,9 @@ def generate(
             2411.10666), ``"recycling"`` (Token Recycling, arXiv 2408.08696), ``"lookahead"``
             (arXiv 2402.02057), ``"none"`` (plain decoding), a :class:`DraftTree` or a
             :class:`Drafter`.
-        engine: ``"native"`` (our own forward pass over packed weights, on the CPU), ``"torch"``
-            (the model's own) or ``"auto"`` (native where it can be; where not, the logger
-            ``msn_ext`` says why at level INFO).
+        engine: ``"native"`` (our own forward pass: over packed weights on the CPU, with fused ops
+            on a GPU), ``"torch"`` (the model's own) or ``"auto"`` (native on the CPU where it can
+            be; where not, the logger ``msn_ext`` says why at level INFO).
         tokenizer: needed with ``stop_strings``.
         streamer: gets the prompt, then the tokens of each forward pass, then ``end()``. Of several
             rows it gets int64 [B], a token of each, at a time, as in ``model.generate`` (most of

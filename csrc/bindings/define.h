@@ -17,6 +17,7 @@ namespace msn {
 void define_tree(pybind11::module_& m);
 void define_drafting(pybind11::module_& m);
 void define_noise(pybind11::module_& m);
+void define_fused(pybind11::module_& m);
 void define_layers(pybind11::module_& m);
 void define_layer_ops(pybind11::module_& m);
 

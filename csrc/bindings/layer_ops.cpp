@@ -18,10 +18,6 @@ void expect_cpu(const Argument& t) {
   if (t.device != Device::kCPU) refuse(t.name, " does not lie on the CPU");
 }
 
-void expect_finite(const char* name, double value) {
-  if (!(value >= 0 && value <= 1e300)) refuse(name, " is ", value, "; expected 0 or more");
-}
-
 // Calls stage(t, threads, scratch) on a team of threads.
 template <typename Stage>
 void on_team(int threads, Stage stage) {
@@ -33,9 +29,8 @@ void on_team(int threads, Stage stage) {
 // `weight`, and `bias` where there is one, of `size` numbers.
 Norm norm_of(const std::string& kind, const OptionalArgument& weight, const OptionalArgument& bias,
              double eps, int64_t size, DType number, const Tensor& like) {
-  constexpr const char* kNames[] = {"none", "rms", "layer"};
   Norm norm;
-  norm.kind = static_cast<Norm::Kind>(one_of("norm", kind, kNames));
+  norm.kind = norm_named("norm", kind);
   if (norm.kind == Norm::kNone) return norm;
   if (!weight.data) refuse(weight.name, " is missing");
   expect_finite("eps", eps);

@@ -4,29 +4,15 @@
 #include <vector>
 
 #include "bindings/checks.h"
+#include "bindings/kinds.h"
 #include "cpu/layers/kernels.h"
 #include "tree.h"
 
 namespace msn {
 
-template <size_t kCount>
-int one_of(const char* argument, const std::string& name, const char* const (&names)[kCount]) {
-  std::string all;
-  for (size_t i = 0; i < kCount; ++i) {
-    if (name == names[i]) return static_cast<int>(i);
-    all += std::string(i ? ", " : "") + names[i];
-  }
-  refuse(argument, " is '", name, "'; expected one of ", all);
-}
-
 inline Weights weights_named(const std::string& name) {
   constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16", "int8"};
   return static_cast<Weights>(one_of("weights", name, kNames));
-}
-
-inline Activation activation_named(const std::string& name) {
-  constexpr const char* kNames[] = {"silu", "gelu", "gelu_tanh", "relu"};
-  return static_cast<Activation>(one_of("activation", name, kNames));
 }
 
 inline const Kernels& kernels_named(const std::string& isa) {

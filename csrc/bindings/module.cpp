@@ -29,5 +29,6 @@ PYBIND11_MODULE(_C, m) {
   msn::define_tree(m);
   msn::define_drafting(m);
   msn::define_noise(m);
+  msn::define_fused(m);
   msn::define_layers(m);
 }

@@ -72,8 +72,8 @@ def add_engine_option(parser: argparse.ArgumentParser) -> None:
         choices=ENGINES,
         default="auto",
         help=(
-            "what computes the model: our own forward pass over packed weights (native, on a CPU),"
-            " the model's (torch), or native where it can be (default: auto)"
+            "what computes the model: our own forward pass (native), the model's (torch), or native"
+            " on a CPU where it can be (default: auto)"
         ),
     )
 

@@ -150,14 +150,20 @@ class TreeCache(Cache):
         self.start, self.end = start, count
         self.write_index = (slice(None), slice(start, count))
 
+    def reach(self, end: int) -> None:
+        """Make room for slots up to ``end``; up to there the next tree attends, or to all of fixed
+        slots.
+        """
+        self.end = self._fixed or end
+        self._reserve(self.end)
+
     def at(self, lengths: Tensor, nodes: int, end: int) -> None:
         """Let the next forward pass write ``nodes`` tokens of row b from slot ``lengths[b]`` on.
 
         ``end`` bounds lengths + nodes: the host knows it without asking the device.
         """
-        end = self._fixed or end
-        self._reserve(end)
-        self.start, self.end = end - nodes, end
+        self.reach(end)
+        self.start = self.end - nodes
         rows = torch.arange(lengths.shape[0], device=lengths.device)[:, None]
         self.write_index = (rows, lengths[:, None] + torch.arange(nodes, device=lengths.device))
 

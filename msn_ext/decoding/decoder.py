@@ -14,7 +14,9 @@ from msn_ext.ops import MAX_NODES
 from .drafters import Draft, DraftTree, Verified, as_compared
 from .drafters.checks import checked_chain, checked_draft, is_others
 from .forward import ForwardPass
+from .forward.fused import FusedForward, FusedPlan
 from .forward.native import NativeForward
+from .forward.packed import PackedPlan
 from .forward.transformers import TransformersForward
 from .grammars import FORCED, GrammarFollower
 from .outputs import Outputs
@@ -89,11 +91,14 @@ class Decoder:
         self._vocabulary = self._config.vocab_size
         self._room, self._kept = room, request.outputs
         self._pass: ForwardPass
-        if request.packed is not None:
+        fixed = room and min(room, prompt + AT_FIRST)
+        by_model = request.model, request.attention, fixed
+        if isinstance(request.packed, PackedPlan):
             self._pass = NativeForward(request.packed, batch)
+        elif isinstance(request.packed, FusedPlan):
+            self._pass = FusedForward(request.packed, *by_model)
         else:
-            fixed = room and min(room, prompt + AT_FIRST)
-            self._pass = TransformersForward(request.model, request.attention, fixed)
+            self._pass = TransformersForward(*by_model)
         ids, offsets = request.input_ids, request.offsets
         columns = room or prompt + request.max_new_tokens + MAX_NODES
         self._history = ids.new_zeros(batch, columns)

@@ -15,9 +15,12 @@ from transformers import PreTrainedModel
 
 from msn_ext import _C
 
+from .attention import KernelAttention
 from .drafters import DraftTree
+from .forward import ForwardPass
 from .forward.families import plan_for
 from .forward.families.checks import DTYPES
+from .forward.fused import FusedForward, FusedPlan, lay_together
 from .forward.native import NativeForward
 from .forward.packed import PackedPlan, linears
 from .forward.packed_weight import PackedWeight
@@ -27,15 +30,21 @@ from .forward.prepared import pack_in_place, prepared_of, unpack_in_place
 logger = logging.getLogger("msn_ext")
 
 ENGINES = "auto", "native", "torch"
+AUTOMATIC = {"cpu"}
+"""Types of devices where "auto" takes the native engine: it has been measured there."""
+PACKED_ON = {"cpu"}
+"""Types of devices where the native engine packs weights; on others it fuses what stands between
+torch's products.
+"""
 SPARE = 2.0
 """Weights are packed beside the model's where so many times their size is free."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What is kept of a model: its packed plan, and what its weights were then."""
+    """What is kept of a model: its packed or fused plan, and what its weights were then."""
 
-    packed: PackedPlan
+    packed: PackedPlan | FusedPlan
     stamp: int
 
 
@@ -43,13 +52,14 @@ _kept: weakref.WeakKeyDictionary[PreTrainedModel, Kept] = weakref.WeakKeyDiction
 _lock = threading.Lock()
 
 
-def engine_of(packed: PackedPlan | None) -> str:
-    """Return what computes the passes: "native" where there is a packed plan, else "torch"."""
+def engine_of(packed: PackedPlan | FusedPlan | None) -> str:
+    """Return what computes the passes: "native" where there is such a plan, else "torch"."""
     return "torch" if packed is None else "native"
 
 
-def packed_for(model: PreTrainedModel, engine: str) -> PackedPlan | None:
-    """Return the packed plan that ``model`` is decoded by; None: the model's own forward pass.
+def packed_for(model: PreTrainedModel, engine: str) -> PackedPlan | FusedPlan | None:
+    """Return the plan that ``model`` is decoded by, packed on a CPU and fused on other devices;
+    None: the model's own forward pass.
 
     Weights are packed at the first call, and again where they have changed. Changes are noticed by
     the tensors' addresses and version counters and by a sample of their bytes (every 64th line of
@@ -71,8 +81,12 @@ def packed_for(model: PreTrainedModel, engine: str) -> PackedPlan | None:
     if engine == "torch":
         return None
     try:
+        if engine == "auto" and model.device.type not in AUTOMATIC:
+            raise NoPlan(f"'auto' does not take the native engine on {model.device.type} yet")
         with _lock:
-            return _current(model, must=engine == "native")
+            if model.device.type in PACKED_ON:
+                return _current(model, must=engine == "native")
+            return _fused(model)
     except NoPlan as reason:
         if engine == "native":
             raise ValueError(
@@ -87,16 +101,37 @@ def _current(model: PreTrainedModel, must: bool) -> PackedPlan:
     plan = prepared.plan(model) if prepared else plan_for(model)
     stamp = _stamp(model)
     kept = _kept.get(model)
-    if kept is not None and kept.stamp == stamp:
+    if kept is not None and kept.stamp == stamp and isinstance(kept.packed, PackedPlan):
         return kept.packed
     weights = str(model.dtype).removeprefix("torch.")
     if not must and not prepared:
         _check_memory(plan, weights)
     _kept.pop(model, None)  # its memory first
     packed = prepared.packed(plan) if prepared else PackedPlan(plan, weights)
-    _check_logits(model, packed)
+    tolerance = 1e-3 if weights in ("float32", "float64") else 0.1
+    _check_logits(model, plan, NativeForward(packed, 1), tolerance)
     _kept[model] = Kept(packed, stamp)
     return packed
+
+
+def _fused(model: PreTrainedModel) -> FusedPlan:
+    """Return a plan over the model's weights where they lie; they may change there at any time."""
+    plan, kept = plan_for(model, model.device), _kept.get(model)
+    if kept is not None and kept.stamp == _address(model) and isinstance(kept.packed, FusedPlan):
+        return kept.packed
+    lay_together(model, plan)
+    fused = FusedPlan(plan)
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    _check_logits(model, plan, FusedForward(fused, model, KernelAttention(model)), tolerance)
+    _kept[model] = Kept(fused, _address(model))
+    return fused
+
+
+def _address(model: PreTrainedModel) -> int:
+    """Return a number that changes with where the weights lie, and with the attention in use."""
+    places = (tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    config = model.config.get_text_config(decoder=True)
+    return hash((*places, config._attn_implementation))
 
 
 def _stamp(model: PreTrainedModel) -> int:
@@ -221,38 +256,33 @@ def free_memory() -> int | None:
 
 
 @torch.no_grad()
-def _check_logits(model: PreTrainedModel, packed: PackedPlan) -> None:
-    """Refuse a plan that does not give the model's own logits on a random tree after a random text,
-    longer than the model's window where that is short.
+def _check_logits(model: PreTrainedModel, plan: Plan, ours: ForwardPass, tolerance: float) -> None:
+    """Refuse a plan whose pass does not give the model's own logits on a random tree after a random
+    text, longer than the model's window where that is short.
     """
-    windows = [layer.attention.window for layer in packed.plan.layers]
+    windows = [layer.attention.window for layer in plan.layers]
     prefix = 6 + min((window for window in windows if 0 < window <= 600), default=0)
-    tree = DraftTree((-1, 0, 0, 1, 2, 2))
-    table = packed.plan.positions
+    tree, device = DraftTree((-1, 0, 0, 1, 2, 2)), model.device
+    table = plan.positions
     if table is not None and len(table) <= prefix + tree.max_depth:
         raise NoPlan(f"its {len(table)} positions are too few to try its plan on")
     generator = torch.Generator("cpu").manual_seed(0)
-    vocabulary = packed.head.outputs
-    tokens = torch.randint(vocabulary, (1, prefix + len(tree)), generator=generator, device="cpu")
+    shape = 1, prefix + len(tree)
+    tokens = torch.randint(plan.head.outputs, shape, generator=generator, device="cpu").to(device)
     text, nodes = tokens[:, :prefix], tokens[:, prefix:].contiguous()
-    tensors = tree.tensors(torch.device("cpu"))
-    native, none, at = (
-        NativeForward(packed, 1),
-        torch.tensor([0], device="cpu"),
-        torch.tensor([prefix], device="cpu"),
-    )
-    first = native.read(text, torch.arange(prefix, device="cpu")[None], none, 1)
+    tensors = tree.tensors(device)
+    none, at = torch.tensor([0], device=device), torch.tensor([prefix], device=device)
+    first = ours.read(text, torch.arange(prefix, device=device)[None], none, 1)
     positions = prefix + tensors.depth.long()[None]
-    found = native.check(nodes, positions, at, none, tensors.ancestors, prefix + len(tree))
-    tolerance = 1e-3 if packed.weights in ("float32", "float64") else 0.1
+    found = ours.check(nodes, positions, at, none, tensors.ancestors, prefix + len(tree))
     for leaf in (3, 4, 5):
         path = [leaf]
         while path[0]:
             path.insert(0, tree.parents[path[0]])
         ids = torch.cat([text, nodes[:, path]], 1)
         plain = model(input_ids=ids, use_cache=False).logits[0, prefix - 1 :]
-        ours = torch.cat([first[0], found[0, path]])
-        if (difference := _relative(ours, plain)) > tolerance:
+        difference = _relative(torch.cat([first[0], found[0, path]]), plain)
+        if difference > tolerance:
             raise NoPlan(
                 f"its plan does not give its own logits (they differ by {difference:.2g} of the"
                 " largest)"

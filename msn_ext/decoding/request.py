@@ -33,6 +33,7 @@ from transformers.generation import (
 from .attention import KernelAttention, MaskAttention
 from .drafters import Drafter, DraftTree
 from .engine import engine_of, packed_for
+from .forward.fused import FusedPlan
 from .forward.packed import PackedPlan
 from .past import checked_past
 from .processors import checked_processors
@@ -89,7 +90,8 @@ class Request:
         streamer: gets the tokens of each pass; of several rows one of each at a time, or there is
             one for each row.
         streamer_has_prompt: it need not be given the prompt.
-        packed: the model's packed plan, for the native forward pass; None: the model's own.
+        packed: the model's plan, packed or fused, for the native engine's forward passes; None: the
+            model's own.
         past: where keys and values of the text come from, and where they go to; None: nowhere.
         past_slots: how many slots of the prompts come from there.
         outputs: what is kept of every new token, "logits" and "scores".
@@ -110,7 +112,7 @@ class Request:
     ends_together: bool = False
     streamer: BaseStreamer | Sequence[BaseStreamer] | None = None
     streamer_has_prompt: bool = False
-    packed: PackedPlan | None = None
+    packed: PackedPlan | FusedPlan | None = None
     past: DynamicCache | None = None
     past_slots: int = 0
     outputs: frozenset[str] = frozenset()
@@ -170,7 +172,7 @@ def request_for(
     stopping_criteria: StoppingCriteriaList,
     streamer: BaseStreamer | Sequence[BaseStreamer] | None,
     streamer_has_prompt: bool,
-    packed: PackedPlan | None,
+    packed: PackedPlan | FusedPlan | None,
     **model_kwargs: Any,
 ) -> Request:
     """Make a request of what transformers prepared for a custom decoding method.
@@ -178,7 +180,8 @@ def request_for(
     Args:
         input_ids: int64 [B, P] on the model's device.
         draft, drafter: what the user asked to draft with, and the drafter that it stands for.
-        packed: the model's packed plan, for the native forward pass; None: the model's own.
+        packed: the model's plan, packed or fused, for the native engine's forward passes; None: the
+            model's own.
         model_kwargs: for the model; all but the mask and the positions are refused.
 
     Raises:

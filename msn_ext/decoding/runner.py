@@ -30,6 +30,7 @@ from msn_ext.ops import MAX_NODES
 from .capture import BACKENDS, CaptureBackend, CapturedStep
 from .decoder import Decoder, PassResult
 from .drafters import CapturableDrafter, DraftTree
+from .forward.packed import PackedPlan
 from .processors import at_once
 from .request import Request
 from .verification import Sampler
@@ -255,8 +256,8 @@ def runner_for(request: Request) -> Iterator[EagerRunner | GraphRunner]:
 def why_eager(request: Request) -> str | None:
     """Return why steps are not captured; None: they may be."""
     drafter, device = request.drafter, request.input_ids.device
-    if request.packed is not None:
-        return "the native engine runs steps as they are"
+    if isinstance(request.packed, PackedPlan):
+        return "the native engine runs steps on a CPU as they are"
     if request.outputs:
         return "the logits of every token are kept"
     if device.type not in BACKENDS:
@@ -295,6 +296,7 @@ def _pool_key(request: Request, room: int) -> Hashable:
     return (
         len(request.input_ids),
         room,
+        request.engine,
         request.eos_token_ids.shape,
         draft if isinstance(draft, (str, DraftTree)) else id(draft),
         type(request.attention),

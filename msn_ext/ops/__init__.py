@@ -1,6 +1,7 @@
 """The ops of a decoding step and of noisy training, each a :mod:`torch.library` op with a CPU and a
-CUDA kernel: on trees (:mod:`.tree`), for drafting (:mod:`.drafting`), for noise (:mod:`.noise`);
-and the stages of a decoder layer, on the CPU only (:mod:`.layers`).
+CUDA kernel: on trees (:mod:`.tree`), for drafting (:mod:`.drafting`), for noise (:mod:`.noise`),
+between a decoder layer's matrix products (:mod:`.fused`); and the stages of a decoder layer, on the
+CPU only (:mod:`.layers`).
 
 Shapes: B rows of a batch, N tree nodes (1 to 256), W = ceil(N / 64) words, H query heads, H_kv key
 and value heads, C cache slots, D and D_v head sizes. Trees are int32 (``parents``, ``depth``,
@@ -54,6 +55,7 @@ from .drafting import (
     remember_guesses,
     top_guesses,
 )
+from .fused import gated_activation, residual_norm, rotary_cache
 from .layers import (
     add_norm,
     embed_rows,
@@ -103,6 +105,7 @@ __all__ = [
     "draw_noise",
     "embed_rows",
     "fill_tree",
+    "gated_activation",
     "index_suffixes",
     "keep_continuation",
     "lookup_ngram",
@@ -111,6 +114,8 @@ __all__ = [
     "packed_linear",
     "place_tree",
     "remember_guesses",
+    "residual_norm",
+    "rotary_cache",
     "rotary_write",
     "top_guesses",
     "tree_ancestors",

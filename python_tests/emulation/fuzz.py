@@ -27,6 +27,7 @@ from fuzz_drafting import (
     fuzz_remember_guesses,
     fuzz_top_guesses,
 )
+from fuzz_fused import fuzz_gated_activation, fuzz_residual_norm, fuzz_rotary_cache
 from fuzz_noise import fuzz_draw_noise
 from fuzz_tree import (
     fuzz_advance_text,
@@ -58,6 +59,9 @@ OPS = {
     "keep_continuation": fuzz_keep_continuation,
     "draft_tree": fuzz_draft_tree,
     "draw_noise": fuzz_draw_noise,
+    "residual_norm": fuzz_residual_norm,
+    "rotary_cache": fuzz_rotary_cache,
+    "gated_activation": fuzz_gated_activation,
 }
 
 

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "drafting_ops.h"
+#include "fused_ops.h"
 #include "noise_ops.h"
 #include "tree_ops.h"
 
@@ -45,6 +46,9 @@ void RememberGuesses::on_cpu() const { on_cuda(nullptr); }
 void KeepContinuation::on_cpu() const { on_cuda(nullptr); }
 void DraftTree::on_cpu() const { on_cuda(nullptr); }
 void DrawNoise::on_cpu() const { on_cuda(nullptr); }
+void ResidualNorm::on_cpu() const { on_cuda(nullptr); }
+void RotaryCache::on_cpu() const { on_cuda(nullptr); }
+void GatedActivation::on_cpu() const { on_cuda(nullptr); }
 const char* attention_isa() { return "emulated CUDA"; }
 
 }  // namespace msn

@@ -67,6 +67,11 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("tree_attention_mma", "if (!finite<T>(value)) value = 0;", ""),
         ("tree_attention_mma", "r, w.blocks, w.lane", "r, w.blocks - 1, w.lane"),
         ("tree_attention_mma", "if (threadIdx.x == 0) arrived[task] = 0;", ""),
+        ("residual_norm", "widen(store(sums, h + i), sums);", ""),
+        ("residual_norm", "&norm.weight, ", ""),
+        ("rotary_cache", "before > p.slots - p.nodes", "false"),
+        ("rotary_cache", "return block_sum(sum, scratch);", "return warp_sum(sum);"),
+        ("gated_activation", "whole_rows(gate, 16) && ", ""),
     ],
     ids=[
         "bounds",
@@ -88,6 +93,11 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         "NaN",
         "splits",
         "counter",
+        "stream",
+        "wide weights",
+        "slots",
+        "all heads",
+        "rows",
     ],
 )
 def test_a_mistake_in_a_kernel_is_found(emulated, tmp_path, kernel, old, new):

@@ -130,6 +130,51 @@ def calls(device: str) -> dict[str, Callable[[], dict]]:
             "vocabulary": 20,
             "apart": True,
         },
+        **fused_calls(device),
+    }
+
+
+def fused_calls(device: str) -> dict[str, Callable[[], dict]]:
+    """Of those ops that stand between a decoder layer's products."""
+    source = seeded(2)
+    x, h, weight = (torch.randn(shape, generator=source).to(device) for shape in (6, 6, 12))
+    q, kv = (torch.randn(2, 3, count, 8, generator=source).to(device) for count in (4, 2))
+
+    def norm(prefix: str = "") -> dict:
+        names = "norm", "weight", "bias", "eps", "offset"
+        return {
+            prefix + name: value for name, value in zip(names, ("layer", weight, weight, 1e-5, 1.0))
+        }
+
+    return {
+        "residual_norm": lambda: {
+            "h": h.repeat(3, 2) + 0,
+            "x": x.repeat(3, 2),
+            "scale": 0.5,
+            **norm("x_"),
+            **norm(),
+        },
+        "rotary_cache": lambda: {
+            "q": q,
+            "k": kv,
+            "v": kv + 1,
+            "keys": torch.ones(2, 2, 16, 8, device=device),
+            "values": torch.ones(2, 2, 16, 8, device=device),
+            "prefix": integers([5, 0], device),
+            "positions": integers([[5, 6, 6], [0, 1, 2]], device),
+            "cosines": torch.full((8, 3), 0.6, device=device),
+            "sines": torch.full((8, 3), 0.8, device=device),
+            "norm": "layer",
+            **{f"{x}_{of}": weight[:8] for x in "qk" for of in ("weight", "bias")},
+            "eps": 1e-5,
+            "offset": 1.0,
+            "norm_each_head": True,
+        },
+        "gated_activation": lambda: {
+            "gate": q.flatten(1)[:, :48],
+            "up": q.flatten(1)[:, 48:],
+            "activation": "gelu",
+        },
     }
 
 

@@ -1,4 +1,6 @@
-"""What a forward pass is, two ways (:mod:`.protocol`); what it computes, as data (:mod:`.plan`)."""
+"""What a forward pass is (:mod:`.protocol`), three of them; what they compute, as data
+(:mod:`.plan`).
+"""
 
 from .protocol import ForwardPass
 

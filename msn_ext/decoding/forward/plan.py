@@ -1,8 +1,8 @@
 """A plan: what a decoder-only model computes, as data.
 
 A plan holds a model's own parameters (or views of them), copies nothing and runs nothing.
-:mod:`.families` read it from models, :mod:`.native` packs its weights and runs it. In formulas, for
-rows x of the residual stream::
+:mod:`.families` read it from models; :mod:`.native` packs its weights and runs it, :mod:`.fused`
+runs it over weights as they are. In formulas, for rows x of the residual stream::
 
     h = embedding[token] * embedding_scale + positions[position]
     for layer in layers:

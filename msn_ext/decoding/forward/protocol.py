@@ -1,5 +1,6 @@
-"""What the decoder asks of a forward pass, which there are two of: the model's own
-(:mod:`.transformers`), and one over packed weights (:mod:`.native`).
+"""What the decoder asks of a forward pass, which there are three of: the model's own
+(:mod:`.transformers`), one over packed weights (:mod:`.native`), and one that fuses what stands
+between a GPU's products (:mod:`.fused`).
 
 Shapes: B rows of the batch, P slots of the padded prompts, N nodes, W words of ancestor bits, V the
 vocabulary. Slots and positions are those of :class:`msn_ext.decoding.request.Request`.

@@ -18,6 +18,7 @@ from .drafting import (
     remember_guesses,
     top_guesses,
 )
+from .fused import gated_activation, residual_norm, rotary_cache
 from .layers import (
     add_norm,
     embed_rows,
@@ -52,6 +53,7 @@ __all__ = [
     "draw_noise",
     "embed_rows",
     "fill_tree",
+    "gated_activation",
     "index_suffixes",
     "keep_continuation",
     "last_place",
@@ -61,6 +63,8 @@ __all__ = [
     "packed_linear",
     "place_tree",
     "remember_guesses",
+    "residual_norm",
+    "rotary_cache",
     "rotary_write",
     "splitmix64",
     "top_guesses",

@@ -7,7 +7,7 @@ in the text; of a layer, a row is computed output by output (``layers``). No mas
 batches, and no hashes but to lay out a table.
 """
 
-from . import layers
+from . import fused, layers
 from .drafting import (
     NGRAMS,
     Draft,
@@ -32,6 +32,7 @@ __all__ = [
     "attention",
     "commit",
     "fill",
+    "fused",
     "hashed",
     "layers",
     "lookup",

@@ -6,6 +6,7 @@ cannot tell is refused before, in :mod:`.checks`.
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 from ..plan import NoPlan, Plan
@@ -19,8 +20,13 @@ __all__ = ["READERS", "plan_for"]
 READERS = LLAMA | GPT
 
 
-def plan_for(model: PreTrainedModel) -> Plan:
+CPU = torch.device("cpu")
+
+
+def plan_for(model: PreTrainedModel, device: torch.device = CPU) -> Plan:
     """Read a model's plan; its tensors are the model's own parameters and views of them.
+
+    Its weights are to lie on ``device``.
 
     The attention in use is read too (``"sdpa"`` leaves Gemma 2's soft cap out), so nobody may be
     decoding with the model meanwhile.
@@ -33,8 +39,8 @@ def plan_for(model: PreTrainedModel) -> Plan:
     if family not in READERS:
         raise NoPlan(f"no plan is known for the family {family!r}")
     name, read = READERS[family]
-    check_computation(model, name)
-    check_weights(model)
+    check_computation(model, name, device.type)
+    check_weights(model, device)
     check_config(model.config)
     plan = read(model)
     if len(plan.embedding) < plan.head.outputs:

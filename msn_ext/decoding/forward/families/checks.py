@@ -25,11 +25,11 @@ DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 _PLAIN = {nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, Conv1D}
 
 
-def check_computation(model: PreTrainedModel, name: str) -> None:
+def check_computation(model: PreTrainedModel, name: str, device: str) -> None:
     """Refuse a model that is not plainly of transformers' class ``name``, module by module."""
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         raise NoPlan("there are hooks on the forward of all modules")
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(device):
         raise NoPlan("autocast is on")
     modules = list(model.named_modules())
     for path, module in modules:
@@ -83,9 +83,9 @@ def _dropout(module: nn.Module) -> float:
     return max([0.0, *rates, *(value for value in named if isinstance(value, (int, float)))])
 
 
-def check_weights(model: PreTrainedModel) -> None:
-    """Refuse weights that are not plain dense tensors of one floating dtype on the CPU."""
-    dtypes = set()
+def check_weights(model: PreTrainedModel, device: torch.device) -> None:
+    """Refuse weights that are not plain dense tensors of one floating dtype on one device."""
+    dtypes, where = set(), "the CPU" if device.type == "cpu" else str(device)
     for name, weight in model.named_parameters():
         if isinstance(weight, PackedWeight) and not reading():
             raise NoPlan(
@@ -96,8 +96,8 @@ def check_weights(model: PreTrainedModel) -> None:
             raise NoPlan(
                 f"{name} is a {_name(type(weight))} of {weight.layout}, not a plain tensor"
             )
-        if weight.device.type != "cpu":
-            raise NoPlan(f"{name} lies on {weight.device}, not on the CPU")
+        if weight.device != device:
+            raise NoPlan(f"{name} lies on {weight.device}, not on {where}")
         if weight.dtype not in DTYPES:
             raise NoPlan(f"{name} is {_short(weight.dtype)}, which no plan is run in")
         dtypes.add(weight.dtype)
