@@ -156,7 +156,7 @@ def test_greedy_texts_are_the_models_own(remember):
     want = {name: plain_text(model, prompt, 40) for name, prompt in prompts.items()}
     got, passes = answer_all(drafts(8), model, prompts, 40, remember)
     assert got == want
-    assert passes < 0.7 * 10 * 40  # and guesses are right now and then
+    assert passes < (0.8 if remember else 0.9) * 10 * 40  # guesses are right now and then
 
 
 def test_what_the_model_said_is_worth_something():
