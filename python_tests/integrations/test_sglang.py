@@ -111,10 +111,13 @@ def test_sglang_resolves_its_options():
     hook = importlib.import_module("sglang.srt.arg_groups.speculative_hook")
     resolved = []
     for name in ("NGRAM", "MSN"):
-        server_args = object.__new__(arguments)
-        for field in overrides.field_names(arguments):
-            setattr(server_args, field, getattr(arguments, field, None))
-        server_args.device, server_args.speculative_algorithm = "cuda", name
+        server_args = arguments(
+            model_path="x",
+            speculative_algorithm=name,
+            device="cuda",
+            page_size=1,
+            attention_backend="flashinfer",
+        )
         hook.handle_speculative_decoding(server_args)
         view = overrides.resolving_view(server_args)
         resolved.append({x: getattr(view, x) for x in overrides.field_names(arguments)})
@@ -123,6 +126,17 @@ def test_sglang_resolves_its_options():
     assert msn.pop("speculative_algorithm") == "MSN"
     assert msn == ngram and msn["speculative_num_draft_tokens"] == 12
     sglang_modules.forget_modules()
+
+
+def test_the_options_that_the_page_names_are_there(kind):
+    page = (PLUGIN / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"--(speculative[\w-]+)", page))
+    put(kind, sglang_modules.context())
+    there = {"speculative_algorithm", *sglang_modules.SETTINGS}
+    if kind == "SGLang":
+        arguments = importlib.import_module("sglang.srt.server_args").ServerArgs
+        there = importlib.import_module("sglang.srt.arg_groups.overrides").field_names(arguments)
+    assert len(named) == 5 and {name.replace("-", "_") for name in named} <= set(there)
 
 
 # ---- the worker ----------------------------------------------------------------------------------
