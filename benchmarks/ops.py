@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from machine import copy_bandwidth, cpu_name, git_commit, last_level_cache
 from op_cases import CASES, CONTEXTS, MODELS, NODES, Case, Model
-from plot import times
 from timing import Timer
 
 import msn_ext
@@ -119,6 +118,8 @@ def print_table(rows: list[dict]) -> None:
 
 def picture(about: dict, rows: list[dict]) -> str:
     """Every case's time, next to what its bytes would take to be copied, and to its equivalents."""
+    from plot import times  # takes matplotlib, which the rest does without
+
     lines = []
     for row in rows:
         copied = row["bytes"] / about["copy_bytes_per_second"]
