@@ -284,6 +284,18 @@ def test_answers_are_the_models_own(kind, overlap, width):
     assert server.worker.max_trie_depth >= width + 1
 
 
+def test_what_the_model_said_is_drafted_from(kind, monkeypatch):
+    numbers, passes = random.Random(9), []
+    prompts = {f"r{i}": numbers.choices(range(VOCAB), k=20) for i in range(6)}
+    for forgetful in (False, True):
+        server, target = served(kind, True)
+        if forgetful:
+            monkeypatch.setattr(type(server.worker.ngram_corpus), "remember", lambda *_: None)
+        server.answer(prompts, 30, seed=1)
+        passes.append(target.verified)
+    assert passes[0] < passes[1]
+
+
 def test_the_whole_text_is_drafted_from(kind):
     """An n-gram of the prompt, far before the end that NGRAM passes."""
     server, _ = served(kind, True)

@@ -98,9 +98,11 @@ def test_the_trees_are_those_of_best_first_drafting():
             some_match += 1
         logits = torch.randn(1, 12, VOCAB, generator=torch.Generator().manual_seed(len(text)))
         targets = logits.argmax(-1)
-        if len(text) % 3:  # the model agrees with a guess
+        if (
+            len(text) % 3
+        ):  # the model agrees with a guess, or one was drawn that it put behind others
             targets[0, 0] = draft.tokens[0, 1]
-            logits[0, 0, targets[0, 0]] = 9
+            logits[0, 0, targets[0, 0]] = 9 if len(text) % 3 == 1 else -9
         length, path, bonus, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         guesses = ops.top_guesses(logits)
         drafter.observe(
@@ -115,6 +117,16 @@ def _verified(*parts):
     from msn_ext.decoding.drafters import Verified
 
     return Verified(*parts)
+
+
+def test_guesses_below_a_tree_are_of_the_last_one_only():
+    source = drafts(8)
+    get(source, {"a": [1, 2, 3]})
+    source.remember(torch.full((1, 8, 8), 5 * 16, dtype=torch.int32))
+    get(source, {"a": [1, 2, 3, 4]})
+    assert (source._live.denoised >= 0).any()
+    get(source, {"a": [1, 2, 3, 4, 6]})  # of the tree before, nobody said anything
+    assert (source._live.denoised < 0).all()
 
 
 def answer_all(source: Drafts, model, prompts: dict[str, list[int]], new: int, remember: bool):
