@@ -6,7 +6,6 @@ import fnmatch
 import statistics
 from collections.abc import Iterable
 
-import plot
 from common import CATEGORIES
 
 TRUTH = "transformers-sdpa-float32"  # whose text the others are compared with
@@ -229,6 +228,8 @@ class Report:
 
     def picture(self, title: str) -> str:
         """Return an SVG: a bar per engine, ours in colour."""
+        import plot  # takes matplotlib, which the rest does without
+
         names = sorted(self.rates, key=self.rates.__getitem__, reverse=True)
         bars = [(name, self.rates[name], name.startswith("native")) for name in names]
         return plot.bars(title, "tokens/s", bars)

@@ -22,6 +22,7 @@ appended per case; what stands there already is not run again, "error" says what
 """
 
 import argparse
+import importlib.util
 import datetime
 import platform
 import statistics
@@ -33,7 +34,6 @@ from common import Results
 from isolated import Report, isolated, said
 from machine import copy_bandwidth, cpu_name, git_commit, last_level_cache
 from op_cases import CASES, CONTEXTS, MODELS, NODES, Case
-from plot import times
 from timing import Timer
 
 import msn_ext
@@ -185,6 +185,8 @@ def print_table(rows: list[dict]) -> None:
 
 def picture(about: dict, rows: list[dict]) -> str:
     """Every case's time, next to what its bytes would take to be copied, and to its equivalents."""
+    from plot import times  # takes matplotlib, which the rest does without
+
     lines = []
     for row in rows:
         copied = row["bytes"] / about["copy_bytes_per_second"]
@@ -236,7 +238,9 @@ def main() -> int:
     print(f"copy: {about['copy_bytes_per_second'] / 1e9:.1f} GB/s; commit {about['commit']}")
     print_table(rows)
     timed = [row for row in rows if "error" not in row]
-    if options.output and timed:
+    if options.output and timed and not importlib.util.find_spec("matplotlib"):
+        print("no picture: matplotlib is not installed")
+    elif options.output and timed:
         options.output.with_suffix(".svg").write_text(picture(about, timed), encoding="utf-8")
     return int(len(timed) < len(rows) or any(row["errors"] for row in timed))
 

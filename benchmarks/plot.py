@@ -1,130 +1,74 @@
-"""Pictures of benchmarks, as SVG: curves, and times on a common scale."""
+"""Pictures of benchmarks, as SVG: curves, times on a common scale, and bars. They take matplotlib,
+of the extra "bench".
+"""
 
-import math
-from itertools import cycle
+import io
 
-COLORS = (
-    "#1f77b4",
-    "#d62728",
-    "#2ca02c",
-    "#9467bd",
-    "#ff7f0e",
-    "#8c564b",
-    "#17becf",
-    "#7f7f7f",
-    "#bcbd22",
-    "#e377c2",
-    "#000",
-    "#c5a400",
-)
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 
-def _picture(width: int, height: int, parts: list[str]) -> str:
-    body = "\n".join(parts)
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif"'
-        f' font-size="12">\n{body}\n</svg>\n'
-    )
+def _axes(title: str, width: float, height: float, grid: str) -> Axes:
+    axes = Figure(figsize=(width, height)).add_subplot()
+    axes.set_title(title, loc="left")
+    axes.set_axisbelow(True)
+    axes.grid(axis=grid, color="#ddd")
+    axes.spines[:].set_visible(False)
+    return axes
+
+
+def _name_rows(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params("y", length=0)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _svg(axes: Axes) -> str:
+    file = io.StringIO()
+    # Text stays text, and the same picture is the same file.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "msn_ext"}):
+        axes.figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return file.getvalue()
 
 
 def lines(title: str, unit: str, curves: dict[str, list[tuple[float, float]]]) -> str:
-    """Return an SVG of lines with their names at their ends."""
-    width, height, left, right, top, bottom = 720, 420, 60, 170, 40, 50
-    points = [point for curve in curves.values() for point in curve]
-    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    y1 = 1.05 * max(y for _, y in points)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = left + (width - left - right) * (x - x0) / max(x1 - x0, 1e-9)
-        return across, height - bottom - (height - top - bottom) * y / y1
-
-    parts = [f'<text x="{left}" y="22" font-size="15">{title}</text>']
-    for step in range(5):
-        value = y1 * step / 4
-        _, y = place(x0, value)
-        parts.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>'
-        )
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{value:.3g}</text>')
-    ticks = sorted({x for x, _ in points})
-    for x in ticks[:: math.ceil(len(ticks) / 14)]:
-        parts.append(
-            f'<text x="{place(x, 0)[0]:.0f}" y="{height - bottom + 18}"'
-            f' text-anchor="middle">{x:g}</text>'
-        )
-    parts.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 10}"'
-        f' text-anchor="middle">{unit}</text>'
-    )
+    """Return an SVG of lines, their names beside them in the order of their ends."""
+    axes = _axes(title, 7.2, 4.2, "y")
     ordered = sorted(curves.items(), key=lambda item: -item[1][-1][1])
-    names: list[float] = []  # where they stand: not on each other, and within the picture
-    for _, curve in ordered:
-        names.append(max(place(*curve[-1])[1], names[-1] + 14 if names else top))
-    for at in reversed(range(len(names))):
-        names[at] = min(names[at], names[at + 1] - 14 if at + 1 < len(names) else height - bottom)
-    for (name, curve), y, color in zip(ordered, names, cycle(COLORS)):
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
-        x, _ = place(*curve[-1])
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts.append(f'<text x="{x + 6:.0f}" y="{y + 4:.0f}" fill="{color}">{name}</text>')
-    return _picture(width, height, parts)
+    for at, (name, curve) in enumerate(ordered):
+        axes.plot(*zip(*curve), "-" if at < 10 else "--", label=name)
+    axes.set_xlabel(unit)
+    axes.set_ylim(0)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return _svg(axes)
 
 
 def times(title: str, rows: list[tuple[str, dict[str, float]]]) -> str:
-    """Return an SVG with a line per row, its name before it, and on it a dot per time: seconds
-    (from nanoseconds on) by what took them, on a logarithmic scale.
+    """Return an SVG with a line per row, its name before it, and on it a dot per time: seconds by
+    what took them, on a logarithmic scale.
     """
-    kinds = {kind: None for _, row in rows for kind in row}
-    colors = dict(zip(kinds, cycle(COLORS)))
-    seconds = [value for _, row in rows for value in row.values()]
-    low, high = math.floor(math.log10(min(seconds))), math.ceil(math.log10(max(seconds)))
-    width, left, top, line = 960, 400, 60, 16
-    height = top + line * len(rows) + 30
-
-    def across(value: float) -> float:
-        return left + (width - left - 30) * (math.log10(value) - low) / max(high - low, 1)
-
-    parts = [f'<text x="10" y="22" font-size="15">{title}</text>']
-    for at, (kind, color) in enumerate(colors.items()):
-        parts.append(f'<circle cx="{left + 140 * at}" cy="40" r="4" fill="{color}"/>')
-        parts.append(f'<text x="{left + 140 * at + 9}" y="44" fill="{color}">{kind}</text>')
-    for power in range(low, high + 1):
-        x = across(10.0**power)
-        parts.append(
-            f'<line x1="{x:.0f}" x2="{x:.0f}" y1="{top - 8}" y2="{height - 25}" stroke="#ddd"/>'
-        )
-        unit = {0: "s", 1: "ms", 2: "µs", 3: "ns"}[-(power // 3)]
-        parts.append(
-            f'<text x="{x:.0f}" y="{height - 8}" text-anchor="middle">{10 ** (power % 3)}'
-            f" {unit}</text>"
-        )
-    for at, (name, row) in enumerate(rows):
-        y = top + line * at + 4
-        parts.append(f'<text x="10" y="{y + 4}">{name}</text>')
-        for kind, value in row.items():
-            parts.append(f'<circle cx="{across(value):.1f}" cy="{y}" r="4" fill="{colors[kind]}"/>')
-    return _picture(width, height, parts)
+    axes = _axes(title, 9.6, 1 + len(rows) / 6, "x")
+    for kind in dict.fromkeys(kind for _, row in rows for kind in row):
+        dots = [(row[kind], at) for at, (_, row) in enumerate(rows) if kind in row]
+        axes.scatter(*zip(*dots), s=16, label=kind, gid=f"times: {kind}")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter("s"))
+    _name_rows(axes, [name for name, _ in rows])
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=9, frameon=False)
+    return _svg(axes)
 
 
 def bars(title: str, unit: str, rows: list[tuple[str, float, bool]]) -> str:
     """Return an SVG with a bar per row: its name, its value, whether it is one of ours."""
-    width, left, top, line = 720, 210, 50, 20
-    height = top + line * len(rows) + 10
-    scale = (width - left - 70) / max(value for _, value, _ in rows)
-    parts = [f'<text x="10" y="22" font-size="15">{title}</text>']
-    parts.append(f'<text x="{left}" y="42" fill="#555">{unit}</text>')
-    for at, (name, value, ours) in enumerate(rows):
-        y, color, weight = top + line * at, COLORS[7], "normal"
-        if ours:
-            color, weight = COLORS[0], "bold"
-        parts.append(
-            f'<text x="{left - 8}" y="{y + 13}" text-anchor="end" font-weight="{weight}">{name}'
-            f"</text>"
-        )
-        parts.append(
-            f'<rect x="{left}" y="{y + 2}" width="{value * scale:.1f}" height="{line - 5}"'
-            f' fill="{color}"/>'
-        )
-        parts.append(f'<text x="{left + value * scale + 6:.0f}" y="{y + 13}">{value:.4g}</text>')
-    return _picture(width, height, parts)
+    axes = _axes(title, 7.2, 1 + len(rows) / 5, "x")
+    names, values, ours = zip(*rows)
+    drawn = axes.barh(range(len(rows)), values, color=["C0" if one else "C7" for one in ours])
+    axes.bar_label(drawn, fmt="%.4g", padding=3)
+    axes.set_xlabel(unit)
+    _name_rows(axes, names)
+    for bar, name, one in zip(drawn, axes.get_yticklabels(), ours):
+        bar.set_gid("bar")
+        name.set_fontweight("bold" if one else "normal")
+    return _svg(axes)

@@ -13,6 +13,7 @@ from helpers.cases import one_thread
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
 
 
 def test_the_ways_to_train_are_compared(folder, data, tmp_path, monkeypatch, capsys):
