@@ -22,8 +22,8 @@ appended per case; what stands there already is not run again, "error" says what
 """
 
 import argparse
-import importlib.util
 import datetime
+import importlib.util
 import platform
 import statistics
 import sys
