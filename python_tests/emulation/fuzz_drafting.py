@@ -66,7 +66,7 @@ def fuzz_top_guesses(rng: random.Random, nodes: int) -> None:
         memory.place(logits, free=1, unit=rng.choice([1, 8])),
         memory.place(torch.full_like(want, 77), want=want),
     )
-    _C.top_guesses(placed, out)
+    _C.top_guesses(placed, out, None, None)
     memory.check()
 
 

@@ -32,14 +32,30 @@ void TreeAttention::on_cpu() const {
   if (std::any_of(arrived.begin(), arrived.end(), [](int count) { return count != 0; }))
     emulation::fail("tree_attention leaves a counter that is not 0");
 }
+// On a device of some size, with space that holds NaN.
+template <typename Op>
+void with_guesses_space(Op op, int64_t counters) {
+  static std::mt19937 random(1);
+  emulation::processors = 1 + random() % 40;
+  op.space = guesses_space(op.logits);
+  std::vector<float> partial(op.space.floats, NAN);
+  std::vector<int> arrived(op.space.counters += counters, 0);
+  op.space.partial = partial.data();
+  op.space.arrived = arrived.data();
+  op.on_cuda(nullptr);
+  if (std::any_of(arrived.begin(), arrived.end(), [](int count) { return count != 0; }))
+    emulation::fail("a counter that is not 0 in the end");
+}
+void TopGuesses::on_cpu() const { with_guesses_space(*this, 0); }
+void VerifyLogits::on_cpu() const {
+  with_guesses_space(*this, tokens.shape[0]);
+}
 void VerifyTree::on_cpu() const { on_cuda(nullptr); }
-void VerifyLogits::on_cpu() const { on_cuda(nullptr); }
 void CommitKV::on_cpu() const { on_cuda(nullptr); }
 void PlaceTree::on_cpu() const { on_cuda(nullptr); }
 void AdvanceText::on_cpu() const { on_cuda(nullptr); }
 void LookupNgram::on_cpu() const { on_cuda(nullptr); }
 void FillTree::on_cpu() const { on_cuda(nullptr); }
-void TopGuesses::on_cpu() const { on_cuda(nullptr); }
 void IndexSuffixes::on_cpu() const { on_cuda(nullptr); }
 void RememberGuesses::on_cpu() const { on_cuda(nullptr); }
 void KeepContinuation::on_cpu() const { on_cuda(nullptr); }
