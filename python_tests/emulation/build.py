@@ -95,11 +95,14 @@ def build(folder: Path) -> None:
 
 
 def mutate(folder: Path, kernel: str, old: str, new: str) -> None:
-    """Replaces every `old` by `new` in a kernel of a build, and builds that one again."""
+    """Replaces every `old` by `new` in a kernel of a build, or else in a header of the kernels, and
+    builds that kernel again.
+    """
     (path,) = folder.glob(f"csrc/cuda/*/{kernel}")
-    source = path.read_text()
-    assert old in source, f"{kernel} has no {old!r}"
-    path.write_text(source.replace(old, new))
+    places = [path, *sorted(folder.glob("csrc/cuda/*/*.cuh"))]
+    place = next((place for place in places if old in place.read_text()), None)
+    assert place, f"{kernel} has no {old!r}"
+    place.write_text(place.read_text().replace(old, new))
     compile_one(folder, path)
     link(folder)
 

@@ -376,11 +376,10 @@ TopRows<T> plan_rows(const char* op, const Tensor& logits, const Tensor& guesses
   const TopPlan plan = plan_parts(op, logits);
   const BlockSpace needed = space_for(logits, plan);
   if (space.floats < needed.floats || space.counters < needed.counters + more_counters)
-    throw std::invalid_argument(std::string(op) + " has a workspace of " +
-                                std::to_string(space.floats) + " floats and " +
-                                std::to_string(space.counters) + " counters; expected " +
-                                std::to_string(needed.floats) + " and " +
-                                std::to_string(needed.counters + more_counters));
+    throw std::invalid_argument(
+        std::string(op) + " has a workspace of " + std::to_string(space.floats) + " floats and " +
+        std::to_string(space.counters) + " counters; expected " + std::to_string(needed.floats) +
+        " and " + std::to_string(needed.counters + more_counters));
   return {logits.as<T>(),
           logits.strides[0],
           static_cast<int>(logits.shape[1]),

@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kTopThreads, kTopBlocks)
   __shared__ TopShared shared;
   __shared__ VerifyShared verify;
   static_assert(kTopThreads >= kMaxNodes);
-  const int64_t row = blockIdx.x / rows.parts, tree = row / trees.nodes;
+  const int64_t row = blockIdx.x / rows.parts,
+                tree = blockIdx.x / static_cast<unsigned>(rows.parts * trees.nodes);
   const int part = static_cast<int>(blockIdx.x % rows.parts);
   top_of_part(rows.part(row, part), shared);
 
