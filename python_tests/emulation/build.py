@@ -26,6 +26,8 @@ FLAGS = [
 FLAGS += ["-U_FORTIFY_SOURCE"]
 # What would be an alignment fault on a GPU ends the process.
 KERNEL_FLAGS = ["-x", "c++", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+# A call at every load and store, to races.cpp.
+KERNEL_FLAGS += ["-fsanitize=thread"]
 KERNEL_FLAGS += [
     "-ffp-contract=off"
 ]  # as -fmad=false in CMakeLists.txt; some processors fuse unasked
@@ -89,7 +91,7 @@ def build(folder: Path) -> None:
         folder.glob("csrc/cuda/*/*.cu"), key=lambda path: -path.stat().st_size
     )  # the longest first
     with ThreadPoolExecutor(2) as jobs:
-        sources = [*folder.glob("csrc/bindings/*.cpp"), *kernels, HERE / "on_cpu.cpp"]
+        sources = [*folder.glob("csrc/bindings/*.cpp"), *kernels, HERE / "on_cpu.cpp", HERE / "races.cpp"]
         list(jobs.map(lambda source: compile_one(folder, source), sources))
     link(folder)
 
