@@ -1,5 +1,5 @@
-// bfloat16 of CUDA for the emulation (cuda_runtime.h says what that is): conversions and the larger of two alone, to
-// nearest and ties to even as on the device. Not modelled: arithmetic on bfloat16.
+// bfloat16 of CUDA for the emulation (cuda_runtime.h says what that is): conversions and the larger
+// of two alone, to nearest and ties to even as on the device. Not modelled: arithmetic on bfloat16.
 #pragma once
 #include <cstdint>
 #include <cstring>

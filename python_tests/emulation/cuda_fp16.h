@@ -1,5 +1,6 @@
-// float16 of CUDA for the emulation (cuda_runtime.h says what that is): conversions and the larger of two alone, to
-// nearest and ties to even as on the device. Not modelled: arithmetic on halves; a NaN's payload.
+// float16 of CUDA for the emulation (cuda_runtime.h says what that is): conversions and the larger
+// of two alone, to nearest and ties to even as on the device. Not modelled: arithmetic on halves; a
+// NaN's payload.
 #pragma once
 #include <cstdint>
 #include <cstring>

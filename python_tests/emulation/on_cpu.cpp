@@ -67,9 +67,7 @@ void with_guesses_space(Op op, int64_t counters) {
   op.on_cuda(nullptr);
 }
 void TopGuesses::on_cpu() const { with_guesses_space(*this, 0); }
-void VerifyLogits::on_cpu() const {
-  with_guesses_space(*this, tokens.shape[0]);
-}
+void VerifyLogits::on_cpu() const { with_guesses_space(*this, tokens.shape[0]); }
 void VerifyTree::on_cpu() const { on_cuda(nullptr); }
 void CommitKV::on_cpu() const { on_cuda(nullptr); }
 void PlaceTree::on_cpu() const { on_cuda(nullptr); }
