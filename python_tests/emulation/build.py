@@ -27,7 +27,7 @@ FLAGS += ["-U_FORTIFY_SOURCE"]
 # What would be an alignment fault on a GPU ends the process.
 KERNEL_FLAGS = ["-x", "c++", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 # A call at every load and store, to races.cpp.
-KERNEL_FLAGS += ["-fsanitize=thread"]
+KERNEL_FLAGS += ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
 KERNEL_FLAGS += [
     "-ffp-contract=off"
 ]  # as -fmad=false in CMakeLists.txt; some processors fuse unasked

@@ -26,20 +26,16 @@ namespace {
 
 using Time = uint32_t;  // ticks at barriers, fences and atomic operations
 
-// Who did something, and when.
-struct Event {
-  uint32_t block;
-  int thread;
-  Time time;
-};
-
 // The last accesses to four bytes.
+struct Access {
+  uint32_t block;
+  Time time;
+  uint16_t thread;
+  uint8_t bytes;
+  bool atomic;
+};
 struct Cell {
-  struct Access {
-    Event by;
-    uint8_t bytes;
-    bool atomic;
-  } write, read;
+  Access write, read;
 };
 
 struct Fence {
@@ -76,22 +72,25 @@ std::unordered_map<const void*, std::vector<Release>> counters;
 
 constexpr uintptr_t kCell = 4, kPage = 4096, kCached = 1024;
 struct Page {
-  uintptr_t number = 0;
+  uintptr_t number;
   Cell cells[kPage / kCell];
 };
-std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
+std::vector<std::unique_ptr<Page>> pages;  // of earlier launches, too: their times are over
+size_t used;
+std::unordered_map<uintptr_t, Page*> by_number;
 Page* cached[kCached];
 
 Cell& cell_of(uintptr_t at) {
   const uintptr_t number = at / kPage;
   Page*& page = cached[number % kCached];
   if (!page || page->number != number) {
-    auto& found = pages[number];
+    Page*& found = by_number[number];
     if (!found) {
-      found.reset(new Page());
+      if (used == pages.size()) pages.emplace_back(new Page());
+      found = pages[used++].get();
       found->number = number;
     }
-    page = found.get();
+    page = found;
   }
   return page->cells[at % kPage / kCell];
 }
@@ -106,7 +105,7 @@ bool ordered_here(int thread, Time time) {
          (thread / kWarp == running / kWarp && time < warp_time[running / kWarp]);
 }
 
-bool ordered(const Event& before) {
+bool ordered(const Access& before) {
   if (before.block == block) return ordered_here(before.thread, before.time);
   for (const Acquire& acquire : acquired) {
     if (!ordered_here(acquire.thread, acquire.time)) continue;
@@ -118,14 +117,14 @@ bool ordered(const Event& before) {
   return false;
 }
 
-[[noreturn]] void report(const Cell::Access& before, bool wrote, bool writes, bool shared) {
+[[noreturn]] void report(const Access& before, bool wrote, bool writes, bool shared) {
   char text[200];
   std::snprintf(text, sizeof text,
                 "a race in %s memory: thread %d %s what thread %d of block %u %s, and no %s orders "
                 "them",
-                shared ? "shared" : "global", running, writes ? "writes" : "reads",
-                before.by.thread, before.by.block, wrote ? "wrote" : "read",
-                before.by.block == block ? "barrier" : "fences around an atomic operation");
+                shared ? "shared" : "global", running, writes ? "writes" : "reads", before.thread,
+                before.block, wrote ? "wrote" : "read",
+                before.block == block ? "barrier" : "fences around an atomic operation");
   fail(text);
 }
 
@@ -134,15 +133,16 @@ enum Kind { kRead, kWrite, kAtomic };
 void touch(uintptr_t at, uint8_t bytes, Kind kind, bool shared) {
   Cell& cell = cell_of(at);
   const Time since = shared ? block_start : launch_start;
-  const auto check = [&](const Cell::Access& before, bool wrote) {
-    if (before.by.time >= since && before.bytes & bytes && !(before.atomic && kind == kAtomic) &&
-        !ordered(before.by))
+  const auto check = [&](const Access& before, bool wrote) {
+    if (before.time >= since && before.bytes & bytes && !(before.atomic && kind == kAtomic) &&
+        !ordered(before))
       report(before, wrote, kind != kRead, shared);
   };
   check(cell.write, true);
   if (kind != kRead) check(cell.read, false);
   if (kind == kAtomic && !shared) return;
-  (kind == kRead ? cell.read : cell.write) = {{block, running, now}, bytes, kind == kAtomic};
+  (kind == kRead ? cell.read : cell.write) = {block, now, static_cast<uint16_t>(running), bytes,
+                                              kind == kAtomic};
 }
 
 void watch(const void* pointer, size_t size, Kind kind) {
@@ -174,11 +174,15 @@ inline void access(const void* pointer, size_t size, Kind kind) {
 
 void launch_begins(size_t shared_bytes) {
   watching = order() % kOneIn == 0;
+  if (!watching) return;
   launch_start = ++now;
   shared_size = shared_bytes;
   heap_end = sbrk(0);
   host_stack = static_cast<const char*>(__builtin_frame_address(0));
   counters.clear();
+  by_number.clear();
+  std::fill(std::begin(cached), std::end(cached), nullptr);
+  used = 0;
 }
 
 void block_begins() {
