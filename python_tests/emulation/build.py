@@ -91,7 +91,12 @@ def build(folder: Path) -> None:
         folder.glob("csrc/cuda/*/*.cu"), key=lambda path: -path.stat().st_size
     )  # the longest first
     with ThreadPoolExecutor(2) as jobs:
-        sources = [*folder.glob("csrc/bindings/*.cpp"), *kernels, HERE / "on_cpu.cpp", HERE / "races.cpp"]
+        sources = [
+            *folder.glob("csrc/bindings/*.cpp"),
+            *kernels,
+            HERE / "on_cpu.cpp",
+            HERE / "races.cpp",
+        ]
         list(jobs.map(lambda source: compile_one(folder, source), sources))
     link(folder)
 

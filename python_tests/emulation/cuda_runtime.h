@@ -4,10 +4,10 @@
 // barrier shows as a wrong result. What a GPU would hang on or leave undefined (a barrier or a
 // shuffle that not all threads reach, a partial mask) aborts with a message, and so does a write
 // to shared memory that the launch did not ask for. Shared memory holds NaN before each block.
+// races.cpp finds accesses that nothing orders, of one block or of two.
 //
-// Not modelled: two blocks at once and their memory (they run one after the other, in random order,
-// so races between blocks do not show); memory ordering inside a warp; caches and pointers of the
-// device (host memory stands for it); alignment faults (build.py has the compiler check alignment
+// Not modelled: two blocks at once (they run one after the other, in random order); caches and
+// pointers of the device (host memory stands for it); alignment faults (build.py has the compiler check alignment
 // instead); the rounding of the device's exp and tanh; the limit on kernel parameters (4 KB before
 // CUDA 12.1); registers and launch bounds; streams and graph capture.
 #pragma once
