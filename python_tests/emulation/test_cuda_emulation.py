@@ -63,7 +63,7 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("verify_logits", "trees.nodes * rows.parts - 1", "trees.nodes * rows.parts - 2"),
         ("verify_logits", "__threadfence();\n    const int of_row", "const int of_row"),
         ("verify_logits", "__threadfence();\n    shared.last_of_row", "shared.last_of_row"),
-        ("top_guesses", "distance >= kGuesses) ? other", "distance > kGuesses) ? other"),
+        ("top_guesses", "distance >= kGuesses) ? other", "distance > 1) ? other"),
         ("top_guesses", "if (shared.n_reached <= kMostReached) return", "return"),
         ("top_guesses", "x = __hmax2_nan(x, x);", ""),
         ("tree_attention_mma", "await_copies<0>();", "await_copies<1>();"),
