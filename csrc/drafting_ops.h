@@ -1,6 +1,7 @@
 // The ops that find guesses and put them into a draft tree; see tree_ops.h.
 #pragma once
 #include "best_first.h"
+#include "block_space.h"
 #include "drafting.h"
 #include "tensor.h"
 
@@ -35,10 +36,13 @@ struct FillTree {
 
 struct TopGuesses {
   Tensor logits, guesses;
+  BlockSpace space;  // CUDA only
 
   void on_cpu() const;
   void on_cuda(void* stream) const;
 };
+// The sizes that TopGuesses::on_cuda needs for these rows of logits.
+BlockSpace guesses_space(const Tensor& logits);
 
 struct IndexSuffixes {
   Tensor suffixes, history, start, lengths;

@@ -5,6 +5,7 @@
 #pragma once
 #include <vector>
 
+#include "block_space.h"
 #include "tensor.h"
 
 namespace msn {
@@ -16,13 +17,7 @@ struct TreeAncestors {
   void on_cuda(void* stream) const;
 };
 
-// Memory in which the blocks of one launch leave sums for each other, so that keys can be split
-// over them.
-struct AttentionSpace {
-  float* partial = nullptr;
-  int* arrived = nullptr;  // 0 before and after
-  int64_t floats = 0, counters = 0;
-};
+using AttentionSpace = BlockSpace;  // so that keys can be split over blocks
 
 struct TreeAttention {
   Tensor q, k, v, lengths, offsets, ancestors, sinks;
@@ -48,7 +43,7 @@ struct VerifyTree {
 
 struct VerifyLogits {
   Tensor logits, tokens, parents, guesses, targets, accept_length, path, bonus, continuation;
-  Tensor arrived;  // CUDA only
+  BlockSpace space;  // CUDA only: as guesses_space says, and a counter more a row of tokens
 
   void on_cpu() const;
   void on_cuda(void* stream) const;

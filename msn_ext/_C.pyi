@@ -51,7 +51,8 @@ def verify_logits(
     path: Tensor,
     bonus: Tensor,
     continuation: Tensor,
-    arrived: Tensor,
+    partial: Tensor | None,
+    arrived: Tensor | None,
     /,
 ) -> None: ...
 def commit_kv(
@@ -118,7 +119,10 @@ def fill_tree(
     tokens: Tensor,
     /,
 ) -> None: ...
-def top_guesses(logits: Tensor, guesses: Tensor, /) -> None: ...
+def top_guesses(
+    logits: Tensor, guesses: Tensor, partial: Tensor | None, arrived: Tensor | None, /
+) -> None: ...
+def guesses_space(logits: Tensor, /) -> tuple[int, int]: ...
 def index_suffixes(
     suffixes: Tensor, history: Tensor, start: Tensor, lengths: Tensor, /
 ) -> None: ...

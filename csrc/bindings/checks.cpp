@@ -102,4 +102,12 @@ void expect_logits(const Argument& logits) {
     refuse("logits has rows that are not contiguous");
 }
 
+BlockSpace space_in(const OptionalArgument& partial, const OptionalArgument& arrived,
+                    const Tensor& like) {
+  if (!partial.data || !arrived.data) return {};
+  expect_dense(partial, DType::kFloat32, {partial.shape[0]}, like);
+  expect_dense(arrived, DType::kInt32, {arrived.shape[0]}, like);
+  return {partial.as<float>(), arrived.as<int>(), partial.shape[0], arrived.shape[0]};
+}
+
 }  // namespace msn

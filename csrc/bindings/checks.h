@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bindings/dlpack.h"
+#include "block_space.h"
 
 namespace msn {
 
@@ -37,5 +38,8 @@ void expect_tree(const Argument& t, DType dtype, int64_t batch, int64_t nodes, c
 void expect_nodes(const Argument& t, int64_t nodes);
 // Rows of logits [rows, V].
 void expect_logits(const Argument& logits);
+// Float32 and int32 of one dimension as the memory of a launch; nothing where either is None.
+BlockSpace space_in(const OptionalArgument& partial, const OptionalArgument& arrived,
+                    const Tensor& like);
 
 }  // namespace msn

@@ -1,5 +1,10 @@
 // The bindings of the ops in drafting_ops.h.
 #include "drafting.h"
+
+#include <pybind11/stl.h>
+
+#include <utility>
+
 #include "best_first.h"
 #include "bindings/checks.h"
 #include "bindings/define.h"
@@ -45,11 +50,25 @@ void fill_tree(const Argument& candidates, const Argument& retrieved, const Argu
   run(history, FillTree{candidates, retrieved, history, lengths, depth, rank, seed, tokens});
 }
 
-void top_guesses(const Argument& logits, const Argument& guesses) {
+void top_guesses(const Argument& logits, const Argument& guesses, const OptionalArgument& partial,
+                 const OptionalArgument& arrived) {
   expect_logits(logits);
   expect_dense(guesses, DType::kInt32, {logits.shape[0], kGuesses}, logits);
+  const BlockSpace space = space_in(partial, arrived, logits);
   if (logits.shape[0] == 0) return;
-  run(logits, TopGuesses{logits, guesses});
+  run(logits, TopGuesses{logits, guesses, space});
+}
+
+// Floats and counters that top_guesses needs for these rows on a GPU.
+std::pair<int64_t, int64_t> guesses_space_wanted(const Argument& logits) {
+  expect_logits(logits);
+#ifdef MSN_WITH_CUDA
+  if (logits.device == Device::kCUDA) {
+    const BlockSpace wanted = guesses_space(logits);
+    return {wanted.floats, wanted.counters};
+  }
+#endif
+  return {0, 0};
 }
 
 void index_suffixes(const Argument& suffixes, const Argument& history, const Argument& start,
@@ -138,7 +157,8 @@ void define_drafting(py::module_& m) {
          {"history", "lengths", "max_ngram", "tokens", "matched"});
   define(m, "fill_tree", &fill_tree,
          {"candidates", "retrieved", "history", "lengths", "depth", "rank", "seed", "tokens"});
-  define(m, "top_guesses", &top_guesses, {"logits", "guesses"});
+  define(m, "top_guesses", &top_guesses, {"logits", "guesses", "partial", "arrived"});
+  define(m, "guesses_space", &guesses_space_wanted, {"logits"});
   define(m, "index_suffixes", &index_suffixes, {"suffixes", "history", "start", "lengths"});
   define(m, "remember_guesses", &remember_guesses,
          {"adjacency", "history", "lengths", "tokens", "parents", "path", "guesses"});

@@ -70,12 +70,7 @@ void tree_attention(const Argument& q, const Argument& k, const Argument& v,
   expect_dtype(out, q.dtype);
   expect_shape(out, {batch, nodes, heads, v_dim});
   expect_contiguous(out);
-  AttentionSpace space;
-  if (partial.data && arrived.data) {
-    expect_dense(partial, DType::kFloat32, {partial.shape[0]}, q);
-    expect_dense(arrived, DType::kInt32, {arrived.shape[0]}, q);
-    space = {partial.as<float>(), arrived.as<int>(), partial.shape[0], arrived.shape[0]};
-  }
+  const AttentionSpace space = space_in(partial, arrived, q);
   if (batch == 0) return;
   run(q, TreeAttention{q, k, v, lengths, offsets, ancestors, sinks, scale, window, softcap, out,
                        space});
@@ -113,7 +108,7 @@ void verify_tree(const Argument& tokens, const Argument& targets, const Argument
 void verify_logits(const Argument& logits, const Argument& tokens, const Argument& parents,
                    const Argument& guesses, const Argument& targets, const Argument& accept_length,
                    const Argument& path, const Argument& bonus, const Argument& continuation,
-                   const Argument& arrived) {
+                   const OptionalArgument& partial, const OptionalArgument& arrived) {
   expect_dims(tokens, 2);
   const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
   expect_nodes(tokens, nodes);
@@ -128,13 +123,10 @@ void verify_logits(const Argument& logits, const Argument& tokens, const Argumen
   expect_dense(path, DType::kInt64, {batch, nodes}, tokens);
   expect_dense(bonus, DType::kInt64, {batch}, tokens);
   expect_dense(continuation, DType::kInt64, {batch, nodes}, tokens);
-  expect_dims(arrived, 1);
-  expect_dense(arrived, DType::kInt32, {arrived.shape[0]}, tokens);
-  if (arrived.shape[0] < batch)
-    refuse("arrived has ", arrived.shape[0], " counters; expected one per row, ", batch);
+  const BlockSpace space = space_in(partial, arrived, tokens);
   if (batch == 0) return;
   run(tokens, VerifyLogits{logits, tokens, parents, guesses, targets, accept_length, path, bonus,
-                           continuation, arrived});
+                           continuation, space});
 }
 
 void commit_kv(const std::vector<py::object>& objects, const Argument& lengths,
@@ -216,7 +208,7 @@ void define_tree(py::module_& m) {
          {"tokens", "targets", "parents", "accept_length", "path", "bonus", "continuation"});
   define(m, "verify_logits", &verify_logits,
          {"logits", "tokens", "parents", "guesses", "targets", "accept_length", "path", "bonus",
-          "continuation", "arrived"});
+          "continuation", "partial", "arrived"});
   define(m, "commit_kv", &commit_kv, {"caches", "lengths", "path", "accept_length"});
   define(m, "place_tree", &place_tree,
          {"tokens", "history", "lengths", "offsets", "last_position", "depth", "vocabulary",

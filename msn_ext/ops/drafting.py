@@ -8,6 +8,7 @@ from torch import Tensor
 from msn_ext import _C
 
 from .registration import dense_rows, expect_dims, op
+from .workspace import workspace
 
 # ---- drafts of a fixed shape: lookup_ngram, fill_tree --------------------------------------------
 
@@ -102,7 +103,17 @@ def top_guesses(logits: Tensor) -> Iterator[Tensor]:
     yield guesses
     rows = logits.reshape(-1, logits.shape[-1])
     rows = dense_rows(rows) if len(rows) else rows.new_empty(rows.shape)
-    _C.top_guesses(rows, guesses.view(-1, _C.GUESSES))
+    _C.top_guesses(rows, guesses.view(-1, _C.GUESSES), *guesses_space(rows))
+
+
+def guesses_space(rows: Tensor, counters: int = 0) -> tuple[Tensor | None, Tensor | None]:
+    """Return memory for the blocks that share a row of logits [rows, V] on a GPU, and for so many
+    counters more.
+    """
+    if not rows.is_cuda:
+        return None, None
+    floats, rows_counters = _C.guesses_space(rows)
+    return workspace(rows, floats, rows_counters + counters)
 
 
 def new_guesses(logits: Tensor) -> Tensor:

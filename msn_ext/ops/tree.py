@@ -7,7 +7,7 @@ from torch import Tensor
 
 from msn_ext import _C
 
-from .drafting import new_guesses
+from .drafting import guesses_space, new_guesses
 from .registration import dense_rows, expect_dims, op
 from .workspace import workspace
 
@@ -227,13 +227,10 @@ def verify_logits(
     guesses, verified = new_guesses(logits), _new_verified(tokens)
     targets = torch.empty_like(verified[1])
     yield guesses, targets, *verified
-    batch, rows = len(tokens), dense_rows(logits.flatten(0, 1))
-    if tokens.is_cuda:
-        _, arrived = workspace(tokens, 0, batch)
-    else:
-        arrived = tokens.new_zeros(batch, dtype=torch.int32)
+    rows = dense_rows(logits.flatten(0, 1))
     inputs = rows, tokens.contiguous(), parents.contiguous()
-    _C.verify_logits(*inputs, guesses.flatten(0, 1), targets, *verified, arrived)
+    space = guesses_space(rows, len(tokens))
+    _C.verify_logits(*inputs, guesses.flatten(0, 1), targets, *verified, *space)
 
 
 # ---- place_tree, commit_kv, advance_text ---------------------------------------------------------

@@ -26,6 +26,8 @@ FLAGS = [
 FLAGS += ["-U_FORTIFY_SOURCE"]
 # What would be an alignment fault on a GPU ends the process.
 KERNEL_FLAGS = ["-x", "c++", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+# A call at every load and store, to races.cpp.
+KERNEL_FLAGS += ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
 KERNEL_FLAGS += [
     "-ffp-contract=off"
 ]  # as -fmad=false in CMakeLists.txt; some processors fuse unasked
@@ -89,17 +91,25 @@ def build(folder: Path) -> None:
         folder.glob("csrc/cuda/*/*.cu"), key=lambda path: -path.stat().st_size
     )  # the longest first
     with ThreadPoolExecutor(2) as jobs:
-        sources = [*folder.glob("csrc/bindings/*.cpp"), *kernels, HERE / "on_cpu.cpp"]
+        sources = [
+            *folder.glob("csrc/bindings/*.cpp"),
+            *kernels,
+            HERE / "on_cpu.cpp",
+            HERE / "races.cpp",
+        ]
         list(jobs.map(lambda source: compile_one(folder, source), sources))
     link(folder)
 
 
 def mutate(folder: Path, kernel: str, old: str, new: str) -> None:
-    """Replaces every `old` by `new` in a kernel of a build, and builds that one again."""
+    """Replaces every `old` by `new` in a kernel of a build, or else in a header of the kernels, and
+    builds that kernel again.
+    """
     (path,) = folder.glob(f"csrc/cuda/*/{kernel}")
-    source = path.read_text()
-    assert old in source, f"{kernel} has no {old!r}"
-    path.write_text(source.replace(old, new))
+    places = [path, *sorted(folder.glob("csrc/cuda/*/*.cuh"))]
+    place = next((place for place in places if old in place.read_text()), None)
+    assert place, f"{kernel} has no {old!r}"
+    place.write_text(place.read_text().replace(old, new))
     compile_one(folder, path)
     link(folder)
 

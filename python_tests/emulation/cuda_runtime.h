@@ -4,10 +4,10 @@
 // barrier shows as a wrong result. What a GPU would hang on or leave undefined (a barrier or a
 // shuffle that not all threads reach, a partial mask) aborts with a message, and so does a write
 // to shared memory that the launch did not ask for. Shared memory holds NaN before each block.
+// races.cpp finds accesses that nothing orders, of one block or of two.
 //
-// Not modelled: two blocks at once and their memory (they run one after the other, in random order,
-// so races between blocks do not show); memory ordering inside a warp; caches and pointers of the
-// device (host memory stands for it); alignment faults (build.py has the compiler check alignment
+// Not modelled: two blocks at once (they run one after the other, in random order); caches and
+// pointers of the device (host memory stands for it); alignment faults (build.py has the compiler check alignment
 // instead); the rounding of the device's exp and tanh; the limit on kernel parameters (4 KB before
 // CUDA 12.1); registers and launch bounds; streams and graph capture.
 #pragma once
@@ -174,9 +174,20 @@ T read_lane(unsigned mask, T value, int lane) {
   return value;
 }
 
+// What orders memory (races.cpp).
+void launch_begins(size_t shared_bytes);
+void block_begins();
+void barrier_passed();
+void warp_barrier_passed();
+void fence_passed();
+void before_atomic(const void* at);
+
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::wait(emulation::kAtBlock); }
+inline void __syncthreads() {
+  emulation::wait(emulation::kAtBlock);
+  emulation::barrier_passed();
+}
 inline int __syncthreads_or(int vote) {
   emulation::voted |= vote != 0;
   emulation::wait(emulation::kAtBlock);
@@ -184,9 +195,10 @@ inline int __syncthreads_or(int vote) {
   emulation::wait(emulation::kAtBlock);  // all have read it
   emulation::voted = false;
   emulation::wait(emulation::kAtBlock);  // and nobody votes before all have forgotten it
+  emulation::barrier_passed();
   return any;
 }
-inline void __threadfence() {}
+inline void __threadfence() { emulation::fence_passed(); }
 template <typename T>
 T __ldcg(const T* at) {
   return *at;
@@ -200,7 +212,10 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
   return emulation::read_lane(mask, value,
                               static_cast<int>(threadIdx.x % emulation::kWarp) ^ other);
 }
-inline void __syncwarp() { emulation::exchange(0xffffffffu, 0); }
+inline void __syncwarp() {
+  emulation::exchange(0xffffffffu, 0);
+  emulation::warp_barrier_passed();
+}
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
@@ -211,8 +226,12 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return all;
 }
 
-inline int atomicAdd(int* at, int value) { return (*at += value) - value; }
-inline int atomicMax(int* at, int value) {
+__attribute__((no_sanitize("thread"))) inline int atomicAdd(int* at, int value) {
+  emulation::before_atomic(at);
+  return (*at += value) - value;
+}
+__attribute__((no_sanitize("thread"))) inline int atomicMax(int* at, int value) {
+  emulation::before_atomic(at);
   const int before = *at;
   *at = std::max(before, value);
   return before;
@@ -260,6 +279,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulation::shared_limit = emulation::kUnasked;
   const std::tuple<Parameters...> values(arguments...);
   emulation::kernel = [&] { std::apply(kernel, values); };
+  emulation::launch_begins(config->dynamicSmemBytes);
   gridDim = grid;
   blockDim = block;
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
@@ -269,6 +289,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       std::shuffle(blocks.begin(), blocks.end(), emulation::order);
       for (const unsigned x : blocks) {
         blockIdx.x = x;
+        emulation::block_begins();
         emulation::run_block(config->dynamicSmemBytes);
       }
     }

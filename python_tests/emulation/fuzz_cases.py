@@ -142,7 +142,28 @@ def random_logits(rng: random.Random, rows: int, vocabulary: int) -> torch.Tenso
     for _ in range(rng.choice([0, 1, 3, 2 * vocabulary]) if rows else 0):
         special = rng.choice([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, -1e-42])
         logits[rng.randrange(rows), rng.randrange(vocabulary)] = special
+    if rows and rng.random() < 0.6:
+        rng.choice([crowd, tie, mask])(rng, logits)
     return logits.to(rng.choice([torch.float32, torch.float16, torch.bfloat16]))
+
+
+def crowd(rng: random.Random, logits: torch.Tensor) -> None:
+    """Lowers an eighth of the values, so that most of the others are more than what it has."""
+    pieces = torch.arange(logits.shape[1]) // rng.choice([1, 4, 8])
+    logits[:, pieces % 8 == rng.randrange(8)] = rng.choice([-math.inf, -9.0])
+
+
+def tie(rng: random.Random, logits: torch.Tensor) -> None:
+    """Puts the largest value to both sides of where rows may be cut, and to other places."""
+    cuts = torch.arange(0, logits.shape[1], rng.choice([32, 64, 640]))
+    cuts = cuts[torch.rand(len(cuts)) < rng.choice([0.1, 0.5, 1.0])]
+    places = torch.cat([cuts, cuts - 1, torch.randint(0, logits.shape[1], (rng.randrange(3),))])
+    logits[:, places.clamp(min=0)] = rng.choice([9.0, math.inf, math.nan])
+
+
+def mask(rng: random.Random, logits: torch.Tensor) -> None:
+    """Leaves a few values of every row, or none."""
+    logits[torch.rand(logits.shape) > rng.choice([0, 4, 40]) / logits.shape[1]] = -math.inf
 
 
 def random_tokens(rng: random.Random, *shape: int) -> torch.Tensor:

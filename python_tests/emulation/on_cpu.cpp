@@ -3,6 +3,7 @@
 // (csrc/bindings, the Python ops) is the real one. Not modelled: device tensors and streams;
 // cuda_runtime.h lists what the emulated device itself leaves out.
 #include <cuda_runtime.h>
+#include <sys/mman.h>
 
 #include "drafting_ops.h"
 #include "fused_ops.h"
@@ -17,6 +18,34 @@ namespace msn {
 
 void define_layers(pybind11::module_&) {}
 
+// The workspace of a launch: floats of NaN and counters of 0, which shall be 0 in the end. In pages
+// of its own, since races.cpp leaves malloc's memory alone.
+class Workspace {
+ public:
+  explicit Workspace(BlockSpace& space)
+      : counters_(space.counters), bytes_(4 * (space.floats + space.counters) + 1) {
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data_ == MAP_FAILED) emulation::fail("no memory for a workspace");
+    space.partial = static_cast<float*>(data_);
+    space.arrived = static_cast<int*>(data_) + space.floats;
+    std::fill_n(space.partial, space.floats, NAN);
+    arrived_ = space.arrived;
+  }
+  ~Workspace() {
+    if (std::any_of(arrived_, arrived_ + counters_, [](int count) { return count != 0; }))
+      emulation::fail("a launch leaves a counter that is not 0");
+    munmap(data_, bytes_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+ private:
+  int64_t counters_;
+  size_t bytes_;
+  void* data_;
+  const int* arrived_;
+};
+
 void TreeAncestors::on_cpu() const { on_cuda(nullptr); }
 void TreeAttention::on_cpu() const {
   // On a device of some size, with space that holds NaN; at times with too little of it.
@@ -24,23 +53,28 @@ void TreeAttention::on_cpu() const {
   emulation::processors = 1 + random() % 40;
   TreeAttention op = *this;
   if (q.item_size == 2) op.space = attention_space(q, k, v);
-  std::vector<float> partial(op.space.floats, NAN);
-  std::vector<int> arrived(op.space.counters, 0);
-  op.space.partial = partial.data();
-  op.space.arrived = arrived.data();
+  const Workspace workspace(op.space);
   if (random() % 8 == 0) op.space.floats /= 2;
   op.on_cuda(nullptr);
-  if (std::any_of(arrived.begin(), arrived.end(), [](int count) { return count != 0; }))
-    emulation::fail("tree_attention leaves a counter that is not 0");
 }
+// On a device of some size, with space that holds NaN.
+template <typename Op>
+void with_guesses_space(Op op, int64_t counters) {
+  static std::mt19937 random(1);
+  emulation::processors = 1 + random() % 40;
+  op.space = guesses_space(op.logits);
+  op.space.counters += counters;
+  const Workspace workspace(op.space);
+  op.on_cuda(nullptr);
+}
+void TopGuesses::on_cpu() const { with_guesses_space(*this, 0); }
+void VerifyLogits::on_cpu() const { with_guesses_space(*this, tokens.shape[0]); }
 void VerifyTree::on_cpu() const { on_cuda(nullptr); }
-void VerifyLogits::on_cpu() const { on_cuda(nullptr); }
 void CommitKV::on_cpu() const { on_cuda(nullptr); }
 void PlaceTree::on_cpu() const { on_cuda(nullptr); }
 void AdvanceText::on_cpu() const { on_cuda(nullptr); }
 void LookupNgram::on_cpu() const { on_cuda(nullptr); }
 void FillTree::on_cpu() const { on_cuda(nullptr); }
-void TopGuesses::on_cpu() const { on_cuda(nullptr); }
 void IndexSuffixes::on_cpu() const { on_cuda(nullptr); }
 void RememberGuesses::on_cpu() const { on_cuda(nullptr); }
 void KeepContinuation::on_cpu() const { on_cuda(nullptr); }
