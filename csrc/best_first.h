@@ -58,10 +58,26 @@ MSN_HD int level_of(double probability) {
   return level;
 }
 
-// The hash of a context and one more token before it (contexts are read from the newest token
-// back).
+// The hash of an n-gram and one more token after it; that of no tokens is 0.
 MSN_HD uint64_t extend_hash(uint64_t hash, int64_t token) {
   return splitmix64(hash ^ static_cast<uint64_t>(token));
+}
+// The hash of a context's n newest tokens.
+MSN_HD uint64_t hash_of(const int64_t* context, int n) {
+  uint64_t hash = 0;
+  while (n > 0) hash = extend_hash(hash, context[--n]);
+  return hash;
+}
+// The hashes of the 1, 2, .. kContext newest tokens, after one more: each extends one of those
+// before it, and none waits for another.
+MSN_HD void extend_hashes(const uint64_t* before, int64_t token, uint64_t* hashes) {
+  for (int n = kContext - 1; n > 0; --n) hashes[n] = extend_hash(before[n - 1], token);
+  hashes[0] = extend_hash(0, token);
+}
+// The slot of a hash. Most tables have a power of two of them, which no division is needed for.
+MSN_HD int64_t slot_of(uint64_t hash, int64_t slots) {
+  const uint64_t all = static_cast<uint64_t>(slots), last = all - 1;
+  return static_cast<int64_t>(all & last ? hash % all : hash & last);
 }
 // Tells contexts in one slot of a table apart; 0 is an empty slot.
 MSN_HD int32_t hash_check(uint64_t hash) {
@@ -121,7 +137,7 @@ template <typename Token>
 MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* suffixes, int64_t slots,
                           uint64_t hash, const int64_t* context, int n) {
   if (slots <= 0) return 0;
-  const int64_t end = suffixes[hash % static_cast<uint64_t>(slots)];
+  const int64_t end = suffixes[slot_of(hash, slots)];
   if (end < n || end >= length) return 0;
   bool same = true;
   for (int i = 0; i < n; ++i)
@@ -133,8 +149,7 @@ MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* suff
 // none.
 MSN_HD const int32_t* remembered(const Sources& from, uint64_t hash, int n) {
   if (from.adjacency_slots <= 0) return nullptr;
-  const int64_t slot = (n - 1) * from.adjacency_slots +
-                       static_cast<int64_t>(hash % static_cast<uint64_t>(from.adjacency_slots));
+  const int64_t slot = (n - 1) * from.adjacency_slots + slot_of(hash, from.adjacency_slots);
   const int32_t* row = from.adjacency + slot * (1 + kGuesses);
   return row[0] == hash_check(hash) ? row + 1 : nullptr;
 }
@@ -153,14 +168,15 @@ MSN_HD int64_t following(const Sources& from, const int64_t* context, uint64_t h
   return end > 0 ? from.corpus[end] : -1;
 }
 
-MSN_HD void look_up(const Sources& from, const int64_t* context, int count, Known& known) {
+// `hashes`: of the context's newest tokens, as extend_hashes has them.
+MSN_HD void look_up(const Sources& from, const int64_t* context, const uint64_t* hashes, int count,
+                    Known& known) {
   known.highest = known.longest = 0;
   for (int order = 0; order < kOrders; ++order) known.guesses[order] = nullptr;
-  uint64_t hash = 0;
   bool tokens = true;  // and not what stands between the texts of a corpus
   for (int n = 1, level = 0; level < kSuffixes; ++n) {
+    const uint64_t hash = hashes[n - 1];
     if (n <= count) {
-      hash = extend_hash(hash, context[n - 1]);
       tokens &= context[n - 1] >= 0;
       if (n <= kOrders && (known.guesses[n - 1] = remembered(from, hash, n))) known.highest = n;
     }

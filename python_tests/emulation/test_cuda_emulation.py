@@ -45,10 +45,10 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("tree_ancestors", "__syncthreads();", ""),
         (
             "index_suffixes",
-            "atomicMax(table + slot, static_cast<int32_t>(end));",
-            "table[slot] = end;",
+            "atomicMax(table + slot_of(hash, slots), static_cast<int32_t>(end));",
+            "table[slot_of(hash, slots)] = end;",
         ),
-        ("index_suffixes", "if (!tokens) break;", ""),
+        ("index_suffixes", "if (!tokens) continue;", ""),
         ("draft_tree", "waiting[middle].value >= mine.value", "waiting[middle].value > mine.value"),
         (
             "draft_tree",

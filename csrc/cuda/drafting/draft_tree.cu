@@ -46,12 +46,9 @@ __device__ void look_up_together(const Sources& from, const int64_t* context, in
                                  Known& known) {
   const int lane = threadIdx.x, level = lane - kOrders;
   const int n = level < 0 ? lane + 1 : level < kSuffixes ? suffix_length(level) : kContext + 1;
-  uint64_t hash = 0;
+  const uint64_t hash = n <= count ? hash_of(context, n) : 0;
   bool tokens = true;
-  for (int i = 0; i < n && n <= count; ++i) {
-    hash = extend_hash(hash, context[i]);
-    tokens &= context[i] >= 0;
-  }
+  for (int i = 0; i < n && n <= count; ++i) tokens &= context[i] >= 0;
   const int32_t* guesses = nullptr;
   int64_t next = -1;
   if (n <= count) {
