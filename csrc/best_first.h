@@ -194,6 +194,20 @@ MSN_HD void look_up(const Sources& from, const int64_t* context, const uint64_t*
   }
 }
 
+// Places of factors. `highest`, `longest`: what is known here, as in Known.
+MSN_HD int bias_at(int highest, int longest) {
+  return kBiasAt + highest * (kSuffixes + 1) + longest;
+}
+MSN_HD int denoised_at(int depth, int highest, int level) {
+  return kDenoisedAt + ((depth < 2 ? depth : 2) * 2 + (highest > 0)) * kLevels + level;
+}
+MSN_HD int adjacency_at(int order, int highest, int level) {
+  return kAdjacencyAt + (order * (kOrders + 1) + highest) * kLevels + level;
+}
+MSN_HD int suffix_at(int ngram, int rank, int highest) {
+  return kSuffixAt + (ngram * 3 + (rank < 2 ? rank : 2)) * (kOrders + 1) + highest;
+}
+
 // One of the listed tokens: its factor and where it comes from. Token -1: none here.
 struct Listed {
   int64_t token;
@@ -206,25 +220,24 @@ MSN_HD Listed listed_at(const Sources& from, const Known& known, int depth, int 
     if (depth >= from.depths) return {-1, 0, 0};
     const int32_t guess = from.denoised[depth * kGuesses + at];
     if (guess < 0) return {-1, 0, 0};
-    const int row = (depth < 2 ? depth : 2) * 2 + (known.highest > 0);
-    return {guess_token(guess), kDenoisedAt + row * kLevels + guess_level(guess), kDenoised};
+    const int factor = denoised_at(depth, known.highest, guess_level(guess));
+    return {guess_token(guess), factor, kDenoised};
   }
   at -= kGuesses;
   if (at < kGuesses * kOrders) {
     const int order = at / kGuesses;
     const int32_t guess = known.guesses[order] ? known.guesses[order][at % kGuesses] : -1;
     if (guess < 0) return {-1, 0, 0};
-    const int row = order * (kOrders + 1) + known.highest;
-    return {guess_token(guess), kAdjacencyAt + row * kLevels + guess_level(guess), kAdjacency};
+    const int factor = adjacency_at(order, known.highest, guess_level(guess));
+    return {guess_token(guess), factor, kAdjacency};
   }
   const int level = kSuffixes - 1 - (at - kGuesses * kOrders);
   if (known.next[level] < 0) return {-1, 0, 0};
-  const int row = level * 3 + (known.rank[level] < 2 ? known.rank[level] : 2);
-  return {known.next[level], kSuffixAt + row * (kOrders + 1) + known.highest, kSuffix};
+  return {known.next[level], suffix_at(level, known.rank[level], known.highest), kSuffix};
 }
 
 MSN_HD double bias_of(const Sources& from, const Known& known) {
-  return from.factors[kBiasAt + known.highest * (kSuffixes + 1) + known.longest];
+  return from.factors[bias_at(known.highest, known.longest)];
 }
 
 // The token after `parent` at `depth` where nothing is listed: one of the text, by counter.

@@ -211,6 +211,11 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return all;
 }
 
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  const uint64_t* values = emulation::exchange(mask, value);
+  return static_cast<unsigned>(*std::max_element(values, values + emulation::kWarp));
+}
+
 inline int atomicAdd(int* at, int value) { return (*at += value) - value; }
 inline int atomicMax(int* at, int value) {
   const int before = *at;
@@ -219,6 +224,11 @@ inline int atomicMax(int* at, int value) {
 }
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline long long __double_as_longlong(double x) {
+  long long bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }

@@ -1,14 +1,16 @@
-// The most valuable nodes of the tree of everything that is guessed: one block a row, which makes
-// one node after the other. What waits to become a node lies sorted in shared memory, one thread a
-// place, and no more of it than there are nodes to come. To make a node is to take the first one
-// and to merge what may follow it into the rest: the lanes of a warp look its contexts up, each its
-// own table, one thread a listed token finds the token's score, and then each thread counts how
-// many come before its own. Sums and products are those of the specification, in its order;
-// compiled without fused multiply-add. A length outside [1, C] counts as the nearest one inside.
-// Factors out of range give some tree. Bytes per row: reads about 1 KB a node (3 + 8 slots of the
-// tables, at most 76 tokens of the text, up to 41 factors; with a corpus up to 8 slots and 60
-// tokens of it more), writes 24 N. A node waits for two loads, one after the other (a place, then
-// the text there), four with a corpus.
+// The most valuable nodes of the tree of everything that is guessed: one block a row. What waits to
+// become a node lies sorted in shared memory, and no more of it than there are nodes to come. What
+// may follow a candidate depends on its path alone, so it is found out before it is the candidate's
+// turn: in a round each warp expands another candidate, by tables and texts, the ones that wait
+// first and then the likeliest one after each of them, and after that. Nodes are then made one
+// after the other, each the first that waits, until one has not been expanded; to make one is to
+// merge what may follow it into the rest. What is expanded and never made costs nothing but its
+// place. So nodes, order, sums and products are those of the specification, whatever is expanded
+// when; compiled without fused multiply-add. A length outside [1, C] counts as the nearest one
+// inside. Factors out of range give some tree. Bytes per expansion: reads about 1 KB (3 + 8 slots
+// of the tables, at most 60 tokens of the text; with a corpus up to 8 slots and 60 tokens of it
+// more); writes 24 N. A round waits for two loads, one after the other: the slots, then the texts
+// there. There are about as many rounds as the tree is deep, and a barrier a node.
 #include "best_first.h"
 #include "cuda/common.cuh"
 #include "drafting_ops.h"
@@ -17,11 +19,43 @@ namespace msn {
 
 namespace {
 
-struct Candidate {
-  double value;        // what the best come first by
+constexpr int kExpanders = 8;             // warps that expand, a candidate each
+constexpr int kMostExpansions = 30;       // kept at once: a bit each of a positive number
+constexpr size_t kMostShared = 99 << 10;  // bytes; every GPU from sm_80 on has them
+
+// The newest tokens of a path, the newest first, and the hashes of 1, 2, .. of them.
+struct Place {
+  int64_t context[kContext];
+  uint64_t hashes[kContext];
+};
+
+// What waits to become a node, but for its value.
+struct alignas(16) Candidate {
   double probability;  // of the whole path
   int64_t token;
-  int32_t parent, source;
+  int32_t parent, depth, source;
+  int32_t expansion;  // -1: none yet
+};
+
+// What may follow a candidate, the most valuable first.
+struct alignas(16) Expansion {
+  Place place;
+  double value[kListed];
+  int64_t token[kListed];
+  uint8_t source[kListed];
+  double likeliest_probability;  // the others' is their value
+  int32_t likeliest;             // which one of them
+  int32_t count, depth;
+  int32_t next;  // the expansion of the likeliest one; -1: none yet
+  int32_t last;  // of what waits: the expansion that next, and its next, .. end in
+};
+
+// A candidate to expand; `place` is that of its parent.
+struct Target {
+  int64_t token;
+  double above;  // its probability
+  const Place* place;
+  int32_t depth, expansion;
 };
 
 struct Tree {
@@ -31,211 +65,529 @@ struct Tree {
   int32_t* sources;
 };
 
-struct Shared {
-  Candidate waiting[kMaxNodes];           // the most valuable first
-  int64_t contexts[kMaxNodes][kContext];  // of every node, newest first
-  int64_t token[kListed];
-  int32_t depth[kMaxNodes], listed_by[kListed], source[kListed];
-  unsigned counted[2];  // bits of the listed tokens that count, at their first places
-  double factor[kListed], score[kListed], value[kListed];
-  Known known;
+struct Limits {
+  int nodes, depth, expansions;
+  double foresight;
 };
 
-// look_up by a warp, a lane a table: the contexts of each order, then the n-grams of each level.
-__device__ void look_up_together(const Sources& from, const int64_t* context, int count,
-                                 Known& known) {
-  const int lane = threadIdx.x, level = lane - kOrders;
-  const int n = level < 0 ? lane + 1 : level < kSuffixes ? suffix_length(level) : kContext + 1;
-  const uint64_t hash = n <= count ? hash_of(context, n) : 0;
-  bool tokens = true;
-  for (int i = 0; i < n && n <= count; ++i) tokens &= context[i] >= 0;
-  const int32_t* guesses = nullptr;
-  int64_t next = -1;
-  if (n <= count) {
-    if (level < 0)
-      guesses = remembered(from, hash, n);
-    else
-      next = following(from, context, hash, tokens, level);
+// Shared memory, of which there is as much as the nodes need. The waiting candidates have two
+// lists; to make a node is to write one from the other.
+struct Shared {
+  int nodes;
+  Expansion* expansions;
+  Candidate* candidates;
+  Place* places;  // of the nodes
+  double *values, *factors;
+
+  __device__ Shared(void* memory, const Limits& limits) : nodes(limits.nodes) {
+    expansions = static_cast<Expansion*>(memory);
+    candidates = reinterpret_cast<Candidate*>(expansions + limits.expansions);
+    places = reinterpret_cast<Place*>(candidates + 2 * nodes);
+    values = reinterpret_cast<double*>(places + nodes);
+    factors = values + 2 * nodes;
   }
-  const unsigned orders = __ballot_sync(kWholeWarp, guesses != nullptr);
-  const unsigned levels = __ballot_sync(kWholeWarp, next >= 0) >> kOrders;
-  // A longer n-gram has the same token.
+  __device__ Candidate* waiting(int list) const { return candidates + list * nodes; }
+  __device__ double* value(int list) const { return values + list * nodes; }
+  static size_t bytes(int nodes, int expansions) {
+    return expansions * sizeof(Expansion) +
+           nodes * (2 * sizeof(Candidate) + sizeof(Place) + 2 * sizeof(double)) +
+           kFactors * sizeof(double);
+  }
+};
+
+// What is shared beside: the expansions that are free, as bits, and what the warps expand next.
+struct Round {
+  int free, targets;
+  Target target[kExpanders];
+};
+
+__device__ __forceinline__ int lane_of() { return threadIdx.x % kWarp; }
+__device__ __forceinline__ int below(unsigned bits, int lane) {
+  return __popc(bits & ((1u << lane) - 1));
+}
+
+// ---- what may follow a candidate: a warp expands it
+// ----------------------------------------------
+
+// The place of a candidate: a lane a token and its hash.
+__device__ __forceinline__ void reach(const Sources& from, const Target& target, int64_t& token,
+                                      uint64_t& hash, Place& place) {
+  const int lane = lane_of(), before = lane > 0 ? lane - 1 : 0;
+  token = 0, hash = 0;
+  if (target.place) {
+    if (lane < kContext) {
+      token = lane ? target.place->context[before] : target.token;
+      hash = extend_hash(lane ? target.place->hashes[before] : 0, target.token);
+    }
+  } else {  // the root
+    if (lane < kContext && lane < from.length) token = from.history[from.length - 1 - lane];
+    for (int n = kContext; n > 0; --n) {
+      const int64_t next = __shfl_sync(kWholeWarp, token, n - 1);
+      if (n <= lane + 1) hash = extend_hash(hash, next);
+    }
+  }
+  if (lane < kContext) {
+    place.context[lane] = token;
+    place.hashes[lane] = hash;
+  }
+}
+
+// The tokens of all n-grams, compared in two goes: the lanes of 16, 12 and 4 tokens, then those of
+// 8, 6, 3, 2 and 1.
+__device__ __forceinline__ int first_lane(int level) {
+  return static_cast<int>(0x001000081c0e1113ull >> (8 * level) & 0xff);
+}
+__device__ __forceinline__ int level_compared(int go, int lane) {
+  if (go == 0) return lane < 16 ? 7 : lane < 28 ? 6 : 3;
+  return lane < 8 ? 5 : lane < 14 ? 4 : lane < 17 ? 2 : lane < 19 ? 1 : 0;
+}
+
+// The n-grams, as bits, that stand in the text before the places that lanes have, that of
+// n-gram `level` in lane `lanes + level`; 0: none.
+template <typename Token>
+__device__ __forceinline__ unsigned ngrams_at(const Token* text, int end, int lanes,
+                                              int64_t token) {
+  const int lane = lane_of();
+  bool same[2];
+#pragma unroll
+  for (int go = 0; go < 2; ++go) {
+    const int level = level_compared(go, lane), i = lane - first_lane(level);
+    const int at = __shfl_sync(kWholeWarp, end, lanes + level);
+    const int64_t wanted = __shfl_sync(kWholeWarp, token, i);
+    same[go] = at > 0 && i < suffix_length(level) && text[at - 1 - i] == wanted;
+  }
+  const unsigned found = __ballot_sync(kWholeWarp, same[0]);
+  const unsigned other = __ballot_sync(kWholeWarp, same[1]);
+  const int level = lane % kSuffixes;
+  const bool first_go = level == 7 || level == 6 || level == 3;
+  const unsigned all = ((1u << suffix_length(level)) - 1) << first_lane(level);
+  return __ballot_sync(kWholeWarp, ((first_go ? found : other) & all) == all);
+}
+
+// What the tables list, a lane a place: a guess, in lane s < kSuffixes also the token after the
+// n-gram that is the s-th from the longest on, where no longer one has the same; -1: none.
+struct Found {
+  int32_t guess;
+  int64_t next;
+  int rank, highest, longest;  // as in Known
+};
+
+// The token after each n-gram, in lane 7 of the shortest: where a lane's n-gram of `end` stands, in
+// the text, else in the corpus.
+__device__ __forceinline__ int64_t next_tokens(const Sources& from, int end, int64_t token) {
+  const int lane = lane_of();
+  int64_t next = -1;
+  if (end > 0) next = lane < kSuffixes ? from.history[end] : from.corpus[end];
+  const unsigned in_text = ngrams_at(from.history, end, 0, token);
+  const unsigned in_corpus =
+      from.corpus_slots > 0 ? ngrams_at(from.corpus, end, kSuffixes, token) : 0;
+  const int level = kSuffixes - 1 - lane % kSuffixes;
+  const int64_t of_text = __shfl_sync(kWholeWarp, next, level);
+  const int64_t of_corpus = __shfl_sync(kWholeWarp, next, kSuffixes + level);
+  if (lane >= kSuffixes) return -1;
+  return in_text >> level & 1 ? of_text : in_corpus >> level & 1 ? of_corpus : -1;
+}
+
+// look_up by a warp. Lanes of the slots: the n-grams in the text, those in the corpus, the contexts
+// of each order.
+__device__ __forceinline__ Found look_up_together(const Sources& from, int depth, int64_t token,
+                                                  uint64_t hash) {
+  const int lane = lane_of(), level = lane % kSuffixes, order = lane - 2 * kSuffixes;
+  const bool of_text = lane < kSuffixes, of_corpus = !of_text && order < 0;
+  const bool of_order = order >= 0 && order < kOrders;
+  const int64_t all = from.length + depth;
+  const int count = static_cast<int>(all < kContext ? all : kContext);
+  const unsigned gaps = __ballot_sync(kWholeWarp, lane < count && token < 0);
+  const int tokens = gaps ? lowest_bit(gaps) : count;  // before what stands between texts
+
+  const int n = of_order ? order + 1 : suffix_length(level);
+  const uint64_t ngram = __shfl_sync(kWholeWarp, hash, n - 1);
+  const int64_t slots = of_text     ? from.suffix_slots
+                        : of_corpus ? from.corpus_slots
+                        : of_order  ? from.adjacency_slots
+                                    : 0;
+  const bool asks = slots > 0 && n <= (of_corpus ? tokens : count);
+  const int64_t slot = (of_order ? order : level) * slots + (asks ? slot_of(ngram, slots) : 0);
+  const int32_t* table = of_text     ? from.suffixes + slot
+                         : of_corpus ? from.corpus_suffixes + slot
+                                     : from.adjacency + slot * (1 + kGuesses);
+  const int32_t entry = asks ? *table : 0;
+
+  Found found{-1, -1, 0, 0, 0};
+  const int group = lane / kGuesses - 1;  // the order that this lane has a guess of; -1: denoised
+  const unsigned asked = __ballot_sync(kWholeWarp, asks);
+  const int64_t row = __shfl_sync(kWholeWarp, slot, 2 * kSuffixes + (group < 0 ? 0 : group));
+  if (group < 0) {
+    if (depth < from.depths) found.guess = from.denoised[depth * kGuesses + lane];
+  } else if (asked >> (2 * kSuffixes + group) & 1) {
+    found.guess = from.adjacency[row * (1 + kGuesses) + 1 + lane % kGuesses];
+  }
+  const bool same = of_order && asks && entry == hash_check(ngram);
+  const unsigned known = __ballot_sync(kWholeWarp, same) >> (2 * kSuffixes);
+  if (group >= 0 && !(known >> group & 1)) found.guess = -1;
+  found.highest = kWarp - __clz(known);
+
+  const int64_t length = of_text ? from.length : from.corpus_length;
+  const bool inside = (of_text || of_corpus) && entry >= n && entry < length;
+  found.next = next_tokens(from, inside ? entry : 0, token);
+  const unsigned followed = __ballot_sync(kWholeWarp, found.next >= 0);
+  found.longest = followed ? kSuffixes - lowest_bit(followed) : 0;
   bool repeated = false;
   for (int longer = 1; longer < kSuffixes; ++longer) {
-    const int64_t other = __shfl_sync(kWholeWarp, next, lane + longer);
-    repeated |= level + longer < kSuffixes && other == next;
+    const int64_t other = __shfl_sync(kWholeWarp, found.next, (lane - longer) % kWarp);
+    repeated |= lane >= longer && other == found.next;
   }
-  if (repeated) next = -1;
-  const unsigned different = __ballot_sync(kWholeWarp, next >= 0) >> kOrders;
-  if (level < 0) {
-    known.guesses[lane] = guesses;
-  } else if (level < kSuffixes) {
-    known.next[level] = next;
-    known.rank[level] = popcount(different >> (level + 1));
-  }
-  if (lane == 0) {
-    known.highest = kWarp - __clz(orders);
-    known.longest = kWarp - __clz(levels);
-  }
+  if (repeated) found.next = -1;
+  found.rank = below(__ballot_sync(kWholeWarp, found.next >= 0), lane);
+  return found;
 }
 
-// Makes `best` a node: writes it out, and its depth and context for the nodes after it.
-__device__ __forceinline__ void make_node(const Candidate& best, int64_t first, int node, int depth,
-                                          const Tree& tree, Shared& shared) {
-  const int thread = threadIdx.x;
-  if (thread == 0) {
-    tree.tokens[first + node] = best.token;
-    tree.parents[first + node] = best.parent;
-    tree.probability[first + node] = best.probability;
-    tree.sources[first + node] = best.source;
-    shared.depth[node] = depth;
+// A token that counts at this lane's place, the first that lists it; source 0: none.
+struct Scored {
+  double score;
+  int64_t token;
+  int32_t source;
+};
+
+// The products of the factors of each token: of one that is guessed, and of one that only follows
+// n-grams. `expansion` is room to share what is read by others.
+__device__ __forceinline__ void score_tokens(const Found& found, int depth, const double* factors,
+                                             Expansion& expansion, Scored (&scored)[2]) {
+  const int lane = lane_of();
+  const bool guesses = found.guess >= 0, follows = found.next >= 0;
+  const int32_t token = guesses ? found.guess >> 4 : -1;
+  uint4* tokens = reinterpret_cast<uint4*>(expansion.token);
+  reinterpret_cast<int32_t*>(expansion.token)[lane] = token;
+  double* factor = expansion.value;
+  const int level = guess_level(found.guess);
+  factor[lane] = factors[lane < kGuesses ? denoised_at(depth, found.highest, level)
+                                         : adjacency_at(lane / kGuesses - 1, found.highest, level)];
+  if (lane < kSuffixes)
+    factor[kWarp + lane] = factors[suffix_at(kSuffixes - 1 - lane, found.rank, found.highest)];
+  __syncwarp();
+
+  unsigned same = 0;  // places of guesses of this lane's token
+#pragma unroll
+  for (int i = 0; i < kWarp / 4; ++i) {
+    const uint4 four = tokens[i];
+    const unsigned mine = static_cast<unsigned>(token);
+    same |= (four.x == mine ? 1u : 0) << 4 * i | (four.y == mine ? 2u : 0) << 4 * i |
+            (four.z == mine ? 4u : 0) << 4 * i | (four.w == mine ? 8u : 0) << 4 * i;
   }
-  if (node > 0 && thread < kContext)
-    shared.contexts[node][thread] = thread ? shared.contexts[best.parent][thread - 1] : best.token;
+  if (!guesses) same = 0;
+  int suffix = -1;         // the lane where this lane's guess follows an n-gram
+  bool elsewhere = false;  // the token that follows an n-gram here is guessed
+  for (unsigned rest = __ballot_sync(kWholeWarp, follows); rest; rest &= rest - 1) {
+    const int other = lowest_bit(rest);
+    const int64_t next = __shfl_sync(kWholeWarp, found.next, other);
+    const bool equal = guesses && next == token;
+    if (equal) suffix = other;
+    if (__ballot_sync(kWholeWarp, equal) && lane == other) elsewhere = true;
+  }
+
+  const double bias = factors[bias_at(found.highest, found.longest)];
+  scored[0] = {bias, token, 0};
+  scored[1] = {bias, found.next, 0};
+  if (same && lowest_bit(same) == lane) {
+    for (unsigned rest = same; rest; rest &= rest - 1) scored[0].score *= factor[lowest_bit(rest)];
+    if (suffix >= 0) scored[0].score *= factor[kWarp + suffix];
+    constexpr unsigned kOfDenoised = (1u << kGuesses) - 1;
+    scored[0].source = (same & kOfDenoised ? kDenoised : 0) |
+                       (same & ~kOfDenoised ? kAdjacency : 0) | (suffix >= 0 ? kSuffix : 0);
+  }
+  if (follows && !elsewhere) {
+    scored[1].score *= factor[kWarp + lane];
+    scored[1].source = kSuffix;
+  }
+  __syncwarp();
 }
 
-// The listed tokens after a node, with the factor and the source of each; none where it does not
-// expand.
-__device__ __forceinline__ void list_tokens(const Sources& from, int depth, bool expands,
-                                            Shared& shared) {
-  const int thread = threadIdx.x;
-  if (thread >= kListed) return;
-  const Listed listed = expands ? listed_at(from, shared.known, depth, thread) : Listed{-1, 0, 0};
-  shared.token[thread] = listed.token;
-  shared.factor[thread] = from.factors[listed.factor];
-  shared.listed_by[thread] = listed.source;
+// Whether this lane's score is the largest of the warp's; scores are not negative.
+__device__ __forceinline__ bool is_largest(double score) {
+  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(score));
+  const unsigned high = static_cast<unsigned>(bits >> 32), low = static_cast<unsigned>(bits);
+  const bool first = high == __reduce_max_sync(kWholeWarp, high);
+  return __reduce_max_sync(kWholeWarp, first ? low : 0) == low && first;
 }
 
-// The score of each listed token, the product of its factors. A token counts at the first place
-// that lists it; source 0: none there.
-__device__ __forceinline__ void score_tokens(const Sources& from, Shared& shared) {
-  const int thread = threadIdx.x;
-  if (thread >= 2 * kWarp) return;
-  int32_t sources = 0;
-  if (thread < kListed && shared.token[thread] >= 0) {
-    double product = bias_of(from, shared.known);
-    bool counts = true;
-    for (int at = 0; at < kListed; ++at) {
-      if (shared.token[at] != shared.token[thread]) continue;
-      counts &= at >= thread;
-      product *= shared.factor[at];
-      sources |= shared.listed_by[at];
-    }
-    if (!counts) sources = 0;
-    shared.score[thread] = product;
-  }
-  const unsigned here = __ballot_sync(kWholeWarp, sources != 0);
-  if (thread % kWarp == 0) shared.counted[thread / kWarp] = here;
-  if (thread < kListed) shared.source[thread] = sources;
-}
-
-// This thread's candidate after `node`, whose path has probability `above`; source 0: none.
-// `found`: the listed tokens that become candidates, as bits; the first one where there is noise
-// alone.
-__device__ __forceinline__ Candidate weigh_candidate(const Sources& from, int node, int depth,
-                                                     bool expands, double above, double foresight,
-                                                     uint64_t& found, Shared& shared) {
-  const int thread = threadIdx.x;
-  const uint64_t all = shared.counted[0] | uint64_t{shared.counted[1]} << kWarp;
-  double total = 1.0;
-  int likeliest = all ? lowest_bit(all) : 0;
-  for (uint64_t rest = all; rest; rest &= rest - 1) {
-    const int at = lowest_bit(rest);
-    if (shared.score[at] > shared.score[likeliest]) likeliest = at;
-    total += shared.score[at];
-  }
+// Writes what may follow a candidate of probability `above`, the most valuable first, of equals as
+// listed.
+__device__ __forceinline__ void weigh(const Scored (&scored)[2], double above, double foresight,
+                                      Expansion& expansion) {
+  const int lane = lane_of();
+  const unsigned guesses = __ballot_sync(kWholeWarp, scored[0].source != 0);
+  const unsigned others = __ballot_sync(kWholeWarp, scored[1].source != 0);
+  const int count = __popc(guesses) + __popc(others);
   const double ahead = above * foresight;
-  const bool noise = expands && all == 0 && ahead > 0;
-  found = noise ? 1 : all;
-
-  Candidate mine{-1.0, 0.0, -1, node, 0};
-  if (thread < kListed && found >> thread & 1) {
-    mine.source = noise ? kNoise : shared.source[thread];
-    mine.token = noise ? noise_token(from, depth + 1, node) : shared.token[thread];
-    const double share = noise ? 0.0 : shared.score[thread] / total;
-    // Against NaN, of factors out of range, which has no place in an order.
-    mine.probability = fmax(above * (kCeiling < share ? kCeiling : share), 0.0);
-    mine.value = mine.probability;
-    if (thread == likeliest) mine.value += ahead;
-    shared.value[thread] = mine.value;
+  const bool noise = count == 0 && ahead > 0;
+  if (lane == 0) {
+    expansion.count = noise ? 1 : count;
+    expansion.likeliest = 0;
+    expansion.likeliest_probability = 0.0;
   }
-  return mine;
+  if (count == 0) {
+    if (noise && lane == 0) {
+      expansion.value[0] = ahead;
+      expansion.source[0] = kNoise;
+    }
+    return;
+  }
+
+  const int at[2] = {below(guesses, lane), __popc(guesses) + below(others, lane)};
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    if (scored[i].source) expansion.value[at[i]] = scored[i].score;
+  __syncwarp();
+  double total = 1.0;
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) total += expansion.value[i];
+  __syncwarp();
+
+  double most = scored[0].source ? scored[0].score : 0.0;
+  if (scored[1].source && scored[1].score > most) most = scored[1].score;
+  const bool largest = is_largest(most);
+  const unsigned first_guess =
+      __ballot_sync(kWholeWarp, largest && scored[0].source && scored[0].score == most);
+  const unsigned first_other =
+      __ballot_sync(kWholeWarp, largest && scored[1].source && scored[1].score == most);
+  const int likeliest = first_guess ? below(guesses, lowest_bit(first_guess))
+                                    : __popc(guesses) + below(others, lowest_bit(first_other));
+  double probability[2] = {}, value[2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (!scored[i].source) continue;
+    const double share = scored[i].score / total;
+    // Against NaN, of factors out of range, which has no place in an order.
+    probability[i] = fmax(above * (kCeiling < share ? kCeiling : share), 0.0);
+    value[i] = at[i] == likeliest ? probability[i] + ahead : probability[i];
+    expansion.value[at[i]] = value[i];
+  }
+  __syncwarp();
+  int place[2] = {0, 0};
+#pragma unroll 4
+  for (int other = 0; other < count; ++other) {
+    const double theirs = expansion.value[other];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      place[i] += theirs > value[i] || (theirs == value[i] && other < at[i]);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (!scored[i].source) continue;
+    expansion.value[place[i]] = value[i];
+    expansion.token[place[i]] = scored[i].token;
+    expansion.source[place[i]] = static_cast<uint8_t>(scored[i].source);
+    if (at[i] != likeliest) continue;
+    expansion.likeliest = place[i];
+    expansion.likeliest_probability = probability[i];
+  }
 }
 
-// Merges the candidates that were found into the `size` that wait, without the first of these,
-// which is `node` now; keeps as many as there are nodes to come, and returns how many. Of equals
-// those that wait already come first, whose parents are earlier nodes; then as listed.
-__device__ __forceinline__ int merge_candidates(const Candidate& mine, uint64_t found, int size,
-                                                int node, int nodes, Shared& shared) {
-  const int thread = threadIdx.x;
-  Candidate other{};
-  int my_place = kMaxNodes, other_place = kMaxNodes;
+__device__ __forceinline__ void expand(const Sources& from, const Target& target, double foresight,
+                                       const double* factors, Expansion& expansion) {
+  int64_t token;
+  uint64_t hash;
+  reach(from, target, token, hash, expansion.place);
+  const Found found = look_up_together(from, target.depth, token, hash);
+  Scored scored[2];
+  score_tokens(found, target.depth, factors, expansion, scored);
+  weigh(scored, target.above, foresight, expansion);
+  if (lane_of() == 0) expansion.depth = target.depth;
+}
+
+// ---- the nodes
+// -----------------------------------------------------------------------------------
+
+// The first warp picks what all expand next: of each candidate that waits, from the first on, the
+// candidate itself, or the likeliest one after the last of its expansions, where it can still
+// become a node and have another one after it. `left`: nodes to come.
+__device__ __forceinline__ void choose_targets(const Shared& shared, int now, int size, int left,
+                                               const Limits& limits, Round& round) {
+  const int lane = lane_of();
+  Candidate* waiting = shared.waiting(now);
+  int free = round.free;
+  __syncwarp();
+  if (free == 0) {  // of what has been expanded for nothing so far
+    for (int i = lane; i < size; i += kWarp) waiting[i].expansion = -1;
+    free = static_cast<int>((1u << limits.expansions) - 1);
+    __syncwarp();
+  }
+  Target target{};
+  bool wanted = false;
+  Expansion *head = nullptr, *last = nullptr;
+  if (lane < size && lane < left - 1) {
+    const Candidate& candidate = waiting[lane];
+    if (candidate.expansion < 0) {
+      const Place* place = candidate.parent < 0 ? nullptr : shared.places + candidate.parent;
+      target = {candidate.token, candidate.probability, place, candidate.depth, -1};
+      wanted = true;
+    } else {
+      head = shared.expansions + candidate.expansion;
+      last = shared.expansions + head->last;
+      const int likeliest = last->likeliest;
+      target = {last->token[likeliest], last->likeliest_probability, &last->place, last->depth + 1,
+                -1};
+      wanted = last->count > 0 && last->source[likeliest] != kNoise &&
+               (size < left || last->value[likeliest] >= shared.value(now)[left - 1]);
+    }
+    wanted &= target.depth < limits.depth;
+  }
+  const int at = below(__ballot_sync(kWholeWarp, wanted), lane);
+  int rest = free;
+  for (int i = 0; i < at && rest; ++i) rest &= rest - 1;
+  wanted &= at < kExpanders && rest != 0;
+  if (wanted) {
+    target.expansion = lowest_bit(rest);
+    round.target[at] = target;
+    Expansion& expansion = shared.expansions[target.expansion];
+    expansion.next = -1;
+    expansion.last = target.expansion;
+    if (last) {
+      last->next = target.expansion;
+      head->last = target.expansion;
+    } else {
+      waiting[lane].expansion = target.expansion;
+    }
+  }
+  const int targets = __popc(__ballot_sync(kWholeWarp, wanted));
+  for (int i = 0; i < targets; ++i) free &= free - 1;
+  if (lane == 0) {
+    round.targets = targets;
+    round.free = free;
+  }
+}
+
+// Gives an expansion back, and those of what may follow.
+__device__ __forceinline__ void release(const Shared& shared, int expansion, Round& round) {
+  for (; expansion >= 0; expansion = shared.expansions[expansion].next)
+    atomicAdd(&round.free, 1 << expansion);
+}
+
+// How many of some values, the largest first, come before another one: that are larger, or with
+// kEqual as large. At most kStep * kStep values, of which loads do not wait for each other but
+// once.
+template <int kStep, bool kEqual>
+__device__ __forceinline__ int come_before(const double* values, int count, double value) {
+  const auto before = [=](int at) {
+    return at < count && (kEqual ? values[at] >= value : values[at] > value);
+  };
+  int steps = 0;
+#pragma unroll
+  for (int i = 1; i <= kStep; ++i) steps += before(i * kStep - 1);
+  int found = steps * kStep;
+#pragma unroll
+  for (int i = 0; i < kStep - 1; ++i) found += before(steps * kStep + i);
+  return found;
+}
+
+// Merges what may follow the first that waits, which is `node` now, into the others; keeps as many
+// as there are nodes to come, and returns how many. Of equals those that wait already come first,
+// whose parents are earlier nodes; then as in the expansion.
+__device__ __forceinline__ int merge(const Sources& from, const Shared& shared, int now, int size,
+                                     int node, const Limits& limits, Round& round) {
+  const int first_child = (limits.nodes + kWarp - 1) / kWarp * kWarp;
+  const Candidate best = shared.waiting(now)[0];
+  const int left = limits.nodes - 1 - node;
+  const Expansion& expansion = shared.expansions[best.expansion < 0 ? 0 : best.expansion];
+  const int count = best.expansion < 0 ? 0 : expansion.count;
+  const double* values = shared.value(now) + 1;
+  Candidate mine{};
+  double value = 0.0;
+  int place = kMaxNodes;
+  const int thread = threadIdx.x, at = thread - first_child;
   if (thread + 1 < size) {
-    other = shared.waiting[thread + 1];
-    other_place = thread;
-    for (uint64_t rest = found; rest; rest &= rest - 1)
-      other_place += shared.value[lowest_bit(rest)] > other.value;
+    mine = shared.waiting(now)[thread + 1];
+    value = values[thread];
+    place = thread + come_before<8, false>(expansion.value, count, value);
+  } else if (at >= 0 && at < count) {
+    value = expansion.value[at];
+    place = at + (limits.nodes > 64 ? come_before<16, true>(values, size - 1, value)
+                                    : come_before<8, true>(values, size - 1, value));
+    const bool likeliest = at == expansion.likeliest;
+    mine = {likeliest ? expansion.likeliest_probability : value,
+            expansion.source[at] == kNoise ? noise_token(from, best.depth + 1, node)
+                                           : expansion.token[at],
+            node,
+            best.depth + 1,
+            expansion.source[at],
+            likeliest ? expansion.next : -1};
+    if (mine.expansion >= 0) shared.expansions[mine.expansion].last = expansion.last;
   }
-  if (mine.source) {
-    int low = 1, high = size;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (shared.waiting[middle].value >= mine.value)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    my_place = low - 1;
-    for (uint64_t rest = found; rest; rest &= rest - 1) {
-      const int at = lowest_bit(rest);
-      my_place += shared.value[at] > mine.value || (shared.value[at] == mine.value && at < thread);
-    }
+  if (place < left) {
+    shared.waiting(1 - now)[place] = mine;
+    shared.value(1 - now)[place] = value;
+  } else if (place < kMaxNodes) {
+    release(shared, mine.expansion, round);
   }
-  __syncthreads();
-  const int left = nodes - 1 - node;
-  if (my_place < left) shared.waiting[my_place] = mine;
-  if (other_place < left) shared.waiting[other_place] = other;
-  const int grown = size - 1 + popcount(found);
+  const int grown = size - 1 + count;
   return grown < left ? grown : left;
 }
 
-__global__ void __launch_bounds__(kMaxNodes, 1)
-    draft_tree_kernel(Sources first_row, const int64_t* lengths, int64_t capacity, int nodes,
-                      int max_depth, double foresight, Tree tree) {
-  __shared__ Shared shared;
-  const int64_t row = blockIdx.x, first = row * nodes, length = clamp(lengths[row], 1, capacity);
+// Makes the first that waits a node: writes it out, and keeps its place for those after it.
+__device__ __forceinline__ void make_node(const Shared& shared, int now, int64_t first, int node,
+                                          const Tree& tree, Round& round) {
+  const Candidate& best = shared.waiting(now)[0];
+  const int thread = static_cast<int>(blockDim.x) - 1 - static_cast<int>(threadIdx.x);
+  if (thread >= kContext) return;
+  if (best.expansion >= 0) {
+    const Place& place = shared.expansions[best.expansion].place;
+    shared.places[node].context[thread] = place.context[thread];
+    shared.places[node].hashes[thread] = place.hashes[thread];
+  }
+  if (thread) return;
+  tree.tokens[first + node] = best.token;
+  tree.parents[first + node] = best.parent;
+  tree.probability[first + node] = best.probability;
+  tree.sources[first + node] = best.source;
+  if (best.expansion >= 0) atomicAdd(&round.free, 1 << best.expansion);
+}
+
+constexpr int most_threads(int nodes) {
+  const int merging = (nodes + kWarp - 1) / kWarp * kWarp + 3 * kWarp;  // others, children, place
+  return merging > kExpanders * kWarp ? merging : kExpanders * kWarp;
+}
+
+__global__ void __launch_bounds__(most_threads(kMaxNodes), 1)
+    draft_tree_kernel(Sources first_row, const int64_t* lengths, int64_t capacity, Limits limits,
+                      Tree tree) {
+  extern __shared__ uint4 memory[];
+  __shared__ Round round;
+  const Shared shared(memory, limits);
+  const int64_t row = blockIdx.x, first = row * limits.nodes;
   const int thread = threadIdx.x;
+  for (int i = blockDim.x - 1 - thread; i < kFactors; i += blockDim.x)
+    shared.factors[i] = first_row.factors[i];
+  const int64_t length = clamp(lengths[row], 1, capacity);
   const Sources from = sources_of_row(first_row, row, capacity, length);
-  if (thread == 0) shared.waiting[0] = {1.0, 1.0, from.history[length - 1], -1, 0};  // the root
-  if (thread < kContext && thread < length)
-    shared.contexts[0][thread] = from.history[length - 1 - thread];
+  if (thread == 0) {
+    shared.waiting(0)[0] = {1.0, from.history[length - 1], -1, 0, 0, -1};  // the root
+    shared.value(0)[0] = 1.0;
+    round.free = static_cast<int>((1u << limits.expansions) - 1);
+  }
   __syncthreads();
 
-  int node = 0;
-  for (int size = 1; node < nodes && size > 0; ++node) {
-    const Candidate best = shared.waiting[0];
-    const int depth = node ? shared.depth[best.parent] + 1 : 0;
-    const bool expands = depth < max_depth;
-    make_node(best, first, node, depth, tree, shared);
-    if (thread < kWarp && expands) {
-      __syncwarp();
-      const int64_t count = length + depth < kContext ? length + depth : kContext;
-      look_up_together(from, shared.contexts[node], static_cast<int>(count), shared.known);
+  int node = 0, now = 0;
+  for (int size = 1; node < limits.nodes && size > 0;) {
+    const Candidate& best = shared.waiting(now)[0];
+    if (best.expansion < 0 && best.depth < limits.depth && node + 1 < limits.nodes) {
+      __syncthreads();  // all have seen that
+      if (thread < kWarp) choose_targets(shared, now, size, limits.nodes - node, limits, round);
+      __syncthreads();
+      if (thread / kWarp < round.targets) {
+        const Target target = round.target[thread / kWarp];
+        expand(from, target, limits.foresight, shared.factors, shared.expansions[target.expansion]);
+      }
+      __syncthreads();
     }
-    __syncthreads();
-    list_tokens(from, depth, expands, shared);
-    __syncthreads();
-    score_tokens(from, shared);
-    __syncthreads();
-    uint64_t found;
-    const Candidate mine =
-        weigh_candidate(from, node, depth, expands, best.probability, foresight, found, shared);
-    __syncthreads();
-    size = merge_candidates(mine, found, size, node, nodes, shared);
+    make_node(shared, now, first, node, tree, round);
+    size = merge(from, shared, now, size, node, limits, round);
+    now = 1 - now;
+    ++node;
     __syncthreads();
   }
 
-  for (node += thread; node < nodes; node += blockDim.x) {  // nothing left to guess
+  for (node += thread; node < limits.nodes; node += blockDim.x) {  // nothing left to guess
     tree.tokens[first + node] = from.history[length - 1];
     tree.parents[first + node] = -1;
     tree.probability[first + node] = 0.0;
@@ -255,9 +607,15 @@ void DraftTree::on_cuda(void* stream) const {
   const Sources row_0 = first_row();
   const Tree tree{tokens.as<int64_t>(), parents.as<int32_t>(), probability.as<double>(),
                   sources.as<int32_t>()};
-  launch("draft_tree", draft_tree_kernel, grid_x("draft_tree", batch),
-         whole_warps(nodes > kListed ? nodes : kListed), 0, stream, row_0, lengths.as<int64_t>(),
-         capacity, nodes, static_cast<int>(max_depth), foresight, tree);
+  Limits limits{nodes, static_cast<int>(max_depth), kMostExpansions, foresight};
+  while (Shared::bytes(nodes, limits.expansions) + sizeof(Round) > kMostShared) --limits.expansions;
+  const size_t bytes = Shared::bytes(nodes, limits.expansions);
+  if (bytes > 48 * 1024)  // more than a kernel gets unasked
+    check("draft_tree",
+          cudaFuncSetAttribute(draft_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes)));
+  launch("draft_tree", draft_tree_kernel, grid_x("draft_tree", batch), most_threads(nodes), bytes,
+         stream, row_0, lengths.as<int64_t>(), capacity, limits, tree);
 }
 
 }  // namespace msn
