@@ -232,6 +232,11 @@ inline long long __double_as_longlong(double x) {
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
+inline double __longlong_as_double(long long bits) {
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 inline float __uint_as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);

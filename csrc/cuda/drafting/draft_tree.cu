@@ -40,9 +40,9 @@ struct alignas(16) Candidate {
 // What may follow a candidate, the most valuable first.
 struct alignas(16) Expansion {
   Place place;
-  double value[kListed];
+  double value[kListed + 4];
   int64_t token[kListed];
-  uint8_t source[kListed];
+  uint8_t source[kListed], order[kListed];
   double likeliest_probability;  // the others' is their value
   int32_t likeliest;             // which one of them
   int32_t count, depth;
@@ -102,12 +102,15 @@ struct Round {
 };
 
 __device__ __forceinline__ int lane_of() { return threadIdx.x % kWarp; }
+__device__ __forceinline__ int first_bit(unsigned bits) {
+  return kWarp - 1 - __clz(static_cast<int>(bits & (0 - bits)));
+}
 __device__ __forceinline__ int below(unsigned bits, int lane) {
   return __popc(bits & ((1u << lane) - 1));
 }
 
-// ---- what may follow a candidate: a warp expands it
-// ----------------------------------------------
+// ---- a warp expands a candidate
+// ------------------------------------------------------------------
 
 // The place of a candidate: a lane a token and its hash.
 __device__ __forceinline__ void reach(const Sources& from, const Target& target, int64_t& token,
@@ -121,6 +124,7 @@ __device__ __forceinline__ void reach(const Sources& from, const Target& target,
     }
   } else {  // the root
     if (lane < kContext && lane < from.length) token = from.history[from.length - 1 - lane];
+#pragma unroll 1
     for (int n = kContext; n > 0; --n) {
       const int64_t next = __shfl_sync(kWholeWarp, token, n - 1);
       if (n <= lane + 1) hash = extend_hash(hash, next);
@@ -142,50 +146,67 @@ __device__ __forceinline__ int level_compared(int go, int lane) {
   return lane < 8 ? 5 : lane < 14 ? 4 : lane < 17 ? 2 : lane < 19 ? 1 : 0;
 }
 
-// The n-grams, as bits, that stand in the text before the places that lanes have, that of
-// n-gram `level` in lane `lanes + level`; 0: none.
+// What a lane reads of a text to compare n-grams, of which lane `first + level` has the place that
+// one ends before; 0: none. All of it is asked for before any is looked at.
 template <typename Token>
-__device__ __forceinline__ unsigned ngrams_at(const Token* text, int end, int lanes,
-                                              int64_t token) {
-  const int lane = lane_of();
-  bool same[2];
+struct Compared {
+  bool reads[2];
+  Token token[2];
+
+  __device__ __forceinline__ Compared(const Token* text, int end, int first) {
 #pragma unroll
-  for (int go = 0; go < 2; ++go) {
-    const int level = level_compared(go, lane), i = lane - first_lane(level);
-    const int at = __shfl_sync(kWholeWarp, end, lanes + level);
-    const int64_t wanted = __shfl_sync(kWholeWarp, token, i);
-    same[go] = at > 0 && i < suffix_length(level) && text[at - 1 - i] == wanted;
+    for (int go = 0; go < 2; ++go) {
+      const int level = level_compared(go, lane_of()), i = lane_of() - first_lane(level);
+      const int at = __shfl_sync(kWholeWarp, end, first + level);
+      reads[go] = at > 0 && i < suffix_length(level);
+      token[go] = text[reads[go] ? at - 1 - i : 0];
+    }
   }
-  const unsigned found = __ballot_sync(kWholeWarp, same[0]);
-  const unsigned other = __ballot_sync(kWholeWarp, same[1]);
-  const int level = lane % kSuffixes;
-  const bool first_go = level == 7 || level == 6 || level == 3;
-  const unsigned all = ((1u << suffix_length(level)) - 1) << first_lane(level);
-  return __ballot_sync(kWholeWarp, ((first_go ? found : other) & all) == all);
-}
+
+  // The n-grams, as bits, all of whose tokens are the newest ones of a path, of which each lane has
+  // one.
+  __device__ __forceinline__ unsigned same(int64_t newest) const {
+    unsigned equal[2];
+#pragma unroll
+    for (int go = 0; go < 2; ++go) {
+      const int i = lane_of() - first_lane(level_compared(go, lane_of()));
+      const int64_t wanted = __shfl_sync(kWholeWarp, newest, i);
+      equal[go] = __ballot_sync(kWholeWarp, reads[go] && token[go] == wanted);
+    }
+    const int level = lane_of() % kSuffixes;
+    const unsigned all = ((1u << suffix_length(level)) - 1) << first_lane(level);
+    const unsigned mine = level == 7 || level == 6 || level == 3 ? equal[0] : equal[1];
+    return __ballot_sync(kWholeWarp, (mine & all) == all);
+  }
+};
 
 // What the tables list, a lane a place: a guess, in lane s < kSuffixes also the token after the
-// n-gram that is the s-th from the longest on, where no longer one has the same; -1: none.
+// n-gram that is the s-th from the longest on; -1: none.
 struct Found {
   int32_t guess;
   int64_t next;
-  int rank, highest, longest;  // as in Known
+  int highest, longest;  // as in Known
 };
 
-// The token after each n-gram, in lane 7 of the shortest: where a lane's n-gram of `end` stands, in
-// the text, else in the corpus.
-__device__ __forceinline__ int64_t next_tokens(const Sources& from, int end, int64_t token) {
-  const int lane = lane_of();
-  int64_t next = -1;
-  if (end > 0) next = lane < kSuffixes ? from.history[end] : from.corpus[end];
-  const unsigned in_text = ngrams_at(from.history, end, 0, token);
-  const unsigned in_corpus =
-      from.corpus_slots > 0 ? ngrams_at(from.corpus, end, kSuffixes, token) : 0;
-  const int level = kSuffixes - 1 - lane % kSuffixes;
-  const int64_t of_text = __shfl_sync(kWholeWarp, next, level);
-  const int64_t of_corpus = __shfl_sync(kWholeWarp, next, kSuffixes + level);
-  if (lane >= kSuffixes) return -1;
-  return in_text >> level & 1 ? of_text : in_corpus >> level & 1 ? of_corpus : -1;
+// The token after each n-gram of a path, whose newest tokens lanes have, the longest first: where a
+// lane's n-gram of `end` stands, in the text, else in the corpus.
+__device__ __forceinline__ int64_t next_tokens(const Sources& from, int end, int64_t newest) {
+  const int lane = lane_of(), level = kSuffixes - 1 - lane % kSuffixes;
+  int64_t next = from.history[lane < kSuffixes ? end : 0];
+  const Compared<int64_t> text(from.history, end, 0);
+  if (from.corpus_slots > 0 && from.corpus_length > 0) {
+    const int32_t after = from.corpus[lane < kSuffixes ? 0 : end];
+    const Compared<int32_t> corpus(from.corpus, end, kSuffixes);
+    const unsigned in_text = text.same(newest), in_corpus = corpus.same(newest);
+    const int32_t other = __shfl_sync(kWholeWarp, after, kSuffixes + level);
+    next = __shfl_sync(kWholeWarp, next, level);
+    if (!(in_text >> level & 1)) next = in_corpus >> level & 1 ? other : -1;
+  } else {
+    const unsigned in_text = text.same(newest);
+    next = __shfl_sync(kWholeWarp, next, level);
+    if (!(in_text >> level & 1)) next = -1;
+  }
+  return lane < kSuffixes ? next : -1;
 }
 
 // look_up by a warp. Lanes of the slots: the n-grams in the text, those in the corpus, the contexts
@@ -198,7 +219,7 @@ __device__ __forceinline__ Found look_up_together(const Sources& from, int depth
   const int64_t all = from.length + depth;
   const int count = static_cast<int>(all < kContext ? all : kContext);
   const unsigned gaps = __ballot_sync(kWholeWarp, lane < count && token < 0);
-  const int tokens = gaps ? lowest_bit(gaps) : count;  // before what stands between texts
+  const int tokens = gaps ? first_bit(gaps) : count;  // before what stands between texts
 
   const int n = of_order ? order + 1 : suffix_length(level);
   const uint64_t ngram = __shfl_sync(kWholeWarp, hash, n - 1);
@@ -213,7 +234,7 @@ __device__ __forceinline__ Found look_up_together(const Sources& from, int depth
                                      : from.adjacency + slot * (1 + kGuesses);
   const int32_t entry = asks ? *table : 0;
 
-  Found found{-1, -1, 0, 0, 0};
+  Found found{-1, -1, 0, 0};
   const int group = lane / kGuesses - 1;  // the order that this lane has a guess of; -1: denoised
   const unsigned asked = __ballot_sync(kWholeWarp, asks);
   const int64_t row = __shfl_sync(kWholeWarp, slot, 2 * kSuffixes + (group < 0 ? 0 : group));
@@ -231,14 +252,7 @@ __device__ __forceinline__ Found look_up_together(const Sources& from, int depth
   const bool inside = (of_text || of_corpus) && entry >= n && entry < length;
   found.next = next_tokens(from, inside ? entry : 0, token);
   const unsigned followed = __ballot_sync(kWholeWarp, found.next >= 0);
-  found.longest = followed ? kSuffixes - lowest_bit(followed) : 0;
-  bool repeated = false;
-  for (int longer = 1; longer < kSuffixes; ++longer) {
-    const int64_t other = __shfl_sync(kWholeWarp, found.next, (lane - longer) % kWarp);
-    repeated |= lane >= longer && other == found.next;
-  }
-  if (repeated) found.next = -1;
-  found.rank = below(__ballot_sync(kWholeWarp, found.next >= 0), lane);
+  found.longest = followed ? kSuffixes - first_bit(followed) : 0;
   return found;
 }
 
@@ -249,139 +263,210 @@ struct Scored {
   int32_t source;
 };
 
+// Places of guesses of this lane's token, as bits; `guesses`: of all lanes.
+__device__ __forceinline__ unsigned places_of(int32_t token, const int32_t* guesses) {
+  unsigned same[4] = {};
+#pragma unroll
+  for (int i = 0; i < kWarp / 4; ++i) {
+    const uint4 four = reinterpret_cast<const uint4*>(guesses)[i];
+    const unsigned mine = static_cast<unsigned>(token);
+    if (four.x == mine) same[0] |= 1u << 4 * i;
+    if (four.y == mine) same[1] |= 2u << 4 * i;
+    if (four.z == mine) same[2] |= 4u << 4 * i;
+    if (four.w == mine) same[3] |= 8u << 4 * i;
+  }
+  return token < 0 ? 0 : same[0] | same[1] | same[2] | same[3];
+}
+
+// `product` times the factors at these places, in their order. A source seldom lists a token twice:
+// one factor of each, 1 for none, whose loads do not wait for each other.
+__device__ __forceinline__ double times(double product, unsigned places, const double* factor) {
+  constexpr int kGroups = kWarp / kGuesses;
+  bool twice = false;
+  double factors[kGroups];
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    const unsigned here = places >> (i * kGuesses) & ((1u << kGuesses) - 1);
+    factors[i] = here ? factor[i * kGuesses + first_bit(here)] : 1.0;
+    twice |= (here & (here - 1)) != 0;
+  }
+  if (twice) {
+#pragma unroll 1
+    for (unsigned rest = places; rest; rest &= rest - 1) product *= factor[first_bit(rest)];
+    return product;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) product *= factors[i];
+  return product;
+}
+
 // The products of the factors of each token: of one that is guessed, and of one that only follows
 // n-grams. `expansion` is room to share what is read by others.
 __device__ __forceinline__ void score_tokens(const Found& found, int depth, const double* factors,
                                              Expansion& expansion, Scored (&scored)[2]) {
   const int lane = lane_of();
-  const bool guesses = found.guess >= 0, follows = found.next >= 0;
-  const int32_t token = guesses ? found.guess >> 4 : -1;
-  uint4* tokens = reinterpret_cast<uint4*>(expansion.token);
-  reinterpret_cast<int32_t*>(expansion.token)[lane] = token;
+  const int32_t token = found.guess >= 0 ? found.guess >> 4 : -1;
+  int32_t* guesses = reinterpret_cast<int32_t*>(expansion.token);
+  int64_t* followers = expansion.token + kWarp / 2;
   double* factor = expansion.value;
   const int level = guess_level(found.guess);
+  guesses[lane] = token;
+  if (lane < kSuffixes) followers[lane] = found.next;
   factor[lane] = factors[lane < kGuesses ? denoised_at(depth, found.highest, level)
                                          : adjacency_at(lane / kGuesses - 1, found.highest, level)];
-  if (lane < kSuffixes)
-    factor[kWarp + lane] = factors[suffix_at(kSuffixes - 1 - lane, found.rank, found.highest)];
   __syncwarp();
 
-  unsigned same = 0;  // places of guesses of this lane's token
+  unsigned same = places_of(token, guesses);
+  if (same && first_bit(same) != lane) same = 0;
+  int suffix = kSuffixes;         // the lane of the longest n-gram that this lane's guess follows
+  unsigned guessed = 0;           // lanes of n-grams that any guess follows
+  bool counts = found.next >= 0;  // no longer n-gram has the same
 #pragma unroll
-  for (int i = 0; i < kWarp / 4; ++i) {
-    const uint4 four = tokens[i];
-    const unsigned mine = static_cast<unsigned>(token);
-    same |= (four.x == mine ? 1u : 0) << 4 * i | (four.y == mine ? 2u : 0) << 4 * i |
-            (four.z == mine ? 4u : 0) << 4 * i | (four.w == mine ? 8u : 0) << 4 * i;
+  for (int i = kSuffixes - 1; i >= 0; --i) {
+    const int64_t next = followers[i];
+    const bool equal = token >= 0 && next == token;
+    if (equal) suffix = i;
+    if (__ballot_sync(kWholeWarp, equal)) guessed |= 1u << i;
+    if (i < lane && next == found.next) counts = false;
   }
-  if (!guesses) same = 0;
-  int suffix = -1;         // the lane where this lane's guess follows an n-gram
-  bool elsewhere = false;  // the token that follows an n-gram here is guessed
-  for (unsigned rest = __ballot_sync(kWholeWarp, follows); rest; rest &= rest - 1) {
-    const int other = lowest_bit(rest);
-    const int64_t next = __shfl_sync(kWholeWarp, found.next, other);
-    const bool equal = guesses && next == token;
-    if (equal) suffix = other;
-    if (__ballot_sync(kWholeWarp, equal) && lane == other) elsewhere = true;
-  }
+  const unsigned different = __ballot_sync(kWholeWarp, counts);
 
   const double bias = factors[bias_at(found.highest, found.longest)];
-  scored[0] = {bias, token, 0};
-  scored[1] = {bias, found.next, 0};
-  if (same && lowest_bit(same) == lane) {
-    for (unsigned rest = same; rest; rest &= rest - 1) scored[0].score *= factor[lowest_bit(rest)];
-    if (suffix >= 0) scored[0].score *= factor[kWarp + suffix];
-    constexpr unsigned kOfDenoised = (1u << kGuesses) - 1;
+  const auto of_suffix = [&](int ngram) {
+    return factors[suffix_at(kSuffixes - 1 - ngram, below(different, ngram), found.highest)];
+  };
+  const bool follows = suffix < kSuffixes;
+  const double product = times(bias, same, factor), followed = of_suffix(suffix % kSuffixes);
+  constexpr unsigned kOfDenoised = (1u << kGuesses) - 1;
+  scored[0] = {follows ? product * followed : product, token, 0};
+  if (same)
     scored[0].source = (same & kOfDenoised ? kDenoised : 0) |
-                       (same & ~kOfDenoised ? kAdjacency : 0) | (suffix >= 0 ? kSuffix : 0);
-  }
-  if (follows && !elsewhere) {
-    scored[1].score *= factor[kWarp + lane];
-    scored[1].source = kSuffix;
-  }
+                       (same & ~kOfDenoised ? kAdjacency : 0) | (follows ? kSuffix : 0);
+  scored[1] = {bias * of_suffix(lane % kSuffixes), found.next,
+               counts && !(guessed >> lane & 1) ? kSuffix : 0};
   __syncwarp();
 }
 
-// Whether this lane's score is the largest of the warp's; scores are not negative.
-__device__ __forceinline__ bool is_largest(double score) {
-  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(score));
-  const unsigned high = static_cast<unsigned>(bits >> 32), low = static_cast<unsigned>(bits);
-  const bool first = high == __reduce_max_sync(kWholeWarp, high);
-  return __reduce_max_sync(kWholeWarp, first ? low : 0) == low && first;
+// Weighs `count` tokens of which an expansion has the scores, and puts the most valuable first, of
+// equals as they were. A lane has every 32nd of them. After the scores there are three of 0.
+template <int kEach>
+__device__ __forceinline__ void weigh(int count, double above, double ahead, Expansion& expansion) {
+  const int lane = lane_of();
+  double score[kEach];
+  int64_t token[kEach], bits[kEach];  // of the score, which order what is not negative
+  uint8_t source[kEach];
+  int place[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = lane + i * kWarp;
+    score[i] = at < count ? expansion.value[at] : 0.0;
+    token[i] = at < count ? expansion.token[at] : -1;
+    source[i] = at < count ? expansion.source[at] : 0;
+    bits[i] = __double_as_longlong(score[i]);
+    place[i] = 0;
+  }
+  double total = 1.0;
+#pragma unroll 1
+  for (int first = 0; first < count; first += 4) {
+    double theirs[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) theirs[k] = expansion.value[first + k];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      total += theirs[k];
+      const int64_t other = __double_as_longlong(theirs[k]);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        place[i] += other > (first + k < lane + i * kWarp ? bits[i] - 1 : bits[i]);
+    }
+  }
+  __syncwarp();
+
+  // The places are those of the scores. Values have them too, unless two are equal by rounding.
+  double probability[kEach], value[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = lane + i * kWarp;
+    const double share = score[i] / total;
+    // Against NaN, of factors out of range, which has no place in an order.
+    probability[i] = fmax(above * (kCeiling < share ? kCeiling : share), 0.0);
+    value[i] = place[i] == 0 ? probability[i] + ahead : probability[i];
+    if (at >= count) continue;
+    expansion.value[place[i]] = value[i];
+    expansion.order[place[i]] = static_cast<uint8_t>(at);
+  }
+  __syncwarp();
+  bool likeliest[kEach], wrong = false;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = lane + i * kWarp;
+    likeliest[i] = at < count && place[i] == 0;
+    if (at >= count || place[i] == 0) continue;
+    const double before = expansion.value[place[i] - 1];
+    wrong |= !(before > value[i]) && (before != value[i] || expansion.order[place[i] - 1] > at);
+  }
+  if (__ballot_sync(kWholeWarp, wrong)) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (lane + i * kWarp < count) expansion.value[lane + i * kWarp] = value[i];
+      place[i] = 0;
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int other = 0; other < count; ++other) {
+      const double theirs = expansion.value[other];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        place[i] += theirs > value[i] || (theirs == value[i] && other < lane + i * kWarp);
+    }
+    __syncwarp();
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (lane + i * kWarp >= count) continue;
+    expansion.value[place[i]] = value[i];
+    expansion.token[place[i]] = token[i];
+    expansion.source[place[i]] = source[i];
+    if (!likeliest[i]) continue;
+    expansion.likeliest = place[i];
+    expansion.likeliest_probability = probability[i];
+  }
 }
 
 // Writes what may follow a candidate of probability `above`, the most valuable first, of equals as
 // listed.
-__device__ __forceinline__ void weigh(const Scored (&scored)[2], double above, double foresight,
-                                      Expansion& expansion) {
+__device__ __forceinline__ void rank_tokens(const Scored (&scored)[2], double above,
+                                            double foresight, Expansion& expansion) {
   const int lane = lane_of();
   const unsigned guesses = __ballot_sync(kWholeWarp, scored[0].source != 0);
   const unsigned others = __ballot_sync(kWholeWarp, scored[1].source != 0);
   const int count = __popc(guesses) + __popc(others);
   const double ahead = above * foresight;
-  const bool noise = count == 0 && ahead > 0;
-  if (lane == 0) {
-    expansion.count = noise ? 1 : count;
+  if (count == 0) {
+    if (lane) return;
+    expansion.count = ahead > 0;
     expansion.likeliest = 0;
     expansion.likeliest_probability = 0.0;
-  }
-  if (count == 0) {
-    if (noise && lane == 0) {
-      expansion.value[0] = ahead;
-      expansion.source[0] = kNoise;
-    }
+    expansion.value[0] = ahead;
+    expansion.source[0] = kNoise;
     return;
   }
-
   const int at[2] = {below(guesses, lane), __popc(guesses) + below(others, lane)};
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    if (scored[i].source) expansion.value[at[i]] = scored[i].score;
-  __syncwarp();
-  double total = 1.0;
-#pragma unroll 4
-  for (int i = 0; i < count; ++i) total += expansion.value[i];
-  __syncwarp();
-
-  double most = scored[0].source ? scored[0].score : 0.0;
-  if (scored[1].source && scored[1].score > most) most = scored[1].score;
-  const bool largest = is_largest(most);
-  const unsigned first_guess =
-      __ballot_sync(kWholeWarp, largest && scored[0].source && scored[0].score == most);
-  const unsigned first_other =
-      __ballot_sync(kWholeWarp, largest && scored[1].source && scored[1].score == most);
-  const int likeliest = first_guess ? below(guesses, lowest_bit(first_guess))
-                                    : __popc(guesses) + below(others, lowest_bit(first_other));
-  double probability[2] = {}, value[2] = {};
-#pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (!scored[i].source) continue;
-    const double share = scored[i].score / total;
-    // Against NaN, of factors out of range, which has no place in an order.
-    probability[i] = fmax(above * (kCeiling < share ? kCeiling : share), 0.0);
-    value[i] = at[i] == likeliest ? probability[i] + ahead : probability[i];
-    expansion.value[at[i]] = value[i];
+    // Of factors out of range it may be anything.
+    expansion.value[at[i]] = scored[i].score > 0 ? scored[i].score : 0.0;
+    expansion.token[at[i]] = scored[i].token;
+    expansion.source[at[i]] = static_cast<uint8_t>(scored[i].source);
   }
+  if (lane < 3) expansion.value[count + lane] = 0.0;
+  if (lane == 0) expansion.count = count;
   __syncwarp();
-  int place[2] = {0, 0};
-#pragma unroll 4
-  for (int other = 0; other < count; ++other) {
-    const double theirs = expansion.value[other];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      place[i] += theirs > value[i] || (theirs == value[i] && other < at[i]);
-  }
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (!scored[i].source) continue;
-    expansion.value[place[i]] = value[i];
-    expansion.token[place[i]] = scored[i].token;
-    expansion.source[place[i]] = static_cast<uint8_t>(scored[i].source);
-    if (at[i] != likeliest) continue;
-    expansion.likeliest = place[i];
-    expansion.likeliest_probability = probability[i];
-  }
+  if (count <= kWarp)
+    weigh<1>(count, above, ahead, expansion);
+  else
+    weigh<2>(count, above, ahead, expansion);
 }
 
 __device__ __forceinline__ void expand(const Sources& from, const Target& target, double foresight,
@@ -392,12 +477,11 @@ __device__ __forceinline__ void expand(const Sources& from, const Target& target
   const Found found = look_up_together(from, target.depth, token, hash);
   Scored scored[2];
   score_tokens(found, target.depth, factors, expansion, scored);
-  weigh(scored, target.above, foresight, expansion);
+  rank_tokens(scored, target.above, foresight, expansion);
   if (lane_of() == 0) expansion.depth = target.depth;
 }
 
-// ---- the nodes
-// -----------------------------------------------------------------------------------
+// ---- the nodes ----------------------------------------------------------------------------------
 
 // The first warp picks what all expand next: of each candidate that waits, from the first on, the
 // candidate itself, or the likeliest one after the last of its expansions, where it can still
