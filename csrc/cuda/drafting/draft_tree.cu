@@ -40,9 +40,10 @@ struct alignas(16) Candidate {
 // What may follow a candidate, the most valuable first.
 struct alignas(16) Expansion {
   Place place;
-  double value[kListed + 4];
+  double value[kListed + 8];
   int64_t token[kListed];
-  uint8_t source[kListed], order[kListed];
+  int32_t order[kListed + 8];  // while it is made
+  uint8_t source[kListed];
   double likeliest_probability;  // the others' is their value
   int32_t likeliest;             // which one of them
   int32_t count, depth;
@@ -263,40 +264,50 @@ struct Scored {
   int32_t source;
 };
 
-// Places of guesses of this lane's token, as bits; `guesses`: of all lanes.
-__device__ __forceinline__ unsigned places_of(int32_t token, const int32_t* guesses) {
-  unsigned same[4] = {};
+// No token of a guess, which has 27 bits.
+constexpr int32_t kNone = 0x3fffffff;
+
+// Places of guesses of this lane's token, kGuesses bits for each source; `guesses`: of all lanes.
+// Without predicates, of which there are too few: that of an equal one less 1 is negative.
+__device__ __forceinline__ void places_of(int32_t token, const int32_t* guesses,
+                                          unsigned (&places)[kWarp / kGuesses]) {
 #pragma unroll
-  for (int i = 0; i < kWarp / 4; ++i) {
-    const uint4 four = reinterpret_cast<const uint4*>(guesses)[i];
-    const unsigned mine = static_cast<unsigned>(token);
-    if (four.x == mine) same[0] |= 1u << 4 * i;
-    if (four.y == mine) same[1] |= 2u << 4 * i;
-    if (four.z == mine) same[2] |= 4u << 4 * i;
-    if (four.w == mine) same[3] |= 8u << 4 * i;
+  for (int i = 0; i < kWarp / kGuesses; ++i) {
+    unsigned same = 0;
+#pragma unroll
+    for (int half = 1; half >= 0; --half) {
+      const uint4 four = reinterpret_cast<const uint4*>(guesses)[2 * i + half];
+      const unsigned mine = static_cast<unsigned>(token);
+      same = same << 1 | ((four.w ^ mine) - 1) >> 31;
+      same = same << 1 | ((four.z ^ mine) - 1) >> 31;
+      same = same << 1 | ((four.y ^ mine) - 1) >> 31;
+      same = same << 1 | ((four.x ^ mine) - 1) >> 31;
+    }
+    places[i] = same;
   }
-  return token < 0 ? 0 : same[0] | same[1] | same[2] | same[3];
 }
 
 // `product` times the factors at these places, in their order. A source seldom lists a token twice:
 // one factor of each, 1 for none, whose loads do not wait for each other.
-__device__ __forceinline__ double times(double product, unsigned places, const double* factor) {
-  constexpr int kGroups = kWarp / kGuesses;
-  bool twice = false;
-  double factors[kGroups];
+__device__ __forceinline__ double times(double product, const unsigned (&places)[kWarp / kGuesses],
+                                        const double* factor) {
+  constexpr int kSources = kWarp / kGuesses;
+  double factors[kSources];
+  unsigned twice = 0;
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    const unsigned here = places >> (i * kGuesses) & ((1u << kGuesses) - 1);
-    factors[i] = here ? factor[i * kGuesses + first_bit(here)] : 1.0;
-    twice |= (here & (here - 1)) != 0;
+  for (int i = 0; i < kSources; ++i) {
+    factors[i] = factor[places[i] ? i * kGuesses + first_bit(places[i]) : kWarp];
+    twice |= places[i] & (places[i] - 1);
   }
   if (twice) {
+    for (int i = 0; i < kSources; ++i)
 #pragma unroll 1
-    for (unsigned rest = places; rest; rest &= rest - 1) product *= factor[first_bit(rest)];
+      for (unsigned rest = places[i]; rest; rest &= rest - 1)
+        product *= factor[i * kGuesses + first_bit(rest)];
     return product;
   }
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) product *= factors[i];
+  for (int i = 0; i < kSources; ++i) product *= factors[i];
   return product;
 }
 
@@ -305,7 +316,7 @@ __device__ __forceinline__ double times(double product, unsigned places, const d
 __device__ __forceinline__ void score_tokens(const Found& found, int depth, const double* factors,
                                              Expansion& expansion, Scored (&scored)[2]) {
   const int lane = lane_of();
-  const int32_t token = found.guess >= 0 ? found.guess >> 4 : -1;
+  const int32_t token = found.guess >= 0 ? found.guess >> 4 : kNone;
   int32_t* guesses = reinterpret_cast<int32_t*>(expansion.token);
   int64_t* followers = expansion.token + kWarp / 2;
   double* factor = expansion.value;
@@ -314,17 +325,22 @@ __device__ __forceinline__ void score_tokens(const Found& found, int depth, cons
   if (lane < kSuffixes) followers[lane] = found.next;
   factor[lane] = factors[lane < kGuesses ? denoised_at(depth, found.highest, level)
                                          : adjacency_at(lane / kGuesses - 1, found.highest, level)];
+  if (lane == 0) factor[kWarp] = 1.0;
   __syncwarp();
 
-  unsigned same = places_of(token, guesses);
-  if (same && first_bit(same) != lane) same = 0;
+  unsigned places[kWarp / kGuesses];
+  places_of(token, guesses, places);
+  unsigned before = 0;  // places of the same token
+#pragma unroll
+  for (int i = 0; i < kWarp / kGuesses; ++i) before |= places[i] << i * kGuesses;
+  const bool first = token != kNone && first_bit(before) == lane;
   int suffix = kSuffixes;         // the lane of the longest n-gram that this lane's guess follows
   unsigned guessed = 0;           // lanes of n-grams that any guess follows
   bool counts = found.next >= 0;  // no longer n-gram has the same
 #pragma unroll
   for (int i = kSuffixes - 1; i >= 0; --i) {
     const int64_t next = followers[i];
-    const bool equal = token >= 0 && next == token;
+    const bool equal = next == token && token != kNone;
     if (equal) suffix = i;
     if (__ballot_sync(kWholeWarp, equal)) guessed |= 1u << i;
     if (i < lane && next == found.next) counts = false;
@@ -336,88 +352,124 @@ __device__ __forceinline__ void score_tokens(const Found& found, int depth, cons
     return factors[suffix_at(kSuffixes - 1 - ngram, below(different, ngram), found.highest)];
   };
   const bool follows = suffix < kSuffixes;
-  const double product = times(bias, same, factor), followed = of_suffix(suffix % kSuffixes);
-  constexpr unsigned kOfDenoised = (1u << kGuesses) - 1;
+  const double product = times(bias, places, factor), followed = of_suffix(suffix % kSuffixes);
   scored[0] = {follows ? product * followed : product, token, 0};
-  if (same)
-    scored[0].source = (same & kOfDenoised ? kDenoised : 0) |
-                       (same & ~kOfDenoised ? kAdjacency : 0) | (follows ? kSuffix : 0);
+  if (first)
+    scored[0].source = (places[0] ? kDenoised : 0) | (before >> kGuesses ? kAdjacency : 0) |
+                       (follows ? kSuffix : 0);
   scored[1] = {bias * of_suffix(lane % kSuffixes), found.next,
                counts && !(guessed >> lane & 1) ? kSuffix : 0};
   __syncwarp();
 }
 
-// Weighs `count` tokens of which an expansion has the scores, and puts the most valuable first, of
-// equals as they were. A lane has every 32nd of them. After the scores there are three of 0.
+// The likeliest one, the values and their places by comparisons of all with all. `room`: for
+// `count` numbers.
+template <int kEach>
+__device__ __forceinline__ void order_slowly(int count, const double (&score)[kEach],
+                                             const double (&probability)[kEach], double ahead,
+                                             double (&value)[kEach], bool (&likeliest)[kEach],
+                                             unsigned (&place)[kEach], double* room) {
+  const auto places = [&](const double (&number)[kEach]) {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (lane_of() + i * kWarp < count) room[lane_of() + i * kWarp] = number[i];
+      place[i] = 0;
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int other = 0; other < count; ++other) {
+      const double theirs = room[other];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        place[i] += theirs > number[i] || (theirs == number[i] && other < lane_of() + i * kWarp);
+    }
+    __syncwarp();
+  };
+  places(score);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    likeliest[i] = place[i] == 0;
+    value[i] = likeliest[i] ? probability[i] + ahead : probability[i];
+  }
+  places(value);
+}
+
 template <int kEach>
 __device__ __forceinline__ void weigh(int count, double above, double ahead, Expansion& expansion) {
   const int lane = lane_of();
   double score[kEach];
-  int64_t token[kEach], bits[kEach];  // of the score, which order what is not negative
+  int64_t token[kEach];
+  int32_t key[kEach];
   uint8_t source[kEach];
-  int place[kEach];
+  unsigned place[kEach];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int at = lane + i * kWarp;
     score[i] = at < count ? expansion.value[at] : 0.0;
     token[i] = at < count ? expansion.token[at] : -1;
     source[i] = at < count ? expansion.source[at] : 0;
-    bits[i] = __double_as_longlong(score[i]);
+    key[i] = at < count ? expansion.order[at] : 0;
     place[i] = 0;
   }
-  double total = 1.0;
-#pragma unroll 1
-  for (int first = 0; first < count; first += 4) {
-    double theirs[4];
+  double total = 1.0, next[4];
+  int32_t next_keys[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) theirs[k] = expansion.value[first + k];
+  for (int k = 0; k < 4; ++k) {
+    next[k] = expansion.value[k];
+    next_keys[k] = expansion.order[k];
+  }
+#pragma unroll 1
+  for (int first = 4; first < count + 4; first += 4) {
+    double theirs[4];
+    int32_t keys[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      theirs[k] = next[k];
+      keys[k] = next_keys[k];
+      next[k] = expansion.value[first + k];
+      next_keys[k] = expansion.order[first + k];
+    }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       total += theirs[k];
-      const int64_t other = __double_as_longlong(theirs[k]);
 #pragma unroll
-      for (int i = 0; i < kEach; ++i)
-        place[i] += other > (first + k < lane + i * kWarp ? bits[i] - 1 : bits[i]);
+      for (int i = 0; i < kEach; ++i) place[i] += static_cast<unsigned>(key[i] - keys[k]) >> 31;
     }
   }
   __syncwarp();
 
-  // The places are those of the scores. Values have them too, unless two are equal by rounding.
-  double probability[kEach], value[kEach];
+  // The places are those of the keys: of the scores, and of the values, unless two nearly are
+  // equal.
+  double probability[kEach];
+  bool wrong = false;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int at = lane + i * kWarp;
-    const double share = score[i] / total;
-    // Against NaN, of factors out of range, which has no place in an order.
-    probability[i] = fmax(above * (kCeiling < share ? kCeiling : share), 0.0);
-    value[i] = place[i] == 0 ? probability[i] + ahead : probability[i];
     if (at >= count) continue;
-    expansion.value[place[i]] = value[i];
-    expansion.order[place[i]] = static_cast<uint8_t>(at);
+    expansion.value[place[i]] = score[i];
+    expansion.order[place[i]] = at;
   }
   __syncwarp();
-  bool likeliest[kEach], wrong = false;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    const int at = lane + i * kWarp;
-    likeliest[i] = at < count && place[i] == 0;
-    if (at >= count || place[i] == 0) continue;
-    const double before = expansion.value[place[i] - 1];
-    wrong |= !(before > value[i]) && (before != value[i] || expansion.order[place[i] - 1] > at);
+    const int at = lane + i * kWarp, one_before = place[i] ? place[i] - 1 : 0;
+    const double before = expansion.value[one_before], share = score[i] / total;
+    const bool later = expansion.order[one_before] > at;
+    // Against NaN, of factors out of range, which has no place in an order.
+    probability[i] = fmax(above * (kCeiling < share ? kCeiling : share), 0.0);
+    wrong |= at < count && (before < score[i] || probability[i] < 1e-290 ||
+                            (later && before * (1 - 1e-12) <= score[i]));
   }
+  double value[kEach];
+  bool likeliest[kEach];
   if (__ballot_sync(kWholeWarp, wrong)) {
+    order_slowly<kEach>(count, score, probability, ahead, value, likeliest, place, expansion.value);
+  } else {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (lane + i * kWarp < count) expansion.value[lane + i * kWarp] = value[i];
-      place[i] = 0;
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int other = 0; other < count; ++other) {
-      const double theirs = expansion.value[other];
-#pragma unroll
-      for (int i = 0; i < kEach; ++i)
-        place[i] += theirs > value[i] || (theirs == value[i] && other < lane + i * kWarp);
+      likeliest[i] = place[i] == 0;
+      value[i] = likeliest[i] ? probability[i] + ahead : probability[i];
     }
     __syncwarp();
   }
@@ -456,11 +508,17 @@ __device__ __forceinline__ void rank_tokens(const Scored (&scored)[2], double ab
   for (int i = 0; i < 2; ++i) {
     if (!scored[i].source) continue;
     // Of factors out of range it may be anything.
-    expansion.value[at[i]] = scored[i].score > 0 ? scored[i].score : 0.0;
+    const double score = scored[i].score > 0 ? scored[i].score : 0.0;
+    const int32_t upper = static_cast<int32_t>(__double_as_longlong(score) >> 32);
+    expansion.value[at[i]] = score;
+    expansion.order[at[i]] = (upper & ~63) | (63 - at[i]);
     expansion.token[at[i]] = scored[i].token;
     expansion.source[at[i]] = static_cast<uint8_t>(scored[i].source);
   }
-  if (lane < 3) expansion.value[count + lane] = 0.0;
+  if (lane < 8) {
+    expansion.value[count + lane] = 0.0;
+    expansion.order[count + lane] = 0;
+  }
   if (lane == 0) expansion.count = count;
   __syncwarp();
   if (count <= kWarp)
