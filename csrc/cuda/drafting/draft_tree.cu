@@ -147,14 +147,14 @@ __device__ __forceinline__ int level_compared(int go, int lane) {
   return lane < 8 ? 5 : lane < 14 ? 4 : lane < 17 ? 2 : lane < 19 ? 1 : 0;
 }
 
-// What a lane reads of a text to compare n-grams, of which lane `first + level` has the place that
-// one ends before; 0: none. All of it is asked for before any is looked at.
+// What a lane reads of a text to compare n-grams.
 template <typename Token>
 struct Compared {
-  bool reads[2];
-  Token token[2];
+  bool reads[2] = {};
+  Token token[2] = {};
 
-  __device__ __forceinline__ Compared(const Token* text, int end, int first) {
+  // Lane `first + level` has the place that its n-gram ends before; 0: none.
+  __device__ __forceinline__ void read(const Token* text, int end, int first) {
 #pragma unroll
     for (int go = 0; go < 2; ++go) {
       const int level = level_compared(go, lane_of()), i = lane_of() - first_lane(level);
@@ -163,21 +163,14 @@ struct Compared {
       token[go] = text[reads[go] ? at - 1 - i : 0];
     }
   }
-
-  // The n-grams, as bits, all of whose tokens are the newest ones of a path, of which each lane has
-  // one.
-  __device__ __forceinline__ unsigned same(int64_t newest) const {
-    unsigned equal[2];
-#pragma unroll
-    for (int go = 0; go < 2; ++go) {
-      const int i = lane_of() - first_lane(level_compared(go, lane_of()));
-      const int64_t wanted = __shfl_sync(kWholeWarp, newest, i);
-      equal[go] = __ballot_sync(kWholeWarp, reads[go] && token[go] == wanted);
-    }
+  // The n-grams, as bits, all of whose tokens are as wanted.
+  __device__ __forceinline__ unsigned same(const int64_t (&wanted)[2]) const {
+    const unsigned first = __ballot_sync(kWholeWarp, reads[0] && token[0] == wanted[0]);
+    const unsigned second = __ballot_sync(kWholeWarp, reads[1] && token[1] == wanted[1]);
     const int level = lane_of() % kSuffixes;
     const unsigned all = ((1u << suffix_length(level)) - 1) << first_lane(level);
-    const unsigned mine = level == 7 || level == 6 || level == 3 ? equal[0] : equal[1];
-    return __ballot_sync(kWholeWarp, (mine & all) == all);
+    const unsigned equal = level == 7 || level == 6 || level == 3 ? first : second;
+    return __ballot_sync(kWholeWarp, (equal & all) == all);
   }
 };
 
@@ -193,21 +186,27 @@ struct Found {
 // lane's n-gram of `end` stands, in the text, else in the corpus.
 __device__ __forceinline__ int64_t next_tokens(const Sources& from, int end, int64_t newest) {
   const int lane = lane_of(), level = kSuffixes - 1 - lane % kSuffixes;
-  int64_t next = from.history[lane < kSuffixes ? end : 0];
-  const Compared<int64_t> text(from.history, end, 0);
-  if (from.corpus_slots > 0 && from.corpus_length > 0) {
-    const int32_t after = from.corpus[lane < kSuffixes ? 0 : end];
-    const Compared<int32_t> corpus(from.corpus, end, kSuffixes);
-    const unsigned in_text = text.same(newest), in_corpus = corpus.same(newest);
-    const int32_t other = __shfl_sync(kWholeWarp, after, kSuffixes + level);
-    next = __shfl_sync(kWholeWarp, next, level);
-    if (!(in_text >> level & 1)) next = in_corpus >> level & 1 ? other : -1;
-  } else {
-    const unsigned in_text = text.same(newest);
-    next = __shfl_sync(kWholeWarp, next, level);
-    if (!(in_text >> level & 1)) next = -1;
+  // All that is read is asked for before any of it is looked at.
+  const bool has_corpus = from.corpus_slots > 0 && from.corpus_length > 0;
+  const int64_t next = from.history[lane < kSuffixes ? end : 0];
+  int32_t after = -1;
+  Compared<int64_t> text;
+  Compared<int32_t> corpus;
+  text.read(from.history, end, 0);
+  if (has_corpus) {
+    after = from.corpus[lane < kSuffixes ? 0 : end];
+    corpus.read(from.corpus, end, kSuffixes);
   }
-  return lane < kSuffixes ? next : -1;
+  int64_t wanted[2];
+#pragma unroll
+  for (int go = 0; go < 2; ++go)
+    wanted[go] = __shfl_sync(kWholeWarp, newest, lane - first_lane(level_compared(go, lane)));
+  const bool in_text = text.same(wanted) >> level & 1;
+  const bool in_corpus = has_corpus && corpus.same(wanted) >> level & 1;
+  const int64_t of_text = __shfl_sync(kWholeWarp, next, level);
+  const int32_t of_corpus = __shfl_sync(kWholeWarp, after, kSuffixes + level);
+  if (lane >= kSuffixes) return -1;
+  return in_text ? of_text : in_corpus ? of_corpus : -1;
 }
 
 // look_up by a warp. Lanes of the slots: the n-grams in the text, those in the corpus, the contexts
