@@ -19,6 +19,7 @@ namespace msn {
 
 namespace {
 
+constexpr int64_t kEnd = -1;              // bits of what follows the last of some values
 constexpr int kExpanders = 8;             // warps that expand, a candidate each
 constexpr int kMostExpansions = 30;       // kept at once: a bit each of a positive number
 constexpr size_t kMostShared = 99 << 10;  // bytes; every GPU from sm_80 on has them
@@ -85,20 +86,20 @@ struct Shared {
     candidates = reinterpret_cast<Candidate*>(expansions + limits.expansions);
     places = reinterpret_cast<Place*>(candidates + 2 * nodes);
     values = reinterpret_cast<double*>(places + nodes);
-    factors = values + 2 * nodes;
+    factors = values + 2 * (nodes + 1);
   }
   __device__ Candidate* waiting(int list) const { return candidates + list * nodes; }
-  __device__ double* value(int list) const { return values + list * nodes; }
+  __device__ double* value(int list) const { return values + list * (nodes + 1); }
   static size_t bytes(int nodes, int expansions) {
-    return expansions * sizeof(Expansion) +
-           nodes * (2 * sizeof(Candidate) + sizeof(Place) + 2 * sizeof(double)) +
-           kFactors * sizeof(double);
+    return expansions * sizeof(Expansion) + nodes * (2 * sizeof(Candidate) + sizeof(Place)) +
+           (2 * (nodes + 1) + kFactors) * sizeof(double);
   }
 };
 
 // What is shared beside: the expansions that are free, as bits, and what the warps expand next.
 struct Round {
   int free, targets;
+  int spare[kExpanders];  // the first that are free
   Target target[kExpanders];
 };
 
@@ -482,6 +483,7 @@ __device__ __forceinline__ void weigh(int count, double above, double ahead, Exp
     expansion.likeliest = place[i];
     expansion.likeliest_probability = probability[i];
   }
+  if (lane == 0) expansion.value[count] = __longlong_as_double(kEnd);
 }
 
 // Writes what may follow a candidate of probability `above`, the most valuable first, of equals as
@@ -499,6 +501,7 @@ __device__ __forceinline__ void rank_tokens(const Scored (&scored)[2], double ab
     expansion.likeliest = 0;
     expansion.likeliest_probability = 0.0;
     expansion.value[0] = ahead;
+    expansion.value[ahead > 0] = __longlong_as_double(kEnd);
     expansion.source[0] = kNoise;
     return;
   }
@@ -552,8 +555,11 @@ __device__ __forceinline__ void choose_targets(const Shared& shared, int now, in
   if (free == 0) {  // of what has been expanded for nothing so far
     for (int i = lane; i < size; i += kWarp) waiting[i].expansion = -1;
     free = static_cast<int>((1u << limits.expansions) - 1);
-    __syncwarp();
   }
+  const bool is_free = free >> lane & 1;
+  const int nth = below(free, lane);
+  if (is_free && nth < kExpanders) round.spare[nth] = lane;
+  __syncwarp();
   Target target{};
   bool wanted = false;
   Expansion *head = nullptr, *last = nullptr;
@@ -575,11 +581,9 @@ __device__ __forceinline__ void choose_targets(const Shared& shared, int now, in
     wanted &= target.depth < limits.depth;
   }
   const int at = below(__ballot_sync(kWholeWarp, wanted), lane);
-  int rest = free;
-  for (int i = 0; i < at && rest; ++i) rest &= rest - 1;
-  wanted &= at < kExpanders && rest != 0;
+  wanted &= at < kExpanders && at < __popc(free);
   if (wanted) {
-    target.expansion = lowest_bit(rest);
+    target.expansion = round.spare[at];
     round.target[at] = target;
     Expansion& expansion = shared.expansions[target.expansion];
     expansion.next = -1;
@@ -592,7 +596,7 @@ __device__ __forceinline__ void choose_targets(const Shared& shared, int now, in
     }
   }
   const int targets = __popc(__ballot_sync(kWholeWarp, wanted));
-  for (int i = 0; i < targets; ++i) free &= free - 1;
+  free = static_cast<int>(__ballot_sync(kWholeWarp, is_free && nth >= targets));
   if (lane == 0) {
     round.targets = targets;
     round.free = free;
@@ -605,20 +609,21 @@ __device__ __forceinline__ void release(const Shared& shared, int expansion, Rou
     atomicAdd(&round.free, 1 << expansion);
 }
 
-// How many of some values, the largest first, come before another one: that are larger, or with
-// kEqual as large. At most kStep * kStep values, of which loads do not wait for each other but
-// once.
-template <int kStep, bool kEqual>
-__device__ __forceinline__ int come_before(const double* values, int count, double value) {
-  const auto before = [=](int at) {
-    return at < count && (kEqual ? values[at] >= value : values[at] > value);
+// How many of at most kStep * kStep values, the largest first, are larger than another one; after
+// the last of them there is kEnd. They are compared as bits, which order what is not negative, and
+// without predicates; loads do not wait for each other but once.
+template <int kStep>
+__device__ __forceinline__ int larger(const double* values, int count, int64_t value) {
+  const auto is_larger = [=](int at) {
+    const int64_t other = __double_as_longlong(values[at < count ? at : count]);
+    return static_cast<int>(static_cast<uint64_t>(value - other) >> 63);
   };
   int steps = 0;
 #pragma unroll
-  for (int i = 1; i <= kStep; ++i) steps += before(i * kStep - 1);
+  for (int i = 1; i <= kStep; ++i) steps += is_larger(i * kStep - 1);
   int found = steps * kStep;
 #pragma unroll
-  for (int i = 0; i < kStep - 1; ++i) found += before(steps * kStep + i);
+  for (int i = 0; i < kStep - 1; ++i) found += is_larger(steps * kStep + i);
   return found;
 }
 
@@ -640,11 +645,13 @@ __device__ __forceinline__ int merge(const Sources& from, const Shared& shared, 
   if (thread + 1 < size) {
     mine = shared.waiting(now)[thread + 1];
     value = values[thread];
-    place = thread + come_before<8, false>(expansion.value, count, value);
+    place = thread;
+    if (count) place += larger<8>(expansion.value, count, __double_as_longlong(value));
   } else if (at >= 0 && at < count) {
     value = expansion.value[at];
-    place = at + (limits.nodes > 64 ? come_before<16, true>(values, size - 1, value)
-                                    : come_before<8, true>(values, size - 1, value));
+    const int64_t less = __double_as_longlong(value) - 1;  // than what is as large
+    place = at + (limits.nodes > 64 ? larger<16>(values, size - 1, less)
+                                    : larger<8>(values, size - 1, less));
     const bool likeliest = at == expansion.likeliest;
     mine = {likeliest ? expansion.likeliest_probability : value,
             expansion.source[at] == kNoise ? noise_token(from, best.depth + 1, node)
@@ -661,8 +668,9 @@ __device__ __forceinline__ int merge(const Sources& from, const Shared& shared, 
   } else if (place < kMaxNodes) {
     release(shared, mine.expansion, round);
   }
-  const int grown = size - 1 + count;
-  return grown < left ? grown : left;
+  const int grown = size - 1 + count < left ? size - 1 + count : left;
+  if (thread == 0) shared.value(1 - now)[grown] = __longlong_as_double(kEnd);
+  return grown;
 }
 
 // Makes the first that waits a node: writes it out, and keeps its place for those after it.
@@ -704,6 +712,7 @@ __global__ void __launch_bounds__(most_threads(kMaxNodes), 1)
   if (thread == 0) {
     shared.waiting(0)[0] = {1.0, from.history[length - 1], -1, 0, 0, -1};  // the root
     shared.value(0)[0] = 1.0;
+    shared.value(0)[1] = __longlong_as_double(kEnd);
     round.free = static_cast<int>((1u << limits.expansions) - 1);
   }
   __syncthreads();
