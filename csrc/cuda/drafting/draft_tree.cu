@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kEnd = -1;              // bits of what follows the last of some values
 constexpr int kExpanders = 8;             // warps that expand, a candidate each
+constexpr int kChildren = 2 * kWarp;      // threads for what may follow a node
 constexpr int kMostExpansions = 30;       // kept at once: a bit each of a positive number
 constexpr size_t kMostShared = 99 << 10;  // bytes; every GPU from sm_80 on has them
 
@@ -71,6 +72,15 @@ struct Limits {
   int nodes, depth, expansions;
   double foresight;
 };
+
+// The threads before this one have a waiting candidate each, the others kChildren for each node.
+__host__ __device__ constexpr int first_child(int nodes) {
+  return (nodes + kWarp - 1) / kWarp * kWarp;
+}
+constexpr int most_threads(int nodes) {
+  const int merging = first_child(nodes) + kChildren;
+  return merging > kExpanders * kWarp ? merging : kExpanders * kWarp;
+}
 
 // Shared memory, of which there is as much as the nodes need. The waiting candidates have two
 // lists; to make a node is to write one from the other.
@@ -627,74 +637,101 @@ __device__ __forceinline__ int larger(const double* values, int count, int64_t v
   return found;
 }
 
-// Merges what may follow the first that waits, which is `node` now, into the others; keeps as many
-// as there are nodes to come, and returns how many. Of equals those that wait already come first,
-// whose parents are earlier nodes; then as in the expansion.
+// How many of the first that wait become nodes now: each has been expanded, if need be, and nothing
+// that may follow those before it comes before it. `most`: at once.
+__device__ __forceinline__ int ready(const Shared& shared, int now, int size, int node, int most,
+                                     const Limits& limits) {
+  double follows = -1.0;
+  for (int i = 0; i < most; ++i) {
+    if (i >= size || node + i >= limits.nodes) return i;
+    const Candidate& candidate = shared.waiting(now)[i];
+    if (follows > shared.value(now)[i]) return i;
+    if (candidate.expansion < 0) {
+      if (candidate.depth < limits.depth && node + i + 1 < limits.nodes) return i;
+      continue;
+    }
+    const Expansion& expansion = shared.expansions[candidate.expansion];
+    if (expansion.count && expansion.value[0] > follows) follows = expansion.value[0];
+  }
+  return most;
+}
+
+// Merges what may follow the first `made` that wait, which are nodes from `node` on now, into the
+// others; keeps as many as there are nodes to come, and returns how many. Of equals those that wait
+// already come first, whose parents are earlier nodes, then what follows the earlier node, then as
+// in its expansion.
 __device__ __forceinline__ int merge(const Sources& from, const Shared& shared, int now, int size,
-                                     int node, const Limits& limits, Round& round) {
-  const int first_child = (limits.nodes + kWarp - 1) / kWarp * kWarp;
-  const Candidate best = shared.waiting(now)[0];
-  const int left = limits.nodes - 1 - node;
-  const Expansion& expansion = shared.expansions[best.expansion < 0 ? 0 : best.expansion];
-  const int count = best.expansion < 0 ? 0 : expansion.count;
-  const double* values = shared.value(now) + 1;
+                                     int node, int made, const Limits& limits, Round& round) {
+  const Candidate* waiting = shared.waiting(now);
+  const double* values = shared.value(now) + made;
+  const int left = limits.nodes - node - made, thread = threadIdx.x;
+  const int group = (thread - first_child(limits.nodes)) / kChildren,
+            at = (thread - first_child(limits.nodes)) % kChildren;
+  const bool waits = thread + made < size, follows = thread >= first_child(limits.nodes);
   Candidate mine{};
-  double value = 0.0;
-  int place = kMaxNodes;
-  const int thread = threadIdx.x, at = thread - first_child;
-  if (thread + 1 < size) {
-    mine = shared.waiting(now)[thread + 1];
+  double value = -1.0;
+  int place = kMaxNodes, grown = size - made;
+  if (waits) {
+    mine = waiting[thread + made];
     value = values[thread];
     place = thread;
-    if (count) place += larger<8>(expansion.value, count, __double_as_longlong(value));
-  } else if (at >= 0 && at < count) {
-    value = expansion.value[at];
-    const int64_t less = __double_as_longlong(value) - 1;  // than what is as large
-    place = at + (limits.nodes > 64 ? larger<16>(values, size - 1, less)
-                                    : larger<8>(values, size - 1, less));
-    const bool likeliest = at == expansion.likeliest;
-    mine = {likeliest ? expansion.likeliest_probability : value,
-            expansion.source[at] == kNoise ? noise_token(from, best.depth + 1, node)
-                                           : expansion.token[at],
-            node,
-            best.depth + 1,
-            expansion.source[at],
-            likeliest ? expansion.next : -1};
-    if (mine.expansion >= 0) shared.expansions[mine.expansion].last = expansion.last;
+  } else if (follows && group < made && waiting[group].expansion >= 0) {
+    const Expansion& expansion = shared.expansions[waiting[group].expansion];
+    if (at < expansion.count) {
+      const bool likeliest = at == expansion.likeliest, noise = expansion.source[at] == kNoise;
+      const int depth = waiting[group].depth + 1;
+      value = expansion.value[at];
+      mine = {likeliest ? expansion.likeliest_probability : value,
+              noise ? noise_token(from, depth, node + group) : expansion.token[at],
+              node + group,
+              depth,
+              expansion.source[at],
+              likeliest ? expansion.next : -1};
+      if (mine.expansion >= 0) shared.expansions[mine.expansion].last = expansion.last;
+      const int64_t less = __double_as_longlong(value) - 1;  // than what is as large
+      place = at + (limits.nodes > 64 ? larger<16>(values, size - made, less)
+                                      : larger<8>(values, size - made, less));
+    }
   }
-  if (place < left) {
-    shared.waiting(1 - now)[place] = mine;
-    shared.value(1 - now)[place] = value;
-  } else if (place < kMaxNodes) {
-    release(shared, mine.expansion, round);
+  for (int i = 0; i < made; ++i) {
+    if (waiting[i].expansion < 0) continue;
+    const Expansion& expansion = shared.expansions[waiting[i].expansion];
+    grown += expansion.count;
+    if (value < 0 || (follows && i == group)) continue;
+    const bool first = follows && i < group;  // of equals
+    place += larger<8>(expansion.value, expansion.count, __double_as_longlong(value) - first);
   }
-  const int grown = size - 1 + count < left ? size - 1 + count : left;
+  if (value >= 0) {
+    if (place < left) {
+      shared.waiting(1 - now)[place] = mine;
+      shared.value(1 - now)[place] = value;
+    } else {
+      release(shared, mine.expansion, round);
+    }
+  }
+  grown = grown < left ? grown : left;
   if (thread == 0) shared.value(1 - now)[grown] = __longlong_as_double(kEnd);
   return grown;
 }
 
-// Makes the first that waits a node: writes it out, and keeps its place for those after it.
-__device__ __forceinline__ void make_node(const Shared& shared, int now, int64_t first, int node,
-                                          const Tree& tree, Round& round) {
-  const Candidate& best = shared.waiting(now)[0];
-  const int thread = static_cast<int>(blockDim.x) - 1 - static_cast<int>(threadIdx.x);
-  if (thread >= kContext) return;
+// Makes the first `made` that wait nodes: writes them out, and keeps their places for those after
+// them.
+__device__ __forceinline__ void make_nodes(const Shared& shared, int now, int64_t first, int node,
+                                           int made, const Tree& tree, Round& round) {
+  const int thread = static_cast<int>(blockDim.x - 1 - threadIdx.x), at = thread / kContext;
+  if (at >= made) return;
+  const Candidate& best = shared.waiting(now)[at];
   if (best.expansion >= 0) {
     const Place& place = shared.expansions[best.expansion].place;
-    shared.places[node].context[thread] = place.context[thread];
-    shared.places[node].hashes[thread] = place.hashes[thread];
+    shared.places[node + at].context[thread % kContext] = place.context[thread % kContext];
+    shared.places[node + at].hashes[thread % kContext] = place.hashes[thread % kContext];
   }
-  if (thread) return;
-  tree.tokens[first + node] = best.token;
-  tree.parents[first + node] = best.parent;
-  tree.probability[first + node] = best.probability;
-  tree.sources[first + node] = best.source;
+  if (thread % kContext) return;
+  tree.tokens[first + node + at] = best.token;
+  tree.parents[first + node + at] = best.parent;
+  tree.probability[first + node + at] = best.probability;
+  tree.sources[first + node + at] = best.source;
   if (best.expansion >= 0) atomicAdd(&round.free, 1 << best.expansion);
-}
-
-constexpr int most_threads(int nodes) {
-  const int merging = (nodes + kWarp - 1) / kWarp * kWarp + 3 * kWarp;  // others, children, place
-  return merging > kExpanders * kWarp ? merging : kExpanders * kWarp;
 }
 
 __global__ void __launch_bounds__(most_threads(kMaxNodes), 1)
@@ -718,9 +755,10 @@ __global__ void __launch_bounds__(most_threads(kMaxNodes), 1)
   __syncthreads();
 
   int node = 0, now = 0;
+  const int most = (static_cast<int>(blockDim.x) - first_child(limits.nodes)) / kChildren;
   for (int size = 1; node < limits.nodes && size > 0;) {
-    const Candidate& best = shared.waiting(now)[0];
-    if (best.expansion < 0 && best.depth < limits.depth && node + 1 < limits.nodes) {
+    int made = ready(shared, now, size, node, most, limits);
+    if (made == 0) {
       __syncthreads();  // all have seen that
       if (thread < kWarp) choose_targets(shared, now, size, limits.nodes - node, limits, round);
       __syncthreads();
@@ -729,11 +767,12 @@ __global__ void __launch_bounds__(most_threads(kMaxNodes), 1)
         expand(from, target, limits.foresight, shared.factors, shared.expansions[target.expansion]);
       }
       __syncthreads();
+      made = ready(shared, now, size, node, most, limits);
     }
-    make_node(shared, now, first, node, tree, round);
-    size = merge(from, shared, now, size, node, limits, round);
+    make_nodes(shared, now, first, node, made, tree, round);
+    size = merge(from, shared, now, size, node, made, limits, round);
     now = 1 - now;
-    ++node;
+    node += made;
     __syncthreads();
   }
 
