@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kEnd = -1;              // bits of what follows the last of some values
 constexpr int kExpanders = 8;             // warps that expand, a candidate each
+constexpr int kAtOnce = 4;                // nodes, at most
 constexpr int kChildren = 2 * kWarp;      // threads for what may follow a node
 constexpr int kMostExpansions = 30;       // kept at once: a bit each of a positive number
 constexpr size_t kMostShared = 99 << 10;  // bytes; every GPU from sm_80 on has them
@@ -78,7 +79,7 @@ __host__ __device__ constexpr int first_child(int nodes) {
   return (nodes + kWarp - 1) / kWarp * kWarp;
 }
 constexpr int most_threads(int nodes) {
-  const int merging = first_child(nodes) + kChildren;
+  const int merging = first_child(nodes) + kAtOnce * kChildren;
   return merging > kExpanders * kWarp ? merging : kExpanders * kWarp;
 }
 
