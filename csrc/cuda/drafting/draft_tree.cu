@@ -78,6 +78,10 @@ struct Limits {
 __host__ __device__ constexpr int first_child(int nodes) {
   return (nodes + kWarp - 1) / kWarp * kWarp;
 }
+// Of values of candidates, with what is read after them.
+__host__ __device__ constexpr int room_for(int nodes) {
+  return (nodes > 64 ? kMaxNodes : 64) + kAtOnce + 16;
+}
 constexpr int most_threads(int nodes) {
   const int merging = first_child(nodes) + kAtOnce * kChildren;
   return merging > kExpanders * kWarp ? merging : kExpanders * kWarp;
@@ -97,13 +101,13 @@ struct Shared {
     candidates = reinterpret_cast<Candidate*>(expansions + limits.expansions);
     places = reinterpret_cast<Place*>(candidates + 2 * nodes);
     values = reinterpret_cast<double*>(places + nodes);
-    factors = values + 2 * (nodes + 1);
+    factors = values + 2 * room_for(nodes);
   }
   __device__ Candidate* waiting(int list) const { return candidates + list * nodes; }
-  __device__ double* value(int list) const { return values + list * (nodes + 1); }
+  __device__ double* value(int list) const { return values + list * room_for(nodes); }
   static size_t bytes(int nodes, int expansions) {
     return expansions * sizeof(Expansion) + nodes * (2 * sizeof(Candidate) + sizeof(Place)) +
-           (2 * (nodes + 1) + kFactors) * sizeof(double);
+           (2 * room_for(nodes) + kFactors) * sizeof(double);
   }
 };
 
@@ -494,7 +498,8 @@ __device__ __forceinline__ void weigh(int count, double above, double ahead, Exp
     expansion.likeliest = place[i];
     expansion.likeliest_probability = probability[i];
   }
-  if (lane == 0) expansion.value[count] = __longlong_as_double(kEnd);
+  for (int i = count + lane; i < kListed + 8; i += kWarp)
+    expansion.value[i] = __longlong_as_double(kEnd);
 }
 
 // Writes what may follow a candidate of probability `above`, the most valuable first, of equals as
@@ -507,12 +512,13 @@ __device__ __forceinline__ void rank_tokens(const Scored (&scored)[2], double ab
   const int count = __popc(guesses) + __popc(others);
   const double ahead = above * foresight;
   if (count == 0) {
+    for (int i = lane; i < kListed + 8; i += kWarp)
+      expansion.value[i] =
+          __longlong_as_double(i == 0 && ahead > 0 ? __double_as_longlong(ahead) : kEnd);
     if (lane) return;
     expansion.count = ahead > 0;
     expansion.likeliest = 0;
     expansion.likeliest_probability = 0.0;
-    expansion.value[0] = ahead;
-    expansion.value[ahead > 0] = __longlong_as_double(kEnd);
     expansion.source[0] = kNoise;
     return;
   }
@@ -620,41 +626,56 @@ __device__ __forceinline__ void release(const Shared& shared, int expansion, Rou
     atomicAdd(&round.free, 1 << expansion);
 }
 
-// How many of at most kStep * kStep values, the largest first, are larger than another one; after
-// the last of them there is kEnd. They are compared as bits, which order what is not negative, and
-// without predicates; loads do not wait for each other but once.
-template <int kStep>
-__device__ __forceinline__ int larger(const double* values, int count, int64_t value) {
-  const auto is_larger = [=](int at) {
-    const int64_t other = __double_as_longlong(values[at < count ? at : count]);
-    return static_cast<int>(static_cast<uint64_t>(value - other) >> 63);
+// How many of at most kBlocks * kEach values, the largest first, are larger than another one; all
+// after them is kEnd, as far as kBlocks blocks of kEach go. They are compared as bits, which order
+// what is not negative, and without predicates; loads do not wait for each other but once.
+template <int kBlocks, int kEach>
+__device__ __forceinline__ int larger(const double* values, int64_t value) {
+  const auto is_larger = [=](const double& other) {
+    return static_cast<int>(static_cast<uint64_t>(value - __double_as_longlong(other)) >> 63);
   };
-  int steps = 0;
+  int blocks = 0;
 #pragma unroll
-  for (int i = 1; i <= kStep; ++i) steps += is_larger(i * kStep - 1);
-  int found = steps * kStep;
+  for (int i = 1; i <= kBlocks; ++i) blocks += is_larger(values[i * kEach - 1]);
+  const double* rest = values + blocks * kEach;
+  int found = blocks * kEach;
 #pragma unroll
-  for (int i = 0; i < kStep - 1; ++i) found += is_larger(steps * kStep + i);
+  for (int i = 0; i < kEach - 1; ++i) found += is_larger(rest[i]);
   return found;
 }
 
-// How many of the first that wait become nodes now: each has been expanded, if need be, and nothing
-// that may follow those before it comes before it. `most`: at once.
-__device__ __forceinline__ int ready(const Shared& shared, int now, int size, int node, int most,
-                                     const Limits& limits) {
-  double follows = -1.0;
-  for (int i = 0; i < most; ++i) {
-    if (i >= size || node + i >= limits.nodes) return i;
-    const Candidate& candidate = shared.waiting(now)[i];
-    if (follows > shared.value(now)[i]) return i;
-    if (candidate.expansion < 0) {
-      if (candidate.depth < limits.depth && node + i + 1 < limits.nodes) return i;
-      continue;
+// What makes the first that wait nodes: how many become nodes now, and of lane i that of the i-th.
+struct Ready {
+  int made, expansion, count;
+};
+
+// Each of them has been expanded, if need be, and nothing that may follow those before it comes
+// before it. `most`: at once. Every warp finds out.
+__device__ __forceinline__ Ready ready(const Shared& shared, int now, int size, int node, int most,
+                                       const Limits& limits) {
+  const int lane = lane_of();
+  const bool waits = lane < most && lane < size && node + lane < limits.nodes;
+  Ready ready{0, -1, 0};
+  double value = 0.0, follows = -1.0;
+  bool stops = !waits;
+  if (waits) {
+    const Candidate& candidate = shared.waiting(now)[lane];
+    value = shared.value(now)[lane];
+    ready.expansion = candidate.expansion;
+    if (ready.expansion >= 0) {
+      ready.count = shared.expansions[ready.expansion].count;
+      if (ready.count) follows = shared.expansions[ready.expansion].value[0];
+    } else {
+      stops = candidate.depth < limits.depth && node + lane + 1 < limits.nodes;
     }
-    const Expansion& expansion = shared.expansions[candidate.expansion];
-    if (expansion.count && expansion.value[0] > follows) follows = expansion.value[0];
   }
-  return most;
+#pragma unroll
+  for (int i = 0; i + 1 < kAtOnce; ++i) {
+    const double other = __shfl_sync(kWholeWarp, follows, i);
+    if (i < lane && other > value) stops = true;
+  }
+  ready.made = first_bit(__ballot_sync(kWholeWarp, stops));
+  return ready;
 }
 
 // Merges what may follow the first `made` that wait, which are nodes from `node` on now, into the
@@ -662,12 +683,13 @@ __device__ __forceinline__ int ready(const Shared& shared, int now, int size, in
 // already come first, whose parents are earlier nodes, then what follows the earlier node, then as
 // in its expansion.
 __device__ __forceinline__ int merge(const Sources& from, const Shared& shared, int now, int size,
-                                     int node, int made, const Limits& limits, Round& round) {
+                                     int node, const Ready& ready, const Limits& limits,
+                                     Round& round) {
   const Candidate* waiting = shared.waiting(now);
+  const int made = ready.made, left = limits.nodes - node - made, thread = threadIdx.x;
   const double* values = shared.value(now) + made;
-  const int left = limits.nodes - node - made, thread = threadIdx.x;
-  const int group = (thread - first_child(limits.nodes)) / kChildren,
-            at = (thread - first_child(limits.nodes)) % kChildren;
+  const int group = (thread - first_child(limits.nodes)) / kChildren;
+  const int at = (thread - first_child(limits.nodes)) % kChildren;
   const bool waits = thread + made < size, follows = thread >= first_child(limits.nodes);
   Candidate mine{};
   double value = -1.0;
@@ -690,18 +712,19 @@ __device__ __forceinline__ int merge(const Sources& from, const Shared& shared, 
               likeliest ? expansion.next : -1};
       if (mine.expansion >= 0) shared.expansions[mine.expansion].last = expansion.last;
       const int64_t less = __double_as_longlong(value) - 1;  // than what is as large
-      place = at + (limits.nodes > 64 ? larger<16>(values, size - made, less)
-                                      : larger<8>(values, size - made, less));
+      place = at + (limits.nodes > 64 ? larger<16, 16>(values, less) : larger<8, 8>(values, less));
     }
   }
+#pragma unroll 1
   for (int i = 0; i < made; ++i) {
-    if (waiting[i].expansion < 0) continue;
-    const Expansion& expansion = shared.expansions[waiting[i].expansion];
-    grown += expansion.count;
-    if (value < 0 || (follows && i == group)) continue;
+    const int expansion = __shfl_sync(kWholeWarp, ready.expansion, i);
+    grown += __shfl_sync(kWholeWarp, ready.count, i);
+    if (expansion < 0 || value < 0 || (follows && i == group)) continue;
     const bool first = follows && i < group;  // of equals
-    place += larger<8>(expansion.value, expansion.count, __double_as_longlong(value) - first);
+    place += larger<kListed / 8, 8>(shared.expansions[expansion].value,
+                                    __double_as_longlong(value) - first);
   }
+  grown = grown < left ? grown : left;
   if (value >= 0) {
     if (place < left) {
       shared.waiting(1 - now)[place] = mine;
@@ -710,8 +733,7 @@ __device__ __forceinline__ int merge(const Sources& from, const Shared& shared, 
       release(shared, mine.expansion, round);
     }
   }
-  grown = grown < left ? grown : left;
-  if (thread == 0) shared.value(1 - now)[grown] = __longlong_as_double(kEnd);
+  if (!follows && thread >= grown) shared.value(1 - now)[thread] = __longlong_as_double(kEnd);
   return grown;
 }
 
@@ -743,6 +765,8 @@ __global__ void __launch_bounds__(most_threads(kMaxNodes), 1)
   const Shared shared(memory, limits);
   const int64_t row = blockIdx.x, first = row * limits.nodes;
   const int thread = threadIdx.x;
+  for (int i = thread + 1; i < 2 * room_for(limits.nodes); i += blockDim.x)
+    shared.value(0)[i] = __longlong_as_double(kEnd);
   for (int i = blockDim.x - 1 - thread; i < kFactors; i += blockDim.x)
     shared.factors[i] = first_row.factors[i];
   const int64_t length = clamp(lengths[row], 1, capacity);
@@ -750,7 +774,6 @@ __global__ void __launch_bounds__(most_threads(kMaxNodes), 1)
   if (thread == 0) {
     shared.waiting(0)[0] = {1.0, from.history[length - 1], -1, 0, 0, -1};  // the root
     shared.value(0)[0] = 1.0;
-    shared.value(0)[1] = __longlong_as_double(kEnd);
     round.free = static_cast<int>((1u << limits.expansions) - 1);
   }
   __syncthreads();
@@ -758,8 +781,8 @@ __global__ void __launch_bounds__(most_threads(kMaxNodes), 1)
   int node = 0, now = 0;
   const int most = (static_cast<int>(blockDim.x) - first_child(limits.nodes)) / kChildren;
   for (int size = 1; node < limits.nodes && size > 0;) {
-    int made = ready(shared, now, size, node, most, limits);
-    if (made == 0) {
+    Ready first_ones = ready(shared, now, size, node, most, limits);
+    if (first_ones.made == 0) {
       __syncthreads();  // all have seen that
       if (thread < kWarp) choose_targets(shared, now, size, limits.nodes - node, limits, round);
       __syncthreads();
@@ -768,12 +791,12 @@ __global__ void __launch_bounds__(most_threads(kMaxNodes), 1)
         expand(from, target, limits.foresight, shared.factors, shared.expansions[target.expansion]);
       }
       __syncthreads();
-      made = ready(shared, now, size, node, most, limits);
+      first_ones = ready(shared, now, size, node, most, limits);
     }
-    make_nodes(shared, now, first, node, made, tree, round);
-    size = merge(from, shared, now, size, node, made, limits, round);
+    make_nodes(shared, now, first, node, first_ones.made, tree, round);
+    size = merge(from, shared, now, size, node, first_ones, limits, round);
     now = 1 - now;
-    node += made;
+    node += first_ones.made;
     __syncthreads();
   }
 
