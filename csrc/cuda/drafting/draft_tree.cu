@@ -626,21 +626,43 @@ __device__ __forceinline__ void release(const Shared& shared, int expansion, Rou
     atomicAdd(&round.free, 1 << expansion);
 }
 
-// How many of at most kBlocks * kEach values, the largest first, are larger than another one; all
-// after them is kEnd, as far as kBlocks blocks of kEach go. They are compared as bits, which order
-// what is not negative, and without predicates; loads do not wait for each other but once.
-template <int kBlocks, int kEach>
+// 1 where another value is larger, by bits, which order what is not negative: without predicates,
+// so that comparisons do not wait for each other.
+__device__ __forceinline__ int is_larger(double other, int64_t value) {
+  return static_cast<int>(static_cast<uint64_t>(value - __double_as_longlong(other)) >> 63);
+}
+
+// How many of at most kStep * kStep values, the largest first, are larger than another one; after
+// the last of them there is kEnd, so far as is read. A warp calls it together.
+template <int kStep>
 __device__ __forceinline__ int larger(const double* values, int64_t value) {
-  const auto is_larger = [=](const double& other) {
-    return static_cast<int>(static_cast<uint64_t>(value - __double_as_longlong(other)) >> 63);
-  };
-  int blocks = 0;
+  double read[kStep];
 #pragma unroll
-  for (int i = 1; i <= kBlocks; ++i) blocks += is_larger(values[i * kEach - 1]);
-  const double* rest = values + blocks * kEach;
-  int found = blocks * kEach;
+  for (int i = 0; i < kStep; ++i) read[i] = values[i * kStep + kStep - 1];
+  __syncwarp();  // all loads have begun
+  int steps = 0;
 #pragma unroll
-  for (int i = 0; i < kEach - 1; ++i) found += is_larger(rest[i]);
+  for (int i = 0; i < kStep; ++i) steps += is_larger(read[i], value);
+#pragma unroll
+  for (int i = 0; i < kStep - 1; ++i) read[i] = values[steps * kStep + i];
+  __syncwarp();
+  int found = steps * kStep;
+#pragma unroll
+  for (int i = 0; i < kStep - 1; ++i) found += is_larger(read[i], value);
+  return found;
+}
+// The same of all of a few values.
+__device__ __forceinline__ int larger_of(const double* values, int count, int64_t value) {
+  int found = 0;
+#pragma unroll 1
+  for (int first = 0; first < count; first += 8) {
+    double read[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) read[i] = values[first + i];
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) found += is_larger(read[i], value);
+  }
   return found;
 }
 
@@ -711,18 +733,25 @@ __device__ __forceinline__ int merge(const Sources& from, const Shared& shared, 
               expansion.source[at],
               likeliest ? expansion.next : -1};
       if (mine.expansion >= 0) shared.expansions[mine.expansion].last = expansion.last;
-      const int64_t less = __double_as_longlong(value) - 1;  // than what is as large
-      place = at + (limits.nodes > 64 ? larger<16, 16>(values, less) : larger<8, 8>(values, less));
     }
+    __syncwarp();
+    const int64_t less = __double_as_longlong(value) - 1;  // than what is as large
+    place = at + (limits.nodes > 64 ? larger<16>(values, less) : larger<8>(values, less));
   }
-#pragma unroll 1
-  for (int i = 0; i < made; ++i) {
-    const int expansion = __shfl_sync(kWholeWarp, ready.expansion, i);
-    grown += __shfl_sync(kWholeWarp, ready.count, i);
-    if (expansion < 0 || value < 0 || (follows && i == group)) continue;
+  int expansions[kAtOnce], counts[kAtOnce];
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) {
+    expansions[i] = __shfl_sync(kWholeWarp, ready.expansion, i);
+    counts[i] = __shfl_sync(kWholeWarp, ready.count, i);
+  }
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) {
+    if (i >= made || expansions[i] < 0) continue;
+    grown += counts[i];
+    if (follows && i == group) continue;
     const bool first = follows && i < group;  // of equals
-    place += larger<kListed / 8, 8>(shared.expansions[expansion].value,
-                                    __double_as_longlong(value) - first);
+    place += larger_of(shared.expansions[expansions[i]].value, counts[i],
+                       __double_as_longlong(value) - first);
   }
   grown = grown < left ? grown : left;
   if (value >= 0) {
