@@ -677,20 +677,18 @@ __device__ __forceinline__ Ready ready(const Shared& shared, int now, int size, 
                                        const Limits& limits) {
   const int lane = lane_of();
   const bool waits = lane < most && lane < size && node + lane < limits.nodes;
-  Ready ready{0, -1, 0};
-  double value = 0.0, follows = -1.0;
-  bool stops = !waits;
-  if (waits) {
-    const Candidate& candidate = shared.waiting(now)[lane];
-    value = shared.value(now)[lane];
-    ready.expansion = candidate.expansion;
-    if (ready.expansion >= 0) {
-      ready.count = shared.expansions[ready.expansion].count;
-      if (ready.count) follows = shared.expansions[ready.expansion].value[0];
-    } else {
-      stops = candidate.depth < limits.depth && node + lane + 1 < limits.nodes;
-    }
-  }
+  // Loads that do not wait for each other, of whatever lies there where nothing waits.
+  const Candidate candidate = shared.waiting(now)[lane % kAtOnce];
+  const double value = shared.value(now)[lane % kAtOnce];
+  Ready ready{0, waits ? candidate.expansion : -1, 0};
+  const Expansion& expansion = shared.expansions[ready.expansion < 0 ? 0 : ready.expansion];
+  const int count = expansion.count;
+  const double first = expansion.value[0];
+  __syncwarp();
+  if (ready.expansion >= 0) ready.count = count;
+  const double follows = ready.count ? first : -1.0;
+  const bool expands = candidate.depth < limits.depth && node + lane + 1 < limits.nodes;
+  bool stops = !waits || (ready.expansion < 0 && expands);
 #pragma unroll
   for (int i = 0; i + 1 < kAtOnce; ++i) {
     const double other = __shfl_sync(kWholeWarp, follows, i);
@@ -713,6 +711,8 @@ __device__ __forceinline__ int merge(const Sources& from, const Shared& shared, 
   const int group = (thread - first_child(limits.nodes)) / kChildren;
   const int at = (thread - first_child(limits.nodes)) % kChildren;
   const bool waits = thread + made < size, follows = thread >= first_child(limits.nodes);
+  const int own = __shfl_sync(kWholeWarp, ready.expansion, group % kAtOnce);
+  const int own_count = __shfl_sync(kWholeWarp, ready.count, group % kAtOnce);
   Candidate mine{};
   double value = -1.0;
   int place = kMaxNodes, grown = size - made;
@@ -720,19 +720,23 @@ __device__ __forceinline__ int merge(const Sources& from, const Shared& shared, 
     mine = waiting[thread + made];
     value = values[thread];
     place = thread;
-  } else if (follows && group < made && waiting[group].expansion >= 0) {
-    const Expansion& expansion = shared.expansions[waiting[group].expansion];
-    if (at < expansion.count) {
-      const bool likeliest = at == expansion.likeliest, noise = expansion.source[at] == kNoise;
-      const int depth = waiting[group].depth + 1;
-      value = expansion.value[at];
-      mine = {likeliest ? expansion.likeliest_probability : value,
-              noise ? noise_token(from, depth, node + group) : expansion.token[at],
+  } else if (follows && group < made && own >= 0) {
+    const Expansion& expansion = shared.expansions[own];
+    const int one = at < kListed ? at : 0, source = expansion.source[one];
+    const int likeliest = expansion.likeliest, depth = expansion.depth + 1;
+    const int next = expansion.next, last = expansion.last;
+    const double probability = expansion.likeliest_probability, worth = expansion.value[one];
+    const int64_t token = expansion.token[one];
+    __syncwarp();  // all loads have begun
+    if (at < own_count) {
+      value = worth;
+      mine = {at == likeliest ? probability : value,
+              source == kNoise ? noise_token(from, depth, node + group) : token,
               node + group,
               depth,
-              expansion.source[at],
-              likeliest ? expansion.next : -1};
-      if (mine.expansion >= 0) shared.expansions[mine.expansion].last = expansion.last;
+              source,
+              at == likeliest ? next : -1};
+      if (mine.expansion >= 0) shared.expansions[mine.expansion].last = last;
     }
     __syncwarp();
     const int64_t less = __double_as_longlong(value) - 1;  // than what is as large
