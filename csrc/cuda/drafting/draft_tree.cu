@@ -498,8 +498,7 @@ __device__ __forceinline__ void weigh(int count, double above, double ahead, Exp
     expansion.likeliest = place[i];
     expansion.likeliest_probability = probability[i];
   }
-  for (int i = count + lane; i < kListed + 8; i += kWarp)
-    expansion.value[i] = __longlong_as_double(kEnd);
+  if (lane < 8) expansion.value[count + lane] = __longlong_as_double(kEnd);
 }
 
 // Writes what may follow a candidate of probability `above`, the most valuable first, of equals as
@@ -512,9 +511,7 @@ __device__ __forceinline__ void rank_tokens(const Scored (&scored)[2], double ab
   const int count = __popc(guesses) + __popc(others);
   const double ahead = above * foresight;
   if (count == 0) {
-    for (int i = lane; i < kListed + 8; i += kWarp)
-      expansion.value[i] =
-          __longlong_as_double(i == 0 && ahead > 0 ? __double_as_longlong(ahead) : kEnd);
+    if (lane < 8) expansion.value[lane] = lane || !(ahead > 0) ? __longlong_as_double(kEnd) : ahead;
     if (lane) return;
     expansion.count = ahead > 0;
     expansion.likeliest = 0;
@@ -651,7 +648,7 @@ __device__ __forceinline__ int larger(const double* values, int64_t value) {
   for (int i = 0; i < kStep - 1; ++i) found += is_larger(read[i], value);
   return found;
 }
-// The same of all of a few values.
+// The same of all of a few values, eight at a time.
 __device__ __forceinline__ int larger_of(const double* values, int count, int64_t value) {
   int found = 0;
 #pragma unroll 1
