@@ -19,9 +19,10 @@ namespace msn {
 
 namespace {
 
-constexpr int64_t kEnd = -1;              // bits of what follows the last of some values
-constexpr int kExpanders = 8;             // warps that expand, a candidate each
-constexpr int kAtOnce = 4;                // nodes, at most
+constexpr int64_t kEnd = -1;   // bits of what follows the last of some values
+constexpr int kExpanders = 8;  // warps that expand, a candidate each
+constexpr int kKept = 6;       // candidates that keep their expansions when there is little room
+constexpr int kAtOnce = 4;     // nodes, at most
 constexpr int kChildren = 2 * kWarp;      // threads for what may follow a node
 constexpr int kMostExpansions = 30;       // kept at once: a bit each of a positive number
 constexpr size_t kMostShared = 99 << 10;  // bytes; every GPU from sm_80 on has them
@@ -557,6 +558,12 @@ __device__ __forceinline__ void expand(const Sources& from, const Target& target
 
 // ---- the nodes ----------------------------------------------------------------------------------
 
+// Gives an expansion back, and those of what may follow.
+__device__ __forceinline__ void release(const Shared& shared, int expansion, Round& round) {
+  for (; expansion >= 0; expansion = shared.expansions[expansion].next)
+    atomicAdd(&round.free, 1 << expansion);
+}
+
 // The first warp picks what all expand next: of each candidate that waits, from the first on, the
 // candidate itself, or the likeliest one after the last of its expansions, where it can still
 // become a node and have another one after it. `left`: nodes to come.
@@ -564,12 +571,19 @@ __device__ __forceinline__ void choose_targets(const Shared& shared, int now, in
                                                const Limits& limits, Round& round) {
   const int lane = lane_of();
   Candidate* waiting = shared.waiting(now);
+  // Of what has been expanded for nothing so far, what is far from its turn makes room; at last
+  // all.
+  for (int kept = kKept; __popc(round.free) < kExpanders; kept = 0) {
+    __syncwarp();
+    for (int i = kept + lane; i < size; i += kWarp) {
+      release(shared, waiting[i].expansion, round);
+      waiting[i].expansion = -1;
+    }
+    __syncwarp();
+    if (kept == 0 || round.free) break;
+  }
   int free = round.free;
   __syncwarp();
-  if (free == 0) {  // of what has been expanded for nothing so far
-    for (int i = lane; i < size; i += kWarp) waiting[i].expansion = -1;
-    free = static_cast<int>((1u << limits.expansions) - 1);
-  }
   const bool is_free = free >> lane & 1;
   const int nth = below(free, lane);
   if (is_free && nth < kExpanders) round.spare[nth] = lane;
@@ -615,12 +629,6 @@ __device__ __forceinline__ void choose_targets(const Shared& shared, int now, in
     round.targets = targets;
     round.free = free;
   }
-}
-
-// Gives an expansion back, and those of what may follow.
-__device__ __forceinline__ void release(const Shared& shared, int expansion, Round& round) {
-  for (; expansion >= 0; expansion = shared.expansions[expansion].next)
-    atomicAdd(&round.free, 1 << expansion);
 }
 
 // 1 where another value is larger, by bits, which order what is not negative: without predicates,
