@@ -58,10 +58,26 @@ MSN_HD int level_of(double probability) {
   return level;
 }
 
-// The hash of a context and one more token before it (contexts are read from the newest token
-// back).
+// The hash of an n-gram and one more token after it; that of no tokens is 0.
 MSN_HD uint64_t extend_hash(uint64_t hash, int64_t token) {
   return splitmix64(hash ^ static_cast<uint64_t>(token));
+}
+// The hash of a context's n newest tokens.
+MSN_HD uint64_t hash_of(const int64_t* context, int n) {
+  uint64_t hash = 0;
+  while (n > 0) hash = extend_hash(hash, context[--n]);
+  return hash;
+}
+// The hashes of the 1, 2, .. kContext newest tokens, after one more: each extends one of those
+// before it, and none waits for another.
+MSN_HD void extend_hashes(const uint64_t* before, int64_t token, uint64_t* hashes) {
+  for (int n = kContext - 1; n > 0; --n) hashes[n] = extend_hash(before[n - 1], token);
+  hashes[0] = extend_hash(0, token);
+}
+// The slot of a hash. Most tables have a power of two of them, which no division is needed for.
+MSN_HD int64_t slot_of(uint64_t hash, int64_t slots) {
+  const uint64_t all = static_cast<uint64_t>(slots), last = all - 1;
+  return static_cast<int64_t>(all & last ? hash % all : hash & last);
 }
 // Tells contexts in one slot of a table apart; 0 is an empty slot.
 MSN_HD int32_t hash_check(uint64_t hash) {
@@ -121,7 +137,7 @@ template <typename Token>
 MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* suffixes, int64_t slots,
                           uint64_t hash, const int64_t* context, int n) {
   if (slots <= 0) return 0;
-  const int64_t end = suffixes[hash % static_cast<uint64_t>(slots)];
+  const int64_t end = suffixes[slot_of(hash, slots)];
   if (end < n || end >= length) return 0;
   bool same = true;
   for (int i = 0; i < n; ++i)
@@ -133,8 +149,7 @@ MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* suff
 // none.
 MSN_HD const int32_t* remembered(const Sources& from, uint64_t hash, int n) {
   if (from.adjacency_slots <= 0) return nullptr;
-  const int64_t slot = (n - 1) * from.adjacency_slots +
-                       static_cast<int64_t>(hash % static_cast<uint64_t>(from.adjacency_slots));
+  const int64_t slot = (n - 1) * from.adjacency_slots + slot_of(hash, from.adjacency_slots);
   const int32_t* row = from.adjacency + slot * (1 + kGuesses);
   return row[0] == hash_check(hash) ? row + 1 : nullptr;
 }
@@ -153,14 +168,15 @@ MSN_HD int64_t following(const Sources& from, const int64_t* context, uint64_t h
   return end > 0 ? from.corpus[end] : -1;
 }
 
-MSN_HD void look_up(const Sources& from, const int64_t* context, int count, Known& known) {
+// `hashes`: of the context's newest tokens, as extend_hashes has them.
+MSN_HD void look_up(const Sources& from, const int64_t* context, const uint64_t* hashes, int count,
+                    Known& known) {
   known.highest = known.longest = 0;
   for (int order = 0; order < kOrders; ++order) known.guesses[order] = nullptr;
-  uint64_t hash = 0;
   bool tokens = true;  // and not what stands between the texts of a corpus
   for (int n = 1, level = 0; level < kSuffixes; ++n) {
+    const uint64_t hash = hashes[n - 1];
     if (n <= count) {
-      hash = extend_hash(hash, context[n - 1]);
       tokens &= context[n - 1] >= 0;
       if (n <= kOrders && (known.guesses[n - 1] = remembered(from, hash, n))) known.highest = n;
     }
@@ -178,6 +194,20 @@ MSN_HD void look_up(const Sources& from, const int64_t* context, int count, Know
   }
 }
 
+// Places of factors. `highest`, `longest`: what is known here, as in Known.
+MSN_HD int bias_at(int highest, int longest) {
+  return kBiasAt + highest * (kSuffixes + 1) + longest;
+}
+MSN_HD int denoised_at(int depth, int highest, int level) {
+  return kDenoisedAt + ((depth < 2 ? depth : 2) * 2 + (highest > 0)) * kLevels + level;
+}
+MSN_HD int adjacency_at(int order, int highest, int level) {
+  return kAdjacencyAt + (order * (kOrders + 1) + highest) * kLevels + level;
+}
+MSN_HD int suffix_at(int ngram, int rank, int highest) {
+  return kSuffixAt + (ngram * 3 + (rank < 2 ? rank : 2)) * (kOrders + 1) + highest;
+}
+
 // One of the listed tokens: its factor and where it comes from. Token -1: none here.
 struct Listed {
   int64_t token;
@@ -190,25 +220,24 @@ MSN_HD Listed listed_at(const Sources& from, const Known& known, int depth, int 
     if (depth >= from.depths) return {-1, 0, 0};
     const int32_t guess = from.denoised[depth * kGuesses + at];
     if (guess < 0) return {-1, 0, 0};
-    const int row = (depth < 2 ? depth : 2) * 2 + (known.highest > 0);
-    return {guess_token(guess), kDenoisedAt + row * kLevels + guess_level(guess), kDenoised};
+    const int factor = denoised_at(depth, known.highest, guess_level(guess));
+    return {guess_token(guess), factor, kDenoised};
   }
   at -= kGuesses;
   if (at < kGuesses * kOrders) {
     const int order = at / kGuesses;
     const int32_t guess = known.guesses[order] ? known.guesses[order][at % kGuesses] : -1;
     if (guess < 0) return {-1, 0, 0};
-    const int row = order * (kOrders + 1) + known.highest;
-    return {guess_token(guess), kAdjacencyAt + row * kLevels + guess_level(guess), kAdjacency};
+    const int factor = adjacency_at(order, known.highest, guess_level(guess));
+    return {guess_token(guess), factor, kAdjacency};
   }
   const int level = kSuffixes - 1 - (at - kGuesses * kOrders);
   if (known.next[level] < 0) return {-1, 0, 0};
-  const int row = level * 3 + (known.rank[level] < 2 ? known.rank[level] : 2);
-  return {known.next[level], kSuffixAt + row * (kOrders + 1) + known.highest, kSuffix};
+  return {known.next[level], suffix_at(level, known.rank[level], known.highest), kSuffix};
 }
 
 MSN_HD double bias_of(const Sources& from, const Known& known) {
-  return from.factors[kBiasAt + known.highest * (kSuffixes + 1) + known.longest];
+  return from.factors[bias_at(known.highest, known.longest)];
 }
 
 // The token after `parent` at `depth` where nothing is listed: one of the text, by counter.

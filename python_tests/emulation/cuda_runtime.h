@@ -226,6 +226,11 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return all;
 }
 
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  const uint64_t* values = emulation::exchange(mask, value);
+  return static_cast<unsigned>(*std::max_element(values, values + emulation::kWarp));
+}
+
 __attribute__((no_sanitize("thread"))) inline int atomicAdd(int* at, int value) {
   emulation::before_atomic(at);
   return (*at += value) - value;
@@ -240,6 +245,16 @@ inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
+}
+inline long long __double_as_longlong(double x) {
+  long long bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline double __longlong_as_double(long long bits) {
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 inline float __uint_as_float(uint32_t bits) {
   float x;

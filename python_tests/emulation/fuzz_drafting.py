@@ -122,8 +122,8 @@ def random_adjacency(rng: random.Random, history: torch.Tensor) -> torch.Tensor:
 def fuzz_index_suffixes(rng: random.Random, nodes: int) -> None:
     batch, capacity = (
         rng.randrange(4),
-        rng.choice([0, 1, 2, 16, 17, 40, 1500]),
-    )  # a block has 1024 threads
+        rng.choice([0, 1, 2, 16, 17, 40, 1500, 9000]),
+    )  # a row of 9000 has two blocks
     history = random_history(rng, batch, capacity)
     history = history.masked_fill(
         torch.rand(history.shape) < rng.choice([0.0, 0.1]), rng.choice([-1, -(2**63)])

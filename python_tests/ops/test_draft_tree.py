@@ -50,7 +50,7 @@ def test_drafts_of_random_knowledge(device, known, nodes, max_depth, foresight):
 def test_drafts_of_much_knowledge(device, seed, factors, corpus_texts):
     """Whole texts, so that every list has its say, by the oracle too."""
     options = {
-        "suffix_slots": 1 << 19,
+        "suffix_slots": 1 << 20,
         "corpus_texts": corpus_texts,
         "factors": factors,
         "seed": seed,

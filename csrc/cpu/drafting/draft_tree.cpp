@@ -65,6 +65,7 @@ void DraftTree::on_cpu() const {
                                   std::to_string(factor[i]) + "; expected 1e-9 to 1e9");
   std::vector<Candidate> waiting;
   std::vector<int> depth(nodes);
+  std::vector<uint64_t> hashes(static_cast<size_t>(nodes) * kContext);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = lengths.as<int64_t>()[b];
     check_range("lengths", b, length, 1, capacity);
@@ -85,10 +86,16 @@ void DraftTree::on_cpu() const {
       source[node] = best.source;
       depth[node] = node ? depth[best.parent] + 1 : 0;
       if (depth[node] >= max_depth) continue;
+      uint64_t* hash = hashes.data() + node * kContext;
+      if (node)
+        extend_hashes(hashes.data() + best.parent * kContext, best.token, hash);
+      else
+        for (int64_t at = std::max<int64_t>(length - kContext, 0); at < length; ++at)
+          extend_hashes(hash, from.history[at], hash);
       int64_t context[kContext];
       const int count = context_of(token, parent, node, from.history, length, kContext, context);
       Known known;
-      look_up(from, context, count, known);
+      look_up(from, context, hash, count, known);
       expand(from, known, node, depth[node], best.probability, foresight, waiting);
     }
     for (; node < nodes; ++node) {  // nothing left to guess

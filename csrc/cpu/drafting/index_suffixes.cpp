@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "best_first.h"
 #include "cpu/check.h"
 #include "drafting_ops.h"
@@ -12,16 +14,16 @@ void IndexSuffixes::on_cpu() const {
     check_range("start", b, begin, 0, capacity);
     const int64_t* row = history.as<int64_t>() + b * capacity;
     int32_t* table = suffixes.as<int32_t>() + b * kSuffixes * slots;
-    for (int64_t end = begin > 1 ? begin : 1; end < length; ++end) {
-      if (row[end] < 0) continue;
-      uint64_t hash = 0;
-      for (int n = 1, level = 0; n <= end && level < kSuffixes && row[end - n] >= 0; ++n) {
-        hash = extend_hash(hash, row[end - n]);
-        if (n != suffix_length(level)) continue;
-        table[level * slots + static_cast<int64_t>(hash % static_cast<uint64_t>(slots))] =
+    uint64_t hashes[kContext] = {};
+    int tokens = 0;  // before `end`, as many as an n-gram may have
+    const int64_t from = begin > 1 ? begin : 1;
+    for (int64_t end = std::max<int64_t>(from - kContext, 0) + 1; end < length; ++end) {
+      extend_hashes(hashes, row[end - 1], hashes);
+      tokens = row[end - 1] < 0 ? 0 : std::min(tokens + 1, kContext);
+      if (end < from || row[end] < 0) continue;
+      for (int level = 0; level < kSuffixes && suffix_length(level) <= tokens; ++level)
+        table[level * slots + slot_of(hashes[suffix_length(level) - 1], slots)] =
             static_cast<int32_t>(end);
-        ++level;
-      }
     }
   }
 }

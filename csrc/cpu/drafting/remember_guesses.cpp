@@ -22,11 +22,9 @@ void RememberGuesses::on_cpu() const {
       int64_t context[kOrders];
       const int count = context_of(row_tokens, row_parents, node,
                                    history.as<int64_t>() + b * capacity, length, kOrders, context);
-      uint64_t hash = 0;
       for (int order = 0; order < count; ++order) {
-        hash = extend_hash(hash, context[order]);
-        const int64_t slot =
-            order * slots + static_cast<int64_t>(hash % static_cast<uint64_t>(slots));
+        const uint64_t hash = hash_of(context, order + 1);
+        const int64_t slot = order * slots + slot_of(hash, slots);
         int32_t* entry = adjacency.as<int32_t>() + slot * (1 + kGuesses);
         entry[0] = hash_check(hash);
         std::copy_n(guesses.as<int32_t>() + (b * nodes + node) * kGuesses, kGuesses, entry + 1);

@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kMaxNodes)
           context_of(row_tokens, row_parents, node, draft.history + row * draft.capacity, length,
                      order + 1, context[node]);
       if (live && count > order) {
-        for (int i = 0; i <= order; ++i) hash = extend_hash(hash, context[node][i]);
-        slot[node] = static_cast<int64_t>(hash % static_cast<uint64_t>(slots));
+        hash = hash_of(context[node], order + 1);
+        slot[node] = slot_of(hash, slots);
       }
     }
     __syncthreads();

@@ -23,7 +23,7 @@ CHUNK = 1 << 22
 """Tokens that are indexed at once, widened to int64."""
 
 _MAGIC = b"msn_ext corpus\r\n"  # the line end shows whether somebody sent the file as text
-_VERSION = 1
+_VERSION = 2  # 1 hashed n-grams from their newest token back
 # Magic, version, vocabulary, tokens, slots; tokens and suffixes follow, int32.
 _HEADER = struct.Struct("<16s4q16x")
 
@@ -112,7 +112,7 @@ class Corpus:
 
         Raises:
             OSError: it cannot be opened.
-            ValueError: it is no corpus, not a whole one, or one of a newer msn_ext; names the file.
+            ValueError: it is no corpus, not a whole one, or one of another version; names the file.
         """
         with open(path, "rb") as file:
             header, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
@@ -128,7 +128,7 @@ class Corpus:
             if version != _VERSION:
                 raise ValueError(
                     f"{path} is a corpus of version {version}; this msn_ext reads version"
-                    f" {_VERSION}"
+                    f" {_VERSION}: build it again (msn corpus)"
                 )
             if not (1 <= vocabulary < 1 << 31 and 1 <= tokens < 1 << 31 and 1 <= slots < 1 << 31):
                 raise ValueError(

@@ -80,13 +80,14 @@ def top_guesses(logits):
     return guesses.view(*logits.shape[:-1], GUESSES).to(logits.device)
 
 
-def _hashes(context: list[int]) -> list[int]:
-    """Return the hashes of the last 1, 2, 3, … tokens of a context, which is given newest first."""
-    hashes, h = [], 0
-    for token in context:
+def _hash(ngram: list[int]) -> int:
+    """Return the hash of some tokens, which are given newest first and hashed oldest first: so an
+    n-gram that ends at a node extends one that ends at its parent.
+    """
+    h = 0
+    for token in reversed(ngram):
         h = splitmix64(h ^ token)
-        hashes.append(h)
-    return hashes
+    return h
 
 
 def _signed32(x: int) -> int:
@@ -111,10 +112,9 @@ def index_suffixes(suffixes, history, start, lengths):
         row = history[b].tolist()
         for end in range(max(begin, 1), size):
             before = row[max(0, end - SUFFIXES[-1]) : end][::-1]
-            hashes = _hashes(before)
             for level, n in enumerate(SUFFIXES):
                 if n <= end and min(row[end], *before[:n]) >= 0:
-                    suffixes[b, level, hashes[n - 1] % slots] = end
+                    suffixes[b, level, _hash(before[:n]) % slots] = end
 
 
 def remember_guesses(adjacency, history, lengths, tokens, parents, path, guesses):
@@ -128,7 +128,8 @@ def remember_guesses(adjacency, history, lengths, tokens, parents, path, guesses
             if not chain:
                 continue
             context = context_of(history[b, :size].tolist(), tokens[b].tolist(), chain, ORDERS)
-            for order, h in enumerate(_hashes(context)):
+            for order in range(len(context)):
+                h = _hash(context[: order + 1])
                 adjacency[order, h % slots, 0] = _check(h)
                 adjacency[order, h % slots, 1:] = guesses[b, node]
 
@@ -151,26 +152,27 @@ def last_place(text, slots, ngram, h):
     return end if n <= end < len(text) and list(text[end - n : end])[::-1] == ngram else 0
 
 
-def _remembered(adjacency, hashes):
+def _remembered(context, adjacency):
     """Return (order, guesses) of every order of which the table has this context."""
     remembered, slots = [], adjacency.shape[1]
-    for order, h in enumerate(hashes[:ORDERS] if slots else ()):
+    for order in range(min(ORDERS, len(context)) if slots else 0):
+        h = _hash(context[: order + 1])
         check, *guesses = adjacency[order, h % slots].tolist()
         if check == _check(h):
             remembered.append((order, guesses))
     return remembered
 
 
-def _followers(context, hashes, text, suffixes, corpus, corpus_suffixes):
+def _followers(context, text, suffixes, corpus, corpus_suffixes):
     """Return (index of the n-gram, rank, token) of the different tokens after the last places of
     the ends of a context, the longest first.
     """
     followers: list[tuple[int, int, int]] = []
     for level in reversed(range(len(SUFFIXES))):
         n = SUFFIXES[level]
-        if n > len(hashes):
+        if n > len(context):
             continue
-        ngram, h = context[:n], hashes[n - 1]
+        ngram, h = context[:n], _hash(context[:n])
         if end := last_place(text, suffixes[level], ngram, h):
             token = text[end]
         elif (end := last_place(corpus, corpus_suffixes[level], ngram, h)) and min(
@@ -196,10 +198,9 @@ def listed_after(context, depth, denoised, adjacency, suffixes, corpus, corpus_s
     Args:
         denoised, text: lists, of one row; corpus: an array; suffixes: of one row.
     """
-    hashes = _hashes(context)
-    remembered = _remembered(adjacency, hashes)
+    remembered = _remembered(context, adjacency)
     highest = max((order + 1 for order, _ in remembered), default=0)
-    followers = _followers(context, hashes, text, suffixes, corpus, corpus_suffixes)
+    followers = _followers(context, text, suffixes, corpus, corpus_suffixes)
     longest = followers[0][0] + 1 if followers else 0
 
     listed = []

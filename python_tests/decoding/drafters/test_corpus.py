@@ -141,7 +141,7 @@ def hollow(path, tokens: int, slots: int):
     build([[1]]).save(path)
     magic, *_ = HEADER.unpack(path.read_bytes()[:64])
     with open(path, "r+b") as file:
-        file.write(HEADER.pack(magic, 1, VOCAB, tokens, slots))
+        file.write(HEADER.pack(magic, 2, VOCAB, tokens, slots))
         try:
             file.truncate(64 + 4 * (tokens + 8 * slots))
         except OSError as error:
@@ -209,9 +209,10 @@ def changed_header(content: bytes, **changes: int) -> bytes:
         (lambda x: x[:64], "is cut short: it has 64 bytes; expected {size}"),
         (lambda x: x + b"\0", "is damaged: it has {more} bytes; expected {size}"),
         (
-            lambda x: changed_header(x, version=2),
-            "is a corpus of version 2; this msn_ext reads version 1",
+            lambda x: changed_header(x, version=1),
+            "is a corpus of version 1; this msn_ext reads version 2: build it again (msn corpus)",
         ),
+        (lambda x: changed_header(x, version=3), "is a corpus of version 3; this msn_ext reads"),
         (lambda x: changed_header(x, tokens=5), "is damaged: it has {size} bytes; expected"),
         (
             lambda x: changed_header(x, tokens=-1),
@@ -223,7 +224,7 @@ def changed_header(content: bytes, **changes: int) -> bytes:
         (lambda x: changed_header(x, vocabulary=0), "is damaged: its header says vocabulary=0"),
     ],
 )
-def test_damaged_foreign_and_newer_files_are_refused_by_name(tmp_path, change, message):
+def test_damaged_foreign_and_other_versions_files_are_refused_by_name(tmp_path, change, message):
     path = tmp_path / "x.corpus"
     build([[1, 2, 3, 4] * 4]).save(path)
     content = path.read_bytes()

@@ -95,9 +95,9 @@ def remember(
 
 
 def hashed(context: tuple[int, ...]) -> int:
-    """SplitMix64 of the newest token, and of that and the token before it, and so on."""
+    """SplitMix64 of the oldest token, and of that and the token after it, and so on."""
     state = 0
-    for token in reversed(context):
+    for token in context:
         state = SplitMix64(state ^ token).next()
     return state
 
