@@ -4,6 +4,7 @@
 // barrier shows as a wrong result. What a GPU would hang on or leave undefined (a barrier or a
 // shuffle that not all threads reach, a partial mask) aborts with a message, and so does a write
 // to shared memory that the launch did not ask for. Shared memory holds NaN before each block.
+// The device may be of compute capability 8.6, or 9.0 with more shared memory (wgmma.cuh).
 //
 // Not modelled: two blocks at once and their memory (they run one after the other, in random order,
 // so races between blocks do not show); memory ordering inside a warp; caches and pointers of the
@@ -67,10 +68,9 @@ namespace emulation {
 
 constexpr int kWarp = 32, kMaxThreads = 1024;
 constexpr size_t kStack = 64 << 10;
-constexpr size_t kUnasked = 48 << 10,
-                 kMostShared = 99 << 10;  // 99 KB: the least that sm_80 and later offer
+constexpr size_t kUnasked = 48 << 10, kMostShared = 227 << 10;
 
-enum State { kReady, kAtWarp, kAtBlock, kDone };
+enum State { kReady, kAtWarp, kAtBlock, kPolling, kDone };
 struct Fiber {
   std::unique_ptr<char[]> stack;
   ucontext_t start;
@@ -88,9 +88,14 @@ inline std::function<void()> kernel;
 inline std::mt19937 order{1};
 inline uint64_t exchanged[2][kMaxThreads];  // alternating: a lane may be one operation ahead
 inline bool voted;                          // of __syncthreads_or
+inline bool moved;                          // a thread got further since the last look
 inline int processors = 1;                  // multiprocessors of the device
+inline bool hopper = false;                 // its compute capability: 9.0, or 8.6
+inline size_t most_shared() { return hopper ? kMostShared : 99 << 10; }
 inline size_t shared_limit = kUnasked;
 alignas(16) inline char dynamic_shared[kMostShared];
+inline void (*begin_block)() = [] {};  // set by wgmma.cuh
+inline void (*end_block)() = [] {};
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulation: %s (block %u %u %u)\n", what, blockIdx.x, blockIdx.y,
@@ -101,6 +106,12 @@ alignas(16) inline char dynamic_shared[kMostShared];
 inline void wait(State state) {
   fibers[running].state = state;
   if (!_setjmp(fibers[running].at)) _longjmp(scheduler, 1);
+}
+// Comes back to this thread until the condition holds.
+template <typename Condition>
+void wait_until(const Condition& condition) {
+  while (!condition()) wait(kPolling);
+  moved = true;
 }
 inline void run_thread() {
   for (;; wait(kDone)) kernel();
@@ -139,29 +150,36 @@ inline void let_go(int first, int count) {
 inline void run_block(size_t shared_bytes) {
   const int threads = static_cast<int>(blockDim.x);
   for (int i = 0; i < threads; ++i) fibers[i].operations = 0;
-  std::memset(dynamic_shared, 0xff, sizeof dynamic_shared);
+  std::memset(dynamic_shared, 0xff, most_shared());
+  begin_block();
   std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
   int warps[kMaxThreads / kWarp], lanes[kWarp];
   std::iota(warps, warps + threads / kWarp, 0);
   std::iota(lanes, lanes + kWarp, 0);
-  // One warp after the other runs until the block's barrier stops it: the widest possible skew.
+  // One warp after the other runs until a barrier stops it: the widest possible skew.
   do {
     let_go(0, threads);
-    std::shuffle(warps, warps + threads / kWarp, order);
-    for (int w = 0; w < threads / kWarp; ++w) {
-      const int first = warps[w] * kWarp;
-      do {
-        let_go(first, kWarp);
-        std::shuffle(lanes, lanes + kWarp, order);
-        for (const int lane : lanes) resume(first + lane);
-      } while (all_are(kAtWarp, first, kWarp));
-    }
+    do {
+      moved = false;
+      std::shuffle(warps, warps + threads / kWarp, order);
+      for (int w = 0; w < threads / kWarp; ++w) {
+        const int first = warps[w] * kWarp;
+        do {
+          if (all_are(kAtWarp, first, kWarp)) let_go(first, kWarp);
+          std::shuffle(lanes, lanes + kWarp, order);
+          for (const int lane : lanes)
+            if (const State state = fibers[first + lane].state; state == kReady || state == kPolling)
+              resume(first + lane);
+        } while (all_are(kAtWarp, first, kWarp));
+      }
+    } while (moved);
   } while (all_are(kAtBlock, 0, threads));
   if (!all_are(kDone, 0, threads))
     fail("threads wait at a barrier or warp operation that others never reach");
   for (int i = 0; i < threads; ++i)
     if (!fibers[i].copies.empty()) fail("an asynchronous copy that nobody waited for");
-  if (std::any_of(dynamic_shared + shared_bytes, std::end(dynamic_shared),
+  end_block();
+  if (std::any_of(dynamic_shared + shared_bytes, dynamic_shared + most_shared(),
                   [](char x) { return x != '\xff'; }))
     fail("a write to shared memory that the launch did not ask for");
 }
@@ -232,14 +250,23 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount };
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  return *value = emulation::processors, cudaSuccess;
+enum {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? emulation::processors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? emulation::hopper ? 9 : 8
+           : emulation::hopper                              ? 0
+                                                            : 6;
+  return cudaSuccess;
 }
 // Holds for the next launch; a GPU keeps it with the kernel.
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
-  if (static_cast<size_t>(bytes) > emulation::kMostShared) return cudaErrorInvalidConfiguration;
+  if (static_cast<size_t>(bytes) > emulation::most_shared()) return cudaErrorInvalidConfiguration;
   emulation::shared_limit = bytes;
   return cudaSuccess;
 }

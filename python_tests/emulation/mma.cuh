@@ -6,7 +6,16 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+namespace emulation {
+inline uint32_t shared_base = 1024;  // where dynamic shared memory begins: at any 16 bytes (wgmma.cuh)
+}
+
 namespace msn {
+
+inline uint32_t shared_address(const void* pointer) {
+  return emulation::shared_base +
+         static_cast<uint32_t>(static_cast<const char*>(pointer) - emulation::dynamic_shared);
+}
 
 inline void copy_async(void* to, const void* from, bool wanted) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || (wanted && reinterpret_cast<uintptr_t>(from) % 16))
