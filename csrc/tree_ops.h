@@ -16,12 +16,11 @@ struct TreeAncestors {
   void on_cuda(void* stream) const;
 };
 
-// Memory in which the blocks of one launch leave sums for each other, so that keys can be split
-// over them.
+// Memory in which the blocks of one launch leave sums for the next one, so that keys can be split
+// over them. Not used where it is too small or its address is not a multiple of 16.
 struct AttentionSpace {
   float* partial = nullptr;
-  int* arrived = nullptr;  // 0 before and after
-  int64_t floats = 0, counters = 0;
+  int64_t floats = 0;
 };
 
 struct TreeAttention {
@@ -36,7 +35,7 @@ struct TreeAttention {
   void on_cuda(void* stream) const;
 };
 const char* attention_isa();  // instruction set that TreeAttention::on_cpu runs on here
-// The sizes that TreeAttention::on_cuda wants for 16-bit tensors.
+// The size that TreeAttention::on_cuda wants for 16-bit tensors.
 AttentionSpace attention_space(const Tensor& q, const Tensor& k, const Tensor& v);
 
 struct VerifyTree {

@@ -52,10 +52,15 @@ struct alignas(16) uint4 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 using std::exp;
@@ -77,6 +82,7 @@ struct Fiber {
   jmp_buf at;  // swapcontext would be a system call each time
   State state;
   int operations;  // warp operations so far
+  bool awaited;    // the launch before
   std::vector<std::pair<void*, const void*>>
       copies;                  // asynchronous ones that nobody has waited for (mma.cuh)
   std::vector<size_t> groups;  // where each group of them ends
@@ -93,6 +99,7 @@ inline int processors = 1;                  // multiprocessors of the device
 inline bool hopper = false;                 // its compute capability: 9.0, or 8.6
 inline size_t most_shared() { return hopper ? kMostShared : 99 << 10; }
 inline size_t shared_limit = kUnasked;
+inline bool early = false;  // the launch may start before the last one has ended
 alignas(16) inline char dynamic_shared[kMostShared];
 inline void (*begin_block)() = [] {};  // set by wgmma.cuh
 inline void (*end_block)() = [] {};
@@ -149,7 +156,10 @@ inline void let_go(int first, int count) {
 
 inline void run_block(size_t shared_bytes) {
   const int threads = static_cast<int>(blockDim.x);
-  for (int i = 0; i < threads; ++i) fibers[i].operations = 0;
+  for (int i = 0; i < threads; ++i) {
+    fibers[i].operations = 0;
+    fibers[i].awaited = !early;
+  }
   std::memset(dynamic_shared, 0xff, most_shared());
   begin_block();
   std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
@@ -176,8 +186,10 @@ inline void run_block(size_t shared_bytes) {
   } while (all_are(kAtBlock, 0, threads));
   if (!all_are(kDone, 0, threads))
     fail("threads wait at a barrier or warp operation that others never reach");
-  for (int i = 0; i < threads; ++i)
+  for (int i = 0; i < threads; ++i) {
     if (!fibers[i].copies.empty()) fail("an asynchronous copy that nobody waited for");
+    if (!fibers[i].awaited) fail("a thread that did not wait for the launch before");
+  }
   end_block();
   if (std::any_of(dynamic_shared + shared_bytes, dynamic_shared + most_shared(),
                   [](char x) { return x != '\xff'; }))
@@ -263,6 +275,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
                                                             : 6;
   return cudaSuccess;
 }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  return *version = CUDART_VERSION, cudaSuccess;
+}
 // Holds for the next launch; a GPU keeps it with the kernel.
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
@@ -270,10 +285,19 @@ cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
   emulation::shared_limit = bytes;
   return cudaSuccess;
 }
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  const cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -285,6 +309,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cudaErrorInvalidConfiguration;
   if (block.x % emulation::kWarp) emulation::fail("a block that is no whole number of warps");
   emulation::shared_limit = emulation::kUnasked;
+  emulation::early = config->numAttrs > 0;
   const std::tuple<Parameters...> values(arguments...);
   emulation::kernel = [&] { std::apply(kernel, values); };
   gridDim = grid;

@@ -156,8 +156,12 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
     large = nodes > 100
     batch, kv_heads = (1, 1) if large else (rng.randrange(1, 4), rng.choice([1, 2]))
     group = rng.choice([1, 2] if large else [1, 2, 3, 7])
-    if whole := rng.random() < 0.6:  # what tensor cores can take, unless it lies badly
-        dtype, unit = rng.choice([torch.float16, torch.bfloat16]), rng.choice([8, 8, 8, 1])
+    long = nodes < 3 and rng.random() < 0.5  # up to as many splits as there are
+    if whole := long or rng.random() < 0.6:  # what tensor cores can take, unless it lies badly
+        dtype, unit = (
+            rng.choice([torch.float16, torch.bfloat16]),
+            8 if long else rng.choice([8, 8, 8, 1]),
+        )
         dim = rng.choice([8, 64] if large else [8, 64, 72, 96, 104, 128, 192, 256])
         v_dim = dim if rng.random() < 0.7 else rng.choice([8, 64, 72, 128, 200, 256])
     else:
@@ -167,6 +171,8 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
         if dtype == torch.float64:  # what fits into the shared memory of every device
             dim, v_dim = min(dim, 80), min(v_dim, 72)
     contexts = [0, 1, 5, 31, 32, 33, 64, 90, *([128, 200, 333] if whole else [])]
+    if long:
+        batch, kv_heads, contexts = 1, 1, [2300, 4000]
     lengths = torch.tensor([rng.choice(contexts) for _ in range(batch)])
     slots = int(lengths.max()) + nodes + rng.choice([0, 0, 3])
     offsets = (
@@ -179,7 +185,7 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
         offsets = offsets if offsets is None else spoil(rng, offsets, slots)
     options = {
         "scale": rng.choice([dim**-0.5, 0.3]),
-        "window": rng.choice([0, 0, 1, 2, 7, 40, 120, 2**63 - 1]),
+        "window": rng.choice([0, 0, 3000] if long else [0, 0, 1, 2, 7, 40, 120, 2**63 - 1]),
         "softcap": rng.choice([0.0, 0.0, 3.0]),
     }
     heads = kv_heads * group
@@ -196,6 +202,8 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
     ]  # [B, N, C]
     shapes = (heads, nodes, dim), (kv_heads, slots, dim), (kv_heads, slots, v_dim)
     q, k, v = (torch.randn(batch, *shape).to(dtype) for shape in shapes)
+    if long:  # their scores of different sizes
+        k *= torch.linspace(*rng.choice([(0.2, 3), (3, 0.2)]), slots)[:, None]
     want = reference.tree_attention(
         q.double(),
         k.double(),
@@ -222,7 +230,7 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
     q, k, v = (memory.place(x, free=3, unit=unit) for x in (q, k, v))
     rest = [x if x is None else memory.place(x) for x in (lengths, offsets, ancestors, sinks)]
     out = memory.place(torch.zeros(want.shape, dtype=dtype))
-    _C.tree_attention(q, k, v, *rest, *options.values(), out, None, None)
+    _C.tree_attention(q, k, v, *rest, *options.values(), out, None)
     case = f"{dtype}, {shapes}, lengths {lengths}, offsets {offsets}, {options}"
     tolerance = (TOLERANCE | EXACT)[dtype]
     close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}

@@ -1,6 +1,7 @@
-// Tensor cores and asynchronous copies for the emulation: csrc/cuda/mma.cuh in plain C++. A copy
-// lands when it is waited for, no sooner, so that a missing wait shows; one that nobody waits for
-// ends the process.
+// Tensor cores, asynchronous copies and early launches for the emulation: csrc/cuda/tree/mma.cuh in
+// plain C++. A copy lands when it is waited for, no sooner, so that a missing wait shows; one that
+// nobody waits for ends the process, and so does a thread of an early launch that does not wait for
+// the launch before.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -45,6 +46,9 @@ void await_copies() {
     for (size_t& end : fiber.groups) end -= count;
   }
 }
+
+inline void let_next_launch_start() {}
+inline void await_launch_before() { emulation::fibers[emulation::running].awaited = true; }
 
 inline void read_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
   if (reinterpret_cast<uintptr_t>(row) % 16)

@@ -4,6 +4,7 @@ What is proved is the kernels' logic, down to barriers, alignment and bounds, ag
 msn_ext.ops.reference; emulation/cuda_runtime.h lists what only a GPU can show.
 """
 
+import re
 import shutil
 import subprocess
 
@@ -65,8 +66,11 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("tree_attention_mma", "__syncthreads();  // the tile is there", "// the tile is there"),
         ("tree_attention_mma", "tile < w.dense_from", "false"),
         ("tree_attention_mma", "if (!finite<T>(value)) value = 0;", ""),
-        ("tree_attention_mma", "r, w.blocks, w.lane", "r, w.blocks - 1, w.lane"),
-        ("tree_attention_mma", "if (threadIdx.x == 0) arrived[task] = 0;", ""),
+        ("tree_attention_mma", "of[i].x - base_of", "of[0].x - base_of"),
+        ("tree_attention_merge", "split < blocks ?", "split < blocks - 1 ?"),
+        ("tree_attention_merge", "own[i].x - base_of", "own[0].x - base_of"),
+        ("tree_attention_merge", "first < kWarp ? shares.of[0] : shares.of[1]", "shares.of[0]"),
+        ("tree_attention_merge", "  await_launch_before();", ""),
     ],
     ids=[
         "bounds",
@@ -86,15 +90,18 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         "stages",
         "window",
         "NaN",
+        "warps",
         "splits",
-        "counter",
+        "a split's maximum",
+        "more than 32 splits",
+        "early",
     ],
 )
 def test_a_mistake_in_a_kernel_is_found(emulated, tmp_path, kernel, old, new):
     """Negative controls: the same build with one mistake in one kernel fails in that op."""
     mutant = shutil.copytree(emulated, tmp_path / "mutant")
     build.mutate(mutant, f"{kernel}.cu", old, new)
-    run = fuzz(mutant, "--ops", kernel.removesuffix("_mma"))
+    run = fuzz(mutant, "--ops", re.sub("(?<=tree_attention)_.*", "", kernel))
     assert run.returncode != 0 and ("emulation: " in run.stderr or "fuzz_" in run.stderr), (
         run.stdout + run.stderr
     )

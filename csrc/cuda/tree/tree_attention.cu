@@ -318,7 +318,8 @@ void launch_for(const TreeAttention& op, void* stream) {
   const AttentionProblem<T> p = problem_of<T>(op);
   const int64_t batch = op.q.shape[0];
   if constexpr (sizeof(T) == 2) {
-    if (p.wide_k && p.wide_v && whole_rows(op.q, 4) && p.slots < int64_t{1} << 30)
+    if (p.wide_k && p.wide_v && whole_rows(op.q, 4) && whole_rows(op.out, 8) &&
+        p.slots < int64_t{1} << 30)
       return tree_attention_mma(p, batch, op.q.device_index, op.space, stream);
   }
   if (p.v_dim <= 2 * kWarp)

@@ -13,17 +13,14 @@
 // NaN is NaN: such values, which are rare, are added apart from the product, to the rows that see
 // them.
 //
-// Every block leaves its sums in a workspace; the last one to arrive of those with the same query
-// rows adds them up, in their order whatever came first, and leaves its counter at 0 for the next
-// launch. A block without company writes the output at once.
+// Every block leaves its sums in a workspace for the launch after this one
+// (tree_attention_merge.cu). A block without company writes the output at once.
 //
 // Bytes: keys and values of the prefix once for every kRows query rows (more than once from L2),
-// and for each split and query row 4 (D_v + 2) written and read. Not yet run on a GPU.
+// and for each split and query row 4 (D_v + 2) written. Not yet run on a GPU.
 #include <type_traits>
 
-#include "cuda/tree/mma.cuh"
-#include "cuda/tree/tree_attention.cuh"
-#include "tree_ops.h"
+#include "cuda/tree/tree_attention_split.cuh"
 
 namespace msn {
 
@@ -31,7 +28,6 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kMmaRows = 16, kChunk = 8;  // values in 16 bytes
-constexpr float kLog2E = 1.4426950408889634f;
 
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
@@ -53,7 +49,7 @@ struct Shape {
   static constexpr int kLeastTiles = 2 * kRows > kKeys ? 2 * kRows / kKeys : 1;
   static_assert(kWarpKeys % kMmaRows == 0 && kWarpKeys <= kWordBits);
   static_assert(kWarps * kMmaRows * (kDim + 2) * 4 <= kBytes,
-                "the sums take the place of the tiles");
+                "the warps' sums take the place of the tiles");
 };
 
 template <typename T>
@@ -91,11 +87,6 @@ __device__ void fetch(const T* rows, int64_t stride, int count, int width, uint1
   }
 }
 
-// The score that weights are relative to, given the largest one.
-__device__ float base_of(float largest) {
-  return largest == -INFINITY ? 0.0f : largest;
-}  // not -inf - -inf
-
 // A thread's work: the block's share of the problem, then the thread's place in it.
 template <typename T, int kDim, int kRowWarps>
 struct Work {
@@ -125,11 +116,9 @@ struct Work {
     kv_head = blockIdx.x / p.tiles / most_splits % p.kv_heads;
     row = blockIdx.x / p.tiles / most_splits / p.kv_heads;
     keys = p.keys_of(row);
-    // No live node sees what is before the root's window.
-    const int begin = static_cast<int>(window_start(keys.prefix, p.window));
-    const Split plan((keys.end - begin + S::kKeys - 1) / S::kKeys, most_splits, S::kLeastTiles);
+    const Split plan = split_keys(p, keys, most_splits, S::kKeys, S::kLeastTiles);
     blocks = plan.blocks;
-    from = begin + split * plan.tiles * S::kKeys;
+    from = static_cast<int>(window_start(keys.prefix, p.window)) + split * plan.tiles * S::kKeys;
     to = min(keys.end, from + plan.tiles * S::kKeys);
     dense_from = static_cast<int>(window_start(keys.prefix + p.nodes - 1, p.window));
     k = p.k + row * p.k_row + kv_head * p.k_head + keys.first * p.k_slot;
@@ -172,12 +161,6 @@ template <typename S>
 struct Scores {
   float at[S::kWarpKeys / 8][4];
 };
-// The sums of the softmax over the two rows so far.
-template <int kDim>
-struct Running {
-  float largest[2], total[2], sums[kDim / 8][4];
-};
-
 // Starts the copies of the tile of keys and values from `key` on into a stage.
 template <typename T, int kDim, int kRowWarps>
 __device__ __forceinline__ void fetch_tile(const Work<T, kDim, kRowWarps>& w, int key, int stage) {
@@ -345,134 +328,80 @@ __device__ __forceinline__ void accumulate_values(const Work<T, kDim, kRowWarps>
   }
 }
 
-// Sums of a query row as they are left for others: the values', then largest and total.
-template <int kDim>
-constexpr int kSums = kDim + 2;
-
-// The warps' sums into shared memory, in place of the tiles.
-template <typename T, int kDim, int kRowWarps>
-__device__ __forceinline__ float* leave_sums(const Work<T, kDim, kRowWarps>& w,
-                                             const Running<kDim>& running) {
-  float* left = reinterpret_cast<float*>(w.stages);
+// Adds up what the warps with the same query rows have, each of its share of the keys; a warp keeps
+// a part of the columns. All threads of the block call it.
+template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
+__device__ __forceinline__ void merge_warps(const Work<T, kDim, kRowWarps>& w,
+                                            const Running<kDim>& own,
+                                            Running<kDim / S::kKeyWarps>& merged) {
+  constexpr int kGroups = kDim / 8, kKept = kGroups / S::kKeyWarps;  // of 8 columns
+  // Of each warp, in place of the tiles: [group][lane] four sums, and [row] largest and total.
+  float4* sums = reinterpret_cast<float4*>(w.stages);
+  float2* weights = reinterpret_cast<float2*>(sums + kWarps * kGroups * kWarp);
   __syncthreads();
+#pragma unroll
+  for (int d = 0; d < kGroups; ++d)
+    sums[(w.warp * kGroups + d) * kWarp + w.lane] =
+        make_float4(own.sums[d][0], own.sums[d][1], own.sums[d][2], own.sums[d][3]);
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    if (w.pair == 0)
+      weights[w.warp * kMmaRows + w.group + 8 * r] = make_float2(own.largest[r], own.total[r]);
+  __syncthreads();
+
+  const int first_warp = w.warp % kRowWarps, first_kept = w.warp / kRowWarps * kKept;
+  float share[S::kKeyWarps][2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float* to_row = left + (w.warp * kMmaRows + w.group + 8 * r) * kSums<kDim>;
+    float2 of[S::kKeyWarps];
+    merged.largest[r] = -INFINITY;
+    merged.total[r] = 0.0f;
 #pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      to_row[d * 8 + w.pair] = running.sums[d][2 * r];
-      to_row[d * 8 + w.pair + 1] = running.sums[d][2 * r + 1];
+    for (int i = 0; i < S::kKeyWarps; ++i) {
+      of[i] = weights[(i * kRowWarps + first_warp) * kMmaRows + w.group + 8 * r];
+      merged.largest[r] = fmaxf(merged.largest[r], of[i].x);
     }
-    const float weight = quad_sum(running.total[r]);
-    if (w.pair == 0) {
-      to_row[kDim] = running.largest[r];
-      to_row[kDim + 1] = weight;
+#pragma unroll
+    for (int i = 0; i < S::kKeyWarps; ++i) {
+      share[i][r] = exp2f(of[i].x - base_of(merged.largest[r]));
+      merged.total[r] = fmaf(of[i].y, share[i][r], merged.total[r]);
     }
   }
-  __syncthreads();
-  return left;
-}
-
-// A query row's sums, of which a lane has every 32nd column.
-template <int kDim>
-struct RowSums {
-  float sum[kDim / kWarp], most, weight;
-};
-
-// The sums of query row r out of `count` parts that are kRows rows apart; `read` reads one number.
-template <int kDim, int kRows, typename Read>
-__device__ __forceinline__ void merge_parts(const Read& read, int r, int count, int lane,
-                                            RowSums<kDim>& merged) {
-  const auto at = [&](int i, int column) {
-    return read((int64_t{i} * kRows + r) * kSums<kDim> + column);
-  };
-  float most = -INFINITY;
-  for (int i = 0; i < count; ++i) most = fmaxf(most, at(i, kDim));
-  merged.most = most;
-  merged.weight = 0.0f;
 #pragma unroll
-  for (float& x : merged.sum) x = 0.0f;
-  for (int i = 0; i < count; ++i) {
-    const float share = exp2f(at(i, kDim) - base_of(most));
-    merged.weight = fmaf(at(i, kDim + 1), share, merged.weight);
+  for (int d = 0; d < kKept; ++d) {
+    float (&sum)[4] = merged.sums[d];
+    sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kDim / kWarp; ++c)
-      merged.sum[c] = fmaf(at(i, c * kWarp + lane), share, merged.sum[c]);
+    for (int i = 0; i < S::kKeyWarps; ++i) {
+      const float4 x =
+          sums[((i * kRowWarps + first_warp) * kGroups + first_kept + d) * kWarp + w.lane];
+      sum[0] = fmaf(x.x, share[i][0], sum[0]);
+      sum[1] = fmaf(x.y, share[i][0], sum[1]);
+      sum[2] = fmaf(x.z, share[i][1], sum[2]);
+      sum[3] = fmaf(x.w, share[i][1], sum[3]);
+    }
   }
 }
 
-// The output of query row r of the tile: its sums over its weight, which the sink adds to.
-template <typename T, int kDim, int kRowWarps>
-__device__ __forceinline__ void write_row(const Work<T, kDim, kRowWarps>& w, int r,
-                                          const RowSums<kDim>& row) {
-  using S = Shape<kDim, kRowWarps>;
-  const AttentionProblem<T>& p = w.p;
-  const int node = w.node_of(w.query_tile * S::kRows + r),
-            head = w.head_of(w.query_tile * S::kRows + r);
-  if (node >= p.nodes) return;
-  float share = 1.0f, weight = row.weight;
-  if (p.sinks) {
-    const float sink = to_float(p.sinks[head]) * kLog2E, base = base_of(fmaxf(row.most, sink));
-    share = exp2f(row.most - base);
-    weight = weight * share + exp2f(sink - base);
-  }
-  const bool dead = depth_from_bits(w.ancestors + node * w.n_words, w.n_words) < 0;
-  T* out = p.out + ((int64_t{w.row} * p.nodes + node) * p.kv_heads * p.group + head) * p.v_dim;
-#pragma unroll
-  for (int c = 0; c < kDim / kWarp; ++c)
-    if (c * kWarp + w.lane < p.v_dim)
-      from_float(dead || weight == 0.0f ? 0.0f : row.sum[c] * share / weight,
-                 out + c * kWarp + w.lane);
-}
-
-// Merges the warps' sums, which lie at `left`. A block without company writes the output; else it
-// leaves its sums in the workspace, and the last one to arrive merges those of all and writes.
-template <typename T, int kDim, int kRowWarps>
-__device__ __forceinline__ void merge_splits(const Work<T, kDim, kRowWarps>& w, const float* left,
-                                             float* partial, int* arrived, int most_splits) {
-  using S = Shape<kDim, kRowWarps>;
-  RowSums<kDim> sums;
-  const int64_t task = (int64_t{w.row} * w.p.kv_heads + w.kv_head) * w.p.tiles + w.query_tile;
-  float* mine = partial + (task * most_splits + w.split) * S::kRows * kSums<kDim>;
-  for (int r = w.warp; r < S::kRows; r += kWarps) {
-    merge_parts<kDim, S::kRows>([left](int64_t i) { return left[i]; }, r, S::kKeyWarps, w.lane,
-                                sums);
-    if (w.blocks == 1) {
-      write_row(w, r, sums);
-      continue;
-    }
-#pragma unroll
-    for (int c = 0; c < kDim / kWarp; ++c) mine[r * kSums<kDim> + c * kWarp + w.lane] = sums.sum[c];
-    if (w.lane == 0) {
-      mine[r * kSums<kDim> + kDim] = sums.most;
-      mine[r * kSums<kDim> + kDim + 1] = sums.weight;
-    }
-  }
-  if (w.blocks == 1) return;
-
-  __threadfence();
-  __syncthreads();
-  bool last = false;
-  if (threadIdx.x == 0) last = atomicAdd(arrived + task, 1) == w.blocks - 1;
-  if (!__syncthreads_or(last)) return;
-  __threadfence();
-  if (threadIdx.x == 0) arrived[task] = 0;
-  const float* all = partial + task * most_splits * S::kRows * kSums<kDim>;
-  for (int r = w.warp; r < S::kRows; r += kWarps) {
-    // Past L1, where an older value of another block may lie.
-    merge_parts<kDim, S::kRows>([all](int64_t i) { return __ldcg(all + i); }, r, w.blocks, w.lane,
-                                sums);
-    write_row(w, r, sums);
-  }
+// Hands over rows whose sums are complete as far as the block's keys go.
+template <typename T, int kDim, int kRowWarps, int kColumns>
+__device__ __forceinline__ void hand_over(const Work<T, kDim, kRowWarps>& w, const Splits& splits,
+                                          int first_column, const Running<kColumns>& running) {
+  const Place at{w.row, w.kv_head, w.first_row, first_column + w.pair};
+  if (w.blocks == 1)
+    write_rows(w.p, at, running);
+  else
+    leave_rows(w.p, splits, w.split, at, running);
 }
 
 template <typename T, int kDim, int kRowWarps>
 __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
-    tree_attention_mma_kernel(const __grid_constant__ AttentionProblem<T> p, float* partial,
-                              int* arrived, int most_splits) {
+    tree_attention_mma_kernel(const __grid_constant__ AttentionProblem<T> p,
+                              const __grid_constant__ Splits splits) {
   using S = Shape<kDim, kRowWarps>;
   extern __shared__ uint4 shared[];
-  const Work<T, kDim, kRowWarps> w(p, shared, most_splits);
+  const Work<T, kDim, kRowWarps> w(p, shared, splits.most);
+  let_next_launch_start();
   if (w.split >= w.blocks) return;
   if (w.from < w.to) fetch_tile(w, w.from, 0);
   Queries<S, kDim> query;
@@ -494,31 +423,47 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
     if (masked) add_infinite_values(w, stage, seen, running);
     accumulate_values(w, stage, score, running);
   }
-  merge_splits(w, leave_sums(w, running), partial, arrived, most_splits);
+#pragma unroll
+  for (float& total : running.total) total = quad_sum(total);
+  if constexpr (S::kKeyWarps == 1) {
+    hand_over(w, splits, 0, running);
+  } else {
+    constexpr int kKept = kDim / S::kKeyWarps;
+    Running<kKept> merged;
+    merge_warps(w, running, merged);
+    hand_over(w, splits, w.warp / kRowWarps * kKept, merged);
+  }
 }
 
 // Blocks to cut the keys into, at most, so that every multiprocessor has two.
-int most_splits(const char* op, int device, int64_t tasks, int64_t slots, int keys,
-                int least_tiles) {
+int most_splits(int device, int64_t tasks, int64_t slots, int keys, int least_tiles) {
   int processors = 0;
-  check(op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check("tree_attention",
+        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   const int64_t stretch = int64_t{keys} * least_tiles;
   return static_cast<int>(clamp(2 * processors / (tasks > 0 ? tasks : 1), 1,
-                                clamp((slots + stretch - 1) / stretch, 1, 64)));
+                                clamp((slots + stretch - 1) / stretch, 1, kMostSplits)));
 }
 
+// The grid and the workspace of a launch.
 struct Plan {
-  int tiles, splits;
-  int64_t tasks, floats;
+  int tiles;  // of query rows
+  int64_t tasks, query_rows;
+  Splits splits;
 };
 
 template <int kDim, int kRowWarps>
 Plan plan_for(int64_t batch, int64_t kv_heads, int64_t rows, int64_t slots, int device) {
   using S = Shape<kDim, kRowWarps>;
-  const int tiles = static_cast<int>((rows + S::kRows - 1) / S::kRows);
-  const int64_t tasks = batch * kv_heads * tiles;
-  const int splits = most_splits("tree_attention", device, tasks, slots, S::kKeys, S::kLeastTiles);
-  return {tiles, splits, tasks, splits == 1 ? 0 : tasks * splits * S::kRows * (kDim + 2)};
+  Plan plan{};
+  plan.tiles = static_cast<int>((rows + S::kRows - 1) / S::kRows);
+  plan.tasks = batch * kv_heads * plan.tiles;
+  plan.query_rows = batch * kv_heads * rows;
+  plan.splits.most = most_splits(device, plan.tasks, slots, S::kKeys, S::kLeastTiles);
+  plan.splits.tile_keys = S::kKeys;
+  plan.splits.least_tiles = S::kLeastTiles;
+  plan.splits.columns = kDim;
+  return plan;
 }
 
 // Calls `f` with the two sizes of the kernel for these heads and query rows, as integral constants.
@@ -539,14 +484,21 @@ void launch_shape(AttentionProblem<T> p, int64_t batch, int device, const Attent
   using S = Shape<kDim, kRowWarps>;
   Plan plan =
       plan_for<kDim, kRowWarps>(batch, p.kv_heads, int64_t{1} * p.nodes * p.group, p.slots, device);
-  if (space.floats < plan.floats || space.counters < plan.tasks) plan.splits = 1;
+  Splits& splits = plan.splits;
+  if (space.floats < splits.floats(plan.query_rows) ||
+      reinterpret_cast<uintptr_t>(space.partial) % sizeof(float4))
+    splits.most = 1;
+  splits.sums = space.partial;
+  splits.weights =
+      reinterpret_cast<float2*>(splits.sums + plan.query_rows * splits.most * splits.columns);
   p.tiles = plan.tiles;
   const auto kernel = tree_attention_mma_kernel<T, kDim, kRowWarps>;
   if (S::kBytes > 48 * 1024)  // more than a kernel gets unasked
     check("tree_attention",
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
-  launch("tree_attention", kernel, grid_x("tree_attention", plan.tasks * plan.splits), kThreads,
-         S::kBytes, stream, p, space.partial, space.arrived, plan.splits);
+  launch("tree_attention", kernel, grid_x("tree_attention", plan.tasks * splits.most), kThreads,
+         S::kBytes, stream, p, splits);
+  if (splits.most > 1) merge_splits(p, batch, device, splits, stream);
 }
 
 }  // namespace
@@ -557,7 +509,7 @@ AttentionSpace attention_space(const Tensor& q, const Tensor& k, const Tensor& v
   return with_shape(dim, rows, [&](auto padded, auto row_warps) {
     const Plan plan = plan_for<decltype(padded)::value, decltype(row_warps)::value>(
         q.shape[0], k.shape[1], rows, k.shape[2], q.device_index);
-    return AttentionSpace{nullptr, nullptr, plan.floats, plan.splits == 1 ? 0 : plan.tasks};
+    return AttentionSpace{nullptr, plan.splits.floats(plan.query_rows)};
   });
 }
 
