@@ -178,7 +178,8 @@ inline void run_block(size_t shared_bytes) {
           if (all_are(kAtWarp, first, kWarp)) let_go(first, kWarp);
           std::shuffle(lanes, lanes + kWarp, order);
           for (const int lane : lanes)
-            if (const State state = fibers[first + lane].state; state == kReady || state == kPolling)
+            if (const State state = fibers[first + lane].state;
+                state == kReady || state == kPolling)
               resume(first + lane);
         } while (all_are(kAtWarp, first, kWarp));
       }

@@ -8,7 +8,8 @@
 #include <cuda_runtime.h>
 
 namespace emulation {
-inline uint32_t shared_base = 1024;  // where dynamic shared memory begins: at any 16 bytes (wgmma.cuh)
+inline uint32_t shared_base =
+    1024;  // where dynamic shared memory begins: at any 16 bytes (wgmma.cuh)
 }
 
 namespace msn {

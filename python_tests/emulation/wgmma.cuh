@@ -4,11 +4,11 @@
 //
 // What happens asynchronously happens at a random time of those that the ISA allows: a product at
 // its issue or when its group is waited for, a bulk copy when somebody waits for its barrier. Until
-// then its registers, or the bytes it will write, hold NaN; a thread that has changed such a register
-// meanwhile ends the process, and so does a product without a fence since the last wait, one that
-// nobody has committed and waited for, or a warp that brings other descriptors than its group.
-// Products read a second image of shared memory, which sees what threads have written there only
-// from the next fence of the async proxy on (anybody's, of all that was written until then).
+// then its registers, or the bytes it will write, hold NaN; a thread that has changed such a
+// register meanwhile ends the process, and so does a product without a fence since the last wait,
+// one that nobody has committed and waited for, or a warp that brings other descriptors than its
+// group. Products read a second image of shared memory, which sees what threads have written there
+// only from the next fence of the async proxy on (anybody's, of all that was written until then).
 //
 // Not modelled: descriptors with a base offset or without the 128-byte swizzle; a barrier's
 // invalidation; ordering between barriers of different addresses.
@@ -121,9 +121,9 @@ struct MatrixB {
     values.resize(16 * columns);
     for (int k = 0; k < 16; ++k)
       for (int n = 0; n < columns; ++n) {
-        uint32_t address = start + (transposed ? k / 8 * stride + k % 8 * 128 + n / 64 * leading +
-                                                     n % 64 * 2
-                                               : n / 8 * stride + n % 8 * 128 + k * 2);
+        uint32_t address =
+            start + (transposed ? k / 8 * stride + k % 8 * 128 + n / 64 * leading + n % 64 * 2
+                                : n / 8 * stride + n % 8 * 128 + k * 2);
         address ^= address >> 3 & 0x70;  // bits 4 to 6 by bits 7 to 9: 128-byte swizzle
         const uint32_t offset = address - shared_base;
         if (offset >= most_shared()) fail("a product that reads outside of shared memory");
@@ -183,6 +183,60 @@ void run_product(const Product& product, int lane, float* sums) {
       }
 }
 
+// The thread's part of a product; `product` has its own a alone.
+__attribute__((noinline)) inline void issue(Product product, uint64_t descriptor, bool transposed) {
+  const int thread = running, warp = thread / kWarp, lane = thread % kWarp;
+  Products& mine = products[thread];
+  if (!mine.open) fail("a product without a fence before it");
+  auto& of_group = sequence[warp / kGroupWarps];
+  if (mine.count == static_cast<int>(of_group.size())) of_group.push_back(descriptor);
+  if (of_group[mine.count] != descriptor) fail("a warp whose descriptor is not its group's");
+  ++mine.count;
+
+  const uint64_t* of_lanes = exchange(0xffffffffu, reinterpret_cast<uint64_t>(product.a[0]));
+  for (int of = 0; of < 4; ++of)
+    product.a[of] = reinterpret_cast<const uint32_t*>(of_lanes[lane / 4 * 4 + of]);
+  const auto [flying, fresh] = mine.sums.try_emplace(product.c);
+  ++flying->second.users;
+  if (fresh) {
+    flying->second.values.assign(product.c, product.c + 4 * product.tiles);
+    std::memset(product.c, 0xff, 4 * product.tiles * sizeof(float));
+  }
+  // The warp's lanes share b.
+  if (lane == 0) of_warp[warp] = std::make_shared<MatrixB>(MatrixB{descriptor, transposed, {}});
+  exchange(0xffffffffu, 0);
+  product.b = of_warp[warp];
+  exchange(0xffffffffu, 0);
+  mine.queue.push_back(product);
+  mine.issued.push_back(product.c);
+  if (order() % 2) mine.run_queue(lane);
+}
+
+__attribute__((noinline)) inline void await_groups(size_t left) {
+  exchange(0xffffffffu, 0);
+  Products& mine = products[running];
+  mine.open = false;
+  while (mine.groups.size() > left) {
+    mine.run_queue(running % kWarp);
+    const size_t count = mine.groups.front();
+    for (size_t i = 0; i < count; ++i) {
+      float* c = mine.issued[i];
+      Sums& sums = mine.sums[c];
+      if (--sums.users > 0) continue;
+      for (size_t at = 0; at < sums.values.size(); ++at) {
+        if (__float_as_uint(c[at]) != 0xffffffffu)
+          fail("a register of a product that was written before it was waited for");
+        c[at] = sums.values[at];
+      }
+      mine.sums.erase(c);
+    }
+    mine.issued.erase(mine.issued.begin(), mine.issued.begin() + count);
+    mine.groups.erase(mine.groups.begin());
+    for (size_t& end : mine.groups) end -= count;
+  }
+  exchange(0xffffffffu, 0);  // no lane changes registers that others still read
+}
+
 inline const bool hooked = [] {
   begin_block = [] {
     shared_base = 1024 + 16 * (order() % 64);
@@ -240,21 +294,6 @@ inline void publish_shared() {
   std::memcpy(emulation::async_shared, emulation::dynamic_shared, emulation::most_shared());
 }
 
-template <int kThreads>
-bool any_of_first(bool vote) {
-  static int arrived, round;
-  static bool any[2];
-  if (static_cast<int>(threadIdx.x) >= kThreads) emulation::fail("a vote of another thread");
-  const int mine = round;
-  any[mine % 2] |= vote;
-  if (++arrived == kThreads) {
-    arrived = 0;
-    any[++round % 2] = false;
-  }
-  emulation::wait_until([&] { return round != mine; });
-  return any[mine % 2];
-}
-
 inline uint64_t matrix_descriptor(const void* start, int leading, int stride) {
   const auto encoded = [](uint32_t bytes) { return uint64_t{(bytes & 0x3ffff) >> 4}; };
   return encoded(shared_address(start)) | encoded(leading) << 16 | encoded(stride) << 32 |
@@ -275,29 +314,7 @@ inline void commit_products() {
 
 template <int kLeft>
 void await_products() {
-  using namespace emulation;
-  exchange(0xffffffffu, 0);
-  Products& mine = products[running];
-  mine.open = false;
-  while (mine.groups.size() > kLeft) {
-    mine.run_queue(running % kWarp);
-    const size_t count = mine.groups.front();
-    for (size_t i = 0; i < count; ++i) {
-      float* c = mine.issued[i];
-      Sums& sums = mine.sums[c];
-      if (--sums.users > 0) continue;
-      for (size_t at = 0; at < sums.values.size(); ++at) {
-        if (__float_as_uint(c[at]) != 0xffffffffu)
-          fail("a register of a product that was written before it was waited for");
-        c[at] = sums.values[at];
-      }
-      mine.sums.erase(c);
-    }
-    mine.issued.erase(mine.issued.begin(), mine.issued.begin() + count);
-    mine.groups.erase(mine.groups.begin());
-    for (size_t& end : mine.groups) end -= count;
-  }
-  exchange(0xffffffffu, 0);  // no lane changes registers that others still read
+  emulation::await_groups(kLeft);
 }
 
 template <int kTiles>
@@ -306,34 +323,8 @@ void hold(float (&)[kTiles][4]) {}
 template <typename T, bool kTransposed, int kTiles>
 void multiply_add_async(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t descriptor,
                         bool add) {
-  using namespace emulation;
-  const int thread = running, warp = thread / kWarp, lane = thread % kWarp;
-  Products& mine = products[thread];
-  if (!mine.open) fail("a product without a fence before it");
-  auto& of_group = sequence[warp / kGroupWarps];
-  if (mine.count == static_cast<int>(of_group.size())) of_group.push_back(descriptor);
-  if (of_group[mine.count] != descriptor) fail("a warp whose descriptor is not its group's");
-  ++mine.count;
-
-  float* sums = &c[0][0];
-  const uint64_t* of_lanes = exchange(0xffffffffu, reinterpret_cast<uint64_t>(&a[0]));
-  Product product{sums, kTiles, add, {}, nullptr, run_product<T>};
-  for (int of = 0; of < 4; ++of)
-    product.a[of] = reinterpret_cast<const uint32_t*>(of_lanes[lane / 4 * 4 + of]);
-  const auto [flying, fresh] = mine.sums.try_emplace(sums);
-  ++flying->second.users;
-  if (fresh) {
-    flying->second.values.assign(sums, sums + 4 * kTiles);
-    std::memset(sums, 0xff, 4 * kTiles * sizeof(float));
-  }
-  // The warp's lanes share b.
-  if (lane == 0) of_warp[warp] = std::make_shared<MatrixB>(MatrixB{descriptor, kTransposed, {}});
-  exchange(0xffffffffu, 0);
-  product.b = of_warp[warp];
-  exchange(0xffffffffu, 0);
-  mine.queue.push_back(product);
-  mine.issued.push_back(sums);
-  if (order() % 2) mine.run_queue(lane);
+  emulation::issue({&c[0][0], kTiles, add, {a}, nullptr, emulation::run_product<T>}, descriptor,
+                   kTransposed);
 }
 
 }  // namespace msn

@@ -18,24 +18,20 @@
 //
 // Bytes: keys and values of the prefix once for every kRows query rows (more than once from L2),
 // and for each split and query row 4 (D_v + 2) written. Not yet run on a GPU.
-#include <type_traits>
-
-#include "cuda/tree/tree_attention_split.cuh"
+#include "cuda/tree/attention_tiles.cuh"
+#include "cuda/tree/tree_attention_wgmma.cuh"
 
 namespace msn {
 
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
-constexpr int kMmaRows = 16, kChunk = 8;  // values in 16 bytes
-
-template <int kValue>
-using Int = std::integral_constant<int, kValue>;
 
 // Sizes that follow from the head size and from how many of the four warps stand side by side on
 // query rows.
-template <int kDim, int kRowWarps>
+template <int kHeadDim, int kWarpsOfRows>
 struct Shape {
+  static constexpr int kDim = kHeadDim, kRowWarps = kWarpsOfRows, kBlocks = 2;
   static constexpr int kRows = kRowWarps * kMmaRows;
   static constexpr int kKeyWarps = kWarps / kRowWarps;
   static constexpr int kKeys = kDim > 128 ? 32 : 64;  // of a tile
@@ -45,35 +41,11 @@ struct Shape {
   static constexpr int kStage = 2 * kKeys * kPitch;   // keys and values
   static constexpr bool kSharedQueries = kDim > 128;  // where they do not fit into the registers
   static constexpr int kBytes = 2 * (2 * kStage + (kSharedQueries ? kRows * kPitch : 0));
-  // So many that a block leaves less than half of what it read in the workspace.
   static constexpr int kLeastTiles = 2 * kRows > kKeys ? 2 * kRows / kKeys : 1;
   static_assert(kWarpKeys % kMmaRows == 0 && kWarpKeys <= kWordBits);
   static_assert(kWarps * kMmaRows * (kDim + 2) * 4 <= kBytes,
                 "the warps' sums take the place of the tiles");
 };
-
-template <typename T>
-__device__ float widen(uint16_t bits) {
-  T value;
-  static_assert(sizeof value == sizeof bits);
-  memcpy(&value, &bits, sizeof value);
-  return to_float(value);
-}
-
-template <typename T>
-__device__ bool finite(uint16_t bits) {
-  constexpr uint16_t kExponent = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
-  return (bits & kExponent) != kExponent;
-}
-
-__device__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 2));
-}
-__device__ float quad_sum(float x) {
-  x += __shfl_xor_sync(kWholeWarp, x, 1);
-  return x + __shfl_xor_sync(kWholeWarp, x, 2);
-}
 
 // `count` rows of `width` values into a tile of kKeys rows; zeros around them.
 template <typename T, int kKeys, int kDim, int kPitch>
@@ -87,67 +59,30 @@ __device__ void fetch(const T* rows, int64_t stride, int count, int width, uint1
   }
 }
 
-// A thread's work: the block's share of the problem, then the thread's place in it.
+// The work on keys and values in shared memory, in two stages, each a tile of both.
 template <typename T, int kDim, int kRowWarps>
-struct Work {
+struct Work : TileWork<T, Shape<kDim, kRowWarps>> {
   using S = Shape<kDim, kRowWarps>;
 
-  const AttentionProblem<T>& p;
-  uint16_t* stages;  // shared memory: two stages, each a tile of keys and one of values
-  // Blocks that read the same keys and values stand next to each other.
-  int query_tile, split, kv_head, row;
-  RowKeys keys;
-  int from, to;    // the block's keys
-  int dense_from;  // from here to the end of the prefix every node's window sees every key
-  int blocks;      // with the same query rows
+  uint16_t* stages;
   const T *k, *v;  // the row's first
-  const uint64_t* ancestors;
-  int n_words;
 
-  int warp, lane, group, pair;
-  int key_share;  // of a tile's keys, the warp's first
-  int first_row;  // of the query tile's rows, the thread's first; the other one is 8 further
+  __device__ __forceinline__ Work(const AttentionProblem<T>& p, uint4* shared, int most_splits)
+      : TileWork<T, S>(p, most_splits),
+        stages(reinterpret_cast<uint16_t*>(shared)),
+        k(p.k + this->row * p.k_row + this->kv_head * p.k_head + this->keys.first * p.k_slot),
+        v(p.v + this->row * p.v_row + this->kv_head * p.v_head + this->keys.first * p.v_slot) {}
 
-  __device__ __forceinline__ Work(const AttentionProblem<T>& problem, uint4* shared,
-                                  int most_splits)
-      : p(problem), stages(reinterpret_cast<uint16_t*>(shared)) {
-    query_tile = blockIdx.x % p.tiles;
-    split = blockIdx.x / p.tiles % most_splits;
-    kv_head = blockIdx.x / p.tiles / most_splits % p.kv_heads;
-    row = blockIdx.x / p.tiles / most_splits / p.kv_heads;
-    keys = p.keys_of(row);
-    const Split plan = split_keys(p, keys, most_splits, S::kKeys, S::kLeastTiles);
-    blocks = plan.blocks;
-    from = static_cast<int>(window_start(keys.prefix, p.window)) + split * plan.tiles * S::kKeys;
-    to = min(keys.end, from + plan.tiles * S::kKeys);
-    dense_from = static_cast<int>(window_start(keys.prefix + p.nodes - 1, p.window));
-    k = p.k + row * p.k_row + kv_head * p.k_head + keys.first * p.k_slot;
-    v = p.v + row * p.v_row + kv_head * p.v_head + keys.first * p.v_slot;
-    ancestors = p.ancestors + row * p.ancestors_row;
-    n_words = words_for(p.nodes);
-
-    warp = threadIdx.x / kWarp;
-    lane = threadIdx.x % kWarp;
-    group = lane / 4;
-    pair = lane % 4 * 2;
-    key_share = warp / kRowWarps * S::kWarpKeys;
-    first_row = query_tile * S::kRows + warp % kRowWarps * kMmaRows + group;
-  }
-
-  __device__ __forceinline__ int node_of(int query_row) const { return query_row / p.group; }
-  __device__ __forceinline__ int head_of(int query_row) const {
-    return kv_head * p.group + query_row % p.group;
-  }
   // The warp's keys of a stage, and the values of the same.
   __device__ __forceinline__ uint16_t* keys_at(int stage) const {
-    return stages + stage * S::kStage + key_share * S::kPitch;
+    return stages + stage * S::kStage + this->key_share * S::kPitch;
   }
   __device__ __forceinline__ uint16_t* values_at(int stage) const {
     return keys_at(stage) + S::kKeys * S::kPitch;
   }
   // The warp's queries after the stages, where they do not fit into the registers.
   __device__ __forceinline__ uint16_t* shared_queries() const {
-    return stages + 2 * S::kStage + warp % kRowWarps * kMmaRows * S::kPitch;
+    return stages + 2 * S::kStage + this->warp % kRowWarps * kMmaRows * S::kPitch;
   }
 };
 
@@ -156,11 +91,7 @@ template <typename S, int kDim>
 struct Queries {
   uint32_t at[S::kSharedQueries ? 1 : kDim / 16][4];
 };
-// Scores of the two rows for the warp's keys; then their weights.
-template <typename S>
-struct Scores {
-  float at[S::kWarpKeys / 8][4];
-};
+
 // Starts the copies of the tile of keys and values from `key` on into a stage.
 template <typename T, int kDim, int kRowWarps>
 __device__ __forceinline__ void fetch_tile(const Work<T, kDim, kRowWarps>& w, int key, int stage) {
@@ -175,33 +106,21 @@ __device__ __forceinline__ void fetch_tile(const Work<T, kDim, kRowWarps>& w, in
 }
 
 template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
-__device__ __forceinline__ void load_queries(const Work<T, kDim, kRowWarps>& w,
+__device__ __forceinline__ void keep_queries(const Work<T, kDim, kRowWarps>& w,
                                              Queries<S, kDim>& query) {
-  const AttentionProblem<T>& p = w.p;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int node = w.node_of(w.first_row + 8 * r), head = w.head_of(w.first_row + 8 * r);
-    const bool exists = node < p.nodes;
-    const T* from = p.q + w.row * p.q_row + head * p.q_head + (exists ? node : 0) * p.q_node;
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      const int column = d * 8 + w.pair;
-      const uint32_t both =
-          exists && column < p.dim ? *reinterpret_cast<const uint32_t*>(from + column) : 0;
-      if constexpr (!S::kSharedQueries)
-        query.at[d / 2][d % 2 * 2 + r] = both;
-      else if (w.key_share == 0)
-        *reinterpret_cast<uint32_t*>(w.shared_queries() + (w.group + 8 * r) * S::kPitch + column) =
-            both;
-    }
-  }
+  load_queries(w, [&](int r, int d, uint32_t both) {
+    if constexpr (!S::kSharedQueries)
+      query.at[d / 2][d % 2 * 2 + r] = both;
+    else if (w.key_share == 0)
+      *reinterpret_cast<uint32_t*>(w.shared_queries() + (w.group + 8 * r) * S::kPitch + d * 8 +
+                                   w.pair) = both;
+  });
 }
 
-// Scaled, capped and to base 2.
 template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
 __device__ __forceinline__ void compute_scores(const Work<T, kDim, kRowWarps>& w,
-                                               Queries<S, kDim>& query, int stage, float scale,
-                                               float softcap, Scores<S>& score) {
+                                               Queries<S, kDim>& query, int stage,
+                                               Scores<S>& score) {
   const uint16_t* keys = w.keys_at(stage);
 #pragma unroll
   for (int d = 0; d < kDim; d += 16) {
@@ -215,61 +134,6 @@ __device__ __forceinline__ void compute_scores(const Work<T, kDim, kRowWarps>& w
           b, keys + (key + w.lane / 16 * 8 + w.lane % 8) * S::kPitch + d + w.lane / 8 % 2 * 8);
       multiply_add<T>(score.at[key / 8], a, b[0], b[1]);
       multiply_add<T>(score.at[key / 8 + 1], a, b[2], b[3]);
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-    for (float& s : score.at[n]) {
-      s *= scale;
-      s = (softcap > 0.0f ? softcap * tanhf(s / softcap) : s) * kLog2E;
-    }
-}
-
-// -inf for the keys of the tile that a row does not see; `seen`: those that it does, as bits.
-template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
-__device__ __forceinline__ void mask_scores(const Work<T, kDim, kRowWarps>& w, int tile,
-                                            uint64_t (&seen)[2], Scores<S>& score) {
-  const int prefix = w.keys.prefix;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int node = w.node_of(w.first_row + 8 * r);
-    const uint64_t* words = w.ancestors + node * w.n_words;
-    const int depth = node < w.p.nodes ? depth_from_bits(words, w.n_words) : -1;
-    if (depth >= 0)
-      seen[r] = visible_keys(words, w.n_words, tile + w.key_share, prefix, w.keys.end,
-                             window_start(prefix + depth, w.p.window));
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (!(seen[r] >> (n * 8 + w.pair + i) & 1)) score.at[n][2 * r + i] = -INFINITY;
-  }
-}
-
-// Turns scores into weights relative to the new largest one, and brings the sums so far to the same
-// scale.
-template <int kDim, typename S>
-__device__ __forceinline__ void update_softmax(Scores<S>& score, Running<kDim>& running) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float most = running.largest[r];
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n)
-      most = fmaxf(most, fmaxf(score.at[n][2 * r], score.at[n][2 * r + 1]));
-    most = quad_max(most);
-    const float base = base_of(most), fade = exp2f(running.largest[r] - base);
-    running.largest[r] = most;
-    running.total[r] *= fade;
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        running.total[r] += score.at[n][2 * r + i] = exp2f(score.at[n][2 * r + i] - base);
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      running.sums[d][2 * r] *= fade;
-      running.sums[d][2 * r + 1] *= fade;
     }
   }
 }
@@ -315,9 +179,8 @@ __device__ __forceinline__ void accumulate_values(const Work<T, kDim, kRowWarps>
   const uint16_t* values = w.values_at(stage);
 #pragma unroll
   for (int key = 0; key < S::kWarpKeys; key += 16) {
-    const float (&low)[4] = weight.at[key / 8], (&high)[4] = weight.at[key / 8 + 1];
-    const uint32_t weights[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
-                                 pack<T>(high[0], high[1]), pack<T>(high[2], high[3])};
+    uint32_t weights[4];
+    pack_weights<T>(weight, key / 16, weights);
 #pragma unroll
     for (int d = 0; d < kDim; d += 16) {
       uint32_t b[4];
@@ -383,17 +246,6 @@ __device__ __forceinline__ void merge_warps(const Work<T, kDim, kRowWarps>& w,
   }
 }
 
-// Hands over rows whose sums are complete as far as the block's keys go.
-template <typename T, int kDim, int kRowWarps, int kColumns>
-__device__ __forceinline__ void hand_over(const Work<T, kDim, kRowWarps>& w, const Splits& splits,
-                                          int first_column, const Running<kColumns>& running) {
-  const Place at{w.row, w.kv_head, w.first_row, first_column + w.pair};
-  if (w.blocks == 1)
-    write_rows(w.p, at, running);
-  else
-    leave_rows(w.p, splits, w.split, at, running);
-}
-
 template <typename T, int kDim, int kRowWarps>
 __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
     tree_attention_mma_kernel(const __grid_constant__ AttentionProblem<T> p,
@@ -405,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   if (w.split >= w.blocks) return;
   if (w.from < w.to) fetch_tile(w, w.from, 0);
   Queries<S, kDim> query;
-  load_queries(w, query);
+  keep_queries(w, query);
 
   const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
   Running<kDim> running{{-INFINITY, -INFINITY}, {}, {}};
@@ -414,7 +266,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
     __syncthreads();  // the tile is there, and no thread reads the other stage any more
     if (tile + S::kKeys < w.to) fetch_tile(w, tile + S::kKeys, stage ^ 1);
     Scores<S> score{};
-    compute_scores(w, query, stage, scale, softcap, score);
+    compute_scores(w, query, stage, score);
+    scale_scores(scale, softcap, score);
     // The same for all threads of the block.
     const bool masked = tile < w.dense_from || tile + S::kKeys > w.keys.prefix;
     uint64_t seen[2] = {};
@@ -435,37 +288,6 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   }
 }
 
-// Blocks to cut the keys into, at most, so that every multiprocessor has two.
-int most_splits(int device, int64_t tasks, int64_t slots, int keys, int least_tiles) {
-  int processors = 0;
-  check("tree_attention",
-        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  const int64_t stretch = int64_t{keys} * least_tiles;
-  return static_cast<int>(clamp(2 * processors / (tasks > 0 ? tasks : 1), 1,
-                                clamp((slots + stretch - 1) / stretch, 1, kMostSplits)));
-}
-
-// The grid and the workspace of a launch.
-struct Plan {
-  int tiles;  // of query rows
-  int64_t tasks, query_rows;
-  Splits splits;
-};
-
-template <int kDim, int kRowWarps>
-Plan plan_for(int64_t batch, int64_t kv_heads, int64_t rows, int64_t slots, int device) {
-  using S = Shape<kDim, kRowWarps>;
-  Plan plan{};
-  plan.tiles = static_cast<int>((rows + S::kRows - 1) / S::kRows);
-  plan.tasks = batch * kv_heads * plan.tiles;
-  plan.query_rows = batch * kv_heads * rows;
-  plan.splits.most = most_splits(device, plan.tasks, slots, S::kKeys, S::kLeastTiles);
-  plan.splits.tile_keys = S::kKeys;
-  plan.splits.least_tiles = S::kLeastTiles;
-  plan.splits.columns = kDim;
-  return plan;
-}
-
 // Calls `f` with the two sizes of the kernel for these heads and query rows, as integral constants.
 template <typename F>
 auto with_shape(int64_t dim, int64_t rows, const F& f) {
@@ -482,45 +304,45 @@ template <typename T, int kDim, int kRowWarps>
 void launch_shape(AttentionProblem<T> p, int64_t batch, int device, const AttentionSpace& space,
                   void* stream) {
   using S = Shape<kDim, kRowWarps>;
-  Plan plan =
-      plan_for<kDim, kRowWarps>(batch, p.kv_heads, int64_t{1} * p.nodes * p.group, p.slots, device);
-  Splits& splits = plan.splits;
-  if (space.floats < splits.floats(plan.query_rows) ||
-      reinterpret_cast<uintptr_t>(space.partial) % sizeof(float4))
-    splits.most = 1;
-  splits.sums = space.partial;
-  splits.weights =
-      reinterpret_cast<float2*>(splits.sums + plan.query_rows * splits.most * splits.columns);
+  const Plan plan = plan_in<T, S>(p, batch, device, space);
   p.tiles = plan.tiles;
   const auto kernel = tree_attention_mma_kernel<T, kDim, kRowWarps>;
   if (S::kBytes > 48 * 1024)  // more than a kernel gets unasked
     check("tree_attention",
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
-  launch("tree_attention", kernel, grid_x("tree_attention", plan.tasks * splits.most), kThreads,
-         S::kBytes, stream, p, splits);
-  if (splits.most > 1) merge_splits(p, batch, device, splits, stream);
+  launch("tree_attention", kernel, grid_x("tree_attention", plan.tasks * plan.splits.most),
+         kThreads, S::kBytes, stream, p, plan.splits);
+  if (plan.splits.most > 1) merge_splits(p, batch, device, plan.splits, stream);
 }
 
 }  // namespace
 
 AttentionSpace attention_space(const Tensor& q, const Tensor& k, const Tensor& v) {
-  const int64_t rows = q.shape[2] * (q.shape[1] / k.shape[1]),
+  const int64_t batch = q.shape[0], kv_heads = k.shape[1], slots = k.shape[2],
+                rows = q.shape[2] * (q.shape[1] / kv_heads),
                 dim = q.shape[3] > v.shape[3] ? q.shape[3] : v.shape[3];
-  return with_shape(dim, rows, [&](auto padded, auto row_warps) {
-    const Plan plan = plan_for<decltype(padded)::value, decltype(row_warps)::value>(
-        q.shape[0], k.shape[1], rows, k.shape[2], q.device_index);
-    return AttentionSpace{nullptr, plan.splits.floats(plan.query_rows)};
+  int64_t floats = with_shape(dim, rows, [&](auto padded, auto row_warps) {
+    return plan_for<Shape<decltype(padded)::value, decltype(row_warps)::value>>(
+               batch, kv_heads, rows, slots, q.device_index)
+        .floats();
   });
+  if (wgmma_takes(dim, rows, q.device_index)) {
+    const int64_t other = wgmma_floats(batch, kv_heads, rows, slots, dim, q.device_index);
+    floats = other > floats ? other : floats;
+  }
+  return {nullptr, floats};
 }
 
 template <typename T>
 void tree_attention_mma(const AttentionProblem<T>& p, int64_t batch, int device,
                         const AttentionSpace& space, void* stream) {
-  with_shape(p.dim > p.v_dim ? p.dim : p.v_dim, int64_t{1} * p.nodes * p.group,
-             [&](auto padded, auto row_warps) {
-               launch_shape<T, decltype(padded)::value, decltype(row_warps)::value>(
-                   p, batch, device, space, stream);
-             });
+  const int64_t dim = p.dim > p.v_dim ? p.dim : p.v_dim, rows = int64_t{1} * p.nodes * p.group;
+  if (wgmma_takes(dim, rows, device) && tree_attention_wgmma(p, batch, device, space, stream))
+    return;
+  with_shape(dim, rows, [&](auto padded, auto row_warps) {
+    launch_shape<T, decltype(padded)::value, decltype(row_warps)::value>(p, batch, device, space,
+                                                                         stream);
+  });
 }
 
 template void tree_attention_mma(const AttentionProblem<__half>&, int64_t, int,

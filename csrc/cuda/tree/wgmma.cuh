@@ -115,23 +115,6 @@ __device__ inline void publish_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// A barrier of the first kThreads threads of the block; true if any of them votes so.
-template <int kThreads>
-__device__ inline bool any_of_first(bool vote) {
-  int any;
-  asm volatile(
-      "{\n"
-      ".reg .pred mine, all;\n"
-      "setp.ne.s32 mine, %1, 0;\n"
-      "bar.red.or.pred all, 1, %2, mine;\n"
-      "selp.s32 %0, 1, 0, all;\n"
-      "}"
-      : "=r"(any)
-      : "r"(static_cast<int>(vote)), "n"(kThreads)
-      : "memory");
-  return any;
-}
-
 // ---- products
 
 // A matrix in shared memory whose 128-byte rows are swizzled as copy_tile leaves them. `leading`
@@ -142,9 +125,9 @@ __device__ inline uint64_t matrix_descriptor(const void* start, int leading, int
   return encoded(shared_address(start)) | encoded(leading) << 16 | encoded(stride) << 32 |
          kSwizzle128 << 62;
 }
-// The descriptor of the matrix that starts `bytes` further on.
+// The descriptor of the matrix that starts `bytes` further on; no carry leaves the start's bits.
 __device__ inline uint64_t moved_by(uint64_t descriptor, int bytes) {
-  return descriptor + (bytes >> 4);
+  return (descriptor >> 32 << 32) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
 }
 
 // Before the first product, and between an access of their registers and the next one.
