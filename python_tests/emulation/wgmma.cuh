@@ -21,7 +21,7 @@
 
 #include "cuda/tree/mma.cuh"
 
-#define MSN_WGMMA 1
+#define MSN_HAVE_WGMMA 1
 
 struct alignas(64) CUtensorMap {
   const uint16_t* values;
@@ -31,6 +31,12 @@ struct alignas(64) CUtensorMap {
 namespace emulation {
 
 constexpr int kGroupWarps = 4, kBox = 64;
+// Where a 128-byte row's chunks of 16 bytes lie, by row of eight: the CUDA C++ Programming Guide's
+// figure of the 128-byte swizzle. Products go by the ISA's formula on addresses instead.
+constexpr int kChunks[8][8] = {{0, 1, 2, 3, 4, 5, 6, 7}, {1, 0, 3, 2, 5, 4, 7, 6},
+                               {2, 3, 0, 1, 6, 7, 4, 5}, {3, 2, 1, 0, 7, 6, 5, 4},
+                               {4, 5, 6, 7, 0, 1, 2, 3}, {5, 4, 7, 6, 1, 0, 3, 2},
+                               {6, 7, 4, 5, 2, 3, 0, 1}, {7, 6, 5, 4, 3, 2, 1, 0}};
 alignas(16) inline char async_shared[kMostShared];
 
 // ---- bulk copies and their barriers
@@ -82,7 +88,7 @@ inline void land(const Copy& copy) {
         from += at[d] * copy.map.strides[d];
       }
       const uint16_t value = inside ? *from : 0;
-      const int chunk = column / 8 ^ slot % 8;
+      const int chunk = kChunks[slot % 8][column / 8];
       write_shared(copy.to + slot * 128 + chunk * 16 + column % 8 * 2, &value, 2);
     }
 }
@@ -264,6 +270,8 @@ inline bool describe_tiles(CUtensorMap* map, const void* values, int64_t rows, i
   if (reinterpret_cast<uintptr_t>(values) % 16 || slot_stride % 8 ||
       (heads > 1 && head_stride % 8) || (rows > 1 && row_stride % 8))
     emulation::fail("a tensor for bulk copies that is not whole 16 bytes");
+  // A driver that refuses something.
+  if (rows > 1 && row_stride < slot_stride && row_stride < head_stride) return false;
   *map = {static_cast<const uint16_t*>(values),
           {columns, slots, heads, rows},
           {1, slot_stride, head_stride, row_stride}};

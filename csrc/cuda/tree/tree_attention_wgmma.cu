@@ -181,13 +181,15 @@ __device__ __forceinline__ void accumulate_values(const Scores<S>& weight, const
   hold(running.sums);
 }
 
-template <typename T, int kDim, int kGroups, typename S = GroupShape<kDim, kGroups>>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+template <typename T, int kDim, int kGroups>
+__global__ void __launch_bounds__(GroupShape<kDim, kGroups>::kThreads,
+                                  GroupShape<kDim, kGroups>::kBlocks)
     tree_attention_wgmma_kernel(const __grid_constant__ AttentionProblem<T> p,
                                 const __grid_constant__ Splits splits,
                                 const __grid_constant__ CUtensorMap k,
                                 const __grid_constant__ CUtensorMap v) {
-#ifdef MSN_WGMMA
+#ifdef MSN_HAVE_WGMMA
+  using S = GroupShape<kDim, kGroups>;
   extern __shared__ uint4 shared[];
   const TileWork<T, S> w(p, splits.most);
   let_next_launch_start();

@@ -19,7 +19,7 @@
 #include "cuda/tree/mma.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define MSN_WGMMA 1  // these instructions exist
+#define MSN_HAVE_WGMMA 1  // these instructions exist
 #endif
 
 namespace msn {
