@@ -18,9 +18,7 @@
 //
 // Bytes: keys and values of the prefix once for every kRows query rows (more than once from L2),
 // and for each split and query row 4 (D_v + 2) written. Not yet run on a GPU.
-#include <type_traits>
-
-#include "cuda/tree/tree_attention_split.cuh"
+#include "cuda/tree/attention_softmax.cuh"
 
 namespace msn {
 
@@ -66,24 +64,33 @@ __device__ bool finite(uint16_t bits) {
   return (bits & kExponent) != kExponent;
 }
 
-__device__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 2));
-}
-__device__ float quad_sum(float x) {
-  x += __shfl_xor_sync(kWholeWarp, x, 1);
-  return x + __shfl_xor_sync(kWholeWarp, x, 2);
+// True if none of 8 values is NaN or infinite. Such a one's exponent is all ones, so that its
+// lowest bit added carries into the place of the sign.
+template <typename T>
+__device__ bool all_finite(const uint4& values) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  constexpr uint32_t kExponent = kHalf ? 0x7c007c00 : 0x7f807f80,
+                     kLowest = kHalf ? 0x04000400 : 0x00800080;
+  const auto carry = [](uint32_t pair) { return (pair & kExponent) + kLowest; };
+  return !((carry(values.x) | carry(values.y) | carry(values.z) | carry(values.w)) & 0x80008000);
 }
 
-// `count` rows of `width` values into a tile of kKeys rows; zeros around them.
+// `count` rows of `width` values into a tile of kKeys rows; zeros around them. A thread copies the
+// same chunk of every kStep-th row.
 template <typename T, int kKeys, int kDim, int kPitch>
-__device__ void fetch(const T* rows, int64_t stride, int count, int width, uint16_t* tile) {
-  constexpr int kChunks = kDim / kChunk;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
-    const int row = i / kChunks, column = i % kChunks * kChunk;
-    const bool wanted = row < count && column < width;
-    copy_async(tile + row * kPitch + column, wanted ? rows + row * stride + column : rows, wanted);
+__device__ __forceinline__ void fetch(const T* rows, int64_t stride, int count, int width,
+                                      uint16_t* tile) {
+  constexpr int kChunks = kDim / kChunk,
+                kStep = kThreads / (kChunks > 8 ? kChunks > 16 ? 32 : 16 : 8);
+  static_assert(kChunks * kStep <= kThreads && kKeys % kStep == 0);
+  const int row = threadIdx.x / kChunks, column = threadIdx.x % kChunks * kChunk;
+  if (row >= kStep) return;
+  if (column >= width) count = 0;
+  const T* from = rows + row * stride + column;
+#pragma unroll
+  for (int first = 0; first < kKeys; first += kStep) {
+    copy_async(tile + (first + row) * kPitch + column, from, first + row < count);
+    from += kStep * stride;
   }
 }
 
@@ -176,7 +183,7 @@ __device__ __forceinline__ void fetch_tile(const Work<T, kDim, kRowWarps>& w, in
 
 template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
 __device__ __forceinline__ void load_queries(const Work<T, kDim, kRowWarps>& w,
-                                             Queries<S, kDim>& query) {
+                                             const Scaling& scaling, Queries<S, kDim>& query) {
   const AttentionProblem<T>& p = w.p;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -187,7 +194,9 @@ __device__ __forceinline__ void load_queries(const Work<T, kDim, kRowWarps>& w,
     for (int d = 0; d < kDim / 8; ++d) {
       const int column = d * 8 + w.pair;
       const uint32_t both =
-          exists && column < p.dim ? *reinterpret_cast<const uint32_t*>(from + column) : 0;
+          exists && column < p.dim
+              ? scaling.of_queries(*reinterpret_cast<const uint32_t*>(from + column))
+              : 0;
       if constexpr (!S::kSharedQueries)
         query.at[d / 2][d % 2 * 2 + r] = both;
       else if (w.key_share == 0)
@@ -197,11 +206,11 @@ __device__ __forceinline__ void load_queries(const Work<T, kDim, kRowWarps>& w,
   }
 }
 
-// Scaled, capped and to base 2.
+// Products of the warp's queries and keys.
 template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
 __device__ __forceinline__ void compute_scores(const Work<T, kDim, kRowWarps>& w,
-                                               Queries<S, kDim>& query, int stage, float scale,
-                                               float softcap, Scores<S>& score) {
+                                               Queries<S, kDim>& query, int stage,
+                                               Scores<S>& score) {
   const uint16_t* keys = w.keys_at(stage);
 #pragma unroll
   for (int d = 0; d < kDim; d += 16) {
@@ -217,13 +226,6 @@ __device__ __forceinline__ void compute_scores(const Work<T, kDim, kRowWarps>& w
       multiply_add<T>(score.at[key / 8 + 1], a, b[2], b[3]);
     }
   }
-#pragma unroll
-  for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-    for (float& s : score.at[n]) {
-      s *= scale;
-      s = (softcap > 0.0f ? softcap * tanhf(s / softcap) : s) * kLog2E;
-    }
 }
 
 // -inf for the keys of the tile that a row does not see; `seen`: those that it does, as bits.
@@ -235,42 +237,16 @@ __device__ __forceinline__ void mask_scores(const Work<T, kDim, kRowWarps>& w, i
   for (int r = 0; r < 2; ++r) {
     const int node = w.node_of(w.first_row + 8 * r);
     const uint64_t* words = w.ancestors + node * w.n_words;
-    const int depth = node < w.p.nodes ? depth_from_bits(words, w.n_words) : -1;
-    if (depth >= 0)
-      seen[r] = visible_keys(words, w.n_words, tile + w.key_share, prefix, w.keys.end,
-                             window_start(prefix + depth, w.p.window));
+    if (node < w.p.nodes && has_bit(words, node)) {  // alive
+      const int64_t start =
+          w.p.window > 0 ? window_start(prefix + depth_from_bits(words, w.n_words), w.p.window) : 0;
+      seen[r] = visible_keys(words, w.n_words, tile + w.key_share, prefix, w.keys.end, start);
+    }
 #pragma unroll
     for (int n = 0; n < S::kWarpKeys / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (!(seen[r] >> (n * 8 + w.pair + i) & 1)) score.at[n][2 * r + i] = -INFINITY;
-  }
-}
-
-// Turns scores into weights relative to the new largest one, and brings the sums so far to the same
-// scale.
-template <int kDim, typename S>
-__device__ __forceinline__ void update_softmax(Scores<S>& score, Running<kDim>& running) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float most = running.largest[r];
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n)
-      most = fmaxf(most, fmaxf(score.at[n][2 * r], score.at[n][2 * r + 1]));
-    most = quad_max(most);
-    const float base = base_of(most), fade = exp2f(running.largest[r] - base);
-    running.largest[r] = most;
-    running.total[r] *= fade;
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        running.total[r] += score.at[n][2 * r + i] = exp2f(score.at[n][2 * r + i] - base);
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      running.sums[d][2 * r] *= fade;
-      running.sums[d][2 * r + 1] *= fade;
-    }
   }
 }
 
@@ -284,9 +260,11 @@ __device__ __forceinline__ void add_infinite_values(const Work<T, kDim, kRowWarp
   const uint16_t* values = w.values_at(stage);
   uint16_t* all = w.stages + stage * S::kStage + S::kKeys * S::kPitch;
   bool tainted = false;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < S::kKeys * kDim; i += kThreads)
-    tainted |= !finite<T>(all[i / kDim * S::kPitch + i % kDim]);
+  constexpr int kChunks = kDim / kChunk;  // of a row
+#pragma unroll
+  for (int i = threadIdx.x; i < S::kKeys * kChunks; i += kThreads)
+    tainted |= !all_finite<T>(
+        *reinterpret_cast<const uint4*>(all + i / kChunks * S::kPitch + i % kChunks * kChunk));
   if (!__syncthreads_or(tainted)) return;
 #pragma unroll 1
   for (int key = 0; key < S::kWarpKeys; ++key)
@@ -335,7 +313,7 @@ __device__ __forceinline__ void merge_warps(const Work<T, kDim, kRowWarps>& w,
                                             const Running<kDim>& own,
                                             Running<kDim / S::kKeyWarps>& merged) {
   constexpr int kGroups = kDim / 8, kKept = kGroups / S::kKeyWarps;  // of 8 columns
-  // Of each warp, in place of the tiles: [group][lane] four sums, and [row] largest and total.
+  // Of each warp, in place of the tiles: [group][lane] four sums, and [row] base and total.
   float4* sums = reinterpret_cast<float4*>(w.stages);
   float2* weights = reinterpret_cast<float2*>(sums + kWarps * kGroups * kWarp);
   __syncthreads();
@@ -346,7 +324,7 @@ __device__ __forceinline__ void merge_warps(const Work<T, kDim, kRowWarps>& w,
 #pragma unroll
   for (int r = 0; r < 2; ++r)
     if (w.pair == 0)
-      weights[w.warp * kMmaRows + w.group + 8 * r] = make_float2(own.largest[r], own.total[r]);
+      weights[w.warp * kMmaRows + w.group + 8 * r] = make_float2(own.base[r], own.total[r]);
   __syncthreads();
 
   const int first_warp = w.warp % kRowWarps, first_kept = w.warp / kRowWarps * kKept;
@@ -354,16 +332,16 @@ __device__ __forceinline__ void merge_warps(const Work<T, kDim, kRowWarps>& w,
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float2 of[S::kKeyWarps];
-    merged.largest[r] = -INFINITY;
+    merged.base[r] = -INFINITY;
     merged.total[r] = 0.0f;
 #pragma unroll
     for (int i = 0; i < S::kKeyWarps; ++i) {
       of[i] = weights[(i * kRowWarps + first_warp) * kMmaRows + w.group + 8 * r];
-      merged.largest[r] = fmaxf(merged.largest[r], of[i].x);
+      merged.base[r] = fmaxf(merged.base[r], of[i].x);
     }
 #pragma unroll
     for (int i = 0; i < S::kKeyWarps; ++i) {
-      share[i][r] = exp2f(of[i].x - base_of(merged.largest[r]));
+      share[i][r] = exp2_approx(of[i].x - finite_base(merged.base[r]));
       merged.total[r] = fmaf(of[i].y, share[i][r], merged.total[r]);
     }
   }
@@ -404,22 +382,23 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   let_next_launch_start();
   if (w.split >= w.blocks) return;
   if (w.from < w.to) fetch_tile(w, w.from, 0);
+  const Scaling scaling(p);
   Queries<S, kDim> query;
-  load_queries(w, query);
+  load_queries(w, scaling, query);
 
-  const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
   Running<kDim> running{{-INFINITY, -INFINITY}, {}, {}};
   for (int tile = w.from, stage = 0; tile < w.to; tile += S::kKeys, stage ^= 1) {
     await_copies<0>();
     __syncthreads();  // the tile is there, and no thread reads the other stage any more
     if (tile + S::kKeys < w.to) fetch_tile(w, tile + S::kKeys, stage ^ 1);
     Scores<S> score{};
-    compute_scores(w, query, stage, scale, softcap, score);
+    compute_scores(w, query, stage, score);
+    cap_scores(scaling, score.at);
     // The same for all threads of the block.
     const bool masked = tile < w.dense_from || tile + S::kKeys > w.keys.prefix;
     uint64_t seen[2] = {};
     if (masked) mask_scores(w, tile, seen, score);
-    update_softmax(score, running);
+    update_softmax(scaling.factor, score.at, running);
     if (masked) add_infinite_values(w, stage, seen, running);
     accumulate_values(w, stage, score, running);
   }
