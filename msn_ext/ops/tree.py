@@ -118,9 +118,8 @@ def _tree_attention(
     partial = None
     if q.is_cuda:
         partial, _ = workspace(q, _C.attention_space(q, k_cache, v_cache), 0)
-    _C.tree_attention(
-        q, k_cache, v_cache, lengths, offsets, ancestors, sinks, scale, window, softcap, out, partial
-    )
+    given = q, k_cache, v_cache, lengths, offsets, ancestors, sinks
+    _C.tree_attention(*given, scale, window, softcap, out, partial)
 
 
 def tree_mask(

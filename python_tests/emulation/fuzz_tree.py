@@ -233,7 +233,8 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
     case = f"{dtype}, {shapes}, lengths {lengths}, offsets {offsets}, {options}"
     tolerance = (TOLERANCE | EXACT)[dtype]
     close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
-    for device in "sm_90a", "sm_86":  # as TreeAttention::on_cpu alternates
+    # As TreeAttention::on_cpu alternates.
+    for device in ("sm_90a", "sm_86") if dtype.itemsize == 2 else ("sm_86",):
         out.fill_(77)
         _C.tree_attention(q, k, v, *rest, *options.values(), out, None)
         torch.testing.assert_close(

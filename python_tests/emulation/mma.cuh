@@ -51,6 +51,11 @@ void await_copies() {
 inline void let_next_launch_start() {}
 inline void await_launch_before() { emulation::fibers[emulation::running].awaited = true; }
 
+inline float exp2_approx(float x) {
+  const float power = std::exp2(x);
+  return power < 0x1p-126f ? 0.0f : power;
+}
+
 inline void read_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
   if (reinterpret_cast<uintptr_t>(row) % 16)
     emulation::fail("a matrix row that is not aligned to 16 bytes");

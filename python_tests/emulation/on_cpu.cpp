@@ -18,11 +18,11 @@ void define_layers(pybind11::module_&) {}
 
 void TreeAncestors::on_cpu() const { on_cuda(nullptr); }
 void TreeAttention::on_cpu() const {
-  // On a device of each kind in turn, of some size, with space that holds NaN; at times with too
-  // little of it, and at times twice, with the blocks in another order.
+  // On a device of each kind in turn (16-bit tensors), of some size, with space that holds NaN; at
+  // times with too little of it, and at times twice, with the blocks in another order.
   static std::mt19937 random(1);
-  static int calls = 0;
-  emulation::hopper = ++calls % 2;
+  static bool hopper = false;
+  emulation::hopper = q.item_size == 2 && (hopper = !hopper);
   emulation::processors = 1 + random() % 40;
   TreeAttention op = *this;
   if (q.item_size == 2) op.space = attention_space(q, k, v);

@@ -1,6 +1,5 @@
 // What the attention kernels on tensor cores share: a block takes some query rows and a stretch of
-// their keys, tile by tile; each of its warps 16 of the rows and some or all of a tile's keys. The
-// softmax is kept online, in float32 and to base 2, in registers.
+// their keys, tile by tile; each of its warps 16 of the rows and some or all of a tile's keys.
 //
 // A kernel's shape S is a struct of constants:
 //   kDim         head size, padded
@@ -11,9 +10,7 @@
 //   kBlocks      blocks that a multiprocessor holds
 //   kLeastTiles  so many that a block leaves less than half of what it read in the workspace
 #pragma once
-#include <type_traits>
-
-#include "cuda/tree/tree_attention_split.cuh"
+#include "cuda/tree/attention_softmax.cuh"
 
 namespace msn {
 
@@ -36,13 +33,15 @@ __device__ bool finite(uint16_t bits) {
   return (bits & kExponent) != kExponent;
 }
 
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 2));
-}
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(kWholeWarp, x, 1);
-  return x + __shfl_xor_sync(kWholeWarp, x, 2);
+// True if none of 8 values is NaN or infinite. Such a one's exponent is all ones, so that its
+// lowest bit added carries into the place of the sign.
+template <typename T>
+__device__ bool all_finite(const uint4& values) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  constexpr uint32_t kExponent = kHalf ? 0x7c007c00 : 0x7f807f80,
+                     kLowest = kHalf ? 0x04000400 : 0x00800080;
+  const auto carry = [](uint32_t pair) { return (pair & kExponent) + kLowest; };
+  return !((carry(values.x) | carry(values.y) | carry(values.z) | carry(values.w)) & 0x80008000);
 }
 
 // A thread's work: the block's share of the problem, then the thread's place in it.
@@ -101,7 +100,8 @@ struct Scores {
 // Calls store(r, d, values) for each two values that the thread takes of its rows' queries as
 // operand: columns 8 d + pair and the next one of row r.
 template <typename T, typename S, typename Store>
-__device__ __forceinline__ void load_queries(const TileWork<T, S>& w, const Store& store) {
+__device__ __forceinline__ void load_queries(const TileWork<T, S>& w, const Scaling& scaling,
+                                             const Store& store) {
   const AttentionProblem<T>& p = w.p;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -112,21 +112,11 @@ __device__ __forceinline__ void load_queries(const TileWork<T, S>& w, const Stor
     for (int d = 0; d < S::kDim / 8; ++d) {
       const int column = d * 8 + w.pair;
       store(r, d,
-            exists && column < p.dim ? *reinterpret_cast<const uint32_t*>(from + column) : 0u);
+            exists && column < p.dim
+                ? scaling.of_queries(*reinterpret_cast<const uint32_t*>(from + column))
+                : 0u);
     }
   }
-}
-
-// Scaled, capped and to base 2.
-template <typename S>
-__device__ __forceinline__ void scale_scores(float scale, float softcap, Scores<S>& score) {
-#pragma unroll
-  for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-    for (float& s : score.at[n]) {
-      s *= scale;
-      s = (softcap > 0.0f ? softcap * tanhf(s / softcap) : s) * kLog2E;
-    }
 }
 
 // -inf for the keys of the tile that a row does not see; `seen`: those that it does, as bits.
@@ -138,42 +128,16 @@ __device__ __forceinline__ void mask_scores(const TileWork<T, S>& w, int tile, u
   for (int r = 0; r < 2; ++r) {
     const int node = w.node_of(w.first_row + 8 * r);
     const uint64_t* words = w.ancestors + node * w.n_words;
-    const int depth = node < w.p.nodes ? depth_from_bits(words, w.n_words) : -1;
-    if (depth >= 0)
-      seen[r] = visible_keys(words, w.n_words, tile + w.key_share, prefix, w.keys.end,
-                             window_start(prefix + depth, w.p.window));
+    if (node < w.p.nodes && has_bit(words, node)) {  // alive
+      const int64_t start =
+          w.p.window > 0 ? window_start(prefix + depth_from_bits(words, w.n_words), w.p.window) : 0;
+      seen[r] = visible_keys(words, w.n_words, tile + w.key_share, prefix, w.keys.end, start);
+    }
 #pragma unroll
     for (int n = 0; n < S::kWarpKeys / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (!(seen[r] >> (n * 8 + w.pair + i) & 1)) score.at[n][2 * r + i] = -INFINITY;
-  }
-}
-
-// Turns scores into weights relative to the new largest one, and brings the sums so far to the same
-// scale.
-template <int kDim, typename S>
-__device__ __forceinline__ void update_softmax(Scores<S>& score, Running<kDim>& running) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float most = running.largest[r];
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n)
-      most = fmaxf(most, fmaxf(score.at[n][2 * r], score.at[n][2 * r + 1]));
-    most = quad_max(most);
-    const float base = base_of(most), fade = exp2f(running.largest[r] - base);
-    running.largest[r] = most;
-    running.total[r] *= fade;
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        running.total[r] += score.at[n][2 * r + i] = exp2f(score.at[n][2 * r + i] - base);
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      running.sums[d][2 * r] *= fade;
-      running.sums[d][2 * r + 1] *= fade;
-    }
   }
 }
 

@@ -45,6 +45,13 @@ __device__ inline void await_launch_before() {
 #endif
 }
 
+// 2^x with 22 bits; results below 2^-126 are 0.
+__device__ inline float exp2_approx(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
 // Four 8 x 8 matrices of 16-bit values. Lane l names row l % 8 of matrix l / 8 and gets of each
 // matrix the values 2 (l % 4) and the next one of row l / 4.
 __device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {

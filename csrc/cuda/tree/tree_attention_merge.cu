@@ -28,10 +28,11 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
-// What each split's sums are multiplied by, two of them for each lane, and the whole row's weight.
+// What each split's sums are multiplied by, two of them for each lane, and the whole row's base and
+// total.
 struct Shares {
   float of[kMostSplits / kWarp];
-  float largest, total;
+  float base, total;
 };
 
 __device__ __forceinline__ Shares weigh_splits(const float2* weights, int blocks, int lane) {
@@ -42,12 +43,12 @@ __device__ __forceinline__ Shares weigh_splits(const float2* weights, int blocks
   for (int i = 0; i < kOfLane; ++i) {
     const int split = i * kWarp + lane;
     own[i] = split < blocks ? __ldcg(weights + split) : make_float2(-INFINITY, 0.0f);
-    shares.largest = fmaxf(shares.largest, own[i].x);
+    shares.base = fmaxf(shares.base, own[i].x);
   }
-  shares.largest = warp_max(shares.largest);
+  shares.base = warp_max(shares.base);
 #pragma unroll
   for (int i = 0; i < kOfLane; ++i) {
-    shares.of[i] = exp2f(own[i].x - base_of(shares.largest));
+    shares.of[i] = exp2_approx(own[i].x - finite_base(shares.base));
     shares.total = fmaf(own[i].y, shares.of[i], shares.total);
   }
   shares.total = warp_sum(shares.total);
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
     add_splits(step, first, shares, sum);
   }
 
-  const Output output = output_of(end, shares.largest, shares.total);
+  const Output output = output_of(end, shares.base, shares.total);
   T* to = output_row(p, row, node, head);
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {

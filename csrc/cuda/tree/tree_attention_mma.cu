@@ -47,15 +47,22 @@ struct Shape {
                 "the warps' sums take the place of the tiles");
 };
 
-// `count` rows of `width` values into a tile of kKeys rows; zeros around them.
+// `count` rows of `width` values into a tile of kKeys rows; zeros around them. A thread copies the
+// same chunk of every kStep-th row.
 template <typename T, int kKeys, int kDim, int kPitch>
-__device__ void fetch(const T* rows, int64_t stride, int count, int width, uint16_t* tile) {
-  constexpr int kChunks = kDim / kChunk;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
-    const int row = i / kChunks, column = i % kChunks * kChunk;
-    const bool wanted = row < count && column < width;
-    copy_async(tile + row * kPitch + column, wanted ? rows + row * stride + column : rows, wanted);
+__device__ __forceinline__ void fetch(const T* rows, int64_t stride, int count, int width,
+                                      uint16_t* tile) {
+  constexpr int kChunks = kDim / kChunk,
+                kStep = kThreads / (kChunks > 8 ? kChunks > 16 ? 32 : 16 : 8);
+  static_assert(kChunks * kStep <= kThreads && kKeys % kStep == 0);
+  const int row = threadIdx.x / kChunks, column = threadIdx.x % kChunks * kChunk;
+  if (row >= kStep) return;
+  if (column >= width) count = 0;
+  const T* from = rows + row * stride + column;
+#pragma unroll
+  for (int first = 0; first < kKeys; first += kStep) {
+    copy_async(tile + (first + row) * kPitch + column, from, first + row < count);
+    from += kStep * stride;
   }
 }
 
@@ -107,8 +114,8 @@ __device__ __forceinline__ void fetch_tile(const Work<T, kDim, kRowWarps>& w, in
 
 template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
 __device__ __forceinline__ void keep_queries(const Work<T, kDim, kRowWarps>& w,
-                                             Queries<S, kDim>& query) {
-  load_queries(w, [&](int r, int d, uint32_t both) {
+                                             const Scaling& scaling, Queries<S, kDim>& query) {
+  load_queries(w, scaling, [&](int r, int d, uint32_t both) {
     if constexpr (!S::kSharedQueries)
       query.at[d / 2][d % 2 * 2 + r] = both;
     else if (w.key_share == 0)
@@ -117,6 +124,7 @@ __device__ __forceinline__ void keep_queries(const Work<T, kDim, kRowWarps>& w,
   });
 }
 
+// Products of the warp's queries and keys.
 template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
 __device__ __forceinline__ void compute_scores(const Work<T, kDim, kRowWarps>& w,
                                                Queries<S, kDim>& query, int stage,
@@ -148,9 +156,11 @@ __device__ __forceinline__ void add_infinite_values(const Work<T, kDim, kRowWarp
   const uint16_t* values = w.values_at(stage);
   uint16_t* all = w.stages + stage * S::kStage + S::kKeys * S::kPitch;
   bool tainted = false;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < S::kKeys * kDim; i += kThreads)
-    tainted |= !finite<T>(all[i / kDim * S::kPitch + i % kDim]);
+  constexpr int kChunks = kDim / kChunk;  // of a row
+#pragma unroll
+  for (int i = threadIdx.x; i < S::kKeys * kChunks; i += kThreads)
+    tainted |= !all_finite<T>(
+        *reinterpret_cast<const uint4*>(all + i / kChunks * S::kPitch + i % kChunks * kChunk));
   if (!__syncthreads_or(tainted)) return;
 #pragma unroll 1
   for (int key = 0; key < S::kWarpKeys; ++key)
@@ -198,7 +208,7 @@ __device__ __forceinline__ void merge_warps(const Work<T, kDim, kRowWarps>& w,
                                             const Running<kDim>& own,
                                             Running<kDim / S::kKeyWarps>& merged) {
   constexpr int kGroups = kDim / 8, kKept = kGroups / S::kKeyWarps;  // of 8 columns
-  // Of each warp, in place of the tiles: [group][lane] four sums, and [row] largest and total.
+  // Of each warp, in place of the tiles: [group][lane] four sums, and [row] base and total.
   float4* sums = reinterpret_cast<float4*>(w.stages);
   float2* weights = reinterpret_cast<float2*>(sums + kWarps * kGroups * kWarp);
   __syncthreads();
@@ -209,7 +219,7 @@ __device__ __forceinline__ void merge_warps(const Work<T, kDim, kRowWarps>& w,
 #pragma unroll
   for (int r = 0; r < 2; ++r)
     if (w.pair == 0)
-      weights[w.warp * kMmaRows + w.group + 8 * r] = make_float2(own.largest[r], own.total[r]);
+      weights[w.warp * kMmaRows + w.group + 8 * r] = make_float2(own.base[r], own.total[r]);
   __syncthreads();
 
   const int first_warp = w.warp % kRowWarps, first_kept = w.warp / kRowWarps * kKept;
@@ -217,16 +227,16 @@ __device__ __forceinline__ void merge_warps(const Work<T, kDim, kRowWarps>& w,
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float2 of[S::kKeyWarps];
-    merged.largest[r] = -INFINITY;
+    merged.base[r] = -INFINITY;
     merged.total[r] = 0.0f;
 #pragma unroll
     for (int i = 0; i < S::kKeyWarps; ++i) {
       of[i] = weights[(i * kRowWarps + first_warp) * kMmaRows + w.group + 8 * r];
-      merged.largest[r] = fmaxf(merged.largest[r], of[i].x);
+      merged.base[r] = fmaxf(merged.base[r], of[i].x);
     }
 #pragma unroll
     for (int i = 0; i < S::kKeyWarps; ++i) {
-      share[i][r] = exp2f(of[i].x - base_of(merged.largest[r]));
+      share[i][r] = exp2_approx(of[i].x - finite_base(merged.base[r]));
       merged.total[r] = fmaf(of[i].y, share[i][r], merged.total[r]);
     }
   }
@@ -256,10 +266,10 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
   let_next_launch_start();
   if (w.split >= w.blocks) return;
   if (w.from < w.to) fetch_tile(w, w.from, 0);
+  const Scaling scaling(p);
   Queries<S, kDim> query;
-  keep_queries(w, query);
+  keep_queries(w, scaling, query);
 
-  const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
   Running<kDim> running{{-INFINITY, -INFINITY}, {}, {}};
   for (int tile = w.from, stage = 0; tile < w.to; tile += S::kKeys, stage ^= 1) {
     await_copies<0>();
@@ -267,12 +277,12 @@ __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
     if (tile + S::kKeys < w.to) fetch_tile(w, tile + S::kKeys, stage ^ 1);
     Scores<S> score{};
     compute_scores(w, query, stage, score);
-    scale_scores(scale, softcap, score);
+    cap_scores(scaling, score.at);
     // The same for all threads of the block.
     const bool masked = tile < w.dense_from || tile + S::kKeys > w.keys.prefix;
     uint64_t seen[2] = {};
     if (masked) mask_scores(w, tile, seen, score);
-    update_softmax(score, running);
+    update_softmax(scaling.factor, score.at, running);
     if (masked) add_infinite_values(w, stage, seen, running);
     accumulate_values(w, stage, score, running);
   }

@@ -21,7 +21,7 @@ struct Splits {
   int least_tiles;  // at least so many of them
   int columns;      // of a row's sums: the head size, padded
   float* sums;      // [query rows, most, columns]
-  float2* weights;  // [query rows, most]: largest score, to base 2, and total weight relative to it
+  float2* weights;  // [query rows, most]: base and total of the weights
 
   // Floats of workspace that this takes.
   int64_t floats(int64_t query_rows) const {
@@ -38,10 +38,8 @@ __device__ Split split_keys(const AttentionProblem<T>& p, const RowKeys& keys, i
   return Split((count + tile_keys - 1) / tile_keys, most, least_tiles);
 }
 
-// The score that weights are relative to, given the largest one.
-__device__ inline float base_of(float largest) {
-  return largest == -INFINITY ? 0.0f : largest;
-}  // not -inf - -inf
+// A score that weights may be relative to: not -inf - -inf where no key is seen.
+__device__ inline float finite_base(float base) { return base == -INFINITY ? 0.0f : base; }
 
 // What ends a query row's softmax beside its keys. It does not wait for any sums.
 struct RowEnd {
@@ -63,10 +61,10 @@ struct Output {
   __device__ float of(float sum) const { return none ? 0.0f : sum * factor; }
 };
 
-// `largest` and `total` are those of all the row's keys.
-__device__ inline Output output_of(const RowEnd& end, float largest, float total) {
-  const float base = base_of(fmaxf(largest, end.sink)), share = exp2f(largest - base);
-  total = total * share + exp2f(end.sink - base);
+// `total`: the weight of all the row's keys, relative to `base`.
+__device__ inline Output output_of(const RowEnd& end, float base, float total) {
+  const float largest = finite_base(fmaxf(base, end.sink)), share = exp2_approx(base - largest);
+  total = total * share + exp2_approx(end.sink - largest);
   return {!end.live || total == 0.0f, share / total};
 }
 
@@ -80,7 +78,8 @@ __device__ T* output_row(const AttentionProblem<T>& p, int64_t row, int node, in
 // multiply_add lays out its sums: of every 8 columns the two from 2 (lane % 4) on.
 template <int kColumns>
 struct Running {
-  float largest[2], total[2], sums[kColumns / 8][4];
+  float base[2];  // score, to base 2, that weights are relative to; -inf before the first key
+  float total[2], sums[kColumns / 8][4];
 };
 
 // Which two query rows these are, and which columns.
@@ -101,7 +100,7 @@ __device__ __forceinline__ void write_rows(const AttentionProblem<T>& p, const P
     if (node >= p.nodes) continue;
     const int head = at.kv_head * p.group + query_row % p.group;
     const Output output =
-        output_of(row_end(p, at.row, node, head), running.largest[r], running.total[r]);
+        output_of(row_end(p, at.row, node, head), running.base[r], running.total[r]);
     T* to = output_row(p, at.row, node, head);
 #pragma unroll
     for (int d = 0; d < kColumns / 8; ++d)
@@ -128,7 +127,7 @@ __device__ __forceinline__ void leave_rows(const AttentionProblem<T>& p, const S
     for (int d = 0; d < kColumns / 8; ++d)
       *reinterpret_cast<float2*>(to + 8 * d) =
           make_float2(running.sums[d][2 * r], running.sums[d][2 * r + 1]);
-    if (at.column == 0) splits.weights[place] = make_float2(running.largest[r], running.total[r]);
+    if (at.column == 0) splits.weights[place] = make_float2(running.base[r], running.total[r]);
   }
 }
 

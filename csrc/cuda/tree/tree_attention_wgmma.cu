@@ -135,12 +135,9 @@ __device__ __forceinline__ void add_infinite_values(const TileWork<T, S>& w, cha
                                                     Running<S::kDim>& running) {
   uint16_t* all = reinterpret_cast<uint16_t*>(values);
   bool tainted = false;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < S::kMatrix / 16; i += S::kThreads) {
-    const uint4 chunk = reinterpret_cast<const uint4*>(values)[i];
-    for (const uint32_t pair : {chunk.x, chunk.y, chunk.z, chunk.w})
-      tainted |= !finite<T>(static_cast<uint16_t>(pair)) || !finite<T>(pair >> 16);
-  }
+#pragma unroll
+  for (int i = threadIdx.x; i < S::kMatrix / 16; i += S::kThreads)
+    tainted |= !all_finite<T>(reinterpret_cast<const uint4*>(values)[i]);
   if (!__syncthreads_or(tainted)) return;
 #pragma unroll 1
   for (int key = 0; key < S::kKeys; ++key)
@@ -209,8 +206,9 @@ __global__ void __launch_bounds__(GroupShape<kDim, kGroups>::kThreads,
     for (int i = 0; i < S::kAhead; ++i) fetch.next();
 
   Queries<S> query;
-  load_queries(w, [&](int r, int d, uint32_t both) { query.at[d / 2][d % 2 * 2 + r] = both; });
-  const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
+  const Scaling scaling(p);
+  load_queries(w, scaling,
+               [&](int r, int d, uint32_t both) { query.at[d / 2][d % 2 * 2 + r] = both; });
   Running<kDim> running{{-INFINITY, -INFINITY}, {}, {}};
   Turn<S> turn;
   for (int tile = w.from; tile < w.to; tile += S::kKeys, turn.next()) {
@@ -218,12 +216,12 @@ __global__ void __launch_bounds__(GroupShape<kDim, kGroups>::kThreads,
     await_phase(stages.full(turn.stage), turn.parity);
     Scores<S> score{};
     compute_scores<T>(query, stages.keys(turn.stage), score);
-    scale_scores(scale, softcap, score);
+    cap_scores(scaling, score.at);
     // The same for all threads of the block.
     const bool masked = tile < w.dense_from || tile + S::kKeys > w.keys.prefix;
     uint64_t seen[2] = {};
     if (masked) mask_scores(w, tile, seen, score);
-    update_softmax(score, running);
+    update_softmax(scaling.factor, score.at, running);
     if (masked) add_infinite_values(w, stages.values(turn.stage), seen, running);
     accumulate_values<T>(score, stages.values(turn.stage), running);
     if (w.lane == 0) arrive(stages.empty(turn.stage));
