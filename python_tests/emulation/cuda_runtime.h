@@ -248,9 +248,14 @@ enum {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
 };
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::processors : 9;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = emulation::processors; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulation::kMostShared; break;
+    default: *value = 9;
+  }
   return cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int* version) {
