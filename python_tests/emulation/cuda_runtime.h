@@ -267,13 +267,17 @@ enum {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrComputeCapabilityMinor
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
 };
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? emulation::processors
-           : attribute == cudaDevAttrComputeCapabilityMajor ? emulation::hopper ? 9 : 8
-           : emulation::hopper                              ? 0
-                                                            : 6;
+  using namespace emulation;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = processors; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(most_shared()); break;
+    case cudaDevAttrComputeCapabilityMajor: *value = hopper ? 9 : 8; break;
+    default: *value = hopper ? 0 : 6;
+  }
   return cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int* version) {

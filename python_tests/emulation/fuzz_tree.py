@@ -168,8 +168,6 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
         dtype, unit = rng.choice(list(TOLERANCE | EXACT)), 1
         dim = rng.choice([1, 3, 8, 64] if large else [1, 3, 8, 64, 80, 128, 256])
         v_dim = dim if rng.random() < 0.5 else rng.choice([1, 5, 64, 72, 128, 200, 256])
-        if dtype == torch.float64:  # what fits into the shared memory of every device
-            dim, v_dim = min(dim, 80), min(v_dim, 72)
     contexts = [0, 1, 5, 31, 32, 33, 64, 90, *([128, 200, 333] if whole else [])]
     if long:
         batch, kv_heads, contexts = 1, 1, [2300, 4000]
@@ -184,7 +182,7 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
         lengths = spoil(rng, lengths, slots - 1)
         offsets = offsets if offsets is None else spoil(rng, offsets, slots)
     options = {
-        "scale": rng.choice([dim**-0.5, 0.3]),
+        "scale": rng.choice([dim**-0.5, dim**-0.5, 0.3, -0.2, 0.0]),
         "window": rng.choice([0, 0, 3000] if long else [0, 0, 1, 2, 7, 40, 120, 2**63 - 1]),
         "softcap": rng.choice([0.0, 0.0, 3.0]),
     }
@@ -221,10 +219,14 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
         k[b, :, ~seen[b]] = v[b, :, ~seen[b]] = poison
         partly = (seen[b] & ~mask[b, mask[b].any(1)].all(0)).nonzero().flatten().tolist()
         if partly and rng.random() < 0.5:
-            slot = rng.choice(partly)
-            for cache in rng.choice([(k, v), (k,), (v,)]):
-                cache[b, :, slot] = math.nan
-            want[b, mask[b, :, slot]] = math.nan
+            slot, column = rng.choice(partly), slice(None)
+            if rng.random() < 0.5:  # one value
+                column = rng.randrange(v_dim)
+                v[b, :, slot, column] = math.nan
+            else:
+                for cache in rng.choice([(k, v), (k,), (v,)]):
+                    cache[b, :, slot] = math.nan
+            want[b, mask[b, :, slot], :, column] = math.nan
 
     memory = Memory(rng)
     q, k, v = (memory.place(x, free=3, unit=unit) for x in (q, k, v))

@@ -95,8 +95,8 @@ inline void land(const Copy& copy) {
 
 inline bool phase_has_ended(const uint64_t* at, bool odd) {
   Barrier& barrier = barrier_at(at);
-  if (!barrier.copies.empty()) {
-    moved = true;  // they are under way
+  if (barrier.odd == odd && !barrier.copies.empty()) {
+    moved = true;  // they are under way; after the phase only its bytes are there
     if (order() % 2) {
       std::swap(barrier.copies[order() % barrier.copies.size()], barrier.copies.back());
       land(barrier.copies.back());
