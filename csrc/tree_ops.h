@@ -17,7 +17,12 @@ struct TreeAncestors {
   void on_cuda(void* stream) const;
 };
 
-using AttentionSpace = BlockSpace;  // so that keys can be split over blocks
+// Memory in which the blocks of one launch leave sums for the next one, so that keys can be split
+// over them. Not used where it is too small or its address is not a multiple of 16.
+struct AttentionSpace {
+  float* partial = nullptr;
+  int64_t floats = 0;
+};
 
 struct TreeAttention {
   Tensor q, k, v, lengths, offsets, ancestors, sinks;
@@ -31,7 +36,7 @@ struct TreeAttention {
   void on_cuda(void* stream) const;
 };
 const char* attention_isa();  // instruction set that TreeAttention::on_cpu runs on here
-// The sizes that TreeAttention::on_cuda wants for 16-bit tensors.
+// The size that TreeAttention::on_cuda wants for 16-bit tensors.
 AttentionSpace attention_space(const Tensor& q, const Tensor& k, const Tensor& v);
 
 struct VerifyTree {

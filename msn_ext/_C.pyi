@@ -27,10 +27,9 @@ def tree_attention(
     softcap: float,
     out: Tensor,
     partial: Tensor | None,
-    arrived: Tensor | None,
     /,
 ) -> None: ...
-def attention_space(q: Tensor, k_cache: Tensor, v_cache: Tensor, /) -> tuple[int, int]: ...
+def attention_space(q: Tensor, k_cache: Tensor, v_cache: Tensor, /) -> int: ...
 def verify_tree(
     tokens: Tensor,
     targets: Tensor,

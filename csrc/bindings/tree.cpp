@@ -34,7 +34,7 @@ void tree_attention(const Argument& q, const Argument& k, const Argument& v,
                     const Argument& lengths, const OptionalArgument& offsets,
                     const Argument& ancestors, const OptionalArgument& sinks, double scale,
                     int64_t window, double softcap, const Argument& out,
-                    const OptionalArgument& partial, const OptionalArgument& arrived) {
+                    const OptionalArgument& partial) {
   expect_dims(q, 4);
   expect_dims(k, 4);
   expect_dims(v, 4);
@@ -70,23 +70,24 @@ void tree_attention(const Argument& q, const Argument& k, const Argument& v,
   expect_dtype(out, q.dtype);
   expect_shape(out, {batch, nodes, heads, v_dim});
   expect_contiguous(out);
-  const AttentionSpace space = space_in(partial, arrived, q);
+  AttentionSpace space;
+  if (partial.data) {
+    expect_dense(partial, DType::kFloat32, {partial.shape[0]}, q);
+    space = {partial.as<float>(), partial.shape[0]};
+  }
   if (batch == 0) return;
   run(q, TreeAttention{q, k, v, lengths, offsets, ancestors, sinks, scale, window, softcap, out,
                        space});
 }
 
-// Floats and counters that tree_attention wants for these tensors on a GPU, to split the keys over
-// blocks.
-std::pair<int64_t, int64_t> space_wanted(const Argument& q, const Argument& k, const Argument& v) {
+// Floats that tree_attention wants for these tensors on a GPU, to split the keys over blocks.
+int64_t space_wanted(const Argument& q, const Argument& k, const Argument& v) {
   for (const Argument* t : {&q, &k, &v}) expect_dims(*t, 4);
 #ifdef MSN_WITH_CUDA
-  if (q.device == Device::kCUDA && q.item_size == 2 && k.shape[1] > 0) {
-    const AttentionSpace wanted = attention_space(q, k, v);
-    return {wanted.floats, wanted.counters};
-  }
+  if (q.device == Device::kCUDA && q.item_size == 2 && k.shape[1] > 0)
+    return attention_space(q, k, v).floats;
 #endif
-  return {0, 0};
+  return 0;
 }
 
 void verify_tree(const Argument& tokens, const Argument& targets, const Argument& parents,
@@ -202,7 +203,7 @@ void define_tree(py::module_& m) {
   define(m, "tree_ancestors", &tree_ancestors, {"parents", "ancestors", "depth"});
   define(m, "tree_attention", &tree_attention,
          {"q", "k_cache", "v_cache", "lengths", "offsets", "ancestors", "sinks", "scale", "window",
-          "softcap", "out", "partial", "arrived"});
+          "softcap", "out", "partial"});
   define(m, "attention_space", &space_wanted, {"q", "k_cache", "v_cache"});
   define(m, "verify_tree", &verify_tree,
          {"tokens", "targets", "parents", "accept_length", "path", "bonus", "continuation"});

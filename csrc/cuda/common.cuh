@@ -59,6 +59,27 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int thread
   check(op, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
+// A launch that may be set up while the one before it in the stream still runs, where the device
+// and its driver know how. The kernel calls await_launch_before (mma.cuh) before it reads what that
+// one writes, in every thread.
+template <typename... Parameters, typename... Arguments>
+void launch_early(const char* op, int device, void (*kernel)(Parameters...), dim3 grid, int threads,
+                  void* stream, Arguments&&... arguments) {
+  int major = 0, driver = 0;
+  check(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check(op, cudaDriverGetVersion(&driver));
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = major >= 9 && driver >= 12030;  // captured graphs keep it since CUDA 12.3
+  check(op, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+}
+
 inline int whole_warps(int threads) { return (threads + kWarp - 1) / kWarp * kWarp; }
 
 __host__ __device__ inline int64_t clamp(int64_t value, int64_t low, int64_t high) {

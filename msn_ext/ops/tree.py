@@ -115,12 +115,11 @@ def _tree_attention(
     yield out
     q, k_cache, v_cache = dense_rows(q), dense_rows(k_cache), dense_rows(v_cache)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    space: tuple[Tensor | None, Tensor | None] = (None, None)
+    partial = None
     if q.is_cuda:
-        space = workspace(q, *_C.attention_space(q, k_cache, v_cache))
-    _C.tree_attention(
-        q, k_cache, v_cache, lengths, offsets, ancestors, sinks, scale, window, softcap, out, *space
-    )
+        partial, _ = workspace(q, _C.attention_space(q, k_cache, v_cache), 0)
+    given = q, k_cache, v_cache, lengths, offsets, ancestors, sinks
+    _C.tree_attention(*given, scale, window, softcap, out, partial)
 
 
 def tree_mask(

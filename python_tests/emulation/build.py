@@ -31,6 +31,7 @@ KERNEL_FLAGS += ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0
 KERNEL_FLAGS += [
     "-ffp-contract=off"
 ]  # as -fmad=false in CMakeLists.txt; some processors fuse unasked
+KERNEL_FLAGS += ["-DMSN_SM90A"]  # as if for sm_90a, too
 DEFINES = [
     f'-DMSN_{name}="emulated"' for name in ("VERSION", "COMPILER", "CUDA_VERSION", "CUDA_ARCHS")
 ]
@@ -79,7 +80,8 @@ def build(folder: Path) -> None:
     """Puts a package msn_ext into `folder`: the installed one's Python, over emulated kernels."""
     # The layers have no CUDA kernels yet.
     shutil.copytree(CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu", "layer*.cpp"))
-    shutil.copy(HERE / "mma.cuh", folder / "csrc" / "cuda" / "tree" / "mma.cuh")
+    for header in "mma.cuh", "wgmma.cuh":
+        shutil.copy(HERE / header, folder / "csrc" / "cuda" / "tree" / header)
     for path in folder.glob("csrc/cuda/**/*.cu*"):
         shared = r"\1* \2 = reinterpret_cast<\1*>(emulation::dynamic_shared);"
         path.write_text(re.sub(r"extern __shared__ (\w+) (\w+)\[\];", shared, path.read_text()))

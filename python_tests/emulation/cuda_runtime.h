@@ -5,6 +5,7 @@
 // shuffle that not all threads reach, a partial mask) aborts with a message, and so does a write
 // to shared memory that the launch did not ask for. Shared memory holds NaN before each block.
 // races.cpp finds accesses that nothing orders, of one block or of two.
+// The device may be of compute capability 8.6, or 9.0 with more shared memory (wgmma.cuh).
 //
 // Not modelled: two blocks at once (they run one after the other, in random order); caches and
 // pointers of the device (host memory stands for it); alignment faults (build.py has the compiler check alignment
@@ -51,10 +52,15 @@ struct alignas(16) uint4 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 using std::exp;
@@ -67,16 +73,16 @@ namespace emulation {
 
 constexpr int kWarp = 32, kMaxThreads = 1024;
 constexpr size_t kStack = 64 << 10;
-constexpr size_t kUnasked = 48 << 10,
-                 kMostShared = 99 << 10;  // 99 KB: the least that sm_80 and later offer
+constexpr size_t kUnasked = 48 << 10, kMostShared = 227 << 10;
 
-enum State { kReady, kAtWarp, kAtBlock, kDone };
+enum State { kReady, kAtWarp, kAtBlock, kPolling, kDone };
 struct Fiber {
   std::unique_ptr<char[]> stack;
   ucontext_t start;
   jmp_buf at;  // swapcontext would be a system call each time
   State state;
   int operations;  // warp operations so far
+  bool awaited;    // the launch before
   std::vector<std::pair<void*, const void*>>
       copies;                  // asynchronous ones that nobody has waited for (mma.cuh)
   std::vector<size_t> groups;  // where each group of them ends
@@ -88,9 +94,15 @@ inline std::function<void()> kernel;
 inline std::mt19937 order{1};
 inline uint64_t exchanged[2][kMaxThreads];  // alternating: a lane may be one operation ahead
 inline bool voted;                          // of __syncthreads_or
+inline bool moved;                          // a thread got further since the last look
 inline int processors = 1;                  // multiprocessors of the device
+inline bool hopper = false;                 // its compute capability: 9.0, or 8.6
+inline size_t most_shared() { return hopper ? kMostShared : 99 << 10; }
 inline size_t shared_limit = kUnasked;
+inline bool early = false;  // the launch may start before the last one has ended
 alignas(16) inline char dynamic_shared[kMostShared];
+inline void (*begin_block)() = [] {};  // set by wgmma.cuh
+inline void (*end_block)() = [] {};
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulation: %s (block %u %u %u)\n", what, blockIdx.x, blockIdx.y,
@@ -101,6 +113,12 @@ alignas(16) inline char dynamic_shared[kMostShared];
 inline void wait(State state) {
   fibers[running].state = state;
   if (!_setjmp(fibers[running].at)) _longjmp(scheduler, 1);
+}
+// Comes back to this thread until the condition holds.
+template <typename Condition>
+void wait_until(const Condition& condition) {
+  while (!condition()) wait(kPolling);
+  moved = true;
 }
 inline void run_thread() {
   for (;; wait(kDone)) kernel();
@@ -138,30 +156,43 @@ inline void let_go(int first, int count) {
 
 inline void run_block(size_t shared_bytes) {
   const int threads = static_cast<int>(blockDim.x);
-  for (int i = 0; i < threads; ++i) fibers[i].operations = 0;
-  std::memset(dynamic_shared, 0xff, sizeof dynamic_shared);
+  for (int i = 0; i < threads; ++i) {
+    fibers[i].operations = 0;
+    fibers[i].awaited = !early;
+  }
+  std::memset(dynamic_shared, 0xff, most_shared());
+  begin_block();
   std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
   int warps[kMaxThreads / kWarp], lanes[kWarp];
   std::iota(warps, warps + threads / kWarp, 0);
   std::iota(lanes, lanes + kWarp, 0);
-  // One warp after the other runs until the block's barrier stops it: the widest possible skew.
+  // One warp after the other runs until a barrier stops it: the widest possible skew.
   do {
     let_go(0, threads);
-    std::shuffle(warps, warps + threads / kWarp, order);
-    for (int w = 0; w < threads / kWarp; ++w) {
-      const int first = warps[w] * kWarp;
-      do {
-        let_go(first, kWarp);
-        std::shuffle(lanes, lanes + kWarp, order);
-        for (const int lane : lanes) resume(first + lane);
-      } while (all_are(kAtWarp, first, kWarp));
-    }
+    do {
+      moved = false;
+      std::shuffle(warps, warps + threads / kWarp, order);
+      for (int w = 0; w < threads / kWarp; ++w) {
+        const int first = warps[w] * kWarp;
+        do {
+          if (all_are(kAtWarp, first, kWarp)) let_go(first, kWarp);
+          std::shuffle(lanes, lanes + kWarp, order);
+          for (const int lane : lanes)
+            if (const State state = fibers[first + lane].state;
+                state == kReady || state == kPolling)
+              resume(first + lane);
+        } while (all_are(kAtWarp, first, kWarp));
+      }
+    } while (moved);
   } while (all_are(kAtBlock, 0, threads));
   if (!all_are(kDone, 0, threads))
     fail("threads wait at a barrier or warp operation that others never reach");
-  for (int i = 0; i < threads; ++i)
+  for (int i = 0; i < threads; ++i) {
     if (!fibers[i].copies.empty()) fail("an asynchronous copy that nobody waited for");
-  if (std::any_of(dynamic_shared + shared_bytes, std::end(dynamic_shared),
+    if (!fibers[i].awaited) fail("a thread that did not wait for the launch before");
+  }
+  end_block();
+  if (std::any_of(dynamic_shared + shared_bytes, dynamic_shared + most_shared(),
                   [](char x) { return x != '\xff'; }))
     fail("a write to shared memory that the launch did not ask for");
 }
@@ -266,21 +297,46 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount };
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  return *value = emulation::processors, cudaSuccess;
+enum {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  using namespace emulation;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = processors; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(most_shared()); break;
+    case cudaDevAttrComputeCapabilityMajor: *value = hopper ? 9 : 8; break;
+    default: *value = hopper ? 0 : 6;
+  }
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  return *version = CUDART_VERSION, cudaSuccess;
 }
 // Holds for the next launch; a GPU keeps it with the kernel.
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
-  if (static_cast<size_t>(bytes) > emulation::kMostShared) return cudaErrorInvalidConfiguration;
+  if (static_cast<size_t>(bytes) > emulation::most_shared()) return cudaErrorInvalidConfiguration;
   emulation::shared_limit = bytes;
   return cudaSuccess;
 }
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  const cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -292,6 +348,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cudaErrorInvalidConfiguration;
   if (block.x % emulation::kWarp) emulation::fail("a block that is no whole number of warps");
   emulation::shared_limit = emulation::kUnasked;
+  emulation::early = config->numAttrs > 0;
   const std::tuple<Parameters...> values(arguments...);
   emulation::kernel = [&] { std::apply(kernel, values); };
   emulation::launch_begins(config->dynamicSmemBytes);

@@ -154,17 +154,21 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
     large = nodes > 100
     batch, kv_heads = (1, 1) if large else (rng.randrange(1, 4), rng.choice([1, 2]))
     group = rng.choice([1, 2] if large else [1, 2, 3, 7])
-    if whole := rng.random() < 0.6:  # what tensor cores can take, unless it lies badly
-        dtype, unit = rng.choice([torch.float16, torch.bfloat16]), rng.choice([8, 8, 8, 1])
+    long = nodes < 3 and rng.random() < 0.5  # up to as many splits as there are
+    if whole := long or rng.random() < 0.6:  # what tensor cores can take, unless it lies badly
+        dtype, unit = (
+            rng.choice([torch.float16, torch.bfloat16]),
+            8 if long else rng.choice([8, 8, 8, 1]),
+        )
         dim = rng.choice([8, 64] if large else [8, 64, 72, 96, 104, 128, 192, 256])
         v_dim = dim if rng.random() < 0.7 else rng.choice([8, 64, 72, 128, 200, 256])
     else:
         dtype, unit = rng.choice(list(TOLERANCE | EXACT)), 1
         dim = rng.choice([1, 3, 8, 64] if large else [1, 3, 8, 64, 80, 128, 256])
         v_dim = dim if rng.random() < 0.5 else rng.choice([1, 5, 64, 72, 128, 200, 256])
-        if dtype == torch.float64:  # what fits into the shared memory of every device
-            dim, v_dim = min(dim, 80), min(v_dim, 72)
     contexts = [0, 1, 5, 31, 32, 33, 64, 90, *([128, 200, 333] if whole else [])]
+    if long:
+        batch, kv_heads, contexts = 1, 1, [2300, 4000]
     lengths = torch.tensor([rng.choice(contexts) for _ in range(batch)])
     slots = int(lengths.max()) + nodes + rng.choice([0, 0, 3])
     offsets = (
@@ -176,8 +180,8 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
         lengths = spoil(rng, lengths, slots - 1)
         offsets = offsets if offsets is None else spoil(rng, offsets, slots)
     options = {
-        "scale": rng.choice([dim**-0.5, 0.3]),
-        "window": rng.choice([0, 0, 1, 2, 7, 40, 120, 2**63 - 1]),
+        "scale": rng.choice([dim**-0.5, dim**-0.5, 0.3, -0.2, 0.0]),
+        "window": rng.choice([0, 0, 3000] if long else [0, 0, 1, 2, 7, 40, 120, 2**63 - 1]),
         "softcap": rng.choice([0.0, 0.0, 3.0]),
     }
     heads = kv_heads * group
@@ -194,6 +198,8 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
     ]  # [B, N, C]
     shapes = (heads, nodes, dim), (kv_heads, slots, dim), (kv_heads, slots, v_dim)
     q, k, v = (torch.randn(batch, *shape).to(dtype) for shape in shapes)
+    if long:  # their scores of different sizes
+        k *= torch.linspace(*rng.choice([(0.2, 3), (3, 0.2)]), slots)[:, None]
     want = reference.tree_attention(
         q.double(),
         k.double(),
@@ -211,20 +217,29 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
         k[b, :, ~seen[b]] = v[b, :, ~seen[b]] = poison
         partly = (seen[b] & ~mask[b, mask[b].any(1)].all(0)).nonzero().flatten().tolist()
         if partly and rng.random() < 0.5:
-            slot = rng.choice(partly)
-            for cache in rng.choice([(k, v), (k,), (v,)]):
-                cache[b, :, slot] = math.nan
-            want[b, mask[b, :, slot]] = math.nan
+            slot, column = rng.choice(partly), slice(None)
+            if rng.random() < 0.5:  # one value
+                column = rng.randrange(v_dim)
+                v[b, :, slot, column] = math.nan
+            else:
+                for cache in rng.choice([(k, v), (k,), (v,)]):
+                    cache[b, :, slot] = math.nan
+            want[b, mask[b, :, slot], :, column] = math.nan
 
     memory = Memory(rng)
     q, k, v = (memory.place(x, free=3, unit=unit) for x in (q, k, v))
     rest = [x if x is None else memory.place(x) for x in (lengths, offsets, ancestors, sinks)]
     out = memory.place(torch.zeros(want.shape, dtype=dtype))
-    _C.tree_attention(q, k, v, *rest, *options.values(), out, None, None)
     case = f"{dtype}, {shapes}, lengths {lengths}, offsets {offsets}, {options}"
     tolerance = (TOLERANCE | EXACT)[dtype]
     close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
-    torch.testing.assert_close(out.double(), want, **close, msg=lambda text: f"{text}\n{case}")
+    # As TreeAttention::on_cpu alternates.
+    for device in ("sm_90a", "sm_86") if dtype.itemsize == 2 else ("sm_86",):
+        out.fill_(77)
+        _C.tree_attention(q, k, v, *rest, *options.values(), out, None)
+        torch.testing.assert_close(
+            out.double(), want, **close, msg=lambda text, on=device: f"{text}\n{case}, {on}"
+        )
     # Compared: what is left to check is that nothing around it changed.
     memory.blocks[-1][3].copy_(out)
     memory.check()

@@ -1,12 +1,23 @@
-// Tensor cores and asynchronous copies for the emulation: csrc/cuda/mma.cuh in plain C++. A copy
-// lands when it is waited for, no sooner, so that a missing wait shows; one that nobody waits for
-// ends the process.
+// Tensor cores, asynchronous copies and early launches for the emulation: csrc/cuda/tree/mma.cuh in
+// plain C++. A copy lands when it is waited for, no sooner, so that a missing wait shows; one that
+// nobody waits for ends the process, and so does a thread of an early launch that does not wait for
+// the launch before.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+namespace emulation {
+inline uint32_t shared_base =
+    1024;  // where dynamic shared memory begins: at any 16 bytes (wgmma.cuh)
+}
+
 namespace msn {
+
+inline uint32_t shared_address(const void* pointer) {
+  return emulation::shared_base +
+         static_cast<uint32_t>(static_cast<const char*>(pointer) - emulation::dynamic_shared);
+}
 
 inline void copy_async(void* to, const void* from, bool wanted) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || (wanted && reinterpret_cast<uintptr_t>(from) % 16))
@@ -35,6 +46,14 @@ void await_copies() {
     fiber.groups.erase(fiber.groups.begin());
     for (size_t& end : fiber.groups) end -= count;
   }
+}
+
+inline void let_next_launch_start() {}
+inline void await_launch_before() { emulation::fibers[emulation::running].awaited = true; }
+
+inline float exp2_approx(float x) {
+  const float power = std::exp2(x);
+  return power < 0x1p-126f ? 0.0f : power;
 }
 
 inline void read_matrices(uint32_t (&to)[4], const void* row, bool transposed) {

@@ -1,6 +1,6 @@
-// Tensor cores and asynchronous copies of sm_80 and later, one PTX instruction a function; nothing
-// of them stands anywhere else. The emulation (python_tests/emulation/mma.cuh) has the same
-// functions in plain C++.
+// Tensor cores, asynchronous copies and early launches of sm_80 and later, one PTX instruction a
+// function; nothing of them stands anywhere else. The emulation (python_tests/emulation/mma.cuh)
+// has the same functions in plain C++.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -29,6 +29,27 @@ __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" :
 template <int kLeft>
 __device__ inline void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// Lets a launch_early (common.cuh) that comes next be set up once every block has called this.
+__device__ inline void let_next_launch_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Waits until the launch before has ended and all that it wrote is there. Before sm_90 it has.
+__device__ inline void await_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// 2^x with 22 bits; results below 2^-126 are 0.
+__device__ inline float exp2_approx(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
 }
 
 // Four 8 x 8 matrices of 16-bit values. Lane l names row l % 8 of matrix l / 8 and gets of each

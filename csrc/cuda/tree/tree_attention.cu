@@ -26,6 +26,7 @@ namespace {
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kWarpRows = 4, kBlockRows = kWarps * kWarpRows;  // query rows
 constexpr int kKeys = kWarp;                                   // of a tile: one a lane
+constexpr int kFewerKeys = 16;  // where 32 of float64 are more than shared memory holds
 
 // Sums are float32, of float64 float64.
 template <typename T>
@@ -53,16 +54,16 @@ __device__ S warp_sum(S x) {
 __host__ __device__ constexpr int key_pitch(int dim) { return 4 * ((dim + 3) / 4 | 1); }
 __host__ __device__ constexpr int query_pitch(int dim) { return (dim + 3) / 4 * 4; }
 
-// `count` rows of `width` values as sums into a tile of kKeys rows of `padded` values, zeros
+// `count` rows of `width` values as sums into a tile of `tile_keys` rows of `padded` values, zeros
 // around them. `wide` requires `width` and `padded` to be whole 16-byte chunks.
 template <typename T>
 __device__ void stage(const T* rows, int64_t stride, int count, int width, bool wide, Sum<T>* tile,
-                      int pitch, int padded) {
+                      int tile_keys, int pitch, int padded) {
   constexpr int kChunk = 16 / sizeof(T);
   if (wide) {
     const int chunks = padded / kChunk;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < kKeys * chunks; i += kThreads) {
+    for (int i = threadIdx.x; i < tile_keys * chunks; i += kThreads) {
       const int row = i / chunks, column = i % chunks * kChunk;
       uint4 raw = make_uint4(0, 0, 0, 0);
       if (row < count && column < width)
@@ -81,7 +82,7 @@ __device__ void stage(const T* rows, int64_t stride, int count, int width, bool 
       }
     }
   } else {
-    for (int row = threadIdx.x / kWarp; row < kKeys; row += kWarps)
+    for (int row = threadIdx.x / kWarp; row < tile_keys; row += kWarps)
       for (int column = threadIdx.x % kWarp; column < padded; column += kWarp)
         tile[row * pitch + column] =
             row < count && column < width ? to_float(rows[row * stride + column]) : Sum<T>{0};
@@ -147,10 +148,10 @@ __device__ __forceinline__ void load_queries(const AttentionProblem<T>& p, int64
 
 // The products of this lane's key with the warp's queries, of `width` values each.
 template <typename S>
-__device__ __forceinline__ void compute_scores(const S* keys, const S* queries, int pitch,
-                                               int width, S (&score)[kWarpRows]) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const Four<S>* key = reinterpret_cast<const Four<S>*>(keys + lane * pitch);
+__device__ __forceinline__ void compute_scores(const S* key_row, const S* queries, int width,
+                                               S (&score)[kWarpRows]) {
+  const int warp = threadIdx.x / kWarp;
+  const Four<S>* key = reinterpret_cast<const Four<S>*>(key_row);
   const Four<S>* query = reinterpret_cast<const Four<S>*>(queries + warp * kWarpRows * width);
 #pragma unroll 2
   for (int d = 0; d < width / 4; ++d) {
@@ -223,13 +224,14 @@ __device__ __forceinline__ void write_rows(const AttentionProblem<T>& p, int64_t
 // registers.
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads, kColumns > 4 || sizeof(T) == 8 ? 2 : 4)
-    tree_attention_kernel(const __grid_constant__ AttentionProblem<T> p) {
+    tree_attention_kernel(const __grid_constant__ AttentionProblem<T> p, int keys_of_a_tile) {
   using S = Sum<T>;
+  const int tile_keys = std::is_same_v<S, double> ? keys_of_a_tile : kKeys;
   extern __shared__ uint4 shared[];
   const int pitch = key_pitch(p.dim), q_pitch = query_pitch(p.dim);
   S* keys = reinterpret_cast<S*>(shared);
-  S* values = keys + kKeys * pitch;
-  S* queries = values + kKeys * kColumns * kWarp;
+  S* values = keys + tile_keys * pitch;
+  S* queries = values + tile_keys * kColumns * kWarp;
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int tile = blockIdx.x % p.tiles, kv_head = blockIdx.x / p.tiles % p.kv_heads;
@@ -244,15 +246,16 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 || sizeof(T) == 8 ? 2 :
   const T* v = p.v + row * p.v_row + kv_head * p.v_head;
   // No live node comes before the root, so none sees what the root's window leaves out.
   for (int from = static_cast<int>(window_start(row_keys.prefix, p.window)); from < end;
-       from += kKeys) {
-    const int count = end - from < kKeys ? end - from : kKeys;
+       from += tile_keys) {
+    const int count = min(end - from, tile_keys);
     const int64_t slot = row_keys.first + from;
-    stage(k + slot * p.k_slot, p.k_slot, count, p.dim, p.wide_k, keys, pitch, q_pitch);
-    stage(v + slot * p.v_slot, p.v_slot, count, p.v_dim, p.wide_v, values, kColumns * kWarp,
-          kColumns * kWarp);
+    stage(k + slot * p.k_slot, p.k_slot, count, p.dim, p.wide_k, keys, tile_keys, pitch, q_pitch);
+    stage(v + slot * p.v_slot, p.v_slot, count, p.v_dim, p.wide_v, values, tile_keys,
+          kColumns * kWarp, kColumns * kWarp);
     __syncthreads();
     S score[kWarpRows] = {};
-    compute_scores(keys, queries, pitch, q_pitch, score);
+    // Lanes beyond a tile's last key take that one; it does not count for them.
+    compute_scores(keys + min(lane, tile_keys - 1) * pitch, queries, q_pitch, score);
     unsigned seen[kWarpRows];
     if (update_softmax(p, row_keys, from, count, ancestors, score, seen, rows))
       add_values<true, kColumns>(rows.sums, score, seen, values + lane, count);
@@ -263,18 +266,31 @@ __global__ void __launch_bounds__(kThreads, kColumns > 4 || sizeof(T) == 8 ? 2 :
   write_rows(p, row, kv_head, first_row, rows);
 }
 
+// Bytes of shared memory for tiles of so many keys.
 template <typename T, int kColumns>
-void launch_columns(AttentionProblem<T> p, int64_t batch, void* stream) {
+size_t shared_bytes(int dim, int tile_keys) {
+  return sizeof(Sum<T>) *
+         (tile_keys * (key_pitch(dim) + kColumns * kWarp) + kBlockRows * query_pitch(dim));
+}
+
+template <typename T, int kColumns>
+void launch_columns(AttentionProblem<T> p, int64_t batch, int device, void* stream) {
   p.tiles = (p.nodes * p.group + kBlockRows - 1) / kBlockRows;
-  const size_t sums =
-      kKeys * (key_pitch(p.dim) + kColumns * kWarp) + kBlockRows * query_pitch(p.dim);
-  const size_t bytes = sums * sizeof(Sum<T>);
+  int most = 0, tile_keys = kKeys;
+  check("tree_attention",
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  size_t bytes = shared_bytes<T, kColumns>(p.dim, tile_keys);
+  if (std::is_same_v<T, double> && bytes > static_cast<size_t>(most)) {
+    tile_keys = kFewerKeys;
+    bytes = shared_bytes<T, kColumns>(p.dim, tile_keys);
+  }
   if (bytes > 48 * 1024)  // more than a kernel gets unasked
     check("tree_attention", cudaFuncSetAttribute(tree_attention_kernel<T, kColumns>,
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  static_cast<int>(bytes)));
   launch("tree_attention", tree_attention_kernel<T, kColumns>,
-         grid_x("tree_attention", batch * p.kv_heads * p.tiles), kThreads, bytes, stream, p);
+         grid_x("tree_attention", batch * p.kv_heads * p.tiles), kThreads, bytes, stream, p,
+         tile_keys);
 }
 
 template <typename T>
@@ -318,15 +334,17 @@ void launch_for(const TreeAttention& op, void* stream) {
   const AttentionProblem<T> p = problem_of<T>(op);
   const int64_t batch = op.q.shape[0];
   if constexpr (sizeof(T) == 2) {
-    if (p.wide_k && p.wide_v && whole_rows(op.q, 4) && p.slots < int64_t{1} << 30)
+    if (p.wide_k && p.wide_v && whole_rows(op.q, 4) && whole_rows(op.out, 8) &&
+        p.slots < int64_t{1} << 30)
       return tree_attention_mma(p, batch, op.q.device_index, op.space, stream);
   }
+  const int device = op.q.device_index;
   if (p.v_dim <= 2 * kWarp)
-    launch_columns<T, 2>(p, batch, stream);
+    launch_columns<T, 2>(p, batch, device, stream);
   else if (p.v_dim <= 4 * kWarp)
-    launch_columns<T, 4>(p, batch, stream);
+    launch_columns<T, 4>(p, batch, device, stream);
   else
-    launch_columns<T, 8>(p, batch, stream);
+    launch_columns<T, 8>(p, batch, device, stream);
 }
 
 }  // namespace

@@ -48,8 +48,8 @@ __device__ inline void from_float(float x, float* to) { *to = x; }
 __device__ inline void from_float(float x, __half* to) { *to = __float2half(x); }
 __device__ inline void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
 
-// Of 16-bit values, rows whole 16 bytes (queries: 4), fewer than 2^30 slots. Without enough space
-// the keys are not split.
+// Of 16-bit values, rows whole 16 bytes (queries: 4, output: 8), fewer than 2^30 slots. Without
+// enough space the keys are not split.
 template <typename T>
 void tree_attention_mma(const AttentionProblem<T>& p, int64_t batch, int device,
                         const AttentionSpace& space, void* stream);

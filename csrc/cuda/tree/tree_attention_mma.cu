@@ -13,33 +13,25 @@
 // NaN is NaN: such values, which are rare, are added apart from the product, to the rows that see
 // them.
 //
-// Every block leaves its sums in a workspace; the last one to arrive of those with the same query
-// rows adds them up, in their order whatever came first, and leaves its counter at 0 for the next
-// launch. A block without company writes the output at once.
+// Every block leaves its sums in a workspace for the launch after this one
+// (tree_attention_merge.cu). A block without company writes the output at once.
 //
 // Bytes: keys and values of the prefix once for every kRows query rows (more than once from L2),
-// and for each split and query row 4 (D_v + 2) written and read. Not yet run on a GPU.
-#include <type_traits>
-
-#include "cuda/tree/mma.cuh"
-#include "cuda/tree/tree_attention.cuh"
-#include "tree_ops.h"
+// and for each split and query row 4 (D_v + 2) written. Not yet run on a GPU.
+#include "cuda/tree/attention_tiles.cuh"
+#include "cuda/tree/tree_attention_wgmma.cuh"
 
 namespace msn {
 
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
-constexpr int kMmaRows = 16, kChunk = 8;  // values in 16 bytes
-constexpr float kLog2E = 1.4426950408889634f;
-
-template <int kValue>
-using Int = std::integral_constant<int, kValue>;
 
 // Sizes that follow from the head size and from how many of the four warps stand side by side on
 // query rows.
-template <int kDim, int kRowWarps>
+template <int kHeadDim, int kWarpsOfRows>
 struct Shape {
+  static constexpr int kDim = kHeadDim, kRowWarps = kWarpsOfRows, kBlocks = 2;
   static constexpr int kRows = kRowWarps * kMmaRows;
   static constexpr int kKeyWarps = kWarps / kRowWarps;
   static constexpr int kKeys = kDim > 128 ? 32 : 64;  // of a tile
@@ -49,116 +41,55 @@ struct Shape {
   static constexpr int kStage = 2 * kKeys * kPitch;   // keys and values
   static constexpr bool kSharedQueries = kDim > 128;  // where they do not fit into the registers
   static constexpr int kBytes = 2 * (2 * kStage + (kSharedQueries ? kRows * kPitch : 0));
-  // So many that a block leaves less than half of what it read in the workspace.
   static constexpr int kLeastTiles = 2 * kRows > kKeys ? 2 * kRows / kKeys : 1;
   static_assert(kWarpKeys % kMmaRows == 0 && kWarpKeys <= kWordBits);
   static_assert(kWarps * kMmaRows * (kDim + 2) * 4 <= kBytes,
-                "the sums take the place of the tiles");
+                "the warps' sums take the place of the tiles");
 };
 
-template <typename T>
-__device__ float widen(uint16_t bits) {
-  T value;
-  static_assert(sizeof value == sizeof bits);
-  memcpy(&value, &bits, sizeof value);
-  return to_float(value);
-}
-
-template <typename T>
-__device__ bool finite(uint16_t bits) {
-  constexpr uint16_t kExponent = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
-  return (bits & kExponent) != kExponent;
-}
-
-__device__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 2));
-}
-__device__ float quad_sum(float x) {
-  x += __shfl_xor_sync(kWholeWarp, x, 1);
-  return x + __shfl_xor_sync(kWholeWarp, x, 2);
-}
-
-// `count` rows of `width` values into a tile of kKeys rows; zeros around them.
+// `count` rows of `width` values into a tile of kKeys rows; zeros around them. A thread copies the
+// same chunk of every kStep-th row.
 template <typename T, int kKeys, int kDim, int kPitch>
-__device__ void fetch(const T* rows, int64_t stride, int count, int width, uint16_t* tile) {
-  constexpr int kChunks = kDim / kChunk;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
-    const int row = i / kChunks, column = i % kChunks * kChunk;
-    const bool wanted = row < count && column < width;
-    copy_async(tile + row * kPitch + column, wanted ? rows + row * stride + column : rows, wanted);
+__device__ __forceinline__ void fetch(const T* rows, int64_t stride, int count, int width,
+                                      uint16_t* tile) {
+  constexpr int kChunks = kDim / kChunk,
+                kStep = kThreads / (kChunks > 8 ? kChunks > 16 ? 32 : 16 : 8);
+  static_assert(kChunks * kStep <= kThreads && kKeys % kStep == 0);
+  const int row = threadIdx.x / kChunks, column = threadIdx.x % kChunks * kChunk;
+  if (row >= kStep) return;
+  if (column >= width) count = 0;
+  const T* from = rows + row * stride + column;
+#pragma unroll
+  for (int first = 0; first < kKeys; first += kStep) {
+    copy_async(tile + (first + row) * kPitch + column, from, first + row < count);
+    from += kStep * stride;
   }
 }
 
-// The score that weights are relative to, given the largest one.
-__device__ float base_of(float largest) {
-  return largest == -INFINITY ? 0.0f : largest;
-}  // not -inf - -inf
-
-// A thread's work: the block's share of the problem, then the thread's place in it.
+// The work on keys and values in shared memory, in two stages, each a tile of both.
 template <typename T, int kDim, int kRowWarps>
-struct Work {
+struct Work : TileWork<T, Shape<kDim, kRowWarps>> {
   using S = Shape<kDim, kRowWarps>;
 
-  const AttentionProblem<T>& p;
-  uint16_t* stages;  // shared memory: two stages, each a tile of keys and one of values
-  // Blocks that read the same keys and values stand next to each other.
-  int query_tile, split, kv_head, row;
-  RowKeys keys;
-  int from, to;    // the block's keys
-  int dense_from;  // from here to the end of the prefix every node's window sees every key
-  int blocks;      // with the same query rows
+  uint16_t* stages;
   const T *k, *v;  // the row's first
-  const uint64_t* ancestors;
-  int n_words;
 
-  int warp, lane, group, pair;
-  int key_share;  // of a tile's keys, the warp's first
-  int first_row;  // of the query tile's rows, the thread's first; the other one is 8 further
+  __device__ __forceinline__ Work(const AttentionProblem<T>& p, uint4* shared, int most_splits)
+      : TileWork<T, S>(p, most_splits),
+        stages(reinterpret_cast<uint16_t*>(shared)),
+        k(p.k + this->row * p.k_row + this->kv_head * p.k_head + this->keys.first * p.k_slot),
+        v(p.v + this->row * p.v_row + this->kv_head * p.v_head + this->keys.first * p.v_slot) {}
 
-  __device__ __forceinline__ Work(const AttentionProblem<T>& problem, uint4* shared,
-                                  int most_splits)
-      : p(problem), stages(reinterpret_cast<uint16_t*>(shared)) {
-    query_tile = blockIdx.x % p.tiles;
-    split = blockIdx.x / p.tiles % most_splits;
-    kv_head = blockIdx.x / p.tiles / most_splits % p.kv_heads;
-    row = blockIdx.x / p.tiles / most_splits / p.kv_heads;
-    keys = p.keys_of(row);
-    // No live node sees what is before the root's window.
-    const int begin = static_cast<int>(window_start(keys.prefix, p.window));
-    const Split plan((keys.end - begin + S::kKeys - 1) / S::kKeys, most_splits, S::kLeastTiles);
-    blocks = plan.blocks;
-    from = begin + split * plan.tiles * S::kKeys;
-    to = min(keys.end, from + plan.tiles * S::kKeys);
-    dense_from = static_cast<int>(window_start(keys.prefix + p.nodes - 1, p.window));
-    k = p.k + row * p.k_row + kv_head * p.k_head + keys.first * p.k_slot;
-    v = p.v + row * p.v_row + kv_head * p.v_head + keys.first * p.v_slot;
-    ancestors = p.ancestors + row * p.ancestors_row;
-    n_words = words_for(p.nodes);
-
-    warp = threadIdx.x / kWarp;
-    lane = threadIdx.x % kWarp;
-    group = lane / 4;
-    pair = lane % 4 * 2;
-    key_share = warp / kRowWarps * S::kWarpKeys;
-    first_row = query_tile * S::kRows + warp % kRowWarps * kMmaRows + group;
-  }
-
-  __device__ __forceinline__ int node_of(int query_row) const { return query_row / p.group; }
-  __device__ __forceinline__ int head_of(int query_row) const {
-    return kv_head * p.group + query_row % p.group;
-  }
   // The warp's keys of a stage, and the values of the same.
   __device__ __forceinline__ uint16_t* keys_at(int stage) const {
-    return stages + stage * S::kStage + key_share * S::kPitch;
+    return stages + stage * S::kStage + this->key_share * S::kPitch;
   }
   __device__ __forceinline__ uint16_t* values_at(int stage) const {
     return keys_at(stage) + S::kKeys * S::kPitch;
   }
   // The warp's queries after the stages, where they do not fit into the registers.
   __device__ __forceinline__ uint16_t* shared_queries() const {
-    return stages + 2 * S::kStage + warp % kRowWarps * kMmaRows * S::kPitch;
+    return stages + 2 * S::kStage + this->warp % kRowWarps * kMmaRows * S::kPitch;
   }
 };
 
@@ -166,16 +97,6 @@ struct Work {
 template <typename S, int kDim>
 struct Queries {
   uint32_t at[S::kSharedQueries ? 1 : kDim / 16][4];
-};
-// Scores of the two rows for the warp's keys; then their weights.
-template <typename S>
-struct Scores {
-  float at[S::kWarpKeys / 8][4];
-};
-// The sums of the softmax over the two rows so far.
-template <int kDim>
-struct Running {
-  float largest[2], total[2], sums[kDim / 8][4];
 };
 
 // Starts the copies of the tile of keys and values from `key` on into a stage.
@@ -192,33 +113,22 @@ __device__ __forceinline__ void fetch_tile(const Work<T, kDim, kRowWarps>& w, in
 }
 
 template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
-__device__ __forceinline__ void load_queries(const Work<T, kDim, kRowWarps>& w,
-                                             Queries<S, kDim>& query) {
-  const AttentionProblem<T>& p = w.p;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int node = w.node_of(w.first_row + 8 * r), head = w.head_of(w.first_row + 8 * r);
-    const bool exists = node < p.nodes;
-    const T* from = p.q + w.row * p.q_row + head * p.q_head + (exists ? node : 0) * p.q_node;
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      const int column = d * 8 + w.pair;
-      const uint32_t both =
-          exists && column < p.dim ? *reinterpret_cast<const uint32_t*>(from + column) : 0;
-      if constexpr (!S::kSharedQueries)
-        query.at[d / 2][d % 2 * 2 + r] = both;
-      else if (w.key_share == 0)
-        *reinterpret_cast<uint32_t*>(w.shared_queries() + (w.group + 8 * r) * S::kPitch + column) =
-            both;
-    }
-  }
+__device__ __forceinline__ void keep_queries(const Work<T, kDim, kRowWarps>& w,
+                                             const Scaling& scaling, Queries<S, kDim>& query) {
+  load_queries(w, scaling, [&](int r, int d, uint32_t both) {
+    if constexpr (!S::kSharedQueries)
+      query.at[d / 2][d % 2 * 2 + r] = both;
+    else if (w.key_share == 0)
+      *reinterpret_cast<uint32_t*>(w.shared_queries() + (w.group + 8 * r) * S::kPitch + d * 8 +
+                                   w.pair) = both;
+  });
 }
 
-// Scaled, capped and to base 2.
+// Products of the warp's queries and keys.
 template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
 __device__ __forceinline__ void compute_scores(const Work<T, kDim, kRowWarps>& w,
-                                               Queries<S, kDim>& query, int stage, float scale,
-                                               float softcap, Scores<S>& score) {
+                                               Queries<S, kDim>& query, int stage,
+                                               Scores<S>& score) {
   const uint16_t* keys = w.keys_at(stage);
 #pragma unroll
   for (int d = 0; d < kDim; d += 16) {
@@ -234,61 +144,6 @@ __device__ __forceinline__ void compute_scores(const Work<T, kDim, kRowWarps>& w
       multiply_add<T>(score.at[key / 8 + 1], a, b[2], b[3]);
     }
   }
-#pragma unroll
-  for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-    for (float& s : score.at[n]) {
-      s *= scale;
-      s = (softcap > 0.0f ? softcap * tanhf(s / softcap) : s) * kLog2E;
-    }
-}
-
-// -inf for the keys of the tile that a row does not see; `seen`: those that it does, as bits.
-template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
-__device__ __forceinline__ void mask_scores(const Work<T, kDim, kRowWarps>& w, int tile,
-                                            uint64_t (&seen)[2], Scores<S>& score) {
-  const int prefix = w.keys.prefix;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int node = w.node_of(w.first_row + 8 * r);
-    const uint64_t* words = w.ancestors + node * w.n_words;
-    const int depth = node < w.p.nodes ? depth_from_bits(words, w.n_words) : -1;
-    if (depth >= 0)
-      seen[r] = visible_keys(words, w.n_words, tile + w.key_share, prefix, w.keys.end,
-                             window_start(prefix + depth, w.p.window));
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (!(seen[r] >> (n * 8 + w.pair + i) & 1)) score.at[n][2 * r + i] = -INFINITY;
-  }
-}
-
-// Turns scores into weights relative to the new largest one, and brings the sums so far to the same
-// scale.
-template <int kDim, typename S>
-__device__ __forceinline__ void update_softmax(Scores<S>& score, Running<kDim>& running) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float most = running.largest[r];
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n)
-      most = fmaxf(most, fmaxf(score.at[n][2 * r], score.at[n][2 * r + 1]));
-    most = quad_max(most);
-    const float base = base_of(most), fade = exp2f(running.largest[r] - base);
-    running.largest[r] = most;
-    running.total[r] *= fade;
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        running.total[r] += score.at[n][2 * r + i] = exp2f(score.at[n][2 * r + i] - base);
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      running.sums[d][2 * r] *= fade;
-      running.sums[d][2 * r + 1] *= fade;
-    }
-  }
 }
 
 // Adds the values of a masked tile that are not finite to the sums of the rows that see them, and
@@ -301,9 +156,11 @@ __device__ __forceinline__ void add_infinite_values(const Work<T, kDim, kRowWarp
   const uint16_t* values = w.values_at(stage);
   uint16_t* all = w.stages + stage * S::kStage + S::kKeys * S::kPitch;
   bool tainted = false;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < S::kKeys * kDim; i += kThreads)
-    tainted |= !finite<T>(all[i / kDim * S::kPitch + i % kDim]);
+  constexpr int kChunks = kDim / kChunk;  // of a row
+#pragma unroll
+  for (int i = threadIdx.x; i < S::kKeys * kChunks; i += kThreads)
+    tainted |= !all_finite<T>(
+        *reinterpret_cast<const uint4*>(all + i / kChunks * S::kPitch + i % kChunks * kChunk));
   if (!__syncthreads_or(tainted)) return;
 #pragma unroll 1
   for (int key = 0; key < S::kWarpKeys; ++key)
@@ -332,9 +189,8 @@ __device__ __forceinline__ void accumulate_values(const Work<T, kDim, kRowWarps>
   const uint16_t* values = w.values_at(stage);
 #pragma unroll
   for (int key = 0; key < S::kWarpKeys; key += 16) {
-    const float (&low)[4] = weight.at[key / 8], (&high)[4] = weight.at[key / 8 + 1];
-    const uint32_t weights[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
-                                 pack<T>(high[0], high[1]), pack<T>(high[2], high[3])};
+    uint32_t weights[4];
+    pack_weights<T>(weight, key / 16, weights);
 #pragma unroll
     for (int d = 0; d < kDim; d += 16) {
       uint32_t b[4];
@@ -345,180 +201,101 @@ __device__ __forceinline__ void accumulate_values(const Work<T, kDim, kRowWarps>
   }
 }
 
-// Sums of a query row as they are left for others: the values', then largest and total.
-template <int kDim>
-constexpr int kSums = kDim + 2;
-
-// The warps' sums into shared memory, in place of the tiles.
-template <typename T, int kDim, int kRowWarps>
-__device__ __forceinline__ float* leave_sums(const Work<T, kDim, kRowWarps>& w,
-                                             const Running<kDim>& running) {
-  float* left = reinterpret_cast<float*>(w.stages);
+// Adds up what the warps with the same query rows have, each of its share of the keys; a warp keeps
+// a part of the columns. All threads of the block call it.
+template <typename T, int kDim, int kRowWarps, typename S = Shape<kDim, kRowWarps>>
+__device__ __forceinline__ void merge_warps(const Work<T, kDim, kRowWarps>& w,
+                                            const Running<kDim>& own,
+                                            Running<kDim / S::kKeyWarps>& merged) {
+  constexpr int kGroups = kDim / 8, kKept = kGroups / S::kKeyWarps;  // of 8 columns
+  // Of each warp, in place of the tiles: [group][lane] four sums, and [row] base and total.
+  float4* sums = reinterpret_cast<float4*>(w.stages);
+  float2* weights = reinterpret_cast<float2*>(sums + kWarps * kGroups * kWarp);
   __syncthreads();
+#pragma unroll
+  for (int d = 0; d < kGroups; ++d)
+    sums[(w.warp * kGroups + d) * kWarp + w.lane] =
+        make_float4(own.sums[d][0], own.sums[d][1], own.sums[d][2], own.sums[d][3]);
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    if (w.pair == 0)
+      weights[w.warp * kMmaRows + w.group + 8 * r] = make_float2(own.base[r], own.total[r]);
+  __syncthreads();
+
+  const int first_warp = w.warp % kRowWarps, first_kept = w.warp / kRowWarps * kKept;
+  float share[S::kKeyWarps][2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float* to_row = left + (w.warp * kMmaRows + w.group + 8 * r) * kSums<kDim>;
+    float2 of[S::kKeyWarps];
+    merged.base[r] = -INFINITY;
+    merged.total[r] = 0.0f;
 #pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      to_row[d * 8 + w.pair] = running.sums[d][2 * r];
-      to_row[d * 8 + w.pair + 1] = running.sums[d][2 * r + 1];
-    }
-    const float weight = quad_sum(running.total[r]);
-    if (w.pair == 0) {
-      to_row[kDim] = running.largest[r];
-      to_row[kDim + 1] = weight;
-    }
-  }
-  __syncthreads();
-  return left;
-}
-
-// A query row's sums, of which a lane has every 32nd column.
-template <int kDim>
-struct RowSums {
-  float sum[kDim / kWarp], most, weight;
-};
-
-// The sums of query row r out of `count` parts that are kRows rows apart; `read` reads one number.
-template <int kDim, int kRows, typename Read>
-__device__ __forceinline__ void merge_parts(const Read& read, int r, int count, int lane,
-                                            RowSums<kDim>& merged) {
-  const auto at = [&](int i, int column) {
-    return read((int64_t{i} * kRows + r) * kSums<kDim> + column);
-  };
-  float most = -INFINITY;
-  for (int i = 0; i < count; ++i) most = fmaxf(most, at(i, kDim));
-  merged.most = most;
-  merged.weight = 0.0f;
-#pragma unroll
-  for (float& x : merged.sum) x = 0.0f;
-  for (int i = 0; i < count; ++i) {
-    const float share = exp2f(at(i, kDim) - base_of(most));
-    merged.weight = fmaf(at(i, kDim + 1), share, merged.weight);
-#pragma unroll
-    for (int c = 0; c < kDim / kWarp; ++c)
-      merged.sum[c] = fmaf(at(i, c * kWarp + lane), share, merged.sum[c]);
-  }
-}
-
-// The output of query row r of the tile: its sums over its weight, which the sink adds to.
-template <typename T, int kDim, int kRowWarps>
-__device__ __forceinline__ void write_row(const Work<T, kDim, kRowWarps>& w, int r,
-                                          const RowSums<kDim>& row) {
-  using S = Shape<kDim, kRowWarps>;
-  const AttentionProblem<T>& p = w.p;
-  const int node = w.node_of(w.query_tile * S::kRows + r),
-            head = w.head_of(w.query_tile * S::kRows + r);
-  if (node >= p.nodes) return;
-  float share = 1.0f, weight = row.weight;
-  if (p.sinks) {
-    const float sink = to_float(p.sinks[head]) * kLog2E, base = base_of(fmaxf(row.most, sink));
-    share = exp2f(row.most - base);
-    weight = weight * share + exp2f(sink - base);
-  }
-  const bool dead = depth_from_bits(w.ancestors + node * w.n_words, w.n_words) < 0;
-  T* out = p.out + ((int64_t{w.row} * p.nodes + node) * p.kv_heads * p.group + head) * p.v_dim;
-#pragma unroll
-  for (int c = 0; c < kDim / kWarp; ++c)
-    if (c * kWarp + w.lane < p.v_dim)
-      from_float(dead || weight == 0.0f ? 0.0f : row.sum[c] * share / weight,
-                 out + c * kWarp + w.lane);
-}
-
-// Merges the warps' sums, which lie at `left`. A block without company writes the output; else it
-// leaves its sums in the workspace, and the last one to arrive merges those of all and writes.
-template <typename T, int kDim, int kRowWarps>
-__device__ __forceinline__ void merge_splits(const Work<T, kDim, kRowWarps>& w, const float* left,
-                                             float* partial, int* arrived, int most_splits) {
-  using S = Shape<kDim, kRowWarps>;
-  RowSums<kDim> sums;
-  const int64_t task = (int64_t{w.row} * w.p.kv_heads + w.kv_head) * w.p.tiles + w.query_tile;
-  float* mine = partial + (task * most_splits + w.split) * S::kRows * kSums<kDim>;
-  for (int r = w.warp; r < S::kRows; r += kWarps) {
-    merge_parts<kDim, S::kRows>([left](int64_t i) { return left[i]; }, r, S::kKeyWarps, w.lane,
-                                sums);
-    if (w.blocks == 1) {
-      write_row(w, r, sums);
-      continue;
+    for (int i = 0; i < S::kKeyWarps; ++i) {
+      of[i] = weights[(i * kRowWarps + first_warp) * kMmaRows + w.group + 8 * r];
+      merged.base[r] = fmaxf(merged.base[r], of[i].x);
     }
 #pragma unroll
-    for (int c = 0; c < kDim / kWarp; ++c) mine[r * kSums<kDim> + c * kWarp + w.lane] = sums.sum[c];
-    if (w.lane == 0) {
-      mine[r * kSums<kDim> + kDim] = sums.most;
-      mine[r * kSums<kDim> + kDim + 1] = sums.weight;
+    for (int i = 0; i < S::kKeyWarps; ++i) {
+      share[i][r] = exp2_approx(of[i].x - finite_base(merged.base[r]));
+      merged.total[r] = fmaf(of[i].y, share[i][r], merged.total[r]);
     }
   }
-  if (w.blocks == 1) return;
-
-  __threadfence();
-  __syncthreads();
-  bool last = false;
-  if (threadIdx.x == 0) last = atomicAdd(arrived + task, 1) == w.blocks - 1;
-  if (!__syncthreads_or(last)) return;
-  __threadfence();
-  if (threadIdx.x == 0) arrived[task] = 0;
-  const float* all = partial + task * most_splits * S::kRows * kSums<kDim>;
-  for (int r = w.warp; r < S::kRows; r += kWarps) {
-    // Past L1, where an older value of another block may lie.
-    merge_parts<kDim, S::kRows>([all](int64_t i) { return __ldcg(all + i); }, r, w.blocks, w.lane,
-                                sums);
-    write_row(w, r, sums);
+#pragma unroll
+  for (int d = 0; d < kKept; ++d) {
+    float (&sum)[4] = merged.sums[d];
+    sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < S::kKeyWarps; ++i) {
+      const float4 x =
+          sums[((i * kRowWarps + first_warp) * kGroups + first_kept + d) * kWarp + w.lane];
+      sum[0] = fmaf(x.x, share[i][0], sum[0]);
+      sum[1] = fmaf(x.y, share[i][0], sum[1]);
+      sum[2] = fmaf(x.z, share[i][1], sum[2]);
+      sum[3] = fmaf(x.w, share[i][1], sum[3]);
+    }
   }
 }
 
 template <typename T, int kDim, int kRowWarps>
 __global__ void __launch_bounds__(kThreads, kDim <= 64 ? 3 : 2)
-    tree_attention_mma_kernel(const __grid_constant__ AttentionProblem<T> p, float* partial,
-                              int* arrived, int most_splits) {
+    tree_attention_mma_kernel(const __grid_constant__ AttentionProblem<T> p,
+                              const __grid_constant__ Splits splits) {
   using S = Shape<kDim, kRowWarps>;
   extern __shared__ uint4 shared[];
-  const Work<T, kDim, kRowWarps> w(p, shared, most_splits);
+  const Work<T, kDim, kRowWarps> w(p, shared, splits.most);
+  let_next_launch_start();
   if (w.split >= w.blocks) return;
   if (w.from < w.to) fetch_tile(w, w.from, 0);
+  const Scaling scaling(p);
   Queries<S, kDim> query;
-  load_queries(w, query);
+  keep_queries(w, scaling, query);
 
-  const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
   Running<kDim> running{{-INFINITY, -INFINITY}, {}, {}};
   for (int tile = w.from, stage = 0; tile < w.to; tile += S::kKeys, stage ^= 1) {
     await_copies<0>();
     __syncthreads();  // the tile is there, and no thread reads the other stage any more
     if (tile + S::kKeys < w.to) fetch_tile(w, tile + S::kKeys, stage ^ 1);
     Scores<S> score{};
-    compute_scores(w, query, stage, scale, softcap, score);
+    compute_scores(w, query, stage, score);
+    cap_scores(scaling, score.at);
     // The same for all threads of the block.
     const bool masked = tile < w.dense_from || tile + S::kKeys > w.keys.prefix;
     uint64_t seen[2] = {};
     if (masked) mask_scores(w, tile, seen, score);
-    update_softmax(score, running);
+    update_softmax(scaling.factor, score.at, running);
     if (masked) add_infinite_values(w, stage, seen, running);
     accumulate_values(w, stage, score, running);
   }
-  merge_splits(w, leave_sums(w, running), partial, arrived, most_splits);
-}
-
-// Blocks to cut the keys into, at most, so that every multiprocessor has two.
-int most_splits(const char* op, int device, int64_t tasks, int64_t slots, int keys,
-                int least_tiles) {
-  int processors = 0;
-  check(op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  const int64_t stretch = int64_t{keys} * least_tiles;
-  return static_cast<int>(clamp(2 * processors / (tasks > 0 ? tasks : 1), 1,
-                                clamp((slots + stretch - 1) / stretch, 1, 64)));
-}
-
-struct Plan {
-  int tiles, splits;
-  int64_t tasks, floats;
-};
-
-template <int kDim, int kRowWarps>
-Plan plan_for(int64_t batch, int64_t kv_heads, int64_t rows, int64_t slots, int device) {
-  using S = Shape<kDim, kRowWarps>;
-  const int tiles = static_cast<int>((rows + S::kRows - 1) / S::kRows);
-  const int64_t tasks = batch * kv_heads * tiles;
-  const int splits = most_splits("tree_attention", device, tasks, slots, S::kKeys, S::kLeastTiles);
-  return {tiles, splits, tasks, splits == 1 ? 0 : tasks * splits * S::kRows * (kDim + 2)};
+#pragma unroll
+  for (float& total : running.total) total = quad_sum(total);
+  if constexpr (S::kKeyWarps == 1) {
+    hand_over(w, splits, 0, running);
+  } else {
+    constexpr int kKept = kDim / S::kKeyWarps;
+    Running<kKept> merged;
+    merge_warps(w, running, merged);
+    hand_over(w, splits, w.warp / kRowWarps * kKept, merged);
+  }
 }
 
 // Calls `f` with the two sizes of the kernel for these heads and query rows, as integral constants.
@@ -537,38 +314,45 @@ template <typename T, int kDim, int kRowWarps>
 void launch_shape(AttentionProblem<T> p, int64_t batch, int device, const AttentionSpace& space,
                   void* stream) {
   using S = Shape<kDim, kRowWarps>;
-  Plan plan =
-      plan_for<kDim, kRowWarps>(batch, p.kv_heads, int64_t{1} * p.nodes * p.group, p.slots, device);
-  if (space.floats < plan.floats || space.counters < plan.tasks) plan.splits = 1;
+  const Plan plan = plan_in<T, S>(p, batch, device, space);
   p.tiles = plan.tiles;
   const auto kernel = tree_attention_mma_kernel<T, kDim, kRowWarps>;
   if (S::kBytes > 48 * 1024)  // more than a kernel gets unasked
     check("tree_attention",
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
-  launch("tree_attention", kernel, grid_x("tree_attention", plan.tasks * plan.splits), kThreads,
-         S::kBytes, stream, p, space.partial, space.arrived, plan.splits);
+  launch("tree_attention", kernel, grid_x("tree_attention", plan.tasks * plan.splits.most),
+         kThreads, S::kBytes, stream, p, plan.splits);
+  if (plan.splits.most > 1) merge_splits(p, batch, device, plan.splits, stream);
 }
 
 }  // namespace
 
 AttentionSpace attention_space(const Tensor& q, const Tensor& k, const Tensor& v) {
-  const int64_t rows = q.shape[2] * (q.shape[1] / k.shape[1]),
+  const int64_t batch = q.shape[0], kv_heads = k.shape[1], slots = k.shape[2],
+                rows = q.shape[2] * (q.shape[1] / kv_heads),
                 dim = q.shape[3] > v.shape[3] ? q.shape[3] : v.shape[3];
-  return with_shape(dim, rows, [&](auto padded, auto row_warps) {
-    const Plan plan = plan_for<decltype(padded)::value, decltype(row_warps)::value>(
-        q.shape[0], k.shape[1], rows, k.shape[2], q.device_index);
-    return AttentionSpace{nullptr, nullptr, plan.floats, plan.splits == 1 ? 0 : plan.tasks};
+  int64_t floats = with_shape(dim, rows, [&](auto padded, auto row_warps) {
+    return plan_for<Shape<decltype(padded)::value, decltype(row_warps)::value>>(
+               batch, kv_heads, rows, slots, q.device_index)
+        .floats();
   });
+  if (wgmma_takes(dim, rows, q.device_index)) {
+    const int64_t other = wgmma_floats(batch, kv_heads, rows, slots, dim, q.device_index);
+    floats = other > floats ? other : floats;
+  }
+  return {nullptr, floats};
 }
 
 template <typename T>
 void tree_attention_mma(const AttentionProblem<T>& p, int64_t batch, int device,
                         const AttentionSpace& space, void* stream) {
-  with_shape(p.dim > p.v_dim ? p.dim : p.v_dim, int64_t{1} * p.nodes * p.group,
-             [&](auto padded, auto row_warps) {
-               launch_shape<T, decltype(padded)::value, decltype(row_warps)::value>(
-                   p, batch, device, space, stream);
-             });
+  const int64_t dim = p.dim > p.v_dim ? p.dim : p.v_dim, rows = int64_t{1} * p.nodes * p.group;
+  if (wgmma_takes(dim, rows, device) && tree_attention_wgmma(p, batch, device, space, stream))
+    return;
+  with_shape(dim, rows, [&](auto padded, auto row_warps) {
+    launch_shape<T, decltype(padded)::value, decltype(row_warps)::value>(p, batch, device, space,
+                                                                         stream);
+  });
 }
 
 template void tree_attention_mma(const AttentionProblem<__half>&, int64_t, int,
