@@ -8,9 +8,9 @@
 // The device may be of compute capability 8.6, or 9.0 with more shared memory (wgmma.cuh).
 //
 // Not modelled: two blocks at once (they run one after the other, in random order); caches and
-// pointers of the device (host memory stands for it); alignment faults (build.py has the compiler check alignment
-// instead); the rounding of the device's exp and tanh; the limit on kernel parameters (4 KB before
-// CUDA 12.1); registers and launch bounds; streams and graph capture.
+// pointers of the device (host memory stands for it); alignment faults (build.py has the compiler
+// check alignment instead); the rounding of the device's exp and tanh; the limit on kernel
+// parameters (4 KB before CUDA 12.1); registers and launch bounds; streams and graph capture.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
