@@ -7,9 +7,9 @@
 // races.cpp finds accesses that nothing orders, of one block or of two.
 //
 // Not modelled: two blocks at once (they run one after the other, in random order); caches and
-// pointers of the device (host memory stands for it); alignment faults (build.py has the compiler check alignment
-// instead); the rounding of the device's exp and tanh; the limit on kernel parameters (4 KB before
-// CUDA 12.1); registers and launch bounds; streams and graph capture.
+// pointers of the device (host memory stands for it); alignment faults (build.py has the compiler
+// check alignment instead); the rounding of the device's exp and tanh; the limit on kernel
+// parameters (4 KB before CUDA 12.1); registers and launch bounds; streams and graph capture.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
