@@ -209,6 +209,7 @@ T read_lane(unsigned mask, T value, int lane) {
 void launch_begins(size_t shared_bytes);
 void block_begins();
 void barrier_passed();
+void ordered_otherwise();  // by barriers in shared memory: no races inside this block are reported
 void warp_barrier_passed();
 void fence_passed();
 void before_atomic(const void* at);

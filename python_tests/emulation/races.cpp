@@ -58,6 +58,7 @@ struct Acquire {
 
 constexpr int kOneIn = 4;  // launches is watched, which takes four times as long
 bool watching;
+bool otherwise;  // the block's threads order themselves by what is not known here
 constexpr size_t kHostStack = 8 << 20;
 const char* host_stack;
 const void* heap_end;  // everything before is the program's and malloc's
@@ -106,7 +107,7 @@ bool ordered_here(int thread, Time time) {
 }
 
 bool ordered(const Access& before) {
-  if (before.block == block) return ordered_here(before.thread, before.time);
+  if (before.block == block) return otherwise || ordered_here(before.thread, before.time);
   for (const Acquire& acquire : acquired) {
     if (!ordered_here(acquire.thread, acquire.time)) continue;
     const std::vector<Release>& releases = counters[acquire.counter];
@@ -189,6 +190,7 @@ void block_begins() {
   block_start = block_time = ++now;
   block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   most_passes = 0;
+  otherwise = false;
   std::fill(std::begin(passes), std::end(passes), 0);
   std::fill(std::begin(warp_operations), std::end(warp_operations), -1);
   std::fill(std::begin(warp_time), std::end(warp_time), block_time);
@@ -196,6 +198,8 @@ void block_begins() {
   seen.clear();
   acquired.clear();
 }
+
+void ordered_otherwise() { otherwise = true; }
 
 void barrier_passed() {
   if (++passes[running] <= most_passes) return;
