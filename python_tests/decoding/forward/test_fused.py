@@ -182,7 +182,7 @@ def test_weights_stay_one_copy(tmp_path):
     for (name, parameter), its in zip(model.named_parameters(), twin.parameters()):
         assert parameter is kept[name] and torch.equal(parameter, its)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(model.device)
     for parameter, its in zip(loaded.parameters(), twin.parameters()):
         assert torch.equal(parameter, its)
     for one in (model, twin):
