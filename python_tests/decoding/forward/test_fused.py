@@ -198,6 +198,17 @@ def test_weights_stay_one_copy(tmp_path):
     assert plan_of(model) is before, "weights that change in place are used as they are"
 
 
+def test_weights_laid_together_in_inference_mode_are_ordinary_ones():
+    """They could not be trained any more."""
+    model = tiny_model("llama", 3)
+    with torch.inference_mode():
+        lay_together(model, plan_for(model, model.device))
+    assert in_one(
+        [x.weight for x in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj)]
+    )
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
 def test_weights_that_move_are_found_again(tapes):
     model, other = tiny_model("llama", 3), tiny_model("llama", 4)
     ids, mask = prompts(0)
