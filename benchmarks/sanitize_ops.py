@@ -322,6 +322,39 @@ def check_attention(n: int, device: str) -> None:
         run_outside(device, ops.tree_attention, *there, outside, on(device, ancestors))
 
 
+def check_fused(n: int, device: str) -> None:
+    def summed(h, x, *norms):
+        h = h.clone()  # changes in place
+        return h, ops.residual_norm(h, x, 0.5, *norms)
+
+    def cached(q, k, v, keys, values, *rest):
+        keys, values = keys.clone(), values.clone()
+        return ops.rotary_cache(q, k, v, keys, values, *rest), keys, values
+
+    prefix, positions = torch.tensor([4, 0, 9]), torch.randint(0, 9, (BATCH, n))
+    tables, head = [torch.randn(9, 3) for _ in range(2)], 8
+    for dtype, tolerance in TOLERANCE.items():
+        name = f"N={n} {str(dtype)[6:]}"
+        for size in (4096, 77):
+            h, x, weight = (torch.randn(*shape, size).to(dtype) for shape in ((n,), (n,), ()))
+            norms = "rms", weight, None, 1e-5, 1.0, "layer", weight, weight, 1e-5, 0.0
+            way = dict(tolerance=2 * tolerance)
+            compare(f"residual_norm {name}", device, summed, h, x, *norms, **way)
+            both = torch.randn(n, 2 * size).to(dtype)
+            gated = both[:, :size], both[:, size:], "gelu_tanh"
+            compare(f"gated_activation {name}", device, ops.gated_activation, *gated, **way)
+        q, k = (torch.randn(BATCH, n, heads, head).to(dtype) for heads in (6, 2))
+        caches = [torch.randn(BATCH, 2, 9 + n, head).to(dtype) for _ in range(2)]
+        weight = torch.ones(6 * head, dtype=dtype)
+        norm = "rms", weight, None, weight[: 2 * head], None, 1e-5, 0.0, False
+        rows = [q, k, k + 1, *caches]
+        rest = prefix, positions, *tables, *norm
+        compare(f"rotary_cache {name}", device, cached, *rows, *rest, tolerance=2 * tolerance)
+        outside = on(device, torch.tensor([FAR, -FAR, 10]))  # no such slot, nor position
+        there = on(device, rows)
+        run_outside(device, ops.rotary_cache, *there, outside, *on(device, [positions + FAR, *tables]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -340,6 +373,7 @@ def main() -> int:
             check_noise,
             check_commit,
             check_attention,
+            check_fused,
         ):
             try:
                 check(n, device)

@@ -108,7 +108,7 @@ def _current(model: PreTrainedModel, must: bool) -> PackedPlan:
         _check_memory(plan, weights)
     _kept.pop(model, None)  # its memory first
     packed = prepared.packed(plan) if prepared else PackedPlan(plan, weights)
-    tolerance = 1e-3 if weights in ("float32", "float64") else 0.1
+    tolerance = 1e-3 if packed.weights in ("float32", "float64") else 0.1
     _check_logits(model, plan, NativeForward(packed, 1), tolerance)
     _kept[model] = Kept(packed, stamp)
     return packed

@@ -57,6 +57,8 @@ def in_one(pieces: Sequence[Tensor]) -> Whole | None:
     return Whole(first.as_strided(shape, first.stride(), first.storage_offset()), starts)
 
 
+@torch.inference_mode(False)  # or they could not be trained any more
+@torch.no_grad()
 def lay_together(model: PreTrainedModel, plan: Plan) -> None:
     """Lay weights that multiply the same rows one below the other, so that they are one product.
 

@@ -182,7 +182,7 @@ def test_weights_stay_one_copy(tmp_path):
     for (name, parameter), its in zip(model.named_parameters(), twin.parameters()):
         assert parameter is kept[name] and torch.equal(parameter, its)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(model.device)
     for parameter, its in zip(loaded.parameters(), twin.parameters()):
         assert torch.equal(parameter, its)
     for one in (model, twin):
@@ -196,6 +196,17 @@ def test_weights_stay_one_copy(tmp_path):
         native(model, ids, mask, max_new_tokens=20), plain(twin, ids, mask, max_new_tokens=20)
     )
     assert plan_of(model) is before, "weights that change in place are used as they are"
+
+
+def test_weights_laid_together_in_inference_mode_are_ordinary_ones():
+    """They could not be trained any more."""
+    model = tiny_model("llama", 3)
+    with torch.inference_mode():
+        lay_together(model, plan_for(model, model.device))
+    assert in_one(
+        [x.weight for x in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj)]
+    )
+    assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
 def test_weights_that_move_are_found_again(tapes):
