@@ -40,7 +40,7 @@ export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 build() {
   rm -rf "$site"
-  MSN_CUDA=on MSN_CUDA_ARCHITECTURES=$arch "$python" -m pip install . --no-build-isolation \
+  MSN_CUDA=on MSN_CUDA_ARCHITECTURES=$arch-real "$python" -m pip install . --no-build-isolation \
     --no-deps --no-index --target "$site" --config-settings build-dir="$PWD/build/gpu/cmake"
   # -P here and below: the checkout's own msn_ext, which has no compiled part, must not shadow the
   # built one.

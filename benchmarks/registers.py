@@ -4,8 +4,8 @@ nvcc, no GPU.
     python benchmarks/registers.py                           # sm_80, sm_90a and sm_100
     python benchmarks/registers.py --architectures 90a --output registers.txt
 
-One line a kernel and template: registers per architecture. The exit status is 1 if any spills; an error if ptxas
-has to put products of warp groups in order.
+One line a kernel and template: registers per architecture. The exit status is 1 if any spills;
+where ptxas has to put products of warp groups in order, it ends with an error.
 """
 
 import argparse
