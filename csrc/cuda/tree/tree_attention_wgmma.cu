@@ -3,11 +3,11 @@
 // bulk copies.
 //
 // A block takes 64 query rows for each of its one or two warp groups and a stretch of the rows'
-// keys in tiles of 64. The copy engine brings tile after tile, as many ahead as there are stages,
-// out of two tensor maps that the launch describes (they travel as parameters, so a captured graph
-// has them as it has pointers); one thread asks for them. A barrier a stage tells that a tile is
-// there, another one that all warps are done with it. Queries and weights are operands from
-// registers, keys and values from shared memory.
+// keys in tiles of 64. The copy engine brings tile after tile, two or three ahead, out of two
+// tensor maps that the launch describes (they travel as parameters, so a captured graph has them as
+// it has pointers); one thread asks for them. A barrier a stage tells that a tile is there, another
+// one that all warps are done with it. Queries and weights are operands from registers, keys and
+// values from shared memory.
 //
 // Against `mma.sync`: 128 rows a block halve what comes from L2; no thread spends instructions on
 // copies or on loading operands from shared memory; and a tile's values are read from shared memory
@@ -43,7 +43,7 @@ struct GroupShape {
   static constexpr int kThreads = kRowWarps * kWarp;
   static constexpr int kBoxes = (kDim + kBox - 1) / kBox;                   // side by side
   static constexpr int kMatrix = kBoxes * kBoxBytes, kStage = 2 * kMatrix;  // bytes
-  static constexpr int kRoom = (192 << 10) / kBlocks / kStage;
+  static constexpr int kRoom = (192 << 10) / kBlocks / kStage;  // stages; a processor has 228 KB
   static constexpr int kStages = kRoom < kMostStages ? kRoom : kMostStages;
   static constexpr int kAhead = kStages - kGroups;  // tiles; a group may lag behind the first one
   static constexpr int kBytes = kPattern + kStages * (kStage + 2 * 8);
