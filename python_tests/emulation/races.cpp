@@ -268,6 +268,11 @@ MSN_SIZE(8)
 MSN_SIZE(16)
 void __tsan_read_range(void* at, size_t size) { access(at, size, kRead); }
 void __tsan_write_range(void* at, size_t size) { access(at, size, kWrite); }
+// Of the host's code: the guards of statics, counts of shared pointers.
+uint8_t __tsan_atomic8_load(const volatile uint8_t* at, int) { return *at; }
+uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* at, uint32_t value, int) {
+  return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

@@ -12,7 +12,7 @@ import pytest
 
 from emulation import build
 
-ROUNDS = 104  # eight of each size of tree
+ROUNDS = 65  # five of each size of tree
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
 

@@ -296,6 +296,7 @@ inline void arrive_and_expect(uint64_t* barrier, int bytes) {
   emulation::barrier_at(barrier).arrive();
 }
 inline void await_phase(uint64_t* barrier, int parity) {
+  emulation::ordered_otherwise();
   emulation::wait_until([=] { return emulation::phase_has_ended(barrier, parity != 0); });
 }
 inline void publish_shared() {

@@ -683,8 +683,9 @@ __device__ __forceinline__ Ready ready(const Shared& shared, int now, int size, 
   const int lane = lane_of();
   const bool waits = lane < most && lane < size && node + lane < limits.nodes;
   // Loads that do not wait for each other, of whatever lies there where nothing waits.
-  const Candidate candidate = shared.waiting(now)[lane % kAtOnce];
-  const double value = shared.value(now)[lane % kAtOnce];
+  const int one = lane % kAtOnce;
+  const Candidate candidate = shared.waiting(now)[one < limits.nodes ? one : 0];
+  const double value = shared.value(now)[one];
   Ready ready{0, waits ? candidate.expansion : -1, 0};
   const Expansion& expansion = shared.expansions[ready.expansion < 0 ? 0 : ready.expansion];
   const int count = expansion.count;
