@@ -68,7 +68,6 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         ("tree_attention_mma", "tile < w.dense_from", "false"),
         ("tree_attention_mma", "if (!finite<T>(value)) value = 0;", ""),
         ("tree_attention_mma", "0x80008000", "0x8000"),
-        ("tree_attention_wgmma", "await_phase(stages.empty(turn.stage), turn.parity ^ 1);", ""),
         (
             "tree_attention_wgmma",
             "arrive_and_expect(full, S::kStage)",
@@ -108,7 +107,6 @@ def test_the_kernels_do_what_the_reference_says(emulated):
         "window",
         "NaN",
         "NaN of a pair",
-        "tiles taken back",
         "bytes",
         "registers before products",
         "registers after products",
