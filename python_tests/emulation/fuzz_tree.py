@@ -233,13 +233,12 @@ def fuzz_tree_attention(rng: random.Random, nodes: int) -> None:
     case = f"{dtype}, {shapes}, lengths {lengths}, offsets {offsets}, {options}"
     tolerance = (TOLERANCE | EXACT)[dtype]
     close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
-    # As TreeAttention::on_cpu alternates.
-    for device in ("sm_90a", "sm_86") if dtype.itemsize == 2 else ("sm_86",):
+    # on_cpu.cpp takes each kind of device in turn: both, where they have kernels of their own.
+    own = dtype.itemsize == 2 and max(dim, v_dim) <= 128 and nodes * group > 16
+    for _ in range(2 if own else 1):
         out.fill_(77)
         _C.tree_attention(q, k, v, *rest, *options.values(), out, None)
-        torch.testing.assert_close(
-            out.double(), want, **close, msg=lambda text, on=device: f"{text}\n{case}, {on}"
-        )
+        torch.testing.assert_close(out.double(), want, **close, msg=lambda text: f"{text}\n{case}")
     # Compared: what is left to check is that nothing around it changed.
     memory.blocks[-1][3].copy_(out)
     memory.check()

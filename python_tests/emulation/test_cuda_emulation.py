@@ -40,7 +40,6 @@ MISTAKES = {
     "warp": ("draft_tree", "__syncwarp();", ""),
     "stale look-ups": ("draft_tree", "waiting[i].expansion = -1;", ";"),
     "another path's look-up": ("draft_tree", "&last->place", "&head->place"),
-    "siblings": ("draft_tree", "at == likeliest ? next : -1", "next"),
     "seen by all": (
         "draft_tree",
         "__syncthreads();  // all have seen that",
@@ -79,11 +78,6 @@ MISTAKES = {
     ),
     "NaN of a pair": ("tree_attention_mma", "0x80008000", "0x8000"),
     "warps": ("tree_attention_mma", "of[i].x - finite_base", "of[0].x - finite_base"),
-    "tiles taken back": (
-        "tree_attention_wgmma",
-        "await_phase(stages.empty(turn.stage), turn.parity ^ 1);",
-        "",
-    ),
     "bytes": (
         "tree_attention_wgmma",
         "arrive_and_expect(full, S::kStage)",

@@ -95,15 +95,16 @@ inline void land(const Copy& copy) {
 
 inline bool phase_has_ended(const uint64_t* at, bool odd) {
   Barrier& barrier = barrier_at(at);
-  if (barrier.odd == odd && !barrier.copies.empty()) {
-    moved = true;  // they are under way; after the phase only its bytes are there
-    if (order() % 2) {
-      std::swap(barrier.copies[order() % barrier.copies.size()], barrier.copies.back());
-      land(barrier.copies.back());
-      barrier.copies.pop_back();
-      barrier.bytes -= kBox * kBox * 2;
-      barrier.advance();
-    }
+  // After the phase only its bytes are there. Often all of them at once, so that a warp gets far
+  // ahead of the others.
+  while (barrier.odd == odd && !barrier.copies.empty()) {
+    moved = true;  // they are under way
+    if (order() % 8 == 0) break;
+    std::swap(barrier.copies[order() % barrier.copies.size()], barrier.copies.back());
+    land(barrier.copies.back());
+    barrier.copies.pop_back();
+    barrier.bytes -= kBox * kBox * 2;
+    barrier.advance();
   }
   return barrier.odd != odd;
 }
