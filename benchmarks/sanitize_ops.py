@@ -351,8 +351,8 @@ def check_fused(n: int, device: str) -> None:
         rest = prefix, positions, *tables, *norm
         compare(f"rotary_cache {name}", device, cached, *rows, *rest, tolerance=2 * tolerance)
         outside = on(device, torch.tensor([FAR, -FAR, 10]))  # no such slot, nor position
-        there = on(device, rows)
-        run_outside(device, ops.rotary_cache, *there, outside, *on(device, [positions + FAR, *tables]))
+        there, far = on(device, rows), on(device, [positions + FAR, *tables])
+        run_outside(device, ops.rotary_cache, *there, outside, *far)
 
 
 def main() -> int:
