@@ -153,7 +153,7 @@ def test_the_report_says_it_all():
     assert "read bandwidth 25.0 GB/s (20.0–30.0)" in text and "idle workers used 0.10%" in text
     assert text.endswith("\n\nopenvino-F16: missing openvino_genai") and "at first" not in text
     picture = report.picture("Title")
-    assert picture.count("<rect") == 8 and picture.count('font-weight="bold"') == 3
+    assert picture.count('id="bar"') == 8 and picture.count("font-weight: 700") == 3
 
 
 def test_a_worker_that_is_killed_is_reported_at_once():
