@@ -4,6 +4,7 @@ What is proved is the kernels' logic, down to barriers, alignment and bounds, ag
 msn_ext.ops.reference; emulation/cuda_runtime.h lists what only a GPU can show.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -123,9 +124,15 @@ def test_the_kernels_do_what_the_reference_says(emulated):
     assert run.returncode == 0 and f"{ROUNDS} rounds agree" in run.stdout, run.stdout + run.stderr
 
 
+# That take long to be found, or to be compiled, and are like others: with MSN_MISTAKES=all.
+SLOW = {"a split's maximum", "NaN of a pair", "bytes", "fewer keys", "shared memory unasked"}
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_kernel_is_found(emulated, tmp_path, mistake):
     """Negative controls: the same build with one mistake in one kernel fails in that op."""
+    if mistake in SLOW and os.environ.get("MSN_MISTAKES") != "all":
+        pytest.skip("slow, and like others: MSN_MISTAKES=all")
     kernel, old, new = MISTAKES[mistake]
     mutant = shutil.copytree(emulated, tmp_path / "mutant")
     build.mutate(mutant, f"{kernel}.cu", old, new)
