@@ -36,26 +36,26 @@ def kernel_name(mangled: str) -> str:
     return re.sub(r"\((?:int|bool)\)", "", found[1] + (found[2] or "")) if found else mangled
 
 
+def compiled(source: pathlib.Path, csrc: pathlib.Path, architecture: str, *options: str) -> str:
+    """Compile a CUDA source for sm_ARCHITECTURE, as CMakeLists.txt does; return what nvcc says."""
+    flags = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", f"-I{csrc}"]
+    flags += ["-fmad=false"] if source.stem in UNFUSED else []
+    run = subprocess.run([NVCC, *flags, *options, source], capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"{source.name}: {run.stderr}")
+    return run.stderr
+
+
 def report(source: pathlib.Path, architecture: str) -> dict[str, tuple[int, int, int]]:
     """Per kernel: registers, bytes spilled, bytes of static shared memory."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = [
-            "-std=c++17",
-            "-O3",
-            "-Xptxas=-v",
-            f"-arch=sm_{architecture}",
-            f"-I{CSRC}",
-            *(["-fmad=false"] if source.stem in UNFUSED else []),
-        ]
-        command = [NVCC, *flags, "-c", str(source), "-o", str(pathlib.Path(folder, "out.o"))]
-        run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise SystemExit(f"{source.name}: {run.stderr}")
-    if "instructions are serialized" in run.stderr:  # C7510 and its kind
-        raise SystemExit(f"{source.name}, sm_{architecture}: {run.stderr}")
+        options = "-Xptxas=-v", "-c", "-o", str(pathlib.Path(folder, "out.o"))
+        said = compiled(source, CSRC, architecture, *options)
+    if "instructions are serialized" in said:  # C7510 and its kind
+        raise SystemExit(f"{source.name}, sm_{architecture}: {said}")
     found = {}
     # ptxas says several lines a kernel; the next one begins where the name does.
-    for part in re.split(r"(?=ptxas info\s+: Compiling entry function)", run.stderr):
+    for part in re.split(r"(?=ptxas info\s+: Compiling entry function)", said):
         if entry := ENTRY.search(part.replace("\n", " ")):
             name, stores, loads, registers, shared = entry.groups()
             found[kernel_name(name)] = int(registers), int(stores) + int(loads), int(shared or 0)

@@ -16,13 +16,14 @@ import collections
 import functools
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 
-from registers import CSRC, NVCC, UNFUSED, kernel_name
+from registers import CSRC, compiled, kernel_name
 
 KINDS = {
     "tensor": r"[HIDBQ]G?MMA|[QO]MMA|UTC.*MMA|WARPGROUP",
@@ -63,13 +64,7 @@ def disassemble(source: pathlib.Path, include: pathlib.Path, architecture: str) 
     """The machine code of a source file as text."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder, "out.cubin")
-        flags = ["-fmad=false"] if source.stem in UNFUSED else []
-        command = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", f"-I{include}", *flags]
-        compiled = subprocess.run(
-            [*command, "-cubin", "-o", cubin, source], capture_output=True, text=True
-        )
-        if compiled.returncode:
-            raise SystemExit(f"{source.name}: {compiled.stderr}")
+        compiled(source, include, architecture, "-cubin", "-o", str(cubin))
         run = subprocess.run([disassembler(), "-c", cubin], capture_output=True, text=True)
         if run.returncode:
             raise SystemExit(f"nvdisasm: {run.stderr}")
@@ -162,7 +157,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := sorted(set(options.files) - set(names)):
         parser.error(f"FILE is {unknown[0]!r}; expected some of {', '.join(names)}")
-    lines = []
+    lines = [" ".join(["python benchmarks/sass.py", *map(shlex.quote, sys.argv[1:])])]
     with tempfile.TemporaryDirectory() as folder:
         other = sources_of(options.against, pathlib.Path(folder)) if options.against else None
         for name in options.files:

@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from msn_ext.decoding import BestFirst, Decoder, Request
 from msn_ext.decoding.capture import BACKENDS
-from msn_ext.decoding.engine import packed_for
+from msn_ext.decoding.engine import native_plan_for
 from msn_ext.decoding.runner import EagerRunner, GraphRunner, room_for
 
 SHAPES = {
@@ -166,7 +166,7 @@ def ways(model, prompt, options) -> dict[str, Callable]:
     made, engines = {}, options.engine.split(",")
     for engine in engines:  # before anything is recorded: weights may move
         with contextlib.suppress(ValueError):  # which its steps will say
-            packed_for(model, engine)
+            native_plan_for(model, engine)
     for engine, nodes in itertools.product(engines, sizes):
         its = f"{nodes}" if engine == "auto" else f"{nodes} {engine}"
         make = functools.partial(Ours, model, prompt, nodes, engine=engine)

@@ -29,7 +29,7 @@ from .decoding import (
     TreeDrafter,
     decode,
 )
-from .decoding.engine import engine_of, packed_for
+from .decoding.engine import engine_of, native_plan_for
 from .decoding.method import (
     argument_of_caller,
     method_of,
@@ -261,13 +261,13 @@ def _decode(
     ``input_ids`` are on the model's device, the result is on ``result_device``.
     """
     _own_buffers(model)
-    packed = packed_for(model, engine)
+    native_plan = native_plan_for(model, engine)
     request = request_for(
         model,
         input_ids,
         draft=draft,
-        drafter=drafter_for(draft, model, engine_of(packed)),
-        packed=packed,
+        drafter=drafter_for(draft, model, engine_of(native_plan)),
+        native_plan=native_plan,
         generation_config=generation_config,
         streamer=streamer,
         streamer_has_prompt=streamer_has_prompt,

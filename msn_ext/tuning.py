@@ -17,7 +17,7 @@ from msn_ext.terminal import progress_bar
 from .decoding import BestFirst, Request, runner_for
 from .decoding.drafters.calibration import FactorRecorder, Record, fit
 from .decoding.drafters.factors import load as shipped_factors
-from .decoding.engine import engine_of, packed_for
+from .decoding.engine import engine_of, native_plan_for
 from .generation import generate
 from .jsonl import lines, row
 from .profile import Profile, machine, profile_path
@@ -185,7 +185,7 @@ def tune(
         ValueError: the context is too long for the model.
     """
     context = checked_context(model, context)
-    engine = engine_of(packed_for(model, engine))
+    engine = engine_of(native_plan_for(model, engine))
     path = profile_path(model, engine)
     earlier = None
     if path.exists():

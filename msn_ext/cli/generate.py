@@ -109,10 +109,10 @@ def run(arguments: argparse.Namespace) -> int:
         options["engine"] = arguments.engine
         draft = arguments.draft
         if corpus is not None:
-            from msn_ext.decoding.engine import engine_of, packed_for
+            from msn_ext.decoding.engine import engine_of, native_plan_for
             from msn_ext.profile import auto
 
-            draft = auto(model, corpus, engine_of(packed_for(model, arguments.engine)))
+            draft = auto(model, corpus, engine_of(native_plan_for(model, arguments.engine)))
         answer = timed(model, input_ids, draft, streamer, **options)
     if not arguments.json:
         print()

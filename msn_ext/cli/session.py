@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from msn_ext.decoding.engine import engine_of, packed_for
+from msn_ext.decoding.engine import engine_of, native_plan_for
 from msn_ext.generation import drafter_for
 
 from .common import CommandError
@@ -77,7 +77,7 @@ class Session:
         self._model, self._tokenizer = model, tokenizer
         self._asked_engine, self._options = engine, options
         self._max_new_tokens, self._system = max_new_tokens, system
-        self.engine = engine_of(packed_for(model, engine))
+        self.engine = engine_of(native_plan_for(model, engine))
         self.context: int | None = context_of(model)
         self.set_draft(draft)
         self.reset()

@@ -93,10 +93,10 @@ class Decoder:
         self._pass: ForwardPass
         fixed = room and min(room, prompt + AT_FIRST)
         by_model = request.model, request.attention, fixed
-        if isinstance(request.packed, PackedPlan):
-            self._pass = NativeForward(request.packed, batch)
-        elif isinstance(request.packed, FusedPlan):
-            self._pass = FusedForward(request.packed, *by_model)
+        if isinstance(request.native_plan, PackedPlan):
+            self._pass = NativeForward(request.native_plan, batch)
+        elif isinstance(request.native_plan, FusedPlan):
+            self._pass = FusedForward(request.native_plan, *by_model)
         else:
             self._pass = TransformersForward(*by_model)
         ids, offsets = request.input_ids, request.offsets

@@ -40,11 +40,15 @@ SPARE = 2.0
 """Weights are packed beside the model's where so many times their size is free."""
 
 
+NativePlan = PackedPlan | FusedPlan
+"""What the native engine's forward passes run, on a CPU and elsewhere."""
+
+
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What is kept of a model: its packed or fused plan, and what its weights were then."""
+    """What is kept of a model: its plan, and what its weights were then."""
 
-    packed: PackedPlan | FusedPlan
+    plan: NativePlan
     stamp: int
 
 
@@ -52,12 +56,12 @@ _kept: weakref.WeakKeyDictionary[PreTrainedModel, Kept] = weakref.WeakKeyDiction
 _lock = threading.Lock()
 
 
-def engine_of(packed: PackedPlan | FusedPlan | None) -> str:
+def engine_of(plan: NativePlan | None) -> str:
     """Return what computes the passes: "native" where there is such a plan, else "torch"."""
-    return "torch" if packed is None else "native"
+    return "torch" if plan is None else "native"
 
 
-def packed_for(model: PreTrainedModel, engine: str) -> PackedPlan | FusedPlan | None:
+def native_plan_for(model: PreTrainedModel, engine: str) -> NativePlan | None:
     """Return the plan that ``model`` is decoded by, packed on a CPU and fused on other devices;
     None: the model's own forward pass.
 
@@ -85,7 +89,7 @@ def packed_for(model: PreTrainedModel, engine: str) -> PackedPlan | FusedPlan | 
             raise NoPlan(f"'auto' does not take the native engine on {model.device.type} yet")
         with _lock:
             if model.device.type in PACKED_ON:
-                return _current(model, must=engine == "native")
+                return _packed(model, must=engine == "native")
             return _fused(model)
     except NoPlan as reason:
         if engine == "native":
@@ -96,13 +100,13 @@ def packed_for(model: PreTrainedModel, engine: str) -> PackedPlan | FusedPlan | 
         return None
 
 
-def _current(model: PreTrainedModel, must: bool) -> PackedPlan:
+def _packed(model: PreTrainedModel, must: bool) -> PackedPlan:
     prepared = prepared_of(model)
     plan = prepared.plan(model) if prepared else plan_for(model)
     stamp = _stamp(model)
     kept = _kept.get(model)
-    if kept is not None and kept.stamp == stamp and isinstance(kept.packed, PackedPlan):
-        return kept.packed
+    if kept is not None and kept.stamp == stamp and isinstance(kept.plan, PackedPlan):
+        return kept.plan
     weights = str(model.dtype).removeprefix("torch.")
     if not must and not prepared:
         _check_memory(plan, weights)
@@ -117,8 +121,8 @@ def _current(model: PreTrainedModel, must: bool) -> PackedPlan:
 def _fused(model: PreTrainedModel) -> FusedPlan:
     """Return a plan over the model's weights where they lie; they may change there at any time."""
     plan, kept = plan_for(model, model.device), _kept.get(model)
-    if kept is not None and kept.stamp == _address(model) and isinstance(kept.packed, FusedPlan):
-        return kept.packed
+    if kept is not None and kept.stamp == _address(model) and isinstance(kept.plan, FusedPlan):
+        return kept.plan
     lay_together(model, plan)
     fused = FusedPlan(plan)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
@@ -194,7 +198,7 @@ def prepare(
             _unprepare(model)
             pack_in_place(model, packed_as, dtype)
             model.config.dtype = dtype
-            _current(model, must=True)
+            _packed(model, must=True)
             _C.release_freed()
         except NoPlan as reason:
             _unprepare(model)

@@ -32,9 +32,7 @@ from transformers.generation import (
 
 from .attention import KernelAttention, MaskAttention
 from .drafters import Drafter, DraftTree
-from .engine import engine_of, packed_for
-from .forward.fused import FusedPlan
-from .forward.packed import PackedPlan
+from .engine import NativePlan, engine_of, native_plan_for
 from .past import checked_past
 from .processors import checked_processors
 from .ranks import Ranks, ranks_of
@@ -90,8 +88,7 @@ class Request:
         streamer: gets the tokens of each pass; of several rows one of each at a time, or there is
             one for each row.
         streamer_has_prompt: it need not be given the prompt.
-        packed: the model's plan, packed or fused, for the native engine's forward passes; None: the
-            model's own.
+        native_plan: for the native engine's forward passes; None: the model's own.
         past: where keys and values of the text come from, and where they go to; None: nowhere.
         past_slots: how many slots of the prompts come from there.
         outputs: what is kept of every new token, "logits" and "scores".
@@ -112,7 +109,7 @@ class Request:
     ends_together: bool = False
     streamer: BaseStreamer | Sequence[BaseStreamer] | None = None
     streamer_has_prompt: bool = False
-    packed: PackedPlan | FusedPlan | None = None
+    native_plan: NativePlan | None = None
     past: DynamicCache | None = None
     past_slots: int = 0
     outputs: frozenset[str] = frozenset()
@@ -120,7 +117,7 @@ class Request:
     @property
     def engine(self) -> str:
         """What computes the forward passes: "native" or "torch"."""
-        return engine_of(self.packed)
+        return engine_of(self.native_plan)
 
     @classmethod
     def greedy_unpadded(
@@ -142,7 +139,7 @@ class Request:
             drafter,
             max_new_tokens,
             input_ids.new_empty(0),
-            packed=packed_for(model, engine),
+            native_plan=native_plan_for(model, engine),
         )
 
     @cached_property
@@ -172,7 +169,7 @@ def request_for(
     stopping_criteria: StoppingCriteriaList,
     streamer: BaseStreamer | Sequence[BaseStreamer] | None,
     streamer_has_prompt: bool,
-    packed: PackedPlan | FusedPlan | None,
+    native_plan: NativePlan | None,
     **model_kwargs: Any,
 ) -> Request:
     """Make a request of what transformers prepared for a custom decoding method.
@@ -180,8 +177,7 @@ def request_for(
     Args:
         input_ids: int64 [B, P] on the model's device.
         draft, drafter: what the user asked to draft with, and the drafter that it stands for.
-        packed: the model's plan, packed or fused, for the native engine's forward passes; None: the
-            model's own.
+        native_plan: for the native engine's forward passes; None: the model's own.
         model_kwargs: for the model; all but the mask and the positions are refused.
 
     Raises:
@@ -226,7 +222,7 @@ def request_for(
         and not any(hasattr(c, "eos_token_id") for c in stopping_criteria),
         streamer=streamer,
         streamer_has_prompt=streamer_has_prompt,
-        packed=packed,
+        native_plan=native_plan,
         past=past,
         past_slots=0 if past is None else _past_slots(past, model, input_ids, offsets),
         outputs=_outputs(generation_config),

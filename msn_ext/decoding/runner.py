@@ -256,7 +256,7 @@ def runner_for(request: Request) -> Iterator[EagerRunner | GraphRunner]:
 def why_eager(request: Request) -> str | None:
     """Return why steps are not captured; None: they may be."""
     drafter, device = request.drafter, request.input_ids.device
-    if isinstance(request.packed, PackedPlan):
+    if isinstance(request.native_plan, PackedPlan):
         return "the native engine runs steps on a CPU as they are"
     if request.outputs:
         return "the logits of every token are kept"

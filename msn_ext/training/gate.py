@@ -39,7 +39,7 @@ def check_gate(model, divergence: str) -> None:
     configs = getattr(model, "peft_config", None)
     if configs is None or not hasattr(model, "disable_adapter"):
         raise ValueError(
-            f"gate=True needs a PEFT model with a LoRA adapter, which can be left out for the text;"
+            "gate=True needs a PEFT model with a LoRA adapter, which can be left out for the text;"
             f" the model is a {type(model).__name__}"
         )
     for name in model.active_adapters:
@@ -74,17 +74,12 @@ def _why_not(config) -> str | None:
 
 
 class NoisePass(NamedTuple):
-    """What a batch of branches gave.
-
-    Attributes:
-        teacher, student: [n, V], the logits of the base model at the clean text and of the model
-            with its adapter at the noise in its place, for every noise token.
-        depth: int64 [n], of each in its segment, from 1 on.
+    """What a batch of branches gave: the logits [n, V] of the base model at the clean text and of
+    the model with its adapter at the noise in its place, for every noise token.
     """
 
     teacher: Tensor
     student: Tensor
-    depth: Tensor
 
 
 def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
@@ -105,8 +100,8 @@ def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
     batch.pop("attention_mask", None)
     mask = branch_mask(depth, before, sample, positions, config, length)
     rows, columns = depth.nonzero(as_tuple=True)
-    depths = depth[rows, columns]
     width = int(columns.min()) if len(columns) else ids.shape[1] - 1  # of the clean text
+    depths = depth[rows, columns]
     clean = before[rows, columns - depths + 1] + depths  # the places that the noise stands for
     cache = DynamicCache()
     with _base_model(peft):
@@ -136,7 +131,7 @@ def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
         use_cache=True,
         **batch,
     )
-    return NoisePass(teacher, student, depths)
+    return NoisePass(teacher, student)
 
 
 @contextlib.contextmanager

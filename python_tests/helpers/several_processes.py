@@ -12,21 +12,12 @@ import transformers
 import msn_ext
 from helpers.families import VOCAB, tiny_model
 from helpers.samples import Pad, samples
+from helpers.trainers import with_adapter
 
 
-def gated_model():
-    """A tiny model with an adapter that does something."""
-    import peft
-
-    model = peft.get_peft_model(
-        tiny_model("llama", 1, torch.float32),
-        peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    generator = torch.Generator().manual_seed(5)
-    for name, x in model.named_parameters():
-        if "lora_" in name:
-            x.data = torch.randn(x.shape, generator=generator) / 20
-    return model
+def model_for(layout: str):
+    """The model that is trained with noise in this layout, or by a gate."""
+    return with_adapter() if layout == "gate" else tiny_model("llama", 1, torch.float32)
 
 
 def learn(folder, layout: str, processes: int = 1, fsdp: bool = False) -> tuple[dict, list]:
@@ -51,12 +42,11 @@ def learn(folder, layout: str, processes: int = 1, fsdp: bool = False) -> tuple[
         **(dict(fsdp="full_shard", fsdp_config=wrapped) if fsdp else {}),
     )
     rows = samples(24, VOCAB)
-    gate = layout == "gate"
-    model = gated_model() if gate else tiny_model("llama", 1, torch.float32)
+    model = model_for(layout)
     trainer = transformers.Trainer(
         model, settings, Pad(), train_dataset=rows, eval_dataset=rows[:8]
     )
-    noise = dict(gate=True) if gate else dict(layout=layout)
+    noise = dict(gate=True) if layout == "gate" else dict(layout=layout)
     msn_ext.add_noise(trainer, **noise, segments=2, seed=1)
     trainer.train()
     state = trainer.accelerator.get_state_dict(trainer.model)

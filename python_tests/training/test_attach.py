@@ -15,37 +15,15 @@ import torch
 from helpers import several_processes
 from helpers.cases import one_thread
 from helpers.families import VOCAB, tiny_model
-from helpers.samples import NONE, Pad, samples, word_tokenizer
+from helpers.samples import NONE, Pad, word_tokenizer
+from helpers.trainers import ROWS, arguments, trainer_for
 from msn_ext import NoisyCollator, add_noise
 from msn_ext.training.layouts import unmark
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-ROWS = samples(24, VOCAB)
 LENGTH = 4  # of a segment
 LAYOUTS = ["replace", "branch"]
-
-
-def arguments(folder, **settings) -> transformers.TrainingArguments:
-    fixed = dict(
-        output_dir=str(folder),
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        seed=3,
-    )
-    usual = dict(
-        per_device_train_batch_size=4, num_train_epochs=1, learning_rate=1e-3, logging_steps=1
-    )
-    return transformers.TrainingArguments(**(fixed | usual | settings))
-
-
-def trainer_for(folder, model=None, rows=ROWS, **settings) -> transformers.Trainer:
-    model = tiny_model("llama", 1, torch.float32) if model is None else model
-    return transformers.Trainer(
-        model, arguments(folder, **settings), Pad(), train_dataset=rows, eval_dataset=rows[:8]
-    )
 
 
 def seen_by(model) -> list[dict]:
@@ -411,16 +389,11 @@ def test_trl(tmp_path, layout, weights, form):
         "padding_free": dict(padding_free=True, max_length=None),
         "packing": dict(packing=True, max_length=64),
     }[form]
-    config = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
+    config = arguments(
+        tmp_path,
+        trl.SFTConfig,
         bf16=False,
-        per_device_train_batch_size=4,
         per_device_eval_batch_size=4,
-        logging_steps=1,
         num_train_epochs=2,
         learning_rate=1e-2,
         gradient_checkpointing=False,
@@ -500,9 +473,7 @@ def test_two_processes_learn_what_one_learns(once, alone, kind, layout):
 
     expected, log = alone[layout]
     found, logged = torch.load(once(kind, launch) / f"{layout}.pt")
-    gate = layout == "gate"
-    model = several_processes.gated_model() if gate else tiny_model("llama", 1, torch.float32)
-    start = model.state_dict()
+    start = several_processes.model_for(layout).state_dict()
     moved = max(float((x - start[name]).abs().max()) for name, x in expected.items())
     assert moved > 1e-3
     for mine, theirs in zip(log, logged, strict=True):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from helpers.families import VOCAB, tiny_model
-from helpers.samples import Pad, flatten, samples, word_tokenizer
+from helpers.samples import Pad, flatten, word_tokenizer
+from helpers.trainers import ROWS, arguments, trainer_for, with_adapter
 from msn_ext import NoisyCollator, add_noise
 from msn_ext.gates import gated_noise
 from msn_ext.training import gate, layouts
@@ -16,49 +17,7 @@ from msn_ext.training import gate, layouts
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
-ROWS = samples(24, VOCAB)
 FAMILIES = ["llama", "qwen2", "gemma3", "mistral", "gpt2"]
-
-
-def with_adapter(model=None, **settings):
-    """With weights that matter: PEFT's own begin as nothing."""
-    model = tiny_model("llama", 1) if model is None else model
-    usual = dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of GPT-2's Conv1D
-        model = peft.get_peft_model(model, peft.LoraConfig(**usual | settings))
-    generator = torch.Generator().manual_seed(5)
-    for name, x in model.named_parameters():
-        if "lora_B" in name:
-            x.data = torch.randn(x.shape, generator=generator, dtype=x.dtype) / 20
-    return model
-
-
-def arguments(folder, **settings):
-    usual = dict(
-        output_dir=str(folder),
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        seed=3,
-        per_device_train_batch_size=4,
-        num_train_epochs=1,
-        learning_rate=1e-3,
-        logging_steps=1,
-    )
-    return transformers.TrainingArguments(**usual | settings)
-
-
-def trainer_for(folder, model=None, rows=ROWS, collator=None, **settings):
-    model = with_adapter(tiny_model("llama", 1, torch.float32)) if model is None else model
-    return transformers.Trainer(
-        model,
-        arguments(folder, **settings),
-        collator or Pad(),
-        train_dataset=rows,
-        eval_dataset=rows[:8],
-    )
 
 
 def noisy_batch(model, rows=ROWS[:4], collator=None, **settings):
@@ -134,7 +93,7 @@ def test_two_parts_are_one_pass_with_the_adapter_taken_away_from_the_text(family
 
 def test_the_teacher_is_the_base_model_alone():
     """Bit for bit the base model's logits of the same text, whatever the adapter does."""
-    model = with_adapter()
+    model = with_adapter(tiny_model("llama", 1))
     batch, noisy = noisy_batch(model, ROWS[:1])
     config = model.config
     found = gate.noise_pass(model, model, dict(batch), config, noisy.length)
@@ -157,7 +116,7 @@ def test_the_teacher_is_the_base_model_alone():
 
 def test_samples_that_are_packed_are_apart():
     """A row of several samples gives what each gives alone."""
-    model = with_adapter()
+    model = with_adapter(tiny_model("llama", 1))
     noises = dict(segments=4, length=2, content="ahead")
     packed, noisy = noisy_batch(model, ROWS[:3], flatten, **noises)
     together = gate.noise_pass(model, model, packed, model.config, noisy.length)
@@ -174,7 +133,7 @@ def test_samples_that_are_packed_are_apart():
 
 
 def test_training_moves_the_adapter_alone_and_the_noise_gets_better(tmp_path):
-    model = with_adapter(tiny_model("llama", 1, torch.float32))
+    model = with_adapter()
     before = {name: x.clone() for name, x in model.named_parameters()}
     trainer = trainer_for(tmp_path, model, num_train_epochs=12, learning_rate=1e-2)
     assert add_noise(trainer, gate=True, segments=8, length=2, seed=1) is trainer
@@ -191,7 +150,7 @@ def test_training_moves_the_adapter_alone_and_the_noise_gets_better(tmp_path):
 
 
 def test_evaluation_leaves_the_adapter_out(tmp_path):
-    trainer = trainer_for(tmp_path)
+    trainer = trainer_for(tmp_path, with_adapter())
     with trainer.model.disable_adapter():
         base = trainer.evaluate()["eval_loss"]
     assert trainer.evaluate()["eval_loss"] != base
@@ -237,7 +196,7 @@ def test_texts_without_labels_and_batches_without_room(tmp_path):
             )
         return {"input_ids": ids, "attention_mask": mask}
 
-    trainer = trainer_for(tmp_path, rows=rows, collator=collate, max_steps=1)
+    trainer = trainer_for(tmp_path, with_adapter(), rows=rows, collator=collate, max_steps=1)
     add_noise(trainer, gate=True, segments=64, length=1, seed=1)
     (batch,) = trainer.get_train_dataloader()
     noise = batch["noise_depth"] > 0
@@ -247,14 +206,14 @@ def test_texts_without_labels_and_batches_without_room(tmp_path):
     assert math.isfinite(trainer.state.log_history[0]["noise_loss"])
 
     single = [{"input_ids": torch.tensor([3])}] * 4
-    trainer = trainer_for(tmp_path, rows=single, collator=collate, max_steps=1)
+    trainer = trainer_for(tmp_path, with_adapter(), rows=single, collator=collate, max_steps=1)
     add_noise(trainer, gate=True)
     trainer.train()
     assert "noise_loss" not in trainer.state.log_history[0]
 
 
 def test_its_folder_is_an_ordinary_one_that_says_that_it_is_gated(tmp_path):
-    trainer = trainer_for(tmp_path, save_strategy="epoch", max_steps=3)
+    trainer = trainer_for(tmp_path, with_adapter(), save_strategy="epoch", max_steps=3)
     add_noise(trainer, gate=True, length=2, content="mixed")
     trainer.train()
     trainer.save_model(str(tmp_path / "out"))
@@ -276,7 +235,9 @@ def test_its_folder_is_an_ordinary_one_that_says_that_it_is_gated(tmp_path):
 
 def test_a_run_goes_on_where_it_was(tmp_path):
     def run(folder, **settings):
-        trainer = trainer_for(folder, max_steps=4, save_strategy="steps", save_steps=2, **settings)
+        trainer = trainer_for(
+            folder, with_adapter(), max_steps=4, save_strategy="steps", save_steps=2, **settings
+        )
         add_noise(trainer, gate=True, segments=4, seed=1)
         return trainer
 
@@ -289,7 +250,7 @@ def test_a_run_goes_on_where_it_was(tmp_path):
 
 
 def refused(folder, match: str, model=None, **settings):
-    trainer = trainer_for(folder, model)
+    trainer = trainer_for(folder, with_adapter() if model is None else model)
     refused_by(trainer, match, **settings)
 
 
@@ -309,7 +270,7 @@ def refused_by(trainer, match: str, **settings):
     ],
 )
 def test_adapters_that_cannot_be_gated(tmp_path, adapter, what):
-    model = with_adapter(tiny_model("llama", 1, torch.float32), **adapter)
+    model = with_adapter(**adapter)
     refused(tmp_path, f"adapter 'default' has {what}", model)
 
 
@@ -320,7 +281,7 @@ def test_what_does_not_go_with_a_gate(tmp_path):
         tiny_model("llama", 1, torch.float32), peft.VeraConfig(task_type="CAUSAL_LM", r=4)
     )
     refused(tmp_path, "peft_type='VERA'", other)
-    thawed = with_adapter(tiny_model("llama", 1, torch.float32))
+    thawed = with_adapter()
     thawed.get_input_embeddings().weight.requires_grad_(True)
     refused(tmp_path, "embed_tokens.weight would be trained", thawed)
     refused(tmp_path, "layout='replace'", layout="replace")
@@ -332,7 +293,7 @@ def test_what_does_not_go_with_a_gate(tmp_path):
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing", "model"])
 def test_checkpointing_would_drop_what_the_noise_reads(tmp_path, name):
     """By either name of transformers', in the arguments or turned on in the model already."""
-    trainer = trainer_for(tmp_path)
+    trainer = trainer_for(tmp_path, with_adapter())
     if name == "model":
         for module in trainer.model.modules():
             if hasattr(module, "gradient_checkpointing"):
@@ -349,22 +310,18 @@ def test_in_trls_trainer(tmp_path, form):
     rows = [
         {"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()} for row in ROWS
     ]
-    config = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
+    config = arguments(
+        tmp_path,
+        trl.SFTConfig,
         bf16=True,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
-        logging_steps=1,
         num_train_epochs=12,
         learning_rate=2e-2,
         gradient_checkpointing=False,
         **(dict(packing=True, max_length=64) if form == "packing" else {}),
     )
-    model = with_adapter(tiny_model("llama", 1, torch.float32))
+    model = with_adapter()
     before = {name: x.clone() for name, x in model.named_parameters()}
     trainer = trl.SFTTrainer(
         model,

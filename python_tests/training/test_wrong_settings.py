@@ -3,22 +3,13 @@
 import pytest
 import torch
 
-from helpers.families import VOCAB, tiny_model
-from helpers.samples import Pad, samples
+from helpers.families import VOCAB
+from helpers.trainers import trainer_for
 from msn_ext import NoisyCollator, add_noise
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-ROWS = samples(8, VOCAB)
 SIZES = dict(vocab_size=VOCAB, hidden_size=16, num_attention_heads=2, intermediate_size=16)
-
-
-def trainer_for(folder, model=None, kind=transformers.Trainer):
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
-    )
-    model = tiny_model("llama", 1, torch.float32) if model is None else model
-    return kind(model, arguments, Pad(), train_dataset=ROWS)
 
 
 def bert(kind: str, **settings):

@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kThreads) gated_activation_kernel(const Proble
   const T* const ups = p.up ? p.up + row * p.up_row : nullptr;
   for (int64_t i = first; i < p.size; i += int64_t{gridDim.y} * kThreads * kLanes) {
     Sum<T> numbers[kLanes], factors[kLanes];
-    widen(load<kLanes>(gates + i), numbers);
-    widen(load<kLanes>(ups ? ups + i : gates + i), factors);
+    to_float(load<kLanes>(gates + i), numbers);
+    to_float(load<kLanes>(ups ? ups + i : gates + i), factors);
     for (int j = 0; j < kLanes; ++j) {
       numbers[j] = activated(p.activation, numbers[j]);
       if (ups) numbers[j] *= factors[j];

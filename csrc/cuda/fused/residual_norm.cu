@@ -32,7 +32,7 @@ __device__ Scaling<F> scaling_of(const NormOf<T>& norm, const T* row, int64_t si
     each_pack<kLanes>(size, [&](int64_t i) {
       const auto pack = load<kLanes>(row + i);
       for (const T& number : pack.at) {
-        const F from_mean = widen(number) - scaling.mean;
+        const F from_mean = to_float(number) - scaling.mean;
         squares += from_mean * from_mean;
       }
     });
@@ -60,27 +60,27 @@ __global__ void __launch_bounds__(kThreads) residual_norm_kernel(const Problem<T
     F first = 0;
     each_pack<kLanes>(p.size, [&](int64_t i) {
       const auto pack = load<kLanes>(x + i);
-      for (const T& number : pack.at) first += moment(p.x_norm.kind, widen(number));
+      for (const T& number : pack.at) first += moment(p.x_norm.kind, to_float(number));
     });
     of_x = scaling_of<kLanes>(p.x_norm, x, p.size, first, scratch);
   }
   F first = 0;
   each_pack<kLanes>(p.size, [&](int64_t i) {
     F sums[kLanes];
-    widen(load<kLanes>(h + i), sums);
+    to_float(load<kLanes>(h + i), sums);
     if (x) {
       F branch[kLanes];
-      widen(load<kLanes>(x + i), branch);
+      to_float(load<kLanes>(x + i), branch);
       p.x_norm(of_x, branch, i);
       for (int j = 0; j < kLanes; ++j) sums[j] += static_cast<F>(p.scale) * branch[j];
-      widen(store(sums, h + i), sums);
+      to_float(store(sums, h + i), sums);
     }
     for (const F sum : sums) first += moment(p.norm.kind, sum);
   });
   const Scaling<F> of_h = scaling_of<kLanes>(p.norm, h, p.size, first, scratch);
   each_pack<kLanes>(p.size, [&](int64_t i) {
     F numbers[kLanes];
-    widen(load<kLanes>(h + i), numbers);
+    to_float(load<kLanes>(h + i), numbers);
     p.norm(of_h, numbers, i);
     store(numbers, out + i);
   });

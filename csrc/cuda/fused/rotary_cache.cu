@@ -78,18 +78,18 @@ __global__ void __launch_bounds__(kThreads)
   if (!p.norm_each_head)
     scaling = scaling_of<F>(
         part.norm, part.heads * p.size, threadIdx.x, kThreads,
-        [&](int i) { return widen(from[i / p.size * part.from_head + i % p.size]); },
+        [&](int i) { return to_float(from[i / p.size * part.from_head + i % p.size]); },
         [&](F sum) { return block_sum(sum, scratch); });
   for (int head = threadIdx.x / kWarp; head < part.heads; head += kWarps) {
     const T* const numbers = from + head * part.from_head;
     T* const target = to + head * part.to_head;
     if (p.norm_each_head)
       scaling = scaling_of<F>(
-          part.norm, p.size, lane, kWarp, [&](int i) { return widen(numbers[i]); },
+          part.norm, p.size, lane, kWarp, [&](int i) { return to_float(numbers[i]); },
           [&](F sum) { return warp_sum(sum); });
     const int begin = p.norm_each_head ? 0 : head * p.size;  // in the weights
     const auto value = [&](int i) {
-      F number[] = {widen(numbers[i])};
+      F number[] = {to_float(numbers[i])};
       part.norm(scaling, number, begin + i);
       return number[0];
     };
@@ -97,11 +97,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = lane; i < half; i += kWarp) {
       const F a = value(i), b = value(i + half);
       const F cosine = p.cosines[position + i], sine = p.sines[position + i];
-      narrow(a * cosine - b * sine, target + i);
-      narrow(b * cosine + a * sine, target + i + half);
+      from_float(a * cosine - b * sine, target + i);
+      from_float(b * cosine + a * sine, target + i + half);
     }
 #pragma unroll 1
-    for (int i = 2 * half + lane; i < p.size; i += kWarp) narrow(value(i), target + i);
+    for (int i = 2 * half + lane; i < p.size; i += kWarp) from_float(value(i), target + i);
   }
 }
 

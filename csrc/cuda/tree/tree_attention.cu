@@ -28,26 +28,10 @@ constexpr int kWarpRows = 4, kBlockRows = kWarps * kWarpRows;  // query rows
 constexpr int kKeys = kWarp;                                   // of a tile: one a lane
 constexpr int kFewerKeys = 16;  // where 32 of float64 are more than shared memory holds
 
-// Sums are float32, of float64 float64.
-template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename S>
 struct alignas(4 * sizeof(S)) Four {
   S x, y, z, w;
 };
-
-template <typename S>
-__device__ S warp_max(S x) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    x = fmax(x, __shfl_xor_sync(kWholeWarp, x, distance));
-  return x;
-}
-template <typename S>
-__device__ S warp_sum(S x) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    x += __shfl_xor_sync(kWholeWarp, x, distance);
-  return x;
-}
 
 // Row length in shared memory: reads of four floats by 8 lanes in 8 different rows then hit all 32
 // banks.

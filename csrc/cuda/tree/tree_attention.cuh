@@ -1,10 +1,7 @@
 // The problem that both attention kernels solve: tree_attention.cu on CUDA cores,
 // tree_attention_mma.cu on tensor cores.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "cuda/common.cuh"
+#include "cuda/numbers.cuh"
 #include "tree.h"
 #include "tree_ops.h"
 
@@ -38,15 +35,6 @@ struct AttentionProblem {
     return {first, prefix, prefix + static_cast<int>(clamp(slots - length, 0, nodes))};
   }
 };
-
-__device__ inline double to_float(double x) { return x; }  // the one that is more
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline void from_float(double x, double* to) { *to = x; }
-__device__ inline void from_float(float x, float* to) { *to = x; }
-__device__ inline void from_float(float x, __half* to) { *to = __float2half(x); }
-__device__ inline void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
 
 // Of 16-bit values, rows whole 16 bytes (queries: 4, output: 8), fewer than 2^30 slots. Without
 // enough space the keys are not split.

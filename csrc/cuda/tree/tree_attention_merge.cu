@@ -17,17 +17,6 @@ constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kLaneColumns = 4;
 constexpr int kAtOnce = 16;  // loads
 
-__device__ float warp_max(float x) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, distance));
-  return x;
-}
-__device__ float warp_sum(float x) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    x += __shfl_xor_sync(kWholeWarp, x, distance);
-  return x;
-}
-
 // What each split's sums are multiplied by, two of them for each lane, and the whole row's base and
 // total.
 struct Shares {

@@ -39,7 +39,7 @@ def native(model, ids, mask, draft="auto", **options):
 
 
 def plan_of(model) -> FusedPlan:
-    kept = engine._kept[model].packed
+    kept = engine._kept[model].plan
     assert isinstance(kept, FusedPlan)
     return kept
 
