@@ -51,7 +51,7 @@ def main() -> int:
     found = {"the wrapped collator": tokens_per_second(inner, samples)}
     for layout, segments in LAYOUTS:
         noise = NoiseSettings(layout=layout, segments=segments)
-        noisy = NoisyCollator(lambda _: batch, seed=0, config=config, **noise.of_collator())
+        noisy = NoisyCollator(lambda _: batch, seed=0, config=config, **noise.of_collator(0))
         name = f"{layout}, {segments} segments of {noise.length}"
         found[name] = tokens_per_second(noisy, samples)
     for name, value in found.items():

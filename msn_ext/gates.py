@@ -15,7 +15,7 @@ def gated_noise(config) -> dict | None:
     return found if isinstance(found, dict) and found.get("gated") else None
 
 
-def mark_gated(config, length: int, content: str) -> None:
+def mark_gated(config, length: int, content: str | int) -> None:
     """Write into an adapter's PEFT config that it is gated, and for which noise."""
     # The one field that PEFT keeps in its file as it is and does not use where the task is known.
     config.auto_mapping = (config.auto_mapping or {}) | {

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from msn_ext.training import Starts
 
 SEGMENTS = {"branch": 24, "replace": 1, "none": 1}
+GATED_SEGMENTS = 32
 NOISE_WEIGHT, SETTLING = 0.3, 2 / 3
 LORA_RATE, FULL_RATE = 1e-3, 2e-5
 
@@ -105,21 +106,31 @@ class NoiseSettings(Settings):
     Attributes:
         layout: of :class:`msn_ext.NoisyCollator`; "none": no noise, plain fine-tuning.
         segments: None: 24 branches, or one segment in place.
+        gate: the adapter is for the noise alone (:func:`msn_ext.add_noise`); ``layout`` is "branch",
+            and labels have no weight.
         noise_weight: a tenth of it in the last third of the steps, so that what the model says on
             clean text settles. None: 0.3 for branches; in place 1 throughout, as the paper.
-        length, content, location: of :class:`msn_ext.NoisyCollator`.
+        content: of :class:`msn_ext.NoisyCollator`, or "mask": the tokenizer's padding throughout.
+        length, location: of :class:`msn_ext.NoisyCollator`.
     """
 
     layout: str = option("branch", ("branch", "replace", "none"))
+    gate: bool = option(
+        False, bool, "an adapter for the noise alone: what the model says of a text cannot change"
+    )
+    divergence: str = option(
+        "kl", ("kl", "tv", "both"), "of the noise from the untouched model, with --gate"
+    )
     length: int = option(4, whole(1, 64), "noise tokens of a segment", "N")
     segments: int | None = option(
         None,
         whole(1, 256),
         "of noise in a sample",
         "N",
-        shown=f"{SEGMENTS['branch']} branches, {SEGMENTS['replace']} in place",
+        shown=f"{SEGMENTS['branch']} branches, with --gate {GATED_SEGMENTS},"
+        f" {SEGMENTS['replace']} in place",
     )
-    content: str = option("ahead", ("ahead", "random", "mixed", "self"))
+    content: str = option("ahead", ("ahead", "random", "mixed", "self", "mask"))
     noise_weight: float | None = option(
         None,
         ABOVE_0,
@@ -130,13 +141,25 @@ class NoiseSettings(Settings):
     )
     location: str | Starts = "random"
 
-    def of_collator(self) -> dict[str, Any]:
-        """Return the settings of :class:`msn_ext.NoisyCollator`, all but the seed."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gate and self.layout != "branch":
+            raise ValueError(
+                f"gate and layout={self.layout!r} do not go together; expected layout='branch'"
+            )
+
+    def of_collator(self, mask: int) -> dict[str, Any]:
+        """Return the settings of :class:`msn_ext.NoisyCollator`, all but the seed.
+
+        Args:
+            mask: the token that stands for noise where ``content`` is "mask".
+        """
+        segments = GATED_SEGMENTS if self.gate else SEGMENTS[self.layout]
         return {
             "layout": self.layout,
             "length": self.length,
-            "segments": self.segments or SEGMENTS[self.layout],
-            "content": self.content,
+            "segments": self.segments or segments,
+            "content": mask if self.content == "mask" else self.content,
             "location": self.location,
         }
 

@@ -44,6 +44,8 @@ def train(
         raise ValueError(
             "samples is empty; expected conversations with answers that fit into the length"
         )
+    if noise.gate and not settings.lora_rank:
+        raise ValueError("gate needs an adapter, but lora_rank is 0; expected 1 or more")
     if settings.lora_rank:
         model = _with_adapter(model, settings)
     trainer = _Trainer(
@@ -57,8 +59,11 @@ def train(
     if progress:
         trainer.add_callback(_Bar())
     if noise.layout != "none":
-        weights = noise.loss_weights()
-        add_noise(trainer, loss_weights=weights, seed=settings.seed, **noise.of_collator())
+        collating = noise.of_collator(pad_of(tokenizer)) | {"seed": settings.seed}
+        if noise.gate:
+            add_noise(trainer, gate=True, divergence=noise.divergence, **collating)
+        else:
+            add_noise(trainer, loss_weights=noise.loss_weights(), **collating)
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     trainer.save_model(str(output))
     tokenizer.save_pretrained(str(output))
@@ -149,8 +154,9 @@ class _Bar(TrainerCallback):
         self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "clean_loss" in logs:
-            shown = {"loss": logs["clean_loss"], "after noise": logs.get("noise_loss", 0.0)}
+        names = {"clean_loss": "loss", "noise_loss": "after noise"}
+        shown = {shown: logs[name] for name, shown in names.items() if logs and name in logs}
+        if shown:
             self._bar.set_postfix(
                 {name: f"{value:.3f}" for name, value in shown.items()}
                 | {"right": f"{100 * logs.get('noise_accuracy', 0.0):.0f} %"},

@@ -17,7 +17,7 @@ from msn_ext import ops
 from .layouts import branch, check_branches, labels_of_noise, replace, sample_bounds, unmark
 
 LAYOUTS = ("replace", "branch")
-CONTENTS = {"ahead": 0.0, "random": 1.0, "mixed": 0.5, "self": 0.0}
+CONTENTS: dict[str | int, float] = {"ahead": 0.0, "random": 1.0, "mixed": 0.5, "self": 0.0}
 """Share of noise tokens drawn from the vocabulary; the others come from the text before them."""
 GOLDEN = 0x9E3779B97F4A7C15  # odd, so that seeds stay apart
 
@@ -55,7 +55,7 @@ class NoisyCollator:
             models with sliding windows).
         content: ``"ahead"``: tokens of the text before (Eq. 4); ``"random"``: of the vocabulary;
             ``"mixed"``: half of each; ``"self"``: what the model guesses there, by
-            :func:`msn_ext.add_noise` only.
+            :func:`msn_ext.add_noise` only; a token id: that token throughout, a mask.
         location: ``"random"``, or what :func:`lowest_loss_starts` found, for the first segment
             (appendix A).
         keep_token_ids: tokens that are neither replaced nor drawn, such as those that stand for an
@@ -86,7 +86,7 @@ class NoisyCollator:
         length: int = 4,
         segments: int = 1,
         layout: str = "replace",
-        content: str = "ahead",
+        content: str | int = "ahead",
         location: str | Starts = "random",
         keep_token_ids: tuple[int, ...] = (),
         seed: int | None = None,
@@ -97,10 +97,15 @@ class NoisyCollator:
                 f"inner is {inner!r}; expected a collator: a function of a list of samples"
             )
         _check_noise(length, segments, layout, content, location)
-        if config is None and (layout == "branch" or CONTENTS[content]):
+        if config is None and (layout == "branch" or CONTENTS.get(content, 1.0)):
             needs = "layout='branch'" if layout == "branch" else f"content={content!r}"
             raise ValueError(f"config is None; {needs} needs the model's: config=model.config")
         self.config = config and config.get_text_config(decoder=True)
+        if isinstance(content, int) and content >= self.config.vocab_size:
+            raise ValueError(
+                f"content is {content!r}; expected a token below {self.config.vocab_size}, the"
+                " model's vocabulary"
+            )
         if layout == "branch":
             check_branches(self.config)
         self.inner, self.length, self.segments, self.layout = inner, length, segments, layout
@@ -171,7 +176,7 @@ class NoisyCollator:
         if isinstance(self.location, Starts):
             known = [_known_start(self.location, ids, *bounds) for bounds in samples.tolist()]
             starts[:, 0] = torch.tensor(known, device=ids.device)
-        share = CONTENTS[self.content]
+        share = CONTENTS.get(self.content, 0.0)
         vocabulary = self.config.vocab_size if share else 0
         seed = (self.seed * GOLDEN + int(self._epoch)) % 2**64  # the kernel mixes its bits
         seed -= 2**64 if seed >= 2**63 else 0
@@ -180,6 +185,8 @@ class NoisyCollator:
         starts, noise = ops.draw_noise(
             ids, labels, samples, keep, starts, seed, self.length, share, vocabulary, apart
         )
+        if isinstance(self.content, int):
+            noise = torch.where(noise >= 0, self.content, noise)
         lay_out = replace if self.layout == "replace" else branch
         batch = lay_out(batch, samples, starts, noise)
         if self.gated:
@@ -195,9 +202,10 @@ def _check_noise(length, segments, layout, content, location) -> None:
             raise ValueError(f"{name} is {value!r}; expected 1 to {most}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected {' or '.join(map(repr, LAYOUTS))}")
-    if content not in CONTENTS:
+    if not (type(content) is int and content >= 0) and content not in CONTENTS:
         raise ValueError(
-            f"content is {content!r}; expected one of {', '.join(map(repr, CONTENTS))}"
+            f"content is {content!r}; expected one of {', '.join(map(repr, CONTENTS))}, or a"
+            " token id"
         )
     if location != "random" and not isinstance(location, Starts):
         raise ValueError(

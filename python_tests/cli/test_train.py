@@ -64,7 +64,7 @@ def test_a_folder_names_settings_as_it_always_has(folder, data, tmp_path):
     output = tmp_path / "out"
     assert cli.main(command(folder, data, output, "--max-steps", "1", "--segments", "7")) == 0
     kept = json.loads((output / "settings.json").read_text())
-    assert set(kept) == {*KEPT.split(), "content of --data"}
+    assert set(kept) == {*KEPT.split(), "gate", "divergence", "content of --data"}
     assert kept["segments"] == 7 and kept["noise_weight"] is None and kept["data"] == [data]
 
 

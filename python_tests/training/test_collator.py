@@ -132,6 +132,17 @@ def test_content_comes_from_the_text_or_the_vocabulary(content):
     )
 
 
+@pytest.mark.parametrize("layout", ["replace", "branch"])
+def test_a_token_is_all_of_the_noise(layout):
+    """At the places that other content has, and there alone."""
+    rows, shape = samples(8), dict(segments=3, layout=layout, config=CONFIG)
+    masked, drawn = (annotated(Pad(), content=content, **shape)(rows) for content in (23, "ahead"))
+    noise = masked["noise_depth"] > 0
+    assert_equal(masked["noise_depth"], drawn["noise_depth"])
+    assert (masked["input_ids"][noise] == 23).all() and noise.any()
+    assert_equal(masked["input_ids"][~noise], drawn["input_ids"][~noise])
+
+
 def noise_of(collator, rows) -> list:
     batch = collator(rows)
     return [
@@ -425,11 +436,14 @@ def test_the_lowest_loss_is_found():
         (dict(layout="beside"), "layout is 'beside'; expected 'replace' or 'branch'"),
         (
             dict(content="own"),
-            "content is 'own'; expected one of 'ahead', 'random', 'mixed', 'self'",
+            "content is 'own'; expected one of 'ahead', 'random', 'mixed', 'self', or a token id",
         ),
         (dict(location="ppl"), "location is 'ppl'; expected 'random' or what lowest_loss_starts"),
         (dict(layout="branch"), "config is None; layout='branch' needs"),
         (dict(content="random"), "config is None; content='random' needs"),
+        (dict(content=-1), "content is -1; expected one of"),
+        (dict(content=True), "content is True; expected one of"),
+        (dict(content=VOCAB, config=CONFIG), f"content is {VOCAB}; expected a token below {VOCAB}"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
