@@ -106,8 +106,8 @@ class NoiseSettings(Settings):
     Attributes:
         layout: of :class:`msn_ext.NoisyCollator`; "none": no noise, plain fine-tuning.
         segments: None: 24 branches, or one segment in place.
-        gate: the adapter is for the noise alone (:func:`msn_ext.add_noise`); ``layout`` is "branch",
-            and labels have no weight.
+        gate: the adapter is for the noise alone (:func:`msn_ext.add_noise`), in branches; labels
+            have no weight.
         noise_weight: a tenth of it in the last third of the steps, so that what the model says on
             clean text settles. None: 0.3 for branches; in place 1 throughout, as the paper.
         content: of :class:`msn_ext.NoisyCollator`, or "mask": the tokenizer's padding throughout.
