@@ -4,6 +4,8 @@ model's.
 
 from __future__ import annotations
 
+from typing import Any
+
 NAME = "msn_ext"
 
 
@@ -21,3 +23,19 @@ def mark_gated(config, length: int, content: str | int) -> None:
     config.auto_mapping = (config.auto_mapping or {}) | {
         NAME: {"gated": True, "length": length, "content": content}
     }
+
+
+def why_not_gated(config) -> str | None:
+    """Return the setting of an adapter's PEFT config that a gate cannot keep from the text, if any:
+    it needs a LoRA whose effect is a sum that can be left out.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        return f"peft_type={kind!r}"
+    plain: dict[str, Any] = {"bias": "none", "use_dora": False, "lora_bias": False}
+    names = ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
+    plain |= dict.fromkeys(("layer_replication", *names))
+    for name, usual in plain.items():
+        if (value := getattr(config, name, usual)) not in (usual, [], ()):
+            return f"{name}={value!r}"
+    return None

@@ -92,7 +92,7 @@ class Decoder:
         self._room, self._kept = room, request.outputs
         self._pass: ForwardPass
         fixed = room and min(room, prompt + AT_FIRST)
-        by_model = request.model, request.attention, fixed
+        by_model = request.model, request.attention, fixed, request.noise_adapter
         if isinstance(request.native_plan, PackedPlan):
             self._pass = NativeForward(request.native_plan, batch)
         elif isinstance(request.native_plan, FusedPlan):
@@ -229,7 +229,7 @@ class Decoder:
         )
         end = self._last_root + len(draft)
         logits = self._pass.check(
-            draft.tokens, positions, prefix, self._offsets, draft.ancestors, end
+            draft.tokens, positions, prefix, self._offsets, draft.ancestors, end, draft.tails
         )
         return self._verify(draft, positions, logits, prefix).but(wrong)
 

@@ -292,18 +292,20 @@ class GrammarFollower:
         """Return a draft with a chain of what is bound to come, which begins with the draft's own
         nodes where it has them; all others behind it. The same object where nothing is new.
         """
-        shape, rows = draft.tokens.shape, []
-        parents = draft.parents.expand(shape).tolist()
-        for row, (tokens, above) in enumerate(zip(draft.tokens.tolist(), parents)):
-            rows.append(_appended(tokens, above, self._matchers.forced(row)))
+        (batch, size), rows = draft.tokens.shape, []
+        size -= draft.tails
+        parents = draft.parents.expand(batch, -1)[:, :size].tolist()
+        for row, (tokens, above) in enumerate(zip(draft.tokens[:, :size].tolist(), parents)):
+            forced = self._matchers.forced(row)
+            rows.append(_appended(tokens, above, forced, MAX_NODES - draft.tails))
         nodes = max(len(tokens) for tokens, _ in rows)
-        if nodes == shape[1]:
+        if nodes == size:
             return draft
         new = [
             torch.tensor([[*row[i], *[fill] * (nodes - len(row[i]))] for row in rows], dtype=dtype)
             for i, fill, dtype in ((0, 0, torch.int64), (1, -1, torch.int32))
         ]
-        return Draft.of(*(x.to(draft.tokens.device) for x in new))
+        return draft.grown(*(x.to(draft.tokens.device) for x in new))
 
     def masks(self, draft: Draft) -> Tensor:
         """Return the masks of all B * N nodes, int32 [B * N, W], on the draft's device."""
@@ -314,10 +316,10 @@ class GrammarFollower:
 
 
 def _appended(
-    tokens: list[int], parents: list[int], chain: list[int]
+    tokens: list[int], parents: list[int], chain: list[int], most: int
 ) -> tuple[list[int], list[int]]:
     """Return tokens and parents of a tree, and of a chain below its root where it lacks it, as far
-    as it may have nodes.
+    as it may have ``most`` nodes.
     """
     if not chain:
         return tokens, parents
@@ -326,7 +328,7 @@ def _appended(
     for token in chain:
         below = children.get((node, token))
         if below is None:
-            if len(found) == MAX_NODES:
+            if len(found) == most:
                 break
             below = len(found)
             found.append(token)

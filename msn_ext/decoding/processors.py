@@ -205,7 +205,7 @@ class Texts:
     def by_depth(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Go row by row and depth by depth: the row, the places of its nodes among all B * N,
         int64 [R], and the texts up to them, int64 [R, L], as transformers has them, with padding in
-        front. Waits for the device; padding nodes and rows that have ended have none.
+        front. Waits for the device; padding, tails and rows that have ended have none.
         """
         device, shape = self.history.device, self.draft.tokens.shape
         lengths, offsets = self.lengths.tolist(), self.offsets.tolist()
@@ -222,6 +222,8 @@ class Texts:
             before = torch.cat([self.prompts[b, : offsets[b]], self.history[b, : lengths[b]]])
             paths: list[list[int]] = [[]]
             for node in range(1, len(tokens)):
+                if parents[node] < 0:  # padding, or a tail, whose depth is that of its chain
+                    depths[node] = -1
                 paths.append([*paths[parents[node]], tokens[node]] if depths[node] > 0 else [])
             for depth in sorted(set(depths) - {-1}):
                 nodes = [node for node in range(len(tokens)) if depths[node] == depth]

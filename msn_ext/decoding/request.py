@@ -33,6 +33,7 @@ from transformers.generation import (
 from .attention import KernelAttention, MaskAttention
 from .drafters import Drafter, DraftTree
 from .engine import NativePlan, engine_of, native_plan_for
+from .forward.adapter import NoiseAdapter, noise_adapter_of
 from .past import checked_past
 from .processors import checked_processors
 from .ranks import Ranks, ranks_of
@@ -92,6 +93,8 @@ class Request:
         past: where keys and values of the text come from, and where they go to; None: nowhere.
         past_slots: how many slots of the prompts come from there.
         outputs: what is kept of every new token, "logits" and "scores".
+        noise_adapter: the gated adapter that tails of a draft are computed with; None: the model
+            has none, or it is turned off.
     """
 
     model: PreTrainedModel
@@ -113,6 +116,7 @@ class Request:
     past: DynamicCache | None = None
     past_slots: int = 0
     outputs: frozenset[str] = frozenset()
+    noise_adapter: NoiseAdapter | None = None
 
     @property
     def engine(self) -> str:
@@ -140,6 +144,7 @@ class Request:
             max_new_tokens,
             input_ids.new_empty(0),
             native_plan=native_plan_for(model, engine),
+            noise_adapter=noise_adapter_of(model),
         )
 
     @cached_property
@@ -226,6 +231,7 @@ def request_for(
         past=past,
         past_slots=0 if past is None else _past_slots(past, model, input_ids, offsets),
         outputs=_outputs(generation_config),
+        noise_adapter=noise_adapter_of(model),
     )
     _ = request.longrope_boundary  # refuses, too
     return request

@@ -300,6 +300,7 @@ def _pool_key(request: Request, room: int) -> Hashable:
         request.eos_token_ids.shape,
         draft if isinstance(draft, (str, DraftTree)) else id(draft),
         type(request.attention),
+        request.noise_adapter is None,
         _computation(model, request.input_ids.device),
         hash(tuple(weights)),
         type(request.targets),

@@ -12,11 +12,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from msn_ext.families import MASK_ONLY, TESTED, WINDOWED
-from msn_ext.gates import gated_noise
 
 from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache
 from .drafters import DraftTree
+from .forward.adapter import CannotGate, leaving_out, noise_adapter_of
 
 
 def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:
@@ -139,7 +139,7 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
             _refuse(
                 model, "its prompts attend to later tokens; expected one of the tested families"
             )
-        with torch.autocast(model.device.type, enabled=False):
+        with torch.autocast(model.device.type, enabled=False), leaving_out(model):
             _probe(model, attention)
     return attention
 
@@ -156,8 +156,8 @@ def _check_kind(model: PreTrainedModel) -> None:
 
 
 def _check_adapter(model: PreTrainedModel) -> None:
-    """Refuse PEFT's adapters of the prompt, whose part is not in the model itself, and those that
-    are not for text.
+    """Refuse PEFT's adapters of the prompt, whose part is not in the model itself, and gated
+    ones that cannot be kept from the text.
     """
     # While PEFT's own generate runs, its model prepares the inputs of the one within.
     prepare = vars(model).get("prepare_inputs_for_generation")
@@ -169,18 +169,10 @@ def _check_adapter(model: PreTrainedModel) -> None:
             f"its adapter ({kind}) puts virtual tokens before the text; call its own generate,"
             " without msn_ext, or train an adapter of weights (LoRA, …), which is followed",
         )
-    configs = getattr(model, "peft_config", None) or {}  # PEFT puts them into the model, too
-    gated = {name for name, config in configs.items() if gated_noise(config)}
-    for module in model.modules() if gated else ():
-        # A layer of PEFT's
-        if isinstance(getattr(type(module), "disable_adapters", None), property):
-            active: Any = () if module.disable_adapters else module.active_adapters
-            if on := gated.intersection(active):
-                _refuse(
-                    model,
-                    f"its adapter {min(on)!r} is gated: trained for noise alone, it would change"
-                    " the text; call within its disable_adapter(), or on the model without it",
-                )
+    try:
+        noise_adapter_of(model)
+    except CannotGate as reason:
+        _refuse(model, str(reason))
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     if any(getattr(hook, "keywords", {}).get("alora_offsets") is not None for hook in hooks):
         _refuse(

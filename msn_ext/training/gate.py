@@ -13,10 +13,12 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from msn_ext.gates import why_not_gated
 
 from .collator import NoisyCollator
 from .figures import Figures
@@ -43,7 +45,7 @@ def check_gate(model, divergence: str) -> None:
             f" the model is a {type(model).__name__}"
         )
     for name in model.active_adapters:
-        if wrong := _why_not(configs[name]):
+        if wrong := why_not_gated(configs[name]):
             raise ValueError(
                 f"gate=True needs a LoRA whose effect is a sum that can be left out, but adapter"
                 f" {name!r} has {wrong}"
@@ -57,20 +59,6 @@ def check_gate(model, divergence: str) -> None:
     # What transformers' models say themselves has another name in later releases.
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(CHECKPOINTED)
-
-
-def _why_not(config) -> str | None:
-    """Return the setting of an adapter that cannot be gated, if any."""
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
-        return f"peft_type={kind!r}"
-    plain: dict[str, Any] = {"bias": "none", "use_dora": False, "lora_bias": False}
-    names = ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
-    plain |= dict.fromkeys(("layer_replication", *names))
-    for name, usual in plain.items():
-        if (value := getattr(config, name, usual)) not in (usual, [], ()):
-            return f"{name}={value!r}"
-    return None
 
 
 class NoisePass(NamedTuple):

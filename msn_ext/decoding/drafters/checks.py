@@ -13,6 +13,7 @@ from msn_ext import ops
 from msn_ext.ops import MAX_NODES
 
 from .protocol import Draft, Drafter, ObservedDrafter
+from .tails import chained_parents, laid_out
 
 TOKENS, TREE = 2, 4
 """What is wrong with the values of a proposal, added up; 1 is left for the model."""
@@ -74,8 +75,18 @@ def checked_draft(
     words = -(-nodes // 64)
     _expect(source, "gave ancestors", draft.ancestors, torch.int64, (*each, nodes, words), history)
     _expect(source, "gave depth", draft.depth, torch.int32, (*each, nodes), history)
-    ancestors, depth = ops.tree_ancestors(parents, validate=False)
+    if type(draft.tails) is not int or not 0 <= draft.tails < nodes:
+        raise ValueError(
+            f"{source} gave tails {draft.tails!r}; expected a number of nodes, 0 to {nodes - 1}"
+        )
+    if draft.tails:
+        chained, of_text = chained_parents(parents, draft.ancestors, draft.tails), parents.clone()
+        of_text[..., nodes - draft.tails :] = -1
+        draft.parents, ancestors, depth = laid_out(chained, of_text)
+    else:
+        ancestors, depth = ops.tree_ancestors(parents, validate=False)
     other_tree = (ancestors != draft.ancestors).any() | (depth != draft.depth).any()
+    other_tree |= (parents != draft.parents).any()
     inside = tokens.clamp(0, vocabulary - 1)
     inside[:, 0] = tokens[:, 0]  # whatever it holds
     wrong = TOKENS * (inside != tokens).any() + TREE * other_tree
@@ -94,7 +105,7 @@ def error_of(wrong: int, drafter: Drafter, vocabulary: int) -> ValueError:
         )
     return ValueError(
         f"{name}.propose gave ancestors or depth that are not those of its parents; expected"
-        " Draft.of(tokens, parents), which makes them"
+        " Draft.of(tokens, parents) or Draft.with_tails(...), which make them"
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msn_ext import ops
 
+from .tails import chained_parents, laid_out, with_tails
 from .tree import TreeTensors
 
 
@@ -37,12 +38,16 @@ class Draft:
         ancestors: int64 [N, W] or [B, N, W], and
         depth: int32 [N] or [B, N], as :func:`msn_ext.ops.tree_ancestors` gives them for
             ``parents``.
+        tails: the last so many nodes of every row are noise, which a model with a gated noise
+            adapter computes with it, and other models as they are. They have the ancestors and
+            depths of chains below other nodes, but -1 as parents: they are never accepted.
     """
 
     tokens: Tensor
     parents: Tensor
     ancestors: Tensor
     depth: Tensor
+    tails: int = 0
 
     @classmethod
     def of(cls, tokens: Tensor, parents: Tensor) -> Draft:
@@ -54,6 +59,45 @@ class Draft:
     def shaped(cls, tokens: Tensor, shape: TreeTensors) -> Draft:
         """Make a draft on a tree whose tensors are there already."""
         return cls(tokens, shape.parents, shape.ancestors, shape.depth)
+
+    @classmethod
+    def with_tails(
+        cls, tokens: Tensor, parents: Tensor, ends: Tensor, length: int, token: int | Tensor
+    ) -> Draft:
+        """Make a draft of N nodes, and after them K chains of noise, each below one of them; on the
+        device, which nothing waits for.
+
+        Args:
+            tokens, parents: of the nodes, int64 [B, N] and int32 [N] or [B, N].
+            ends: int64 [B, K], the node above each chain; -1: none, its rows are padding.
+            length: rows of a chain, >= 1.
+            token: noise, one of the vocabulary; or int64, what broadcasts to [B, K * length].
+
+        Raises:
+            ValueError: these are more than 256 nodes.
+        """
+        more = len(tokens), ends.shape[1] * length
+        noise = torch.as_tensor(token, dtype=tokens.dtype, device=tokens.device).expand(more)
+        tree = with_tails(parents, ends, length)
+        return cls(torch.cat([tokens, noise], 1), *tree, tails=more[1])
+
+    def grown(self, tokens: Tensor, parents: Tensor) -> Draft:
+        """Return a draft of more nodes, of which the first are this one's, and its tails after
+        them.
+
+        Args:
+            tokens, parents: of the nodes without tails, int64 [B, N] and int32 [B, N].
+        """
+        if not self.tails:
+            return Draft.of(tokens, parents)
+        before = len(self) - self.tails
+        above = chained_parents(self.parents, self.ancestors, self.tails)[..., before:]
+        above = above.expand(len(tokens), -1)
+        above = torch.where(above < before, above, above + parents.shape[1] - before)
+        tree = laid_out(
+            torch.cat([parents, above], 1), torch.cat([parents, torch.full_like(above, -1)], 1)
+        )
+        return Draft(torch.cat([tokens, self.tokens[:, before:]], 1), *tree, tails=self.tails)
 
     def __len__(self) -> int:
         return self.tokens.shape[1]

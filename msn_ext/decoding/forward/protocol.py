@@ -57,6 +57,7 @@ class ForwardPass(Protocol):
         offsets: Tensor,
         ancestors: Tensor,
         end: int,
+        tails: int = 0,
     ) -> Tensor:
         """Compute trees after what is cached.
 
@@ -65,6 +66,8 @@ class ForwardPass(Protocol):
             prefix: int64 [B], slots before the roots.
             ancestors: int64 [N, W] or [B, N, W].
             end: bounds ``prefix + N``; the host knows it without asking the device.
+            tails: the last so many nodes of every row are noise: they are computed with the gated
+                adapter that the pass was made with, if with one; all others never are.
 
         Returns:
             Logits [B, N, V].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from ..attention import KernelAttention, MaskAttention, TreeContext
 from ..cache import TreeCache
 from ..past import KeysValues
+from .adapter import NoiseAdapter
 
 
 class TransformersForward:
@@ -20,6 +22,7 @@ class TransformersForward:
     Args:
         attention: how the model attends to a tree.
         fixed: slots of the cache that are there from the beginning; None: as many as are needed.
+        noise: the model's gated adapter; None: it has none.
     """
 
     def __init__(
@@ -27,10 +30,11 @@ class TransformersForward:
         model: PreTrainedModel,
         attention: KernelAttention | MaskAttention,
         fixed: int | None = None,
+        noise: NoiseAdapter | None = None,
     ):
         # Captured steps stay as long as the model does, and no longer.
         self._model = weakref.ref(model)
-        self._attention = attention
+        self._attention, self._noise = attention, noise
         self._cache = TreeCache(model.config.get_text_config(decoder=True), fixed=fixed)
         # GenerationMixin's, which PreTrainedModel does not declare.
         limits_logits = model._supports_logits_to_keep()  # type: ignore[operator]
@@ -78,25 +82,29 @@ class TransformersForward:
         offsets: Tensor,
         ancestors: Tensor,
         end: int,
+        tails: int = 0,
     ) -> Tensor:
         nodes = tokens.shape[1]
         self._cache.at(prefix, nodes, end)
         context = TreeContext(prefix, offsets, ancestors)
         return self._attention.over_tree(
-            context, self._cache.end, lambda mask: self._logits(tokens, positions, mask, nodes)
+            context, self._cache.end, lambda mask: self._logits(tokens, positions, mask, nodes, tails)
         )
 
-    def _logits(self, ids: Tensor, positions: Tensor, mask, keep: int) -> Tensor:
+    def _logits(
+        self, ids: Tensor, positions: Tensor, mask, keep: int, tails: int = 0
+    ) -> Tensor:
         limit = {} if self._forwards_all_logits else {"logits_to_keep": keep}
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            return_dict=True,
-            **limit,
-        ).logits[:, -keep:]
+        with self._noise.over(*ids.shape, tails) if self._noise else contextlib.nullcontext():
+            return self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                return_dict=True,
+                **limit,
+            ).logits[:, -keep:]
 
     def commit(self, prefix: Tensor, path: Tensor, accepted: Tensor) -> None:
         self._cache.commit(prefix, path, accepted)
