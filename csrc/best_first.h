@@ -110,12 +110,14 @@ struct Sources {
   const int32_t* corpus_suffixes;  // [kSuffixes, corpus_slots]
   int64_t corpus_slots;
   const double* factors;  // [kFactors]
+  int64_t next_factors;   // from a row's factors to those of the next; 0: all have the same
 };
 
 // The sources of a row, given those of row 0 of a batch whose histories have room for `capacity`.
 MSN_HD Sources sources_of_row(Sources from, int64_t row, int64_t capacity, int64_t length) {
   from.denoised += row * from.depths * kGuesses;
   from.suffixes += row * kSuffixes * from.suffix_slots;
+  from.factors += row * from.next_factors;
   from.history += row * capacity;
   from.length = length;
   return from;

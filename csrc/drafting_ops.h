@@ -86,6 +86,7 @@ struct DraftTree {
     from.corpus_suffixes = corpus_suffixes.as<int32_t>();
     from.corpus_slots = corpus_suffixes.shape[1];
     from.factors = factors.as<double>();
+    from.next_factors = factors.ndim > 1 ? kFactors : 0;
     return from;
   }
   void on_cpu() const;

@@ -141,7 +141,10 @@ void draft_tree(const Argument& history, const Argument& lengths, const Argument
   expect_range("length of corpus", corpus.shape[0], 0, INT32_MAX);
   expect_dense(corpus, DType::kInt32, {corpus.shape[0]}, history);
   expect_dense(corpus_suffixes, DType::kInt32, {kSuffixes, corpus_suffixes.shape[1]}, history);
-  expect_dense(factors, DType::kFloat64, {kFactors}, history);
+  if (factors.ndim > 1)
+    expect_dense(factors, DType::kFloat64, {batch, kFactors}, history);
+  else
+    expect_dense(factors, DType::kFloat64, {kFactors}, history);
   expect_dense(tokens, DType::kInt64, {batch, nodes}, history);
   expect_dense(parents, DType::kInt32, {batch, nodes}, history);
   expect_dense(probability, DType::kFloat64, {batch, nodes}, history);

@@ -242,7 +242,7 @@ def draft_tree(
             stands between them: it matches nothing and is no guess.
         corpus_suffixes: int32 [8, S''], as ``suffixes``, of the corpus; S'' = 0: none. What points
             outside the corpus counts as nothing, on every device.
-        factors: float64 [348] (:data:`.FACTORS`), each 1e-9 to 1e9: the tables of
+        factors: float64 [348] (:data:`.FACTORS`), or [B, 348], each 1e-9 to 1e9: the tables of
             :func:`.reference.listed_after`, one after the other.
         nodes: N, root included, 1 to 256.
         max_depth: of any node, 0 to 256.

@@ -30,6 +30,7 @@ from helpers.knowledge import (
     only,
 )
 from msn_ext import ops
+from msn_ext.ops import reference
 
 FORESIGHT = [0.0, 0.05, 0.5, 1.0]
 
@@ -471,6 +472,22 @@ def test_the_draft_of_a_row_ignores_the_others_bit_for_bit(device, known, max_de
     for name in ("corpus", "factors"):
         arguments[name] = arguments[name].repeat_interleave(2)[::2]
     assert_equal(ops.draft_tree(**arguments), together)
+
+
+def test_rows_may_have_factors_of_their_own(device):
+    known = Known(3, 4)
+    arguments = known.arguments(device) | {"nodes": 30, "max_depth": 6, "foresight": 0.05}
+    random = torch.rand(known.batch, FACTORS, dtype=torch.float64, generator=seeded(3)) + 0.1
+    factors = random.to(device)
+    together = ops.draft_tree(**arguments | {"factors": factors})
+    drafts = [ops.draft_tree(**arguments | {"factors": of_row}) for of_row in factors]
+    for b, alone in enumerate(drafts):
+        assert_equal(tuple(x[b] for x in alone), tuple(x[b] for x in together))
+    assert any(not torch.equal(alone[2], together[2]) for alone in drafts)
+    of_specification = reference.draft_tree(**arguments | {"factors": factors})
+    assert_equal(tuple(x.cpu() for x in together), tuple(x.cpu() for x in of_specification))
+    with pytest.raises(ValueError, match=r"factors has shape \[2, 348\]"):
+        ops.draft_tree(**arguments | {"factors": factors[:2]})
 
 
 @given(known=knowledge(), nodes=st.integers(2, 5))

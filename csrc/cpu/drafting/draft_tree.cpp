@@ -59,7 +59,8 @@ void DraftTree::on_cpu() const {
   const int64_t batch = history.shape[0], capacity = history.shape[1];
   const int nodes = static_cast<int>(tokens.shape[1]);
   const double* factor = factors.as<double>();
-  for (int i = 0; i < kFactors; ++i)
+  const int64_t count = factors.ndim > 1 ? batch * kFactors : kFactors;
+  for (int64_t i = 0; i < count; ++i)
     if (!(factor[i] >= 1e-9 && factor[i] <= 1e9))
       throw std::invalid_argument("factors[" + std::to_string(i) + "] is " +
                                   std::to_string(factor[i]) + "; expected 1e-9 to 1e9");

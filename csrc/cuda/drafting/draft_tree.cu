@@ -806,10 +806,10 @@ __global__ void __launch_bounds__(most_threads(kMaxNodes), 1)
   const int thread = threadIdx.x;
   for (int i = thread + 1; i < 2 * room_for(limits.nodes); i += blockDim.x)
     shared.value(0)[i] = __longlong_as_double(kEnd);
-  for (int i = blockDim.x - 1 - thread; i < kFactors; i += blockDim.x)
-    shared.factors[i] = first_row.factors[i];
   const int64_t length = clamp(lengths[row], 1, capacity);
   const Sources from = sources_of_row(first_row, row, capacity, length);
+  for (int i = blockDim.x - 1 - thread; i < kFactors; i += blockDim.x)
+    shared.factors[i] = from.factors[i];
   if (thread == 0) {
     shared.waiting(0)[0] = {1.0, from.history[length - 1], -1, 0, 0, -1};  // the root
     shared.value(0)[0] = 1.0;

@@ -250,7 +250,8 @@ def draft_tree(
     for b, size in enumerate(lengths.tolist()):
         text = history[b, :size].tolist()
         known = denoised[b].tolist(), adjacency, suffixes[b], corpus, corpus_suffixes, text
-        made = _best_nodes(text, known, factors.tolist(), nodes, max_depth, foresight)
+        weights = factors.expand(batch, -1)[b].tolist()
+        made = _best_nodes(text, known, weights, nodes, max_depth, foresight)
         for node, (token, parent, p, source) in enumerate(made):
             tokens[b, node], parents[b, node] = token, parent
             probability[b, node], sources[b, node] = p, source
