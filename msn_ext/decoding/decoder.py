@@ -11,7 +11,7 @@ from torch import Tensor
 from msn_ext import ops
 from msn_ext.ops import MAX_NODES
 
-from .drafters import Draft, DraftTree, Verified, as_compared
+from .drafters import Draft, DraftTree, NoiseDrafter, Verified, as_compared
 from .drafters.checks import checked_chain, checked_draft, is_others
 from .forward import ForwardPass
 from .forward.fused import FusedForward, FusedPlan
@@ -125,6 +125,8 @@ class Decoder:
         if request.past is not None and request.past_slots:
             reused = reused_of(request.past, request.past_slots)
             self._pass.load(reused, request.past_slots, offsets)
+        if isinstance(self.drafter, NoiseDrafter):
+            self.drafter.use_noise(request.noise_adapter)
         self.drafter.start(batch, self._vocabulary, device)
         self._checks = is_others(self.drafter)
         columns = torch.arange(prompt, device=device)

@@ -6,7 +6,15 @@ from .best_first import BestFirst
 from .corpus import Corpus
 from .jacobi import TreeDrafter
 from .lookahead import Lookahead
-from .protocol import CapturableDrafter, Draft, Drafter, ObservedDrafter, Verified, as_compared
+from .protocol import (
+    CapturableDrafter,
+    Draft,
+    Drafter,
+    NoiseDrafter,
+    ObservedDrafter,
+    Verified,
+    as_compared,
+)
 from .recycling import TokenRecycling
 from .sam import SamDecoding
 from .tree import RETRIEVAL, DraftTree
@@ -20,6 +28,7 @@ __all__ = [
     "DraftTree",
     "Drafter",
     "Lookahead",
+    "NoiseDrafter",
     "ObservedDrafter",
     "SamDecoding",
     "TokenRecycling",

@@ -22,9 +22,10 @@ from ..sizing import (
 from .corpus import Corpus
 from .factors import check as check_factors
 from .factors import load as load_factors
+from .factors import load_of_tails
 from .jacobi import TreeDrafter
-from .protocol import Draft, Verified
-from .sources import SLOTS, SOURCES, Adjacency, Denoised, Suffix
+from .protocol import Draft, Noise, Verified
+from .sources import LONGEST_TAIL, SLOTS, SOURCES, Adjacency, Denoised, NoiseTails, Suffix, tails_of
 from .tree import RETRIEVAL, DraftTree
 
 OPENING = 5
@@ -49,6 +50,8 @@ class BestFirst:
             :func:`msn_ext.ops.draft_tree`.
         corpus: where the source "suffix" looks for n-grams that the text does not have, of the
             model's vocabulary.
+        tails: whether noise rows stand below some nodes, where the model has a gated noise adapter
+            (:class:`.sources.NoiseTails`); they count as nodes.
 
     An object that is passed to several calls of ``generate`` keeps what it remembers, and what it
     learned of step times, from call to call.
@@ -77,12 +80,16 @@ class BestFirst:
         max_depth: int = 20,
         foresight: float = FORESIGHT,
         corpus: Corpus | None = None,
+        tails: bool = True,
     ):
         _check_settings(budget, sources, factors, max_depth, foresight, corpus)
         self.budget, self.max_depth, self.corpus = budget, max_depth, corpus
         self._sources = tuple(sources)
         self._factors = load_factors() if factors is None else factors
         self._foresight, self._times = foresight, times
+        self._depth, self._may_have_tails = max_depth, tails
+        self._noise: Noise | None = None
+        self.tails: NoiseTails | None = None
         self._adjacency_for: tuple[int, torch.device] | None = None  # vocabulary, device
         self._rows_for: tuple[int, torch.device] | None = None  # batch, device: the other tables'
         self._planned: int | None = None
@@ -91,6 +98,11 @@ class BestFirst:
         self.probability: Tensor | None = None
         self.suffix: Suffix | None = None
         self._opening = TreeDrafter(DraftTree.chain(1 + min(OPENING, max_depth), RETRIEVAL))
+
+    def use_noise(self, noise: Noise | None) -> None:
+        """Draft for a model with a gated adapter from the next start on; None: without one."""
+        self._noise = noise if self._may_have_tails and "denoised" in self._sources else None
+        self.max_depth = self._depth + (LONGEST_TAIL if self._noise else 0)
 
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
         device = torch.device(device)
@@ -114,17 +126,23 @@ class BestFirst:
 
     def _lay_out_tables(self, batch: int, vocabulary: int, device: torch.device) -> None:
         """Make the tables for these rows and tokens, or empty the ones that are there."""
-        if self._rows_for == (batch, device):
+        wanted = self._noise is not None
+        if self._rows_for == (batch, device) and wanted == (self.tails is not None):
             self.denoised.forget()
+            if self.tails is not None:
+                self.tails.forget()
             if self.suffix is not None:
                 self.suffix.forget()
         else:
             self._rows_for = batch, device
             self.allocations += 1
             self.denoised = Denoised(
-                batch, self.max_depth if "denoised" in self._sources else 0, device
+                batch, self._depth if "denoised" in self._sources else 0, device
             )
-            self.suffix = None
+            self.suffix = self.tails = None
+            if self._noise is not None:
+                fitted = load_of_tails().to(device)
+                self.tails = NoiseTails(self._noise, self._factors, fitted, batch)
         if self._adjacency_for != (vocabulary, device):  # another vocabulary's tokens may be none
             self._adjacency_for = vocabulary, device
             self.allocations += 1
@@ -156,6 +174,7 @@ class BestFirst:
     def propose(self, history: Tensor, lengths: Tensor) -> Draft:
         if self._sizes_by_itself:
             self._observe_last_step(lengths)
+        looked_at = reach_of(self._planned) if self._planned else self._sizer.reach
         tokens, parents, self.probability, self.sources = ops.draft_tree(
             history,
             lengths,
@@ -163,22 +182,45 @@ class BestFirst:
             self.adjacency.adjacency,
             self._index(history, lengths).suffixes,
             *self._corpus_tables,
-            self._factors,
-            self.budget or (reach_of(self._planned) if self._planned else self._sizer.reach),
-            self.max_depth,
+            self._factors if self.tails is None else self.tails.factors,
+            self._drafted(self.budget or looked_at),
+            self._depth,
             self._foresight,
         )
         if self.corpus is not None:  # a damaged file may hold any number
             tokens.clamp_(max=self._vocabulary - 1)
         nodes = self.budget or self._planned or self._choose_size(self.probability)
-        self.draft = Draft.of(tokens[:, :nodes], parents[:, :nodes])
+        first = slice(self._drafted(nodes))
+        tokens, parents = tokens[:, first], parents[:, first]
+        if self.tails is not None and (count := tails_of(nodes)):
+            found = tokens, parents, self.probability[:, first]
+            self.draft = self.tails.below(found, count, history, lengths)
+        else:
+            self.draft = Draft.of(tokens, parents)
         return self.draft
+
+    def _drafted(self, nodes: int) -> int:
+        """Return how many nodes of so many are no tails."""
+        return nodes if self.tails is None else self.tails.drafted(nodes)
+
+    def _expected_of(self, probability: Tensor) -> list[float]:
+        """Return how many guesses are expected to be accepted of n + 1 nodes, tails included."""
+        expected = expected_accepts(probability)
+        if self.tails is None:
+            return expected
+        drafted, nodes = [], 1
+        while self._drafted(nodes) <= len(expected):
+            drafted.append(expected[self._drafted(nodes) - 1])
+            nodes += 1
+        return drafted
 
     def observe(self, verified: Verified) -> None:
         if verified.draft is self.draft and self._sizes_by_itself:
             self._accepted = verified.accept_length
         guesses = verified.top_guesses()
         self.denoised.update(verified, guesses)
+        if self.tails is not None:
+            self.tails.update(verified, guesses, self.denoised)
         if "adjacency" in self._sources:
             self.adjacency.update(verified, guesses)
 
@@ -190,7 +232,7 @@ class BestFirst:
 
     def _choose_size(self, probability: Tensor) -> int:
         """Return the nodes that give the most tokens per second; waits for the device."""
-        expected = expected_accepts(
+        expected = self._expected_of(
             probability if len(probability) == 1 else probability[self._growing]
         )
         nodes = self._sizer.choose(expected)
@@ -234,7 +276,7 @@ class BestFirst:
         growing = [b for b, tokens in enumerate(gained) if tokens]
         if report is None or not growing:
             return
-        self._reported = expected_accepts(report[growing])
+        self._reported = self._expected_of(report[growing])
         mean = sum(gained[b] for b in growing) / len(growing)
         self._sizer.observe(nodes, self._reported[nodes - 1], mean - 1, seconds)
 

@@ -161,6 +161,26 @@ class Drafter(Protocol):
         """Learn from a pass. Now and then it checked the root alone, although more was proposed."""
 
 
+class Noise(Protocol):
+    """What a gated noise adapter was trained for.
+
+    Attributes:
+        length: noise tokens in a row.
+        content: a token, or the name of what they were drawn from (:class:`msn_ext.NoisyCollator`).
+    """
+
+    length: int
+    content: str | int
+
+
+@runtime_checkable
+class NoiseDrafter(Protocol):
+    """A drafter whose drafts may have tails of noise rows."""
+
+    def use_noise(self, noise: Noise | None) -> None:
+        """Draft for a model with a gated adapter from the next start on; None: without one."""
+
+
 @runtime_checkable
 class CapturableDrafter(Drafter, Protocol):
     """A drafter whose steps may be captured and replayed (:mod:`msn_ext.decoding.runner`).

@@ -160,9 +160,7 @@ def noise_adapter_of(model: PreTrainedModel) -> NoiseAdapter | None:
     for layer in layers.values():
         if merged := gated.intersection(getattr(layer, "merged_adapters", ())):
             _refuse(min(merged), "is merged into the weights; call unmerge_adapter() before")
-    active = {
-        name for x in layers.values() if not x.disable_adapters for name in x.active_adapters
-    }
+    active = {name for x in layers.values() if not x.disable_adapters for name in x.active_adapters}
     if not (on := min(gated & active, default=None)):
         return None
     if others := active - {on}:

@@ -1,0 +1,152 @@
+"""Best-first drafting with tails: noise rows below the nodes where the accepted path likely ends."""
+
+import random
+
+import pytest
+import torch
+
+from helpers.drafters import CPU, verify
+from helpers.families import VOCAB, tiny_model
+from helpers.noise import gated_tiny
+from helpers.runners import ours, plain, prompts, sampled
+from msn_ext.decoding import BestFirst, Draft
+from msn_ext.decoding.drafters import factors, sources
+from msn_ext.ops import reference
+
+peft = pytest.importorskip("peft")
+SIZES = [1, 7, 8, 16, 64, 100, None]
+
+
+class Noise:
+    def __init__(self, length=2, content=5):
+        self.length, self.content = length, content
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_paths_end_where_the_children_leave_probability(seed):
+    """By a second way: paths that are drawn by the probabilities end there so often."""
+    rng, nodes = random.Random(seed), 12
+    parents, chance = [-1], [1.0]
+    left = [1.0]
+    for _ in range(1, nodes):
+        above = rng.randrange(len(parents))
+        share = rng.random() * left[above]
+        left[above] -= share
+        parents.append(above)
+        chance.append(share)
+        left.append(share)
+    parents[-1], chance[-1] = -1, 0.0  # padding
+    left[-1] = 0.0
+    tensors = torch.tensor([parents], dtype=torch.int32), torch.tensor([chance]).double()
+    want = {
+        node: chance[node] - sum(c for c, p in zip(chance, parents) if p == node)
+        for node in range(nodes)
+    }
+    found = sources.likely_ends(*tensors, 4)[0].tolist()
+    best = sorted(want, key=want.get, reverse=True)[:4]
+    assert found == [node if want[node] > 0 else -1 for node in best]
+    assert sources.likely_ends(*tensors, 20)[0, nodes:].tolist() == [-1] * 8
+
+
+def drafted(drafter, history, lengths, generator):
+    draft = drafter.propose(history, lengths)
+    logits = torch.randn(len(lengths), len(draft), VOCAB, generator=generator)
+    logits[..., :4] += 2  # few tokens, so that guesses come true
+    verified = verify(draft, logits, history, lengths)
+    drafter.observe(verified)
+    return verified, reference.top_guesses(logits)
+
+
+def test_the_tail_at_the_end_of_the_path_has_the_next_guesses():
+    """Row by row: what the tail said and its factors, or what is there without tails."""
+    drafter, bare = BestFirst(budget=24), BestFirst(budget=24, tails=False)
+    for one in (drafter, bare):
+        one.use_noise(Noise())
+        one.start(3, VOCAB, CPU)
+    generator = torch.Generator().manual_seed(0)
+    history = torch.randint(0, 4, (3, 90), generator=generator)
+    lengths = torch.tensor([9, 12, 17])
+    usual, fitted = factors.load(), factors.load_of_tails()
+    hits = []
+    for _ in range(12):
+        verified, guesses = drafted(drafter, history, lengths, generator)
+        draft, ends = verified.draft, drafter.tails._ends
+        assert len(draft) == 24 and draft.tails == 2 * sources.tails_of(24) > 0
+        assert bool((draft.tokens[:, -draft.tails :] == 5).all())
+        for b, count in enumerate(verified.accept_length.tolist()):
+            end = int(verified.path[b, count - 1])
+            hit = end in ends[b].tolist()
+            hits.append(hit)
+            assert torch.equal(drafter.tails.factors[b], fitted if hit else usual)
+            held = drafter.denoised.guesses[b]
+            if hit:
+                first = 24 - draft.tails + 2 * ends[b].tolist().index(end)
+                assert torch.equal(held[:2], guesses[b, first : first + 2])
+                assert bool((held[2:] == -1).all())
+            else:
+                chain = [node for node in verified.continuation[b].tolist() if node >= 0]
+                assert torch.equal(held[: len(chain)], guesses[b, chain])
+            history[b, lengths[b] : lengths[b] + count] = verified.targets[
+                b, verified.path[b, :count]
+            ]
+        lengths = lengths + verified.accept_length
+    assert 0 < sum(hits) < len(hits)
+    without, _ = drafted(bare, history, lengths, generator)
+    assert bare.tails is None and not without.draft.tails
+    assert drafter.max_depth == bare.max_depth + sources.LONGEST_TAIL
+
+
+def test_a_pass_without_tails_leaves_the_denoised_guesses():
+    drafter = BestFirst(budget=24)
+    drafter.use_noise(Noise())
+    drafter.start(1, VOCAB, CPU)
+    generator = torch.Generator().manual_seed(0)
+    history, lengths = torch.randint(0, 4, (1, 64), generator=generator), torch.tensor([9])
+    while not torch.equal(drafter.tails.factors[0], factors.load_of_tails()):
+        drafted(drafter, history, lengths, generator)
+    root = Draft.of(history[:, :1], torch.tensor([-1], dtype=torch.int32))
+    drafter.observe(verify(root, torch.randn(1, 1, VOCAB), history, lengths))
+    assert torch.equal(drafter.tails.factors[0], factors.load())
+    assert bool((drafter.denoised.guesses == -1).all())
+
+
+def test_noise_is_a_token_or_of_the_text():
+    for content, expected in ((7, {7}), ("ahead", {11, 12, 13})):
+        drafter = BestFirst(budget=40)
+        drafter.use_noise(Noise(content=content))
+        drafter.start(1, VOCAB, CPU)
+        history = torch.tensor([[11, 12, 13] * 4 + [9] * 30])
+        draft = drafter.propose(history, torch.tensor([12]))
+        assert set(draft.tokens[0, -draft.tails :].tolist()) <= expected
+
+
+@pytest.mark.usefixtures("each_engine")
+@pytest.mark.parametrize("content", [5, "ahead"])
+def test_the_text_is_the_base_models(content):
+    """Of every size, greedy and sampled, in batches."""
+    bare, model = tiny_model("llama", 3), gated_tiny("llama")
+    model.peft_config["default"].auto_mapping["msn_ext"]["content"] = content
+    settings = dict(max_new_tokens=30, eos_token_id=None)
+    for seed, batch in ((0, 3), (1, 1)):
+        ids, mask = prompts(seed, batch)
+        want = plain(bare, ids, mask, **settings)
+        drawn = sampled(bare, ids, mask, "none", seed)
+        for size in SIZES:
+            drafter = BestFirst(size)
+            assert torch.equal(ours(model, ids, mask, drafter, **settings), want), size
+            assert drafter.tails is not None
+            assert torch.equal(sampled(model, ids, mask, BestFirst(size), seed), drawn), size
+        drafter = BestFirst(16)
+        ours(bare, ids, mask, drafter, **settings)
+        assert drafter.tails is None
+
+
+def test_captured_steps_have_tails(tapes):
+    bare, model = tiny_model("llama", 3), gated_tiny("llama")
+    settings = dict(max_new_tokens=40, eos_token_id=None)
+    for seed in range(3):
+        ids, mask = prompts(seed, 2)
+        want = plain(bare, ids, mask, **settings)
+        for draft in (BestFirst(16), "auto"):
+            assert torch.equal(ours(model, ids, mask, draft, **settings), want)
+    assert tapes and any(tape.replays for tape in tapes)
