@@ -31,6 +31,7 @@ def add_noise(
     loss_weights: Weights | Callable[[float], Weights] = PLAIN,
     gate: bool = False,
     divergence: str = "kl",
+    curriculum: bool = False,
     **settings,
 ):
     """Put noise into the training batches of a ``transformers.Trainer`` or TRL ``SFTTrainer``::
@@ -58,6 +59,8 @@ def add_noise(
             the likeliest eight). The adapter's folder says that it is gated.
         divergence: with ``gate``, of the noise's distribution from the teacher's: ``"kl"``
             (Kullback-Leibler), ``"tv"`` (total variation), ``"both"`` (their sum).
+        curriculum: with ``gate``, segments have 1, 2, … ``length`` tokens in equal shares of the
+            steps.
         settings: of :class:`NoisyCollator`, all but ``inner`` and ``config``.
 
     Returns:
@@ -82,6 +85,8 @@ def add_noise(
         raise ValueError("trainer has noise already: its data_collator is a NoisyCollator")
     if gate:
         _check_gated(trainer, loss_weights, divergence, settings)
+    elif curriculum:
+        raise ValueError("curriculum is True; expected False, or gate=True beside it")
     weighed = callable(loss_weights) or _check(loss_weights) != PLAIN
     if weighed and (own := _own_loss(trainer)):
         raise ValueError(
@@ -107,6 +112,8 @@ def add_noise(
         for name in trainer.model.active_adapters:
             mark_gated(trainer.model.peft_config[name], noisy.length, noisy.content)
         trainer.noise = GatedLoss(trainer, noisy, divergence)
+        if curriculum:
+            trainer.get_batch_samples = trainer.noise.growing(trainer.get_batch_samples)
     else:
         trainer.noise = NoisyLoss(trainer, noisy, _weights_of_step(trainer, loss_weights))
     # Imported here: with transformers' callbacks come seconds of imports, which the workers of a
