@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from msn_ext.paths import replacing
+from msn_ext.paths import no_room, replacing
 from msn_ext.recipe.settings import (
     NoiseSettings,
     SampleSettings,
@@ -74,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = _Recipe(arguments, sampling, noise, training, folder, model, tokenizer)
     learned, held = recipe.split(conversations)
     started = time.time()
-    with quiet_transformers():
+    with quiet_transformers(), _room_in(arguments.output):
         samples, evaluated = recipe.samples(learned, held)
         folder.keep_settings()
         labels = sum(label >= 0 for sample in samples for label in sample["labels"])
@@ -104,6 +106,19 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(f"kept in {folder.path}; use it with --model {arguments.output}")
     return 0
+
+
+@contextlib.contextmanager
+def _room_in(output: str) -> Iterator[None]:
+    """Name the option where the disk is full; what was written whole is resumed from."""
+    try:
+        yield
+    except Exception as error:
+        if (why := no_room(error)) is None:
+            raise
+        raise CommandError(
+            f"--output {output}: {why}; with room there, the same command goes on"
+        ) from error
 
 
 def _option(setting: str) -> str:

@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -66,7 +66,13 @@ def train(
             add_noise(trainer, gate=True, **collating)
         else:
             add_noise(trainer, loss_weights=noise.loss_weights(), **collating)
-    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    checkpoint = last_checkpoint(output)
+    if checkpoint and (state := _state(checkpoint)).global_step >= state.max_steps:
+        # Where all steps are done within an epoch, the Trainer would take another one.
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     _save(trainer, tokenizer, output)
     return model, trainer.state.log_history
 
@@ -180,6 +186,10 @@ class _Bar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._bar.close()
+
+
+def _state(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
 
 def last_checkpoint(output: Path) -> str | None:

@@ -95,7 +95,6 @@ def test_the_log_after_a_break_is_of_the_same_steps(tmp_path, noise, at):
             logging_steps=5,
             save_strategy="steps",
             save_steps=2,
-            use_cpu=True,
         )
         return add_noise(trainer, **noise, segments=3, seed=1)
 
