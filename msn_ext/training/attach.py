@@ -109,11 +109,7 @@ def add_noise(
     for name in ("get_eval_dataloader", "get_test_dataloader"):
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
     if gate:
-        for name in trainer.model.active_adapters:
-            mark_gated(trainer.model.peft_config[name], noisy.length, noisy.content)
-        trainer.noise = GatedLoss(trainer, noisy, divergence)
-        if curriculum:
-            trainer.get_batch_samples = trainer.noise.growing(trainer.get_batch_samples)
+        trainer.noise = _gated_loss(trainer, noisy, divergence, curriculum)
     else:
         trainer.noise = NoisyLoss(trainer, noisy, _weights_of_step(trainer, loss_weights))
     # Imported here: with transformers' callbacks come seconds of imports, which the workers of a
@@ -146,6 +142,16 @@ def _check_gated(trainer, loss_weights, divergence: str, settings: dict) -> None
         raise ValueError(
             "loss_weights weigh labels, which gate=True does without; leave them at (1, 1)"
         )
+
+
+def _gated_loss(trainer, noisy: NoisyCollator, divergence: str, curriculum: bool) -> GatedLoss:
+    """Return the loss of a trainer whose adapters, from now on, say that they are gated."""
+    for name in trainer.model.active_adapters:
+        mark_gated(trainer.model.peft_config[name], noisy.length, noisy.content)
+    loss = GatedLoss(trainer, noisy, divergence)
+    if curriculum:
+        trainer.get_batch_samples = loss.growing(trainer.get_batch_samples)
+    return loss
 
 
 def _why_not_causal(model) -> str | None:
