@@ -100,11 +100,11 @@ def run(arguments: argparse.Namespace) -> int:
         figures["seconds"] = round(time.time() - started)
         folder.keep_figures(figures)
     print(_table(figures))
+    what = ""
     if noise.gate:
-        print(
-            "the text is the base model's, in every bit; the figures after noise are the adapter's"
-        )
-    print(f"kept in {folder.path}; use it with --model {arguments.output}")
+        print("text: the base model's, whose logits are what they were; after noise: the adapter's")
+        what = ", a gated adapter, which stays beside the model"
+    print(f"kept in {folder.path}{what}; use it with --model {arguments.output}")
     return 0
 
 
@@ -368,13 +368,12 @@ def _table(figures: dict) -> str:
             line(
                 title.format(at + 1), [100 * figures[c][kind][at] for c in columns], "{:.1f}".format
             )
-    if "MAT" not in first:  # a gated adapter's: the text, and its drafts, are the base model's
-        return "\n".join(lines)
-    for name in first["MAT"]:
+    for name in first.get("MAT", ()):  # none of a gated adapter
         line(f"tokens a pass, {name}", [figures[c]["MAT"][name] for c in columns], "{:.2f}".format)
-    line(
-        "trigrams new to their answer, %",
-        [100 * figures[c]["new"] for c in columns],
-        "{:.0f}".format,
-    )
+    if "new" in first:
+        line(
+            "trigrams new to their answer, %",
+            [100 * figures[c]["new"] for c in columns],
+            "{:.0f}".format,
+        )
     return "\n".join(lines)

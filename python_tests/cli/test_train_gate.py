@@ -39,7 +39,7 @@ def test_the_noise_gets_better_and_the_text_stays(trained):
         assert sum(after[name]) > 1.2 * sum(before[name]), name
     assert "MAT" not in before and "MAT" not in after
     assert "tokens a pass" not in said and "among eight after 2, %" in said
-    assert "the text is the base model's, in every bit" in said and f"--model {output}" in said
+    assert "text: the base model's" in said and "a gated adapter, which stays beside" in said
     assert all("clean_loss" not in log for log in figures["log"])
 
 
