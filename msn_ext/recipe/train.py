@@ -74,6 +74,8 @@ def train(
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     _save(trainer, tokenizer, output)
+    # Not in bfloat16 any more, where that was computed in.
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return model, trainer.state.log_history
 
 

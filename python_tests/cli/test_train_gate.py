@@ -57,6 +57,15 @@ def test_its_adapter_is_loaded_as_one_that_is_gated(folder, trained):
         assert not torch.equal(model(input_ids=ids).logits, text), "it is there, and not merged"
 
 
+def test_training_in_bfloat16_leaves_a_model_that_computes_as_before(folder, data, tmp_path):
+    output = tmp_path / "out"
+    with one_thread():
+        options = [*GATED, "--bf16", "--divergence", "both", "--max-steps", "1"]
+        assert cli.main(command(folder, data, output, *options)) == 0
+    figures = json.loads((output / "figures.json").read_text())
+    assert figures["after"]["loss"] == figures["before"]["loss"]
+
+
 def test_a_base_model_that_changed_is_no_result(folder, data, tmp_path, capsys, monkeypatch):
     """The check finds one weight that moved by one bit."""
     import msn_ext.recipe.train as recipe
