@@ -31,6 +31,7 @@ def add_noise(
     loss_weights: Weights | Callable[[float], Weights] = PLAIN,
     gate: bool = False,
     divergence: str = "kl",
+    curriculum: bool = False,
     **settings,
 ):
     """Put noise into the training batches of a ``transformers.Trainer`` or TRL ``SFTTrainer``::
@@ -58,6 +59,8 @@ def add_noise(
             the likeliest eight). The adapter's folder says that it is gated.
         divergence: with ``gate``, of the noise's distribution from the teacher's: ``"kl"``
             (Kullback-Leibler), ``"tv"`` (total variation), ``"both"`` (their sum).
+        curriculum: with ``gate``, segments have 1, 2, … ``length`` tokens in equal shares of the
+            steps.
         settings: of :class:`NoisyCollator`, all but ``inner`` and ``config``.
 
     Returns:
@@ -82,6 +85,8 @@ def add_noise(
         raise ValueError("trainer has noise already: its data_collator is a NoisyCollator")
     if gate:
         _check_gated(trainer, loss_weights, divergence, settings)
+    elif curriculum:
+        raise ValueError("curriculum is True; expected False, or gate=True beside it")
     weighed = callable(loss_weights) or _check(loss_weights) != PLAIN
     if weighed and (own := _own_loss(trainer)):
         raise ValueError(
@@ -104,9 +109,7 @@ def add_noise(
     for name in ("get_eval_dataloader", "get_test_dataloader"):
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
     if gate:
-        for name in trainer.model.active_adapters:
-            mark_gated(trainer.model.peft_config[name], noisy.length, noisy.content)
-        trainer.noise = GatedLoss(trainer, noisy, divergence)
+        trainer.noise = _gated_loss(trainer, noisy, divergence, curriculum)
     else:
         trainer.noise = NoisyLoss(trainer, noisy, _weights_of_step(trainer, loss_weights))
     # Imported here: with transformers' callbacks come seconds of imports, which the workers of a
@@ -139,6 +142,16 @@ def _check_gated(trainer, loss_weights, divergence: str, settings: dict) -> None
         raise ValueError(
             "loss_weights weigh labels, which gate=True does without; leave them at (1, 1)"
         )
+
+
+def _gated_loss(trainer, noisy: NoisyCollator, divergence: str, curriculum: bool) -> GatedLoss:
+    """Return the loss of a trainer whose adapters, from now on, say that they are gated."""
+    for name in trainer.model.active_adapters:
+        mark_gated(trainer.model.peft_config[name], noisy.length, noisy.content)
+    loss = GatedLoss(trainer, noisy, divergence)
+    if curriculum:
+        trainer.get_batch_samples = loss.growing(trainer.get_batch_samples)
+    return loss
 
 
 def _why_not_causal(model) -> str | None:

@@ -8,6 +8,8 @@ import sys
 
 import torch
 import transformers
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
 
 import msn_ext
 from helpers.families import VOCAB, tiny_model
@@ -20,13 +22,25 @@ def model_for(layout: str):
     return with_adapter() if layout == "gate" else tiny_model("llama", 1, torch.float32)
 
 
+def shard(trainer) -> None:
+    """Have a trainer shard its model by FSDP, which accelerate itself does on no CPU."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    state = vars(trainer.accelerator.state)
+    state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    trainer.is_fsdp_enabled = True
+
+
 def learn(folder, layout: str, processes: int = 1, fsdp: bool = False) -> tuple[dict, list]:
     """Return the weights after two passes over 24 samples, four of them in a step, and the log.
 
     Args:
         layout: of the noise, or "gate".
     """
-    wrapped = dict(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])
     settings = transformers.TrainingArguments(
         output_dir=str(folder),
         report_to=[],
@@ -39,17 +53,22 @@ def learn(folder, layout: str, processes: int = 1, fsdp: bool = False) -> tuple[
         seed=3,
         logging_steps=1,
         max_grad_norm=1e9,
-        **(dict(fsdp="full_shard", fsdp_config=wrapped) if fsdp else {}),
     )
     rows = samples(24, VOCAB)
     model = model_for(layout)
     trainer = transformers.Trainer(
         model, settings, Pad(), train_dataset=rows, eval_dataset=rows[:8]
     )
+    if fsdp:
+        shard(trainer)
     noise = dict(gate=True) if layout == "gate" else dict(layout=layout)
     msn_ext.add_noise(trainer, **noise, segments=2, seed=1)
     trainer.train()
-    state = trainer.accelerator.get_state_dict(trainer.model)
+    assert fsdp == any(isinstance(x, DTensor) for x in trainer.model_wrapped.parameters())
+    state = {
+        name: x.full_tensor() if isinstance(x, DTensor) else x
+        for name, x in trainer.model.state_dict().items()
+    }
     return {name: x.cpu() for name, x in state.items()}, trainer.state.log_history
 
 

@@ -442,6 +442,7 @@ def alone(tmp_path_factory) -> dict:
         ("ddp", "gate"),
         ("fsdp", "replace"),
         ("fsdp", "branch"),
+        ("fsdp", "gate"),
     ],
 )
 def test_two_processes_learn_what_one_learns(once, alone, kind, layout):
@@ -450,11 +451,10 @@ def test_two_processes_learn_what_one_learns(once, alone, kind, layout):
     """
     pytest.importorskip("peft")
     fsdp = kind == "fsdp"
-    layouts = LAYOUTS if fsdp else [*LAYOUTS, "gate"]
 
     def launch(folder: Path) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        script = [several_processes.__file__, str(folder), *["--fsdp"] * fsdp, *layouts]
+        script = [several_processes.__file__, str(folder), *["--fsdp"] * fsdp, *LAYOUTS, "gate"]
         run = subprocess.run(
             [*launcher, "--nproc-per-node=2", *script],
             cwd=folder,
