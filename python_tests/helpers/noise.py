@@ -20,8 +20,10 @@ def gated(model, std: float = 0.3, **settings):
     generator = torch.Generator().manual_seed(7)
     for name, x in model.named_parameters():
         if "lora_" in name:
-            x.data = torch.randn(x.shape, generator=generator, dtype=torch.float64).mul_(std).to(
-                torch.float64 if dtype == torch.float64 else x.dtype
+            x.data = (
+                torch.randn(x.shape, generator=generator, dtype=torch.float64)
+                .mul_(std)
+                .to(torch.float64 if dtype == torch.float64 else x.dtype)
             )
     mark_gated(model.peft_config["default"], 2, "ahead")
     return model
@@ -58,9 +60,7 @@ class WithTails:
 
     def propose(self, history, lengths):
         draft = self._best.propose(history, lengths)
-        return random_tails(
-            self._rng, draft.tokens, draft.parents, self._vocabulary, **self._shape
-        )
+        return random_tails(self._rng, draft.tokens, draft.parents, self._vocabulary, **self._shape)
 
     def observe(self, verified):
         self.tails += verified.draft.tails
@@ -129,8 +129,6 @@ def by_peft(model, text: list[int], draft: Draft, row: int):
         ids = torch.tensor([text + draft.tokens[row, path].tolist()])
         noise = [False] * len(text) + [j >= nodes - draft.tails for j in path]
         positions = torch.arange(ids.shape[1])[None]
-        if len(path) == 1:  # padding stands beside the root
-            positions[0, -1] = len(text)
         with OnlyNoise(model, torch.tensor([noise])):
             logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         found.append(logits[0, -1])
@@ -141,5 +139,3 @@ def laid_out(draft: Draft, lengths):
     """Return positions int64 [B, N] of a draft behind texts, and -1 as 0."""
     depth = draft.depth.expand(len(draft.tokens), -1).clamp(min=0).long()
     return lengths[:, None] + depth
-
-

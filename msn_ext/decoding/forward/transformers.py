@@ -88,12 +88,12 @@ class TransformersForward:
         self._cache.at(prefix, nodes, end)
         context = TreeContext(prefix, offsets, ancestors)
         return self._attention.over_tree(
-            context, self._cache.end, lambda mask: self._logits(tokens, positions, mask, nodes, tails)
+            context,
+            self._cache.end,
+            lambda mask: self._logits(tokens, positions, mask, nodes, tails),
         )
 
-    def _logits(
-        self, ids: Tensor, positions: Tensor, mask, keep: int, tails: int = 0
-    ) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, mask, keep: int, tails: int = 0) -> Tensor:
         limit = {} if self._forwards_all_logits else {"logits_to_keep": keep}
         with self._noise.over(*ids.shape, tails) if self._noise else contextlib.nullcontext():
             return self.model(
