@@ -27,7 +27,18 @@ struct Norm {
 
 enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu };
 
-// y = epilogue(norm(x) W^T + bias), for rows of x.
+// What an adapter adds to those rows of a linear layer that are noise: B (A x). Its products with A
+// are there already; of those, a panel of B reads `b.inputs` from its first one on.
+struct LowRank {
+  int64_t rows = 0;                // noise rows; 0: none
+  const int32_t* index = nullptr;  // of a row of the layer, which noise row it is; -1: none
+  const void* low = nullptr;       // [rows, stride], A x
+  int64_t stride = 0;
+  Packed b;
+  const int32_t* first = nullptr;  // of a panel
+};
+
+// y = epilogue(norm(x) W^T + bias), for rows of x; noise rows: y + B (A x) in the place of y.
 struct Linear {
   enum Epilogue : int {
     kStore,     // out = y
@@ -48,6 +59,7 @@ struct Linear {
   double scale = 1, softcap = 0;
   void* out = nullptr;
   int64_t out_stride = 0;
+  LowRank adapter;
 };
 
 // h += scale * norm(x)

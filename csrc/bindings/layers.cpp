@@ -147,7 +147,10 @@ uint64_t sample_hash(const py::list& tensors) {
 class BoundPass {
  public:
   BoundPass(const std::string& weights, const std::string& isa)
-      : pass_(weights_named(weights), kernels_named(isa)), number_(number_of(pass_.kind)) {}
+      : pass_(weights_named(weights), kernels_named(isa)),
+        number_(number_of(pass_.kind)),
+        weights_(weights),
+        isa_(isa) {}
 
   void set_embedding(py::handle table, int64_t hidden, double scale, py::handle positions) {
     pass_.hidden = hidden;
@@ -222,6 +225,23 @@ class BoundPass {
     }
   }
 
+  // For every layer, then for the head, by linear layer what adds to noise rows: (A, its outputs,
+  // B, inputs of its panels, the first of each panel).
+  void set_adapter(const py::list& layers) {
+    if (py::len(layers) != pass_.layers.size() + 1)
+      refuse("an adapter has ", py::len(layers), " parts; expected ", pass_.layers.size() + 1);
+    adapter_ = layers;
+    for (size_t l = 0; l < pass_.layers.size(); ++l) {
+      LayerPlan& layer = pass_.layers[l];
+      const py::dict of = layers[l];
+      adapt(layer.qkv, of, "qkv", 1);
+      adapt(layer.out, of, "out", 1);
+      adapt(layer.up, of, "up", layer.gated ? 2 : 1);
+      adapt(layer.down, of, "down", 1);
+    }
+    adapt(pass_.head, layers[pass_.layers.size()], "head", 1);
+  }
+
   // Keys [layers, batch, heads, slots / 16, ...] and values of all layers.
   void set_cache(py::handle keys, py::handle values, int64_t batch, int64_t slots) {
     if (slots % kCacheWidth) refuse("slots is ", slots, "; expected a multiple of 16");
@@ -238,9 +258,9 @@ class BoundPass {
   }
 
   // Trees of all batch rows: tokens and positions int64 [B, N], ancestors int64 [B or 1, N, W],
-  // prefix int64 [B], logits [B, N, V].
+  // prefix int64 [B], logits [B, N, V]. The last `tails` nodes of every tree are noise.
   void step(py::handle tokens, py::handle positions, py::handle ancestors, py::handle prefix,
-            py::handle logits, int threads) {
+            py::handle logits, int64_t tails, int threads) {
     const Argument ids = borrow("tokens", tokens), at = borrow("positions", positions),
                    bits = borrow("ancestors", ancestors), before = borrow("prefix", prefix),
                    out = borrow("logits", logits);
@@ -260,6 +280,12 @@ class BoundPass {
       const uint64_t* of_tree = bits.as<uint64_t>() + (kinds > 1 ? b * nodes * words : 0);
       expect_tree_room(b, before.as<int64_t>()[b], nodes);
       trees_.add_tree(b, before.as<int64_t>()[b], nodes, of_tree);
+    }
+    expect_range("tails", tails, 0, nodes);
+    for (int64_t n = 0; n < batch * nodes; ++n) {
+      const bool is_noise = n % nodes >= nodes - tails;
+      noise_index_.push_back(is_noise ? static_cast<int32_t>(noise_.size()) : -1);
+      if (is_noise) noise_.push_back(static_cast<int32_t>(n));
     }
     all_wanted(batch * nodes);
     run(ids.as<int64_t>(), at.as<int64_t>(), batch * nodes, out.data, threads);
@@ -342,9 +368,35 @@ class BoundPass {
     return weights;
   }
 
+  void adapt(LinearWeights& weights, const py::dict& of, const char* name, int64_t halves) {
+    weights.a = weights.b = {};
+    if (!of.contains(name)) return;
+    const auto [a, rank, b, inputs, first] =
+        of[name].cast<std::tuple<py::object, int64_t, py::object, int64_t, py::object>>();
+    const std::string kind = pass_.kind == Weights::kInt8 ? "bfloat16" : weights_;
+    const int64_t outputs = weights.packed.outputs, width = pass_.kernels.width;
+    const int64_t panels = (outputs / halves + width - 1) / width * halves;
+    const Argument down = borrow("adapter", a), up = borrow("adapter", b),
+                   begin = borrow("adapter's first inputs", first);
+    for (const Argument* each : {&down, &up, &begin}) expect_contiguous(*each);
+    expect_shape(down, {packed_bytes(kind, isa_, rank, weights.packed.inputs, 1)});
+    expect_shape(up, {packed_bytes(kind, isa_, outputs, inputs, halves)});
+    expect_dense(begin, DType::kInt32, {panels}, begin);
+    for (int64_t p = 0; p < panels; ++p) {
+      expect_range("an adapter's first input", begin.as<int32_t>()[p], 0, rank - inputs);
+      if (begin.as<int32_t>()[p] % 2)
+        refuse("an adapter's first input is odd; expected an even one");
+    }
+    weights.a = {down.data, rank, weights.packed.inputs};
+    weights.b = {up.data, outputs, inputs};
+    weights.first = begin.as<int32_t>();
+  }
+
   void clear() {
     trees_.clear();
     wanted_.clear();
+    noise_.clear();
+    noise_index_.clear();
   }
   void expect_tree_room(int64_t batch, int64_t prefix, int64_t nodes) const {
     expect_range("batch", batch, 0, batch_ - 1);
@@ -365,16 +417,18 @@ class BoundPass {
     }
     const Rows rows = trees_.rows(tokens, positions);
     py::gil_scoped_release release;
-    pass_.run(rows, wanted_.data(), static_cast<int64_t>(wanted_.size()), logits, threads);
+    const Noise noise{static_cast<int64_t>(noise_.size()), noise_.data(), noise_index_.data()};
+    pass_.run(rows, noise, wanted_.data(), static_cast<int64_t>(wanted_.size()), logits, threads);
   }
 
   ForwardPass pass_;
   DType number_;
-  py::list kept_;
+  std::string weights_, isa_;
+  py::list kept_, adapter_;
   py::object cache_;
   int64_t vocabulary_ = 0, positions_ = 0, batch_ = 0, slots_ = 0;
   TreeRows trees_;
-  std::vector<int32_t> wanted_;
+  std::vector<int32_t> wanted_, noise_, noise_index_;
 };
 
 }  // namespace
@@ -394,6 +448,7 @@ void define_layers(py::module_& m) {
       .def("set_rotary", &BoundPass::set_rotary)
       .def("add_layer", &BoundPass::add_layer)
       .def("set_head", &BoundPass::set_head)
+      .def("set_adapter", &BoundPass::set_adapter)
       .def("set_cache", &BoundPass::set_cache)
       .def("step", &BoundPass::step)
       .def("read", &BoundPass::read)

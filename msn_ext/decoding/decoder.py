@@ -94,7 +94,7 @@ class Decoder:
         fixed = room and min(room, prompt + AT_FIRST)
         by_model = request.model, request.attention, fixed, request.noise_adapter
         if isinstance(request.native_plan, PackedPlan):
-            self._pass = NativeForward(request.native_plan, batch)
+            self._pass = NativeForward(request.native_plan, batch, request.noise_adapter)
         elif isinstance(request.native_plan, FusedPlan):
             self._pass = FusedForward(request.native_plan, *by_model)
         else:

@@ -18,6 +18,7 @@ from msn_ext import _C
 from .attention import KernelAttention
 from .drafters import DraftTree
 from .forward import ForwardPass
+from .forward.adapter import base_parameters, is_adapted, leaving_out
 from .forward.families import plan_for
 from .forward.families.checks import DTYPES
 from .forward.fused import FusedForward, FusedPlan, lay_together
@@ -139,8 +140,10 @@ def _address(model: PreTrainedModel) -> int:
 
 
 def _stamp(model: PreTrainedModel) -> int:
-    """Return a number that changes with the weights, the attention in use, and the ISA."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Return a number that changes with the weights, the attention in use, and the ISA; an
+    adapter's have one of their own (:mod:`.forward.packed_adapter`).
+    """
+    tensors = [*(weight for _, weight in base_parameters(model)), *model.buffers()]
     weights = [tensor for tensor in tensors if not isinstance(tensor, PackedWeight)]
     if any(weight.is_inference() for weight in weights):
         raise NoPlan("it was made under torch.inference_mode(), where no change is counted")
@@ -195,6 +198,8 @@ def prepare(
         if now is not None and (now.weights, now.dtype) == (packed_as, dtype):
             return model
         try:
+            if any(map(is_adapted, model.modules())):
+                raise NoPlan("it has an adapter; unload it before, or decode without preparing")
             _unprepare(model)
             pack_in_place(model, packed_as, dtype)
             model.config.dtype = dtype
@@ -276,7 +281,8 @@ def _check_logits(model: PreTrainedModel, plan: Plan, ours: ForwardPass, toleran
     text, nodes = tokens[:, :prefix], tokens[:, prefix:].contiguous()
     tensors = tree.tensors(device)
     none, at = torch.tensor([0], device=device), torch.tensor([prefix], device=device)
-    first = ours.read(text, torch.arange(prefix, device=device)[None], none, 1)
+    with leaving_out(model):  # where it is the model's own
+        first = ours.read(text, torch.arange(prefix, device=device)[None], none, 1)
     positions = prefix + tensors.depth.long()[None]
     found = ours.check(nodes, positions, at, none, tensors.ancestors, prefix + len(tree))
     for leaf in (3, 4, 5):
@@ -284,7 +290,8 @@ def _check_logits(model: PreTrainedModel, plan: Plan, ours: ForwardPass, toleran
         while path[0]:
             path.insert(0, tree.parents[path[0]])
         ids = torch.cat([text, nodes[:, path]], 1)
-        plain = model(input_ids=ids, use_cache=False).logits[0, prefix - 1 :]
+        with leaving_out(model):
+            plain = model(input_ids=ids, use_cache=False).logits[0, prefix - 1 :]
         difference = _relative(torch.cat([first[0], found[0, path]]), plain)
         if difference > tolerance:
             raise NoPlan(

@@ -129,8 +129,6 @@ def by_peft(model, text: list[int], draft: Draft, row: int):
         ids = torch.tensor([text + draft.tokens[row, path].tolist()])
         noise = [False] * len(text) + [j >= nodes - draft.tails for j in path]
         positions = torch.arange(ids.shape[1])[None]
-        if len(path) == 1:  # padding stands beside the root
-            positions[0, -1] = len(text)
         with OnlyNoise(model, torch.tensor([noise])):
             logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         found.append(logits[0, -1])

@@ -10,6 +10,7 @@ namespace msn {
 struct ForwardPass::Worker {
   ForwardPass& pass;
   const Rows& rows;
+  const Noise& noise;
   const Buffers& at;
   int t, threads;
   Barrier& barrier;
@@ -28,7 +29,32 @@ struct ForwardPass::Worker {
     stage.out_stride = weights.packed.outputs;
     return stage;
   }
-  void run(const Linear& stage) const { kernels.linear(pass.kind, stage, t, threads, scratch); }
+  void run(Linear stage, const LinearWeights& weights) const {
+    if (noise.count && weights.a.data) {
+      multiply_low(stage, weights);
+      barrier.wait();
+      stage.adapter = {noise.count,       noise.index, at.low,
+                       weights.a.outputs, weights.b,   weights.first};
+    }
+    kernels.linear(pass.kind, stage, t, threads, scratch);
+  }
+
+  // A x of the noise rows of a stage, which threads share.
+  void multiply_low(const Linear& stage, const LinearWeights& weights) const {
+    const int64_t begin = noise.count * t / threads, end = noise.count * (t + 1) / threads;
+    if (begin == end) return;
+    Linear low;
+    low.rows = end - begin;
+    low.x = stage.x;
+    low.x_stride = stage.x_stride;
+    low.pick = noise.rows + begin;
+    low.norm = stage.norm;
+    low.weights = weights.a;
+    low.out = at.low + begin * weights.a.outputs * pass.item();
+    low.out_stride = weights.a.outputs;
+    const Weights kind = pass.kind == Weights::kInt8 ? Weights::kBFloat16 : pass.kind;
+    kernels.linear(kind, low, 0, 1, scratch);
+  }
 
   // h += scale * after(x W^T + bias)
   void add_branch(const LayerPlan& layer, const LinearWeights& weights, const Norm& after,
@@ -37,7 +63,7 @@ struct ForwardPass::Worker {
     Linear stage = linear(weights, Norm{}, x, direct ? at.h : at.branch);
     stage.epilogue = direct ? Linear::kAdd : Linear::kStore;
     stage.scale = layer.residual_scale;
-    run(stage);
+    run(stage, weights);
     if (direct) return;
     barrier.wait();
     const AddNorm add{rows.count, pass.hidden, at.branch, after, layer.residual_scale, at.h};
@@ -45,7 +71,7 @@ struct ForwardPass::Worker {
   }
 
   void attention(const LayerPlan& layer) const {
-    run(linear(layer.qkv, layer.attention_norm, at.h, at.qkv));
+    run(linear(layer.qkv, layer.attention_norm, at.h, at.qkv), layer.qkv);
     barrier.wait();
     RotaryWrite turn;
     turn.rows = &rows;
@@ -81,7 +107,7 @@ struct ForwardPass::Worker {
     stage.epilogue = layer.gated ? Linear::kGate : Linear::kActivate;
     stage.activation = layer.activation;
     stage.out_stride = layer.down.packed.inputs;
-    run(stage);
+    run(stage, layer.up);
     barrier.wait();
   }
 
@@ -102,35 +128,37 @@ struct ForwardPass::Worker {
     stage.epilogue = Linear::kLogits;
     stage.scale = pass.logit_scale;
     stage.softcap = pass.logit_softcap;
-    run(stage);
+    run(stage, pass.head);
   }
 };
 
 ForwardPass::Buffers ForwardPass::buffers(int64_t rows) {
-  int64_t qkv = 0, mixed = 0, middle = 0;
+  int64_t qkv = 0, mixed = 0, middle = 0, low = head.a.outputs;
   for (const LayerPlan& layer : layers) {
     qkv = std::max(qkv, layer.qkv.packed.outputs);
     mixed = std::max(mixed, layer.out.packed.inputs);
     middle = std::max(middle, layer.down.packed.inputs);
+    for (const LinearWeights* linear : {&layer.qkv, &layer.out, &layer.up, &layer.down})
+      low = std::max(low, linear->a.outputs);
   }
-  const int64_t sizes[] = {hidden, qkv, mixed, middle, hidden};
+  const int64_t sizes[] = {hidden, qkv, mixed, middle, hidden, low};
   int64_t total = 0;
   for (const int64_t size : sizes) total += (rows * size * item() + 63) / 64 * 64;
   char* from = memory_.get(total);
-  char* begin[5];
-  for (int i = 0; i < 5; ++i) {
+  char* begin[6];
+  for (int i = 0; i < 6; ++i) {
     begin[i] = from;
     from += (rows * sizes[i] * item() + 63) / 64 * 64;
   }
-  return {begin[0], begin[1], begin[2], begin[3], begin[4]};
+  return {begin[0], begin[1], begin[2], begin[3], begin[4], begin[5]};
 }
 
-void ForwardPass::run(const Rows& rows, const int32_t* wanted, int64_t count, void* logits,
-                      int threads) {
+void ForwardPass::run(const Rows& rows, const Noise& noise, const int32_t* wanted, int64_t count,
+                      void* logits, int threads) {
   const Buffers at = buffers(rows.count);
   if (static_cast<int>(scratch_.size()) < threads) scratch_ = std::vector<Scratch>(threads);
   with_team(threads, [&](int t, int team, Barrier& barrier) {
-    const Worker worker{*this, rows, at, t, team, barrier, scratch_[t]};
+    const Worker worker{*this, rows, noise, at, t, team, barrier, scratch_[t]};
     Embed first = embed;
     first.rows = &rows;
     first.size = hidden;

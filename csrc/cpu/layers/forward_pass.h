@@ -11,6 +11,14 @@ namespace msn {
 struct LinearWeights {
   Packed packed;
   const void* bias = nullptr;
+  Packed a, b;  // of the adapter for noise rows; without data: none
+  const int32_t* first = nullptr;
+};
+
+// Which rows of a pass are noise.
+struct Noise {
+  int64_t count = 0;
+  const int32_t *rows = nullptr, *index = nullptr;  // [count]; of all rows, -1: none
 };
 
 struct RotaryTables {  // [positions, turned / 2] each
@@ -36,8 +44,9 @@ class ForwardPass {
   ForwardPass(Weights kind, const Kernels& kernels) : kind(kind), kernels(kernels) {}
 
   // Computes all rows, writes their keys and values into the caches, and the logits of the rows
-  // `wanted` [count] to `logits` [count, V] of T.
-  void run(const Rows& rows, const int32_t* wanted, int64_t count, void* logits, int threads);
+  // `wanted` [count] to `logits` [count, V] of T. Where some rows are noise, all are wanted.
+  void run(const Rows& rows, const Noise& noise, const int32_t* wanted, int64_t count, void* logits,
+           int threads);
 
   // Moves what the nodes `path` [length] of a tree behind `prefix` slots left in the caches of a
   // batch row up to the slots behind the prefix.
@@ -54,8 +63,8 @@ class ForwardPass {
   double logit_scale = 1, logit_softcap = 0;
 
  private:
-  struct Buffers {  // of T, a row each of h [hidden], qkv, mixed (attention's), middle, branch
-    char *h, *qkv, *mixed, *middle, *branch;
+  struct Buffers {  // of T, a row each of h [hidden], qkv, mixed (attention's), middle, branch, low
+    char *h, *qkv, *mixed, *middle, *branch, *low;  // low: of noise rows, A x
   };
   int64_t item() const { return kind == Weights::kFloat64 ? 8 : 4; }
   Buffers buffers(int64_t rows);

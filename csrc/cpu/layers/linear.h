@@ -145,6 +145,68 @@ struct After {
   }
 };
 
+// ---- noise rows
+// ------------------------------------------------------------------------------------
+
+// How an adapter's panels are stored: as the weights are, those beside int8 as bfloat16.
+template <typename P>
+struct AdapterPanels {
+  using Of = P;
+};
+template <int kOutputs>
+struct AdapterPanels<Int8s<kOutputs>> {
+  using Of = WeightBFloats;
+};
+
+// B (A x), a panel of outputs of all noise rows at a time.
+template <typename P>
+class NoiseRows {
+ public:
+  using T = typename P::Sum;
+
+  static size_t bytes(const LowRank& adapter) {
+    return adapter.rows * (P::kWidth + row_stride(adapter.stride)) * sizeof(T);
+  }
+  NoiseRows(const LowRank& adapter, char* memory)
+      : adapter_(adapter), tile_(reinterpret_cast<T*>(memory)) {
+    const T* low = static_cast<const T*>(adapter.low);
+    if constexpr (P::kPairs) {
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(tile_ + adapter.rows * P::kWidth);
+      stride_ = row_stride(adapter.stride);
+      for (int64_t r = 0; r < adapter.rows; ++r)
+        to_pairs(P{}, low + r * adapter.stride, adapter.stride, pairs + r * stride_);
+      low_ = pairs;
+    } else {
+      stride_ = adapter.stride;
+      low_ = low;
+    }
+  }
+
+  void multiply(int64_t panel) const {
+    if (!adapter_.rows) return;
+    const int64_t size = P::bytes(adapter_.b.inputs);
+    const char* b = static_cast<const char*>(adapter_.b.data) + panel * size;
+    const int64_t first = adapter_.first[panel] / (P::kPairs ? 2 : 1);
+    multiply_rows<P>(low_ + first, stride_, adapter_.rows, b, adapter_.b.inputs, b + size, tile_,
+                     P::kWidth, [](int64_t, int64_t) {});
+  }
+  // To the panel's outputs y of rows of the layer, P::kWidth each.
+  void add(T* y, int64_t first, int64_t many) const {
+    if (!adapter_.rows) return;
+    for (int64_t r = first; r < first + many; ++r) {
+      const int64_t noise = adapter_.index[r];
+      if (noise < 0) continue;
+      for (int o = 0; o < P::kWidth; ++o) y[r * P::kWidth + o] += tile_[noise * P::kWidth + o];
+    }
+  }
+
+ private:
+  const LowRank& adapter_;
+  T* tile_;
+  const typename P::In* low_ = nullptr;
+  int64_t stride_ = 0;
+};
+
 // ---- the stage
 // -----------------------------------------------------------------------------------
 
@@ -157,22 +219,28 @@ void linear(const Linear& stage, int t, int threads, Scratch& scratch) {
   const int64_t outputs = gated ? stage.weights.outputs / 2 : stage.weights.outputs;
   const int64_t panels = (outputs + kWidth - 1) / kWidth, together = gated ? 2 : 1;
   const int64_t tile_bytes = rows * kWidth * sizeof(T);
-  char* memory = scratch.get(2 * tile_bytes + inputs_bytes(rows, inputs, sizeof(T)));
+  using Noise = NoiseRows<typename AdapterPanels<P>::Of>;
+  const int64_t noise_at = 2 * tile_bytes, inputs_at = noise_at + Noise::bytes(stage.adapter);
+  char* memory = scratch.get(inputs_at + inputs_bytes(rows, inputs, sizeof(T)));
   T* tiles[2] = {reinterpret_cast<T*>(memory), reinterpret_cast<T*>(memory + tile_bytes)};
-  const Inputs<P> in = inputs_of<P>(stage, memory + 2 * tile_bytes);
+  const Noise noise(stage.adapter, memory + noise_at);
+  const Inputs<P> in = inputs_of<P>(stage, memory + inputs_at);
   const After<T, kWidth> after{stage};
 
   for (int64_t p = panels * t / threads; p < panels * (t + 1) / threads; ++p) {
     const char* panel = static_cast<const char*>(stage.weights.data) + p * together * bytes;
     const int64_t output = p * kWidth;
     const int count = output + kWidth <= outputs ? kWidth : static_cast<int>(outputs - output);
-    for (int i = 0; i < together; ++i, panel += bytes)
+    for (int i = 0; i < together; ++i, panel += bytes) {
+      noise.multiply(p * together + i);
       multiply_rows<P>(in.x, in.stride, rows, panel, inputs, panel + together * bytes, tiles[i],
                        kWidth, [&](int64_t first, int64_t many) {
+                         noise.add(tiles[i], first, many);
                          if (gated) return;
                          for (int64_t r = first; r < first + many; ++r)
                            after(tiles[0] + r * kWidth, r, output, count);
                        });
+    }
     if (!gated) continue;
     for (int64_t r = 0; r < rows; ++r)
       after.gate(tiles[0] + r * kWidth, tiles[1] + r * kWidth, r, output, count);

@@ -47,8 +47,8 @@ def with_tails(parents: Tensor, ends: Tensor, length: int) -> tuple[Tensor, Tens
 
 
 def laid_out(chained: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``hidden``, and ancestors and depths of ``chained``, which names the nodes above tails,
-    too; int32 [N] or [B, N].
+    """Return ``hidden``, and ancestors and depths of ``chained``, which names the nodes above
+    tails, too; int32 [N] or [B, N].
     """
     return hidden, *ops.tree_ancestors(chained, validate=False)
 

@@ -1,5 +1,5 @@
-"""A gated noise adapter: a LoRA of PEFT's that works on the noise rows of a pass alone; text rows are
-the base model's.
+"""A gated noise adapter: a LoRA of PEFT's that works on the noise rows of a pass alone; text rows
+are the base model's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from msn_ext.gates import gated_noise, why_not_gated
 
 
 class CannotGate(ValueError):
-    """A gated adapter that cannot be kept from the text; the text says why, for the user to read."""
+    """A gated adapter that cannot be kept from the text; says why, for the user to read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +198,27 @@ def _refuse(name: str, reason: str):
         f"its adapter {name!r} is gated, trained for noise alone, and {reason}; or decode within"
         " disable_adapter(), without it"
     )
+
+
+def base_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a model's modules with their paths, as ``named_modules`` does, without PEFT's layers
+    whose adapters are left out, and what those added.
+
+    Raises:
+        CannotGate: a gated adapter cannot be left out.
+    """
+    adapter = noise_adapter_of(model)
+    gated = {} if adapter is None else adapter.layers
+    outer = "of none"
+    for path, module in model.named_modules():
+        if path.startswith(outer) and not f"{path}.".startswith(f"{outer}base_layer."):
+            continue
+        if is_adapted(module) and hasattr(module, "base_layer"):
+            its: Any = module
+            if its in gated or (its.disable_adapters and not getattr(its, "merged", False)):
+                outer = f"{path}."
+                continue
+        yield path, module
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

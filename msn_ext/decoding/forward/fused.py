@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, zip_longest
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ from msn_ext import ops
 
 from ..attention import KernelAttention, MaskAttention
 from ..past import KeysValues
+from .adapter import NoiseAdapter
+from .correction import correction
 from .plan import Attention, Layer, Linear, NoPlan, Norm, Plan
 from .transformers import TransformersForward
 
@@ -103,16 +105,29 @@ class Product:
             weights = [weight.detach() for weight in linear.weights]
             self._parts = [*zip_longest(weights, biases)]
             self._places = [(number, 0) for number in range(len(weights))]
+        self.linear = linear
         self._firsts = [0, *accumulate(len(weight) for weight in linear.weights)]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         return [F.linear(x, weight, bias) for weight, bias in self._parts]
+
+    def laid_out(self, rows: Tensor) -> list[Tensor]:
+        """Return rows [outputs, ...] by results, each in the order of its columns."""
+        results = [rows.new_zeros(len(weight), *rows.shape[1:]) for weight, _ in self._parts]
+        for piece, first in zip(self.linear.weights, self._firsts):
+            number, column = self.place(first)
+            results[number][column : column + len(piece)] = rows[first : first + len(piece)]
+        return results
 
     def place(self, output: int) -> tuple[int, int]:
         """Return which of the results an output is in, and its column there."""
         piece = bisect_right(self._firsts, output) - 1
         number, start = self._places[piece]
         return number, start + output - self._firsts[piece]
+
+
+Run = Callable[[Product, Tensor], list[Tensor]]
+"""How a product is run: as it is, or with what an adapter adds to noise rows."""
 
 
 class Heads(NamedTuple):
@@ -167,11 +182,11 @@ class FusedLayer:
         self.after_attention, self.after_mlp = _norm(layer.after_attention), _norm(layer.after_mlp)
         self.head_norms = _head_norms(its)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        results = self.up(x)
+    def mlp(self, x: Tensor, run: Run) -> Tensor:
+        results = run(self.up, x)
         halves = [self._half(results, half) for half in range(2 if self.plan.gated else 1)]
         up = halves[1] if self.plan.gated else None
-        [y] = self.down(ops.gated_activation(halves[0], up, self.plan.activation))
+        [y] = run(self.down, ops.gated_activation(halves[0], up, self.plan.activation))
         return y
 
     def _half(self, results: list[Tensor], half: int) -> Tensor:
@@ -226,13 +241,65 @@ class FusedPlan:
             h.mul_(self.plan.embedding_scale)
         return h if self.positions is None else h.add_(F.embedding(positions, self.positions))
 
-    def logits(self, x: Tensor) -> Tensor:
-        [logits] = self.head(x)
+    def logits(self, x: Tensor, run: Run) -> Tensor:
+        [logits] = run(self.head, x)
         if self.plan.logit_scale != 1:
             logits.mul_(self.plan.logit_scale)
         if cap := self.plan.logit_softcap:
             logits.div_(cap).tanh_().mul_(cap)
         return logits
+
+
+# ---- noise rows ----------------------------------------------------------------------------------
+
+
+class NoiseRows:
+    """What a gated adapter adds to the products of a plan: two of torch's, with A of all that share
+    an input in one.
+
+    Args:
+        fused: a model's.
+        adapter: of the same model.
+    """
+
+    def __init__(self, fused: FusedPlan, adapter: NoiseAdapter):
+        self._adapter = adapter
+        layers = ((layer.qkv, layer.out, layer.up, layer.down) for layer in fused.layers)
+        self._products = [product for layer in layers for product in layer] + [fused.head]
+        self._added: dict[Product, tuple[Tensor, ...]] = {}
+        self._version: tuple | None = None
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the adapter's weights where they have changed, in place: captured steps read
+        the same memory.
+        """
+        if self._version == self._adapter.version:
+            return
+        self._version = self._adapter.version
+        for product in self._products:
+            found = correction(product.linear, self._adapter, product.linear.weights[0].dtype)
+            if found is None:
+                continue
+            new = found.a, *product.laid_out(found.b)
+            for to, x in zip(self._added.setdefault(product, new), new):
+                to.copy_(x)
+
+    def over(self, batch: int, nodes: int, tails: int) -> Run:
+        """Return how products of [B * N] rows are run, the last of each tree's nodes noise."""
+
+        def run(product: Product, x: Tensor) -> list[Tensor]:
+            results = product(x)
+            if (added := self._added.get(product)) is not None:
+                a, *parts = added
+                low = F.linear(x.view(batch, nodes, -1)[:, nodes - tails :], a)
+                for y, b in zip(results, parts):
+                    last = y.view(batch, nodes, -1)[:, nodes - tails :]
+                    last.baddbmm_(low, b.T.expand(batch, *b.T.shape))
+            return results
+
+        return run
 
 
 # ---- the pass ------------------------------------------------------------------------------------
@@ -243,7 +310,7 @@ class FusedForward(TransformersForward):
 
     Args:
         fused: the model's.
-        model, attention, fixed: as of :class:`.transformers.TransformersForward`.
+        model, attention, fixed, noise: as of :class:`.transformers.TransformersForward`.
     """
 
     def __init__(
@@ -252,11 +319,18 @@ class FusedForward(TransformersForward):
         model: PreTrainedModel,
         attention: KernelAttention | MaskAttention,
         fixed: int | None = None,
+        noise: NoiseAdapter | None = None,
     ):
-        super().__init__(model, attention, fixed)
+        super().__init__(model, attention, fixed, noise)
         self._fused = fused
+        self._noise_rows = None if noise is None else NoiseRows(fused, noise)
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._positions = 0
+
+    def clear(self) -> None:
+        super().clear()
+        if self._noise_rows is not None:
+            self._noise_rows.refresh()
 
     def check(
         self,
@@ -266,38 +340,43 @@ class FusedForward(TransformersForward):
         offsets: Tensor,
         ancestors: Tensor,
         end: int,
+        tails: int = 0,
     ) -> Tensor:
         self._cache.reach(end)
         if self._cache.capacity > self._positions:  # then the cache moved, too
             self._positions = self._cache.capacity
             self._tables = self._fused.tables(self._positions)
         fused, tree = self._fused, (positions, prefix, offsets, ancestors)
+        run: Run = Product.__call__
+        if tails and self._noise_rows is not None:
+            run = self._noise_rows.over(*tokens.shape, tails)
         h = fused.embedded(tokens.flatten(), positions.flatten())
         x = ops.residual_norm(h, None, 1.0, *_norm(None), *fused.layers[0].attention_norm)
         norms = [layer.attention_norm for layer in fused.layers[1:]] + [fused.norm]
         for layer, stored, norm in zip(fused.layers, self._cache.first(self._cache.end), norms):
-            attended = self._attended(layer, x, stored, *tree)
+            attended = self._attended(layer, x, stored, run, *tree)
             scale, after = layer.plan.residual_scale, (layer.after_attention, layer.after_mlp)
             if layer.plan.parallel:
                 before = ops.residual_norm(h, None, 1.0, *_norm(None), *layer.mlp_norm)
                 ops.residual_norm(h, attended, scale, *after[0], *_norm(None))
             else:
                 before = ops.residual_norm(h, attended, scale, *after[0], *layer.mlp_norm)
-            x = ops.residual_norm(h, layer.mlp(before), scale, *after[1], *norm)
-        return fused.logits(x).view(*tokens.shape, -1)
+            x = ops.residual_norm(h, layer.mlp(before, run), scale, *after[1], *norm)
+        return fused.logits(x, run).view(*tokens.shape, -1)
 
     def _attended(
         self,
         layer: FusedLayer,
         x: Tensor,
         stored: KeysValues,
+        run: Run,
         positions: Tensor,
         prefix: Tensor,
         offsets: Tensor,
         ancestors: Tensor,
     ) -> Tensor:
         """Return what a layer's attention adds to the residual stream, [R, size]."""
-        its, results = layer.plan.attention, layer.qkv(x)
+        its, results = layer.plan.attention, run(layer.qkv, x)
         q, k, v = (heads.view(results, *positions.shape) for heads in layer.heads)
         turned = (None, None) if its.rotary is None else self._tables[its.rotary]
         q = ops.rotary_cache(q, k, v, *stored, prefix, positions, *turned, *layer.head_norms)
@@ -311,5 +390,5 @@ class FusedForward(TransformersForward):
             window=its.window,
             softcap=its.softcap,
         )
-        [y] = layer.out(mixed.view(len(x), -1))
+        [y] = run(layer.out, mixed.view(len(x), -1))
         return y

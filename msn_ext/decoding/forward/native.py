@@ -10,7 +10,9 @@ from torch import Tensor
 from msn_ext import _C
 
 from ..past import KeysValues
+from .adapter import NoiseAdapter
 from .packed import PackedPlan
+from .packed_adapter import packed_adapter
 
 CHUNK = 96
 """Tokens of a text that are computed at once: enough to be limited by arithmetic, few enough to
@@ -23,9 +25,14 @@ class NativeForward:
 
     Rows have no padding in the cache: slot = position. What a row gets does not depend, bit for
     bit, on how many rows, nodes or threads it is computed with.
+
+    Args:
+        packed: the model's.
+        batch: rows.
+        noise: the model's gated adapter; None: it has none.
     """
 
-    def __init__(self, packed: PackedPlan, batch: int):
+    def __init__(self, packed: PackedPlan, batch: int, noise: NoiseAdapter | None = None):
         self._packed, self._vocabulary = packed, packed.head.outputs
         attention = packed.plan.layers[0].attention
         self._heads, self._size = attention.kv_heads, attention.head_size
@@ -39,6 +46,8 @@ class NativeForward:
         self._batch, self._slots = batch, 0
         self._keys = self._values = torch.empty(0, device="cpu")
         self._pass = packed.forward_pass()
+        if noise is not None:
+            self._pass.set_adapter(packed_adapter(packed, noise))
         self._positions = 0
         self._offsets, self._padded = torch.zeros(batch, dtype=torch.int64, device="cpu"), False
 
@@ -155,6 +164,7 @@ class NativeForward:
         offsets: Tensor,
         ancestors: Tensor,
         end: int,
+        tails: int = 0,
     ) -> Tensor:
         self._reserve(end)
         logits = self._logits(*tokens.shape)
@@ -165,6 +175,7 @@ class NativeForward:
             ancestors.contiguous(),
             before.contiguous(),
             logits,
+            tails,
             torch.get_num_threads(),
         )
         return logits

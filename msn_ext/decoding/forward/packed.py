@@ -119,6 +119,7 @@ class PackedPlan:
         self.positions = None if plan.positions is None else self._number(plan.positions)
         self.rotaries: list[tuple[Tensor, Tensor]] = []
         self.rotary_positions = 0
+        self.adapter: tuple | None = None  # :func:`.packed_adapter.packed_adapter`'s
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..adapter import CannotGate, base_modules, base_parameters, is_adapted
 from ..packed_weight import PackedWeight, reading
 from ..plan import NoPlan
 from .parts import ALL_ACTIVATIONS
@@ -31,9 +32,15 @@ def check_computation(model: PreTrainedModel, name: str, device: str) -> None:
         raise NoPlan("there are hooks on the forward of all modules")
     if torch.is_autocast_enabled(device):
         raise NoPlan("autocast is on")
-    modules = list(model.named_modules())
+    try:
+        modules = list(base_modules(model))
+    except CannotGate as reason:
+        raise NoPlan(str(reason)) from None
     for path, module in modules:
         _check_module(path or "the model", module)
+    for path, module in model.named_modules():
+        if is_adapted(module):  # an adapter's layer that is left out; its forward is still called
+            _check_forward(path, module)
     if getattr(model, "hf_quantizer", None) is not None:
         raise NoPlan("its weights are quantised")
     whole = getattr(transformers, name)
@@ -59,11 +66,16 @@ def check_computation(model: PreTrainedModel, name: str, device: str) -> None:
 def _check_module(path: str, module: nn.Module) -> None:
     if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
         raise NoPlan(f"{path} is compiled")
-    # A layer of PEFT's
-    if isinstance(getattr(type(module), "disable_adapters", None), property):
+    if is_adapted(module):
         raise NoPlan(f"{path} has an adapter")
     if parametrize.is_parametrized(module):
         raise NoPlan(f"{path} is parametrised")
+    _check_forward(path, module)
+    if module.training and (rate := _dropout(module)):
+        raise NoPlan(f"{path} is in training mode with a dropout of {rate}")
+
+
+def _check_forward(path: str, module: nn.Module) -> None:
     if "forward" in vars(module):
         raise NoPlan(f"{path} has a forward of its own")
     # transformers' own hooks stay once output_hidden_states was asked for, and change nothing.
@@ -72,8 +84,6 @@ def _check_module(path: str, module: nn.Module) -> None:
         getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in its
     ):
         raise NoPlan(f"{path} has a hook on its forward")
-    if module.training and (rate := _dropout(module)):
-        raise NoPlan(f"{path} is in training mode with a dropout of {rate}")
 
 
 def _dropout(module: nn.Module) -> float:
@@ -86,7 +96,7 @@ def _dropout(module: nn.Module) -> float:
 def check_weights(model: PreTrainedModel, device: torch.device) -> None:
     """Refuse weights that are not plain dense tensors of one floating dtype on one device."""
     dtypes, where = set(), "the CPU" if device.type == "cpu" else str(device)
-    for name, weight in model.named_parameters():
+    for name, weight in base_parameters(model):
         if isinstance(weight, PackedWeight) and not reading():
             raise NoPlan(
                 f"{name} is packed, and the model was changed after msn_ext.prepare(model); call"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
+from ..adapter import base_of
 from ..plan import Attention, Linear, NoPlan, Norm, Rotary
 
 _ACTIVATIONS = {
@@ -58,9 +59,9 @@ def norm(module: Any, offset: float = 0.0) -> Norm:
 
 
 def linear(*modules: Any) -> Linear:
-    """Read linear layers of the same input, to stand one below the other."""
+    """Read linear layers of the same input, to stand one below the other; without adapters."""
     weights, biases = [], []
-    for module in modules:
+    for module in map(base_of, modules):
         if type(module) not in (nn.Linear, Conv1D):
             raise NoPlan(f"a {type(module).__name__} stands where a linear layer is expected")
         weight = _parameter(module, "weight")
