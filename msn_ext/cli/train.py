@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,10 @@ from .loading import load
 from .settings import add_settings, settings_from
 
 SETTINGS, ANSWERS, FIGURES = "settings.json", "answers.jsonl", "figures.json"
+ADVICE = (
+    "before you use it, try --gate, which cannot change what the model says, --self-distill, or a"
+    " lower --learning-rate"
+)
 HELP = "fine-tune a model with noise, so that more of its guesses are right"
 DESCRIPTION = (
     "Fine-tune a model so that it guesses well what it will say next (Make Some Noise):"
@@ -76,15 +81,16 @@ def run(arguments: argparse.Namespace) -> int:
         if "before" not in figures:
             figures["before"] = recipe.measure(recipe.model, evaluated, held)
             folder.keep_figures(figures)
-        print(_table(figures), flush=True)
+        _report(figures)
         if "after" in figures:
             print(f"trained already, in {folder.path}")
             return 0
         trained = recipe.train(samples, figures)
         figures["after"] = recipe.measure(trained, evaluated, held)
+        figures |= recipe.judged(figures)
         figures["seconds"] = round(time.time() - started)
         folder.keep_figures(figures)
-    print(_table(figures))
+    _report(figures)
     print(f"kept in {folder.path}; use it with --model {arguments.output}")
     return 0
 
@@ -205,10 +211,26 @@ class _Recipe:
         return answers
 
     def measure(self, model, samples: list[dict], questions: list) -> dict:
+        import torch
+
         from msn_ext.recipe.metrics import figures
 
-        length = self.noise.length
-        return figures(model, self.tokenizer, samples, questions, length)
+        return figures(
+            model,
+            self.tokenizer,
+            samples,
+            questions,
+            self.noise.length,
+            max_new_tokens=self.sampling.max_new_tokens,
+            dtype=torch.bfloat16 if self.training.bf16 else None,
+        )
+
+    def judged(self, figures: dict) -> dict:
+        """Return what the figures before and after say in words."""
+        from msn_ext.recipe.metrics import damage, verdict
+
+        both = figures["before"], figures["after"]
+        return {"verdict": verdict(*both), "damage": damage(*both)}
 
     def train(self, samples: list[dict], figures: dict):
         """Return the trained model, without an adapter, and add to the figures how it went."""
@@ -291,6 +313,17 @@ def _write(file: Path, content: dict) -> None:
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def _report(figures: dict) -> None:
+    """Print the figures and what they say; damage on standard error."""
+    print(_table(figures), flush=True)
+    if "verdict" in figures:
+        print(figures["verdict"], flush=True)
+    for found in figures.get("damage", ()):
+        print(f"msn: the training damaged the model: {found}", file=sys.stderr)
+    if figures.get("damage"):
+        print(f"msn: {ADVICE}", file=sys.stderr, flush=True)
+
+
 def _table(figures: dict) -> str:
     """Return the figures before and after, a line each."""
     columns = [name for name in ("before", "after") if name in figures]
@@ -313,7 +346,7 @@ def _table(figures: dict) -> str:
     for name in first["MAT"]:
         line(f"tokens a pass, {name}", [figures[c]["MAT"][name] for c in columns], "{:.2f}".format)
     line(
-        "trigrams new to their answer, %",
+        "trigrams new to its own answer, %",
         [100 * figures[c]["new"] for c in columns],
         "{:.0f}".format,
     )

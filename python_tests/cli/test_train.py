@@ -25,6 +25,7 @@ def test_a_model_learns_to_guess(folder, data, tmp_path, capsys):
     assert cli.main(command(folder, data, output, "--epochs", "6")) == 0
     said = capsys.readouterr().out
     assert "56 samples" in said and "4 held out" in said and "tokens a pass, auto@64" in said
+    assert "paid: " in said.splitlines()[-2]
     figures = json.loads((output / "figures.json").read_text())
     before, after = figures["before"], figures["after"]
     assert after["loss"] < 0.8 * before["loss"]
@@ -51,6 +52,21 @@ def test_a_model_learns_to_guess(folder, data, tmp_path, capsys):
     assert json.loads((output / "figures.json").read_text())["after"] == after
     assert cli.main(command(folder, data, output, "--epochs", "7")) == 1
     assert "holds a run with --epochs 6.0, now it is 7.0" in capsys.readouterr().err
+
+
+def test_damage_is_said(folder, data, tmp_path, capsys):
+    """Also where nothing is left to do."""
+    output, options = tmp_path / "out", ["--learning-rate", "5", "--max-steps", "8"]
+    for _ in range(2):
+        assert cli.main(command(folder, data, output, *options)) == 0
+        said = capsys.readouterr()
+        assert "msn: the training damaged the model: " in said.err and "--gate" in said.err
+        assert "paid: " in said.out or "did not pay: " in said.out
+    figures = json.loads((output / "figures.json").read_text())
+    assert figures["verdict"] in said.out and figures["damage"]
+    assert all(found in said.err for found in figures["damage"])
+    before, after = (figures[when]["passes"]["auto@64"] for when in ("before", "after"))
+    assert len(before) == len(after) == 4
 
 
 KEPT = (
