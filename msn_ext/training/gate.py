@@ -104,8 +104,8 @@ def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
     depths = depth[rows, columns]
     clean = before[rows, columns - depths + 1] + depths  # the places that the noise stands for
     cache = DynamicCache()
-    with _base_model(peft):
-        teacher = _logits(
+    with without_adapter(peft):
+        teacher = logits_at(
             model,
             peft,
             clean,
@@ -113,12 +113,12 @@ def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
             0,
             input_ids=ids[:, :width],
             position_ids=positions[:, :width],
-            attention_mask=_part(mask, slice(0, width), slice(0, width)),
+            attention_mask=part_of(mask, slice(0, width), slice(0, width)),
             past_key_values=cache,
             use_cache=True,
             **batch,
         )
-    student = _logits(
+    student = logits_at(
         model,
         peft,
         columns,
@@ -126,7 +126,7 @@ def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
         width,
         input_ids=ids[:, width:],
         position_ids=positions[:, width:],
-        attention_mask=_part(mask, slice(width, None), slice(None)),
+        attention_mask=part_of(mask, slice(width, None), slice(None)),
         past_key_values=cache,
         use_cache=True,
         **batch,
@@ -135,7 +135,7 @@ def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
 
 
 @contextlib.contextmanager
-def _base_model(peft) -> Iterator[None]:
+def without_adapter(peft) -> Iterator[None]:
     """Leave the adapter out, and dropout and gradients, within this context."""
     modes = [(module, module.training) for module in peft.modules()]
     peft.eval()
@@ -147,13 +147,13 @@ def _base_model(peft) -> Iterator[None]:
             module.training = training
 
 
-def _part(mask, queries: slice, keys: slice):
+def part_of(mask, queries: slice, keys: slice):
     if isinstance(mask, dict):
-        return {kind: _part(of, queries, keys) for kind, of in mask.items()}
+        return {kind: part_of(of, queries, keys) for kind, of in mask.items()}
     return mask[:, :, queries, keys]
 
 
-def _logits(model, peft, columns: Tensor, rows: Tensor, begin: int, **inputs) -> Tensor:
+def logits_at(model, peft, columns: Tensor, rows: Tensor, begin: int, **inputs) -> Tensor:
     """Return the logits [n, V] at some rows and columns, of which ``begin`` is the first one of the
     inputs.
     """
@@ -185,6 +185,18 @@ def divergences(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     return found
 
 
+def share_of_step(trainer, losses: Tensor, items) -> Tensor:
+    """Return the share of a batch's losses [n] in the step's mean over all of them, as the trainer
+    divides the loss of a model: by ``items`` of all its batches, where it counts them.
+    """
+    if items is None or not trainer.model_accepts_loss_kwargs:
+        return losses.sum() / max(len(losses), 1)
+    loss = losses.sum() / items
+    if trainer.args.average_tokens_across_devices:
+        loss = loss * trainer.accelerator.num_processes
+    return loss
+
+
 class GatedLoss:
     """The loss of a trainer with a gate, in the place of its own; figures for the log."""
 
@@ -212,22 +224,10 @@ class GatedLoss:
             )
             losses = divergences(found.student, found.teacher, self._divergence)
             self._observe(losses, found)
-            loss = self._scaled(losses, num_items_in_batch)
+            loss = share_of_step(self._trainer, losses, num_items_in_batch)
             return (loss, {"logits": found.student}) if return_outputs else loss
 
         return computed
-
-    def _scaled(self, losses: Tensor, items) -> Tensor:
-        """Return the batch's share of the step's mean over all noise tokens, as the trainer divides
-        the loss of a model: by ``items`` of all its batches, where it counts them.
-        """
-        trainer = self._trainer
-        if items is None or not trainer.model_accepts_loss_kwargs:
-            return losses.sum() / max(len(losses), 1)
-        loss = losses.sum() / items
-        if trainer.args.average_tokens_across_devices:
-            loss = loss * trainer.accelerator.num_processes
-        return loss
 
     def _observe(self, losses: Tensor, found: NoisePass) -> None:
         right = found.teacher.argmax(-1, keepdim=True)
