@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -16,6 +17,10 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What torch says of a checkpoint of which only a part could be written.
+_TORCH = re.compile("PytorchStreamWriter|iostream error|unexpected pos")
 
 
 def cache_root() -> Path:
@@ -64,7 +69,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     unfinished = file.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         unfinished.touch(exist_ok=False)
-        yield unfinished
+        with naming(unfinished):
+            yield unfinished
         if file.exists():
             shutil.copymode(file, unfinished)
         unfinished.replace(file)
@@ -74,3 +80,30 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error  # the name that was asked
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Put the name of the file that is written within this context into an error that there is no
+    room left for it, which has none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NO_ROOM:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def no_room(error: Exception) -> str | None:
+    """Return what an error of Python, safetensors or torch says where it is that there is no room
+    left for a file; None: it is another one.
+    """
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return str(error.strerror) + (f": {error.filename}" if error.filename else "")
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number and int(number[1]) in _NO_ROOM:
+        return os.strerror(int(number[1]))
+    if isinstance(error, RuntimeError) and _TORCH.search(str(error)):
+        return "torch could write a file in part only; is there room left?"
+    return None

@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+from msn_ext.gates import gated_noise
+
 from .common import CommandError, UsageError, one_line
 
 ADAPTER = "adapter_config.json"
@@ -36,7 +38,7 @@ def load(name: str | None, dtype: str | None, device: str | None):
     adapter = local and os.path.isfile(os.path.join(source, ADAPTER))
     with quiet_transformers(bars=not local):  # the bars of a download stay
         try:
-            make = _merged if adapter else AutoModelForCausalLM.from_pretrained
+            make = _with_adapter if adapter else AutoModelForCausalLM.from_pretrained
             model = make(source, dtype=dtype or "auto", trust_remote_code=False)
         except Exception as error:
             raise CommandError(f"--model {name}: {one_line(error)}") from error
@@ -63,13 +65,17 @@ def load_for(arguments: argparse.Namespace):
     return model, tokenizer, device
 
 
-def _merged(source: str, **options):
-    """Return a model with the adapter in a folder, as ``msn train`` leaves it, in its weights."""
+def _with_adapter(source: str, **options):
+    """Return a model with the adapter in a folder, as ``msn train`` leaves it, in its weights; a
+    gated one, which is for the noise alone, stays an adapter.
+    """
     try:
         from peft import AutoPeftModelForCausalLM
     except ImportError as error:
         raise CommandError("an adapter; to load it: pip install peft") from error
-    return AutoPeftModelForCausalLM.from_pretrained(source, **options).merge_and_unload()
+    model = AutoPeftModelForCausalLM.from_pretrained(source, **options)
+    gated = any(gated_noise(config) for config in model.peft_config.values())
+    return model if gated else model.merge_and_unload()
 
 
 def load_tokenizer(name: str | None):

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from msn_ext.paths import replacing
-from msn_ext.recipe.settings import NoiseSettings, SampleSettings, TrainSettings
+from msn_ext.paths import no_room, replacing
+from msn_ext.recipe.settings import (
+    NoiseSettings,
+    SampleSettings,
+    TrainSettings,
+    check_gate,
+    options,
+)
 
-from .common import CommandError, add_device_option, one_line
+from .common import CommandError, UsageError, add_device_option, one_line
 from .loading import load
 from .settings import add_settings, settings_from
 
@@ -59,6 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     from msn_ext.terminal import quiet_transformers
 
     _check_machine(arguments)
+    try:
+        check_gate(vars(arguments), _option)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     sampling = settings_from(arguments, SampleSettings())
     noise = settings_from(arguments, NoiseSettings())
     training = settings_from(arguments, TrainSettings())
@@ -69,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = _Recipe(arguments, sampling, noise, training, folder, model, tokenizer)
     learned, held = recipe.split(conversations)
     started = time.time()
-    with quiet_transformers():
+    with quiet_transformers(), _room_in(arguments.output):
         samples, evaluated = recipe.samples(learned, held)
         folder.keep_settings()
         labels = sum(label >= 0 for sample in samples for label in sample["labels"])
@@ -91,8 +103,29 @@ def run(arguments: argparse.Namespace) -> int:
         figures["seconds"] = round(time.time() - started)
         folder.keep_figures(figures)
     _report(figures)
-    print(f"kept in {folder.path}; use it with --model {arguments.output}")
+    what = ""
+    if noise.gate:
+        print("text: the base model's, whose logits are what they were; after noise: the adapter's")
+        what = ", a gated adapter, which stays beside the model"
+    print(f"kept in {folder.path}{what}; use it with --model {arguments.output}")
     return 0
+
+
+@contextlib.contextmanager
+def _room_in(output: str) -> Iterator[None]:
+    """Name the option where the disk is full; what was written whole is resumed from."""
+    try:
+        yield
+    except Exception as error:
+        if (why := no_room(error)) is None:
+            raise
+        raise CommandError(
+            f"--output {output}: {why}; with room there, the same command goes on"
+        ) from error
+
+
+def _option(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
 
 
 def _check_machine(arguments: argparse.Namespace) -> None:
@@ -213,8 +246,11 @@ class _Recipe:
     def measure(self, model, samples: list[dict], questions: list) -> dict:
         import torch
 
+        from msn_ext.recipe.gated import gated_figures
         from msn_ext.recipe.metrics import figures
 
+        if self.noise.gate:
+            return gated_figures(model, self.tokenizer, samples, self.noise)
         return figures(
             model,
             self.tokenizer,
@@ -226,16 +262,25 @@ class _Recipe:
         )
 
     def judged(self, figures: dict) -> dict:
-        """Return what the figures before and after say in words."""
+        """Return what the figures before and after say in words, and with a gate those of the text,
+        which is the base model's and was measured once.
+        """
         from msn_ext.recipe.metrics import damage, verdict
 
-        both = figures["before"], figures["after"]
-        return {"verdict": verdict(*both), "damage": damage(*both)}
+        before, after = figures["before"], figures["after"]
+        if self.noise.gate:
+            text = {name: before[name] for name in ("loss", "accuracy", "tokens")}
+            return {"after": after | text}
+        return {"verdict": verdict(before, after), "damage": damage(before, after)}
 
     def train(self, samples: list[dict], figures: dict):
-        """Return the trained model, without an adapter, and add to the figures how it went."""
+        """Return the trained model, without an adapter unless that is gated, and add to the figures
+        how it went.
+        """
+        from msn_ext.recipe.gated import TextCheck
         from msn_ext.recipe.train import train
 
+        text = TextCheck(self.model, samples[0]) if self.noise.gate else None
         begun = time.time()
         model, log = train(
             self.model,
@@ -247,7 +292,9 @@ class _Recipe:
         )
         figures["training seconds"] = round(time.time() - begun)
         figures["log"] = log
-        if hasattr(model, "merge_and_unload"):
+        if text is not None:
+            text.confirm(model)
+        elif hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload()
         return model.eval()
 
@@ -279,15 +326,14 @@ class _Folder:
         """
         from msn_ext.recipe.train import last_checkpoint
 
-        file = self.path / SETTINGS
-        before = json.loads(file.read_text()) if file.exists() else self._settings
+        before = self._kept() or self._settings
         needed = set(before) | set(self._settings)
         if last_checkpoint(self.path) is None:
             answered = (self.path / ANSWERS).exists()
             needed = {"model", "max_new_tokens", "bf16"} if answered else set()
         for name in sorted(needed):
             if before.get(name) != self._settings.get(name):
-                option = name if " " in name else "--" + name.replace("_", "-")
+                option = name if " " in name else _option(name)
                 raise CommandError(
                     f"--output {self.path} holds a run with {option} {before.get(name)}, now it is"
                     f" {self._settings.get(name)}; expected the same settings, or another folder"
@@ -296,10 +342,21 @@ class _Folder:
     def keep_settings(self) -> None:
         """Write the settings, once there is something to resume; forget figures of others."""
         self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / SETTINGS
-        if file.exists() and json.loads(file.read_text()) != self._settings:
+        if (kept := self._kept()) and kept != self._settings:
             self._figures.unlink(missing_ok=True)
-        _write(file, self._settings)
+        _write(self.path / SETTINGS, self._settings)
+
+    def _kept(self) -> dict | None:
+        """Return the settings of the run that the folder holds, if any; one that they lack, since
+        they are of a version before it, has its default.
+        """
+        file = self.path / SETTINGS
+        if not file.exists():
+            return None
+        kinds = (SampleSettings(), NoiseSettings(), TrainSettings())
+        defaults = {f.name: f.default for kind in kinds for f, _ in options(kind)}
+        known = {name: x for name, x in defaults.items() if name in self._settings}
+        return known | json.loads(file.read_text())
 
     def figures(self) -> dict:
         return json.loads(self._figures.read_text()) if self._figures.exists() else {}
@@ -337,17 +394,21 @@ def _table(figures: dict) -> str:
     line("next token right, %", [100 * figures[c]["accuracy"] for c in columns], "{:.1f}".format)
     for kind, title in (
         ("top1", "right after {} noise tokens, %"),
+        ("top8", "among eight after {}, %"),
         ("top10", "among ten after {}, %"),
     ):
+        if any(kind not in figures[c] for c in columns):  # of a version before
+            continue
         for at in range(len(first[kind])):
             line(
                 title.format(at + 1), [100 * figures[c][kind][at] for c in columns], "{:.1f}".format
             )
-    for name in first["MAT"]:
+    for name in first.get("MAT", ()):  # none of a gated adapter
         line(f"tokens a pass, {name}", [figures[c]["MAT"][name] for c in columns], "{:.2f}".format)
-    line(
-        "trigrams new to its own answer, %",
-        [100 * figures[c]["new"] for c in columns],
-        "{:.0f}".format,
-    )
+    if "new" in first:
+        line(
+            "trigrams new to its own answer, %",
+            [100 * figures[c]["new"] for c in columns],
+            "{:.0f}".format,
+        )
     return "\n".join(lines)

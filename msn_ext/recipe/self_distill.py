@@ -11,6 +11,7 @@ import torch
 
 from msn_ext.generation import generate
 from msn_ext.jsonl import whole_rows
+from msn_ext.paths import naming
 from msn_ext.terminal import progress_bar
 from msn_ext.training.data import Conversation, prompt_ids
 
@@ -43,6 +44,7 @@ def self_distill(
     order = sorted(missing, key=lambda key: len(prompts[key]))
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
+        naming(path),
         open(path, "a", encoding="utf-8") as file,
         progress_bar(
             total=len(questions),

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,6 +88,40 @@ class Settings:
                 found.check(f.name, value)
 
 
+BESIDE_GATE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "layout": (
+        lambda layout: layout == "branch",
+        "the text beside the noise teaches it; expected branch",
+    ),
+    "content": (
+        lambda content: content != "self",
+        "noise is what the untouched model would have to guess; expected another one",
+    ),
+    "noise_weight": (
+        lambda weight: weight is None,
+        "noise alone is learned; leave it out",
+    ),
+    "lora_rank": (lambda rank: rank > 0, "an adapter is what is gated; expected 1 or more"),
+}
+"""Which values of other settings go with a gate, and why no others."""
+
+
+def check_gate(settings: Mapping[str, Any], name: Callable[[str], str] = str) -> None:
+    """Raise ValueError where settings do not go with ``gate``, or need it.
+
+    Args:
+        settings: some or all of the fields of :class:`NoiseSettings` and :class:`TrainSettings`.
+        name: of a setting, as the message shall have it.
+    """
+    if not settings["gate"]:
+        if settings["curriculum"]:
+            raise ValueError(f"{name('curriculum')} needs {name('gate')}")
+        return
+    for setting, (fits, why) in BESIDE_GATE.items():
+        if setting in settings and not fits(value := settings[setting]):
+            raise ValueError(f"{name('gate')} does not go with {name(setting)} {value}: {why}")
+
+
 @dataclass(frozen=True)
 class SampleSettings(Settings):
     """Settings of the samples: the conversations they are made of, and whose answers they hold."""
@@ -108,6 +142,7 @@ class NoiseSettings(Settings):
         segments: None: 24 branches, or one segment in place.
         gate: the adapter is for the noise alone (:func:`msn_ext.add_noise`), in branches; labels
             have no weight.
+        curriculum: with ``gate``, segments grow from 1 token to ``length``.
         noise_weight: a tenth of it in the last third of the steps, so that what the model says on
             clean text settles. None: 0.3 for branches; in place 1 throughout, as the paper.
         content: of :class:`msn_ext.NoisyCollator`, or "mask": the tokenizer's padding throughout.
@@ -122,6 +157,7 @@ class NoiseSettings(Settings):
         "kl", ("kl", "tv", "both"), "of the noise from the untouched model, with --gate"
     )
     length: int = option(4, whole(1, 64), "noise tokens of a segment", "N")
+    curriculum: bool = option(False, bool, "segments grow from 1 token to --length, with --gate")
     segments: int | None = option(
         None,
         whole(1, 256),
@@ -143,10 +179,7 @@ class NoiseSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gate and self.layout != "branch":
-            raise ValueError(
-                f"gate and layout={self.layout!r} do not go together; expected layout='branch'"
-            )
+        check_gate(vars(self))
 
     def of_collator(self, mask: int) -> dict[str, Any]:
         """Return the settings of :class:`msn_ext.NoisyCollator`, all but the seed.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -17,7 +19,7 @@ from msn_ext.training import add_noise
 from msn_ext.training.data import Collate
 
 from .samples import pad_of
-from .settings import NoiseSettings, TrainSettings
+from .settings import NoiseSettings, TrainSettings, check_gate
 
 
 def train(
@@ -44,8 +46,7 @@ def train(
         raise ValueError(
             "samples is empty; expected conversations with answers that fit into the length"
         )
-    if noise.gate and not settings.lora_rank:
-        raise ValueError("gate needs an adapter, but lora_rank is 0; expected 1 or more")
+    check_gate(vars(noise) | vars(settings))
     if settings.lora_rank:
         model = _with_adapter(model, settings)
     trainer = _Trainer(
@@ -61,13 +62,32 @@ def train(
     if noise.layout != "none":
         collating = noise.of_collator(pad_of(tokenizer)) | {"seed": settings.seed}
         if noise.gate:
-            add_noise(trainer, gate=True, divergence=noise.divergence, **collating)
+            collating |= {"divergence": noise.divergence, "curriculum": noise.curriculum}
+            add_noise(trainer, gate=True, **collating)
         else:
             add_noise(trainer, loss_weights=noise.loss_weights(), **collating)
-    trainer.train(resume_from_checkpoint=last_checkpoint(output))
-    trainer.save_model(str(output))
-    tokenizer.save_pretrained(str(output))
+    checkpoint = last_checkpoint(output)
+    if checkpoint and (state := _state(checkpoint)).global_step >= state.max_steps:
+        # Where all steps are done within an epoch, the Trainer would take another one.
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    _save(trainer, tokenizer, output)
     return model, trainer.state.log_history
+
+
+def _save(trainer, tokenizer, output: Path) -> None:
+    """Write the model and its tokenizer; files in ``output`` are whole."""
+    unfinished = output / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        trainer.save_model(str(unfinished))
+        tokenizer.save_pretrained(str(unfinished))
+        for file in unfinished.iterdir():
+            file.replace(output / file.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _with_adapter(model, settings: TrainSettings):
@@ -96,7 +116,8 @@ def _training_arguments(model, output: Path, settings: TrainSettings) -> Trainin
         learning_rate=settings.rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
-        logging_steps=5,
+        # A log at every checkpoint: the next one is of the same steps in a resumed run.
+        logging_steps=math.gcd(5, settings.save_steps),
         save_steps=settings.save_steps,
         save_total_limit=2,
         disable_tqdm=True,
@@ -165,6 +186,10 @@ class _Bar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._bar.close()
+
+
+def _state(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
 
 def last_checkpoint(output: Path) -> str | None:

@@ -32,6 +32,7 @@ def add_noise(
     loss_weights: Weights | Callable[[float], Weights] = PLAIN,
     gate: bool = False,
     divergence: str = "kl",
+    curriculum: bool = False,
     teacher: str | None = None,
     **settings,
 ):
@@ -61,6 +62,8 @@ def add_noise(
             the likeliest eight). The adapter's folder says that it is gated.
         divergence: with ``gate`` or a teacher, of a distribution from the teacher's: ``"kl"``
             (Kullback-Leibler), ``"tv"`` (total variation), ``"both"`` (their sum).
+        curriculum: with ``gate``, segments have 1, 2, … ``length`` tokens in equal shares of the
+            steps.
         teacher: ``"base"``: without a gate, every label's place learns what a PEFT model says there
             of the clean text without its adapter, not the label: the adapter learns to guess after
             noise, and on clean text it is held to what was said before. One more pass over the
@@ -91,14 +94,13 @@ def add_noise(
         raise ValueError("trainer has noise already: its data_collator is a NoisyCollator")
     if gate:
         _check_gated(trainer, loss_weights, divergence, teacher, settings)
+    elif curriculum:
+        raise ValueError("curriculum is True; expected False, or gate=True beside it")
     elif teacher is not None:
         check_teacher(trainer.model, teacher, divergence, settings)
     weighed = callable(loss_weights) or _check(loss_weights) != PLAIN
-    if weighed and teacher is None and (own := _own_loss(trainer)):
-        raise ValueError(
-            f"loss_weights weigh plain cross-entropy, but the trainer has {own}; "
-            "leave them at (1, 1)"
-        )
+    if weighed and teacher is None:
+        _check_weighable(trainer)
     inner = trainer.data_collator
     noisy = NoisyCollator(inner, config=trainer.model.config, **settings)
     if noisy.layout == "branch" and getattr(
@@ -115,9 +117,7 @@ def add_noise(
     for name in ("get_eval_dataloader", "get_test_dataloader"):
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
     if gate:
-        for name in trainer.model.active_adapters:
-            mark_gated(trainer.model.peft_config[name], noisy.length, noisy.content)
-        trainer.noise = GatedLoss(trainer, noisy, divergence)
+        trainer.noise = _gated_loss(trainer, noisy, divergence, curriculum)
     elif teacher is not None:
         weights = _weights_of_step(trainer, loss_weights)
         trainer.noise = TaughtLoss(trainer, noisy, divergence, weights)
@@ -160,6 +160,16 @@ def _check_gated(trainer, loss_weights, divergence: str, teacher, settings: dict
         )
 
 
+def _gated_loss(trainer, noisy: NoisyCollator, divergence: str, curriculum: bool) -> GatedLoss:
+    """Return the loss of a trainer whose adapters, from now on, say that they are gated."""
+    for name in trainer.model.active_adapters:
+        mark_gated(trainer.model.peft_config[name], noisy.length, noisy.content)
+    loss = GatedLoss(trainer, noisy, divergence)
+    if curriculum:
+        trainer.get_batch_samples = loss.growing(trainer.get_batch_samples)
+    return loss
+
+
 def _why_not_causal(model) -> str | None:
     """Return why a model does not predict each next token from those before; None: it does, as far
     as it says.
@@ -173,6 +183,15 @@ def _why_not_causal(model) -> str | None:
     if getattr(config, "is_decoder", True) is False:
         return "which looks at the tokens after, too, as config.is_decoder is False"
     return None
+
+
+def _check_weighable(trainer) -> None:
+    """Raise ValueError where a trainer's loss is not plain cross-entropy."""
+    if own := _own_loss(trainer):
+        raise ValueError(
+            f"loss_weights weigh plain cross-entropy, but the trainer has {own}; "
+            "leave them at (1, 1)"
+        )
 
 
 def _own_loss(trainer) -> str | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from msn_ext.gates import gated_noise
 from msn_ext.terminal import progress_bar
 
 from .collator import NoisyCollator
+from .gate import AMONG, noise_pass
 from .layouts import NO_LABEL, unmark
 
 SEGMENTS = 12
@@ -23,14 +26,15 @@ class NoiseAccuracy:
     Attributes:
         loss: mean cross-entropy of the responses' tokens after clean text, natural logarithm.
         accuracy: share of these that were the likeliest.
-        top1, top10: after 1, 2, … noise tokens, the share of right tokens among the likeliest 1
-            and 10.
+        top1, top8, top10: after 1, 2, … noise tokens, the share of right tokens among the likeliest
+            1, 8 and 10.
         tokens: labels after clean text.
     """
 
     loss: float
     accuracy: float
     top1: list[float]
+    top8: list[float]
     top10: list[float]
     tokens: int
 
@@ -42,6 +46,7 @@ def noise_accuracy(
     collate,
     *,
     length: int = 4,
+    content: str | int = "ahead",
     batch_size: int = 4,
     progress: bool = True,
 ) -> NoiseAccuracy:
@@ -49,20 +54,21 @@ def noise_accuracy(
 
     Args:
         model: where it takes the branch layout, up to 12 segments of a sample are asked about in
-            one pass; where not, one in place, in a pass of its own.
+            one pass; where not, one in place, in a pass of its own. An active adapter that is gated
+            (:mod:`msn_ext.gates`) has part in the noise alone.
         samples: ``input_ids`` and ``labels``, held out from training.
         collate: makes a batch of them.
-        length: noise tokens of a segment.
+        length, content: of the noise, as :class:`NoisyCollator` has them, all but "self".
     """
+    noise = dict(length=length, content=content, seed=0, config=model.config)
     try:
-        noisy = NoisyCollator(
-            collate, length=length, segments=SEGMENTS, layout="branch", seed=0, config=model.config
-        )
+        noisy = NoisyCollator(collate, segments=SEGMENTS, layout="branch", **noise)
     except ValueError:
-        noisy = NoisyCollator(collate, length=length, seed=0)
+        noisy = NoisyCollator(collate, **noise)
     noisy.annotate = True
-    # After 0, 1, … noise tokens: labels, right ones, right among ten; and the loss after none.
-    counts, loss = torch.zeros(length + 1, 3, dtype=torch.float64), 0.0
+    asked = _ask_gated if _is_gated(model) else _ask
+    # After 0, 1, … noise tokens: labels, right ones, right among so many; and the loss after none.
+    counts, loss = torch.zeros(length + 1, 4, dtype=torch.float64), 0.0
     training = model.training
     model.eval()
     try:
@@ -70,11 +76,7 @@ def noise_accuracy(
         for at in progress_bar(
             starts, desc="evaluation", unit="batch", leave=False, disable=not progress
         ):
-            for batch, depth in _passes(noisy, samples[at : at + batch_size], model.device):
-                labels, depth = batch.pop("labels")[:, 1:], depth[:, :-1]
-                live = (labels != NO_LABEL) & (depth >= 0)
-                logits = model(**batch).logits[:, :-1][live].float()
-                right, depth = labels[live], depth[live]
+            for logits, right, depth in asked(model, noisy, samples[at : at + batch_size]):
                 counts += _counts(logits, right, depth, length)
                 clean = depth == 0
                 loss += float(
@@ -87,10 +89,44 @@ def noise_accuracy(
     return NoiseAccuracy(
         loss=loss / max(tokens, 1),
         accuracy=shares[0][0],
-        top1=[top1 for top1, _ in shares[1:]],
-        top10=[top10 for _, top10 in shares[1:]],
+        top1=[share for share, _, _ in shares[1:]],
+        top8=[share for _, share, _ in shares[1:]],
+        top10=[share for _, _, share in shares[1:]],
         tokens=tokens,
     )
+
+
+Asked = tuple[Tensor, Tensor, Tensor]
+"""Logits, float32 [n, V], before labels; the labels and how many noise tokens stand right before
+them, int64 [n] each.
+"""
+
+
+def _ask(model, noisy: NoisyCollator, samples: list[dict]) -> Iterator[Asked]:
+    """Ask a model about a batch, text and noise alike."""
+    for batch, depth in _passes(noisy, samples, model.device):
+        labels, depth = batch.pop("labels")[:, 1:], depth[:, :-1]
+        live = (labels != NO_LABEL) & (depth >= 0)
+        yield model(**batch).logits[:, :-1][live].float(), labels[live], depth[live]
+
+
+def _is_gated(model) -> bool:
+    names = getattr(model, "active_adapters", ()) if hasattr(model, "disable_adapter") else ()
+    return any(gated_noise(model.peft_config[name]) for name in names)
+
+
+def _ask_gated(model, noisy: NoisyCollator, samples: list[dict]) -> Iterator[Asked]:
+    """Ask the base model about the text of a batch, and its adapter about the noise."""
+    batch = {name: x.to(model.device) for name, x in noisy(samples).items()}
+    labels, depth = batch["labels"][:, 1:], batch["noise_depth"][:, :-1]
+    live = labels != NO_LABEL
+    text = live & (depth == 0)
+    found = noise_pass(model, model, batch, noisy.config, noisy.length, text=text.nonzero())
+    yield found.text.float(), labels[text], depth[text]
+    rows, columns = (depth > 0).nonzero(as_tuple=True)
+    known = live[rows, columns]
+    rows, columns = rows[known], columns[known]
+    yield found.student[known].float(), labels[rows, columns], depth[rows, columns]
 
 
 def _passes(noisy: NoisyCollator, samples: list[dict], device) -> list[tuple[dict, Tensor]]:
@@ -107,10 +143,13 @@ def _passes(noisy: NoisyCollator, samples: list[dict], device) -> list[tuple[dic
 
 
 def _counts(logits: Tensor, right: Tensor, depth: Tensor, length: int) -> Tensor:
-    """Count per depth: labels, right ones, right ones among the likeliest ten."""
+    """Count per depth: labels, right ones, right ones among the likeliest :data:`AMONG` and
+    :data:`TOP`.
+    """
     best = logits.topk(min(TOP, logits.shape[-1]), -1).indices == right[:, None]
-    found = torch.stack([torch.ones_like(best[:, 0]), best[:, 0], best.any(1)], 1).cpu().double()
-    return torch.zeros(length + 1, 3, dtype=torch.float64).index_add(0, depth.cpu(), found)
+    kinds = [torch.ones_like(best[:, 0]), best[:, 0], best[:, :AMONG].any(1), best.any(1)]
+    found = torch.stack(kinds, 1).cpu().double()
+    return torch.zeros(length + 1, 4, dtype=torch.float64).index_add(0, depth.cpu(), found)
 
 
 def new_trigrams(answers: list[list[int]]) -> float:

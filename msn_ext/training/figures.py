@@ -11,11 +11,16 @@ class Figures:
 
     def __init__(self, trainer):
         self._trainer = trainer
-        self.forget()
+        self.begin()
 
-    def forget(self) -> None:
-        self._here: Tensor | None = None  # float32 [n], of this process
-        self._all: list[float] | None = None
+    def begin(self, sums: list[float] | None = None) -> None:
+        """Begin with what :meth:`pending` gave before a break; None: with nothing."""
+        self._here: Tensor | None = None  # float32 [n], of this process, not yet summed up
+        self._all = sums
+
+    def pending(self) -> list[float] | None:
+        """Return what was summed up and not read yet."""
+        return self._all
 
     @torch.no_grad()
     def add(self, parts: list[Tensor]) -> None:
@@ -26,7 +31,8 @@ class Figures:
     def sum_up(self) -> None:
         """Add up what the processes have; all of them call it together, after a step."""
         if self._here is not None:
-            self._all = self._trainer.accelerator.reduce(self._here, "sum").tolist()
+            found = self._trainer.accelerator.reduce(self._here, "sum").tolist()
+            self._all = [a + b for a, b in zip(self._all or [0.0] * len(found), found)]
         self._here = None
 
     def read(self) -> list[float] | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .collator import NoisyCollator
 from .figures import Figures
-from .layouts import ANNOTATIONS, branch_mask
+from .layouts import ANNOTATIONS, branch_mask, shorten
 
 DIVERGENCES = ("kl", "tv", "both")
 AMONG = 8  # guesses that decoding keeps of a row
@@ -74,15 +74,22 @@ def _why_not(config) -> str | None:
 
 
 class NoisePass(NamedTuple):
-    """What a batch of branches gave: the logits [n, V] of the base model at the clean text and of
-    the model with its adapter at the noise in its place, for every noise token.
+    """What a batch of branches gave.
+
+    Attributes:
+        teacher, student: for every noise token the logits [n, V] of the base model at the clean
+            text, and of the model with its adapter at the noise in its place.
+        text: logits [m, V] of the base model at places of the text that were asked for.
     """
 
     teacher: Tensor
     student: Tensor
+    text: Tensor
 
 
-def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
+def noise_pass(
+    model, peft, batch: dict, config, length: int, text: Tensor | None = None
+) -> NoisePass:
     """Compute a batch of branches in two parts.
 
     Args:
@@ -91,6 +98,7 @@ def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
         batch: of :func:`.layouts.branch`; the annotations are taken out of it.
         config: of the model's text.
         length: of the longest branch, or more.
+        text: places of the text whose logits are asked for, too, int64 [m, 2]: rows and columns.
     """
     from transformers import DynamicCache  # a data loader's workers would wait for it
 
@@ -103,13 +111,14 @@ def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
     width = int(columns.min()) if len(columns) else ids.shape[1] - 1  # of the clean text
     depths = depth[rows, columns]
     clean = before[rows, columns - depths + 1] + depths  # the places that the noise stands for
+    asked = rows.new_zeros(0, 2) if text is None else text
     cache = DynamicCache()
     with without_adapter(peft):
-        teacher = logits_at(
+        base = logits_at(
             model,
             peft,
-            clean,
-            rows,
+            torch.cat([clean, asked[:, 1]]),
+            torch.cat([rows, asked[:, 0]]),
             0,
             input_ids=ids[:, :width],
             position_ids=positions[:, :width],
@@ -131,7 +140,7 @@ def noise_pass(model, peft, batch: dict, config, length: int) -> NoisePass:
         use_cache=True,
         **batch,
     )
-    return NoisePass(teacher, student)
+    return NoisePass(base[: len(rows)], student, base[len(rows) :])
 
 
 @contextlib.contextmanager
@@ -203,6 +212,23 @@ class GatedLoss:
     def __init__(self, trainer, collator: NoisyCollator, divergence: str):
         self._trainer, self._collator, self._divergence = trainer, collator, divergence
         self.figures = Figures(trainer)  # divergence, tokens, right ones, right among AMONG
+
+    def growing(self, get_batch_samples):
+        """Return ``get_batch_samples`` of a trainer, with segments of 1, 2, … ``length`` tokens in
+        equal shares of its steps.
+
+        Batches are shortened here, where the step that they are of is known (a data loader works
+        ahead) and the trainer counts their labels.
+        """
+
+        @functools.wraps(get_batch_samples)
+        def taken(epoch_iterator, *args, **kwargs):
+            state, longest = self._trainer.state, self._collator.length
+            grown = 1 + longest * state.global_step // max(state.max_steps, 1)
+            cut = functools.partial(shorten, length=min(grown, longest))
+            return get_batch_samples(map(cut, epoch_iterator), *args, **kwargs)
+
+        return taken
 
     def around(self, compute_loss):
         """Return ``compute_loss`` of a trainer for annotated batches; others stay as they are."""

@@ -286,6 +286,32 @@ def _masks(sees: Tensor, positions: Tensor, config) -> Tensor | dict[str, Tensor
     return {kind: form(near if kind == "sliding_attention" else sees) for kind in sorted(kinds)}
 
 
+def shorten(batch: dict, length: int) -> dict:
+    """Return an annotated batch of branches whose labels are :func:`labels_of_noise`, with the
+    first ``length`` tokens of every branch alone.
+    """
+    depth = batch["noise_depth"]
+    if int(depth.max()) <= length:
+        return batch
+    column = torch.arange(depth.shape[1], device=depth.device).expand_as(depth)
+    first = torch.where(depth > 0, column, depth.shape[1]).amin()  # the first column of noise
+    kept = (column < first) | ((depth > 0) & (depth <= length))
+    # What is kept moves to the front, and one column of padding still ends the row.
+    order = (~kept).long().argsort(dim=1, stable=True)[:, : int(kept.sum(1).max()) + 1]
+    live = kept.gather(1, order)
+    short = {
+        name: torch.where(live, x.gather(1, order), -1 if name == "noise_before" else 0)
+        if getattr(x, "shape", None) == depth.shape
+        else x
+        for name, x in batch.items()
+    }
+    depth = short["noise_depth"]
+    # Within its branch a token stands right behind the one before.
+    column = column[:, : depth.shape[1]]
+    short["noise_before"] = torch.where(depth > 1, column - 1, short["noise_before"])
+    return short | {"labels": labels_of_noise(depth)}
+
+
 def labels_of_noise(depth: Tensor) -> Tensor:
     """Return labels that say nothing but how many noise tokens a batch has, which a trainer counts
     them by: int64 [B, T'], one column after each token.

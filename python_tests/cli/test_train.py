@@ -73,6 +73,7 @@ KEPT = (
     "model data samples self_distill max_new_tokens layout length segments content noise_weight"
     " lora_rank learning_rate epochs max_steps batch_size max_length held_out bf16 seed"
 )
+LATER = {"gate", "divergence", "curriculum"}
 
 
 def test_a_folder_names_settings_as_it_always_has(folder, data, tmp_path):
@@ -80,8 +81,24 @@ def test_a_folder_names_settings_as_it_always_has(folder, data, tmp_path):
     output = tmp_path / "out"
     assert cli.main(command(folder, data, output, "--max-steps", "1", "--segments", "7")) == 0
     kept = json.loads((output / "settings.json").read_text())
-    assert set(kept) == {*KEPT.split(), "gate", "divergence", "content of --data"}
+    assert set(kept) == {*KEPT.split(), *LATER, "content of --data"}
     assert kept["segments"] == 7 and kept["noise_weight"] is None and kept["data"] == [data]
+
+
+def test_a_run_of_a_version_before_some_settings_is_resumed(folder, data, tmp_path, capsys):
+    """What its folder does not name has its default; figures are not forgotten."""
+    output, options = tmp_path / "out", ["--max-steps", "1"]
+    assert cli.main(command(folder, data, output, *options)) == 0
+    settings, figures = (output / name for name in ("settings.json", "figures.json"))
+    kept = json.loads(settings.read_text())
+    settings.write_text(json.dumps({name: x for name, x in kept.items() if name not in LATER}))
+    before = figures.read_bytes()
+    assert cli.main(command(folder, data, output, *options)) == 0
+    assert "trained already" in capsys.readouterr().out and figures.read_bytes() == before
+    assert json.loads(settings.read_text()) == kept
+    settings.write_text(json.dumps({name: x for name, x in kept.items() if name not in LATER}))
+    assert cli.main(command(folder, data, output, *options, "--divergence", "tv")) == 1
+    assert "holds a run with --divergence kl, now it is tv" in capsys.readouterr().err
 
 
 def test_what_went_wrong_may_be_corrected(folder, data, tmp_path, capsys, monkeypatch):
@@ -270,11 +287,23 @@ def test_wrong_data_is_one_line(folder, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists(), "the corrected command is not refused"
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, data, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "more, names",
+    [
+        (["--max-steps", "120"], ("clean_loss", "noise_loss", "noise_accuracy")),
+        (
+            ["--max-steps", "60", "--gate", "--curriculum", "--content", "mask"],
+            ("noise_loss", "noise_accuracy", "noise_accuracy_8"),
+        ),
+    ],
+    ids=["branch", "gate"],
+)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, data, tmp_path, capsys, more, names):
     """Kill -9 after a checkpoint: in another process, the same losses from there on as in a run
     without a break.
     """
-    options = ["--max-steps", "120", "--save-steps", "15"]
+    options = ["--save-steps", "7", *more]
+    steps = int(more[1])
 
     def finish(output):
         with one_thread():
@@ -295,7 +324,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, data, tmp_path, caps
     )
     until = time.time() + 200
     while (
-        not (broken / "checkpoint-15" / "trainer_state.json").exists()
+        not (broken / "checkpoint-7" / "trainer_state.json").exists()
         and process.poll() is None
         and time.time() < until
     ):
@@ -304,13 +333,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, data, tmp_path, caps
     process.wait()
     assert not (broken / "adapter_model.safetensors").exists(), "it was killed too late"
     cut_off = broken / "checkpoint-9999"  # killed while it was being written
-    shutil.copytree(broken / "checkpoint-15", cut_off)
+    shutil.copytree(broken / "checkpoint-7", cut_off)
     state = (cut_off / "trainer_state.json").read_text()
     (cut_off / "trainer_state.json").write_text(state[: len(state) // 2])
     found, expected = finish(broken), finish(tmp_path / "whole")
-    assert list(found) == list(expected) == list(range(5, 125, 5))
+    assert list(found) == list(expected) == list(range(1, steps + 1))
     for step, log in expected.items():
-        for name in ("loss", "clean_loss", "noise_loss", "noise_accuracy"):
-            # In the log that goes from the last checkpoint on, means since it cover fewer steps.
-            if step % 15 != 0 or name == "loss":
-                assert found[step][name] == pytest.approx(log[name], abs=1e-6), (step, name)
+        for name in ("loss", *names):
+            assert found[step][name] == pytest.approx(log[name], abs=1e-6), (step, name)
