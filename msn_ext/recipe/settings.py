@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SEGMENTS = {"branch": 24, "replace": 1, "none": 1}
 GATED_SEGMENTS = 32
 NOISE_WEIGHT, SETTLING = 0.3, 2 / 3
-LORA_RATE, FULL_RATE = 1e-3, 2e-5
+LORA_RATE, TAUGHT_RATE, FULL_RATE = 1e-3, 3e-4, 2e-5
 
 
 class Numbers(NamedTuple):

@@ -98,9 +98,7 @@ def add_noise(
         raise ValueError("curriculum is True; expected False, or gate=True beside it")
     elif teacher is not None:
         check_teacher(trainer.model, teacher, divergence, settings)
-    weighed = callable(loss_weights) or _check(loss_weights) != PLAIN
-    if weighed and teacher is None:
-        _check_weighable(trainer)
+    _check_weights(trainer, loss_weights, teacher)
     inner = trainer.data_collator
     noisy = NoisyCollator(inner, config=trainer.model.config, **settings)
     if noisy.layout == "branch" and getattr(
@@ -185,9 +183,10 @@ def _why_not_causal(model) -> str | None:
     return None
 
 
-def _check_weighable(trainer) -> None:
-    """Raise ValueError where a trainer's loss is not plain cross-entropy."""
-    if own := _own_loss(trainer):
+def _check_weights(trainer, loss_weights, teacher) -> None:
+    """Raise ValueError where weights are wrong, or weigh another loss than plain cross-entropy."""
+    weighed = callable(loss_weights) or _check(loss_weights) != PLAIN
+    if weighed and teacher is None and (own := _own_loss(trainer)):
         raise ValueError(
             f"loss_weights weigh plain cross-entropy, but the trainer has {own}; "
             "leave them at (1, 1)"
