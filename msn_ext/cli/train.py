@@ -20,6 +20,7 @@ from msn_ext.recipe.settings import (
     SampleSettings,
     TrainSettings,
     check_gate,
+    decided,
     options,
 )
 
@@ -74,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = settings_from(arguments, SampleSettings())
     noise = settings_from(arguments, NoiseSettings())
     training = settings_from(arguments, TrainSettings())
+    noise, training = decided(noise, training, sampling.self_distill)
+    arguments.teacher = "base" if noise.teacher == "base" else None  # of versions before: labels
     conversations = _read(arguments.data, sampling.samples)
     folder = _Folder(arguments.output, _recorded(arguments, conversations))
     folder.check_settings()

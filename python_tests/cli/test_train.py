@@ -73,7 +73,7 @@ KEPT = (
     "model data samples self_distill max_new_tokens layout length segments content noise_weight"
     " lora_rank learning_rate epochs max_steps batch_size max_length held_out bf16 seed"
 )
-LATER = {"gate", "divergence", "curriculum"}
+LATER = {"gate", "divergence", "curriculum", "teacher"}
 
 
 def test_a_folder_names_settings_as_it_always_has(folder, data, tmp_path):
@@ -258,6 +258,54 @@ def test_noise_weighs_less_in_the_last_third(folder, data, tmp_path, monkeypatch
     assert cli.main(command(folder, data, tmp_path / "out", *more)) == 1
     first, last = noise
     assert told == [pytest.approx(pair) for pair in [(1, first), (1, first), (1, last), (1, last)]]
+
+
+OWN = ["--self-distill", "--max-new-tokens", "9"]
+
+
+@pytest.mark.parametrize(
+    "more, teacher, rate",
+    [
+        ([], None, 1e-3),
+        (OWN, "base", 3e-4),
+        ([*OWN, "--learning-rate", "0.5"], "base", 0.5),
+        ([*OWN, "--teacher", "labels"], None, 1e-3),
+        ([*OWN, "--lora-rank", "0"], None, 2e-5),
+        ([*OWN, "--content", "self"], None, 1e-3),
+        (["--teacher", "base", "--divergence", "tv"], "base", 3e-4),
+    ],
+)
+def test_who_teaches(folder, data, tmp_path, monkeypatch, more, teacher, rate):
+    """What a model says itself is learned from its own distribution, at a lower rate."""
+    told: list = []
+
+    def add_noise(trainer, **settings):
+        told.extend([settings.get("teacher"), trainer.args.learning_rate])
+        assert settings.get("divergence", "tv") == "tv" or "tv" not in more
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("msn_ext.recipe.train.add_noise", add_noise)
+    given = command(folder, data, tmp_path / "out", "--samples", "20", *more)
+    if "--learning-rate" not in more:
+        at = given.index("--learning-rate")
+        del given[at : at + 2]
+    assert cli.main(given) == 1 and told == [teacher, pytest.approx(rate)]
+    kept = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert kept["teacher"] == teacher
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--lora-rank", "0"], "teacher 'base' needs an adapter, but lora_rank is 0"),
+        (["--layout", "none"], "teacher 'base' and layout 'none', plain fine-tuning,"),
+        (["--content", "self"], "teacher 'base' and content 'self' do not go together"),
+        (["--gate"], "--gate does not go with --teacher base"),
+    ],
+)
+def test_what_has_no_teacher(folder, data, tmp_path, capsys, more, message):
+    assert cli.main(command(folder, data, tmp_path / "out", "--teacher", "base", *more)) > 0
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_several_processes_are_refused(folder, data, tmp_path, capsys, monkeypatch):
