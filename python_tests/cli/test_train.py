@@ -73,6 +73,21 @@ KEPT = (
     "model data samples self_distill max_new_tokens layout length segments content noise_weight"
     " lora_rank learning_rate epochs max_steps batch_size max_length held_out bf16 seed"
 )
+
+
+def test_figures_of_other_texts_are_measured_anew(folder, data, tmp_path):
+    """A version before let the model say its own, which the figures after are not compared with."""
+    output, options = tmp_path / "out", ["--max-steps", "1"]
+    assert cli.main(command(folder, data, output, *options)) == 0
+    file = output / "figures.json"
+    figures = json.loads(file.read_text())
+    before = figures["before"]
+    del figures["after"], before["passes"]
+    file.write_text(json.dumps(figures | {"before": before | {"MAT": {"auto@64": 9.0}}}))
+    assert cli.main(command(folder, data, output, *options)) == 0
+    assert json.loads(file.read_text())["before"]["MAT"] == before["MAT"] != {"auto@64": 9.0}
+
+
 LATER = {"gate", "divergence", "curriculum", "teacher"}
 
 
