@@ -10,10 +10,10 @@ plain fine-tuning (sft), noise in place (replace) and branches (branch), for L =
 tokens a segment; noise in place where the loss is lowest (replace-4-ppl); the model's own guesses
 as noise (branch-4-self); and sft and replace for as many tokens as the branches compute
 (…-compute). A branch run has 96 noise tokens a sample, whatever L. Measured on held-out answers:
-next-token loss, accuracy after 1 to 8 noise tokens, and, replayed as specbench.py does, tokens per
-pass (MAT) of the paper's tree, of best-first trees, and of Jacobi chains of 1 to 8 guesses. The
-text is the same for all, whatever they would have said: a model that has learned to repeat itself
-would seem fast on its own.
+next-token loss, accuracy after 1 to 8 noise tokens, and tokens per pass (MAT) of the paper's tree,
+of best-first trees, and of Jacobi chains of 1 to 8 guesses. These decode the same text for all,
+whatever they would have said: a model that has learned to repeat itself would seem
+fast on its own.
 
 DIR keeps the answers, a folder of checkpoints an experiment, and a line of results.jsonl for each
 that is done; the same command resumes where it was interrupted.
@@ -21,6 +21,7 @@ that is done; the same command resumes where it was interrupted.
 
 import argparse
 import copy
+import functools
 import os
 import pathlib
 import resource
@@ -31,12 +32,11 @@ from dataclasses import asdict, replace
 import torch
 from common import Results, conditions, load_model
 from plot import lines
-from replay import replay_all
-from tqdm import tqdm
+from replay import make_drafter
 
 from msn_ext.cli.settings import add_settings, settings_from
 from msn_ext.jsonl import draw
-from msn_ext.ops import MAX_NODES
+from msn_ext.recipe.replay import mean_accept_length, passes, texts_of
 from msn_ext.recipe.samples import pad_of, samples_of, split
 from msn_ext.recipe.self_distill import self_distill
 from msn_ext.recipe.settings import NoiseSettings, SampleSettings, TrainSettings
@@ -44,7 +44,6 @@ from msn_ext.recipe.train import ByLength, train
 from msn_ext.training import NoisyCollator, lowest_loss_starts
 from msn_ext.training.data import Collate, read_conversations
 from msn_ext.training.evaluation import noise_accuracy
-from msn_ext.training.layouts import NO_LABEL
 
 NOISE = 96  # tokens of a branch run's sample
 DEEPEST = 8
@@ -99,18 +98,12 @@ def compute_ratio(samples: list[dict], collate, config, batch_size: int) -> floa
     )
 
 
-@torch.no_grad()
 def accept_lengths(model, held: list[dict]) -> dict[str, float]:
     """Return the tokens per pass by draft, on held-out answers."""
-    scratch = torch.full((MAX_NODES, model.config.vocab_size), -torch.inf)
-    gained = {draft: [] for draft in DRAFTS}
-    for sample in tqdm(held[:REPLAYED], desc="accept length", unit="answer", leave=False):
-        prompt = sample["labels"].count(NO_LABEL)
-        for draft, lengths in replay_all(
-            DRAFTS, model, sample["input_ids"], prompt, scratch
-        ).items():
-            gained[draft] += lengths
-    return {draft: sum(lengths) / len(lengths) for draft, lengths in gained.items()}
+    texts = texts_of(held[:REPLAYED])
+    drafts = {draft: functools.partial(make_drafter, draft) for draft in DRAFTS}
+    taken = passes(model, texts, drafts)
+    return {draft: mean_accept_length(texts, each) for draft, each in taken.items()}
 
 
 def run(

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from msn_ext.recipe.settings import (
     SampleSettings,
     TrainSettings,
     check_gate,
+    decided,
     options,
 )
 
@@ -27,6 +29,10 @@ from .loading import load
 from .settings import add_settings, settings_from
 
 SETTINGS, ANSWERS, FIGURES = "settings.json", "answers.jsonl", "figures.json"
+ADVICE = (
+    "before you use it, try --gate, which cannot change what the model says, --self-distill, or a"
+    " lower --learning-rate"
+)
 HELP = "fine-tune a model with noise, so that more of its guesses are right"
 DESCRIPTION = (
     "Fine-tune a model so that it guesses well what it will say next (Make Some Noise):"
@@ -69,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = settings_from(arguments, SampleSettings())
     noise = settings_from(arguments, NoiseSettings())
     training = settings_from(arguments, TrainSettings())
+    noise, training = decided(noise, training, sampling.self_distill)
+    arguments.teacher = "base" if noise.teacher == "base" else None  # of versions before: labels
     conversations = _read(arguments.data, sampling.samples)
     folder = _Folder(arguments.output, _recorded(arguments, conversations))
     folder.check_settings()
@@ -88,18 +96,16 @@ def run(arguments: argparse.Namespace) -> int:
         if "before" not in figures:
             figures["before"] = recipe.measure(recipe.model, evaluated, held)
             folder.keep_figures(figures)
-        print(_table(figures), flush=True)
+        _report(figures)
         if "after" in figures:
             print(f"trained already, in {folder.path}")
             return 0
         trained = recipe.train(samples, figures)
         figures["after"] = recipe.measure(trained, evaluated, held)
-        if noise.gate:  # the text's are the base model's, measured once
-            before = figures["before"]
-            figures["after"] |= {name: before[name] for name in ("loss", "accuracy", "tokens")}
+        figures |= recipe.judged(figures)
         figures["seconds"] = round(time.time() - started)
         folder.keep_figures(figures)
-    print(_table(figures))
+    _report(figures)
     what = ""
     if noise.gate:
         print("text: the base model's, whose logits are what they were; after noise: the adapter's")
@@ -241,13 +247,34 @@ class _Recipe:
         return answers
 
     def measure(self, model, samples: list[dict], questions: list) -> dict:
+        import torch
+
         from msn_ext.recipe.gated import gated_figures
         from msn_ext.recipe.metrics import figures
 
         if self.noise.gate:
             return gated_figures(model, self.tokenizer, samples, self.noise)
-        length = self.noise.length
-        return figures(model, self.tokenizer, samples, questions, length)
+        return figures(
+            model,
+            self.tokenizer,
+            samples,
+            questions,
+            self.noise.length,
+            max_new_tokens=self.sampling.max_new_tokens,
+            dtype=torch.bfloat16 if self.training.bf16 else None,
+        )
+
+    def judged(self, figures: dict) -> dict:
+        """Return what the figures before and after say in words, and with a gate those of the text,
+        which is the base model's and was measured once.
+        """
+        from msn_ext.recipe.metrics import damage, verdict
+
+        before, after = figures["before"], figures["after"]
+        if self.noise.gate:
+            text = {name: before[name] for name in ("loss", "accuracy", "tokens")}
+            return {"after": after | text}
+        return {"verdict": verdict(before, after), "damage": damage(before, after)}
 
     def train(self, samples: list[dict], figures: dict):
         """Return the trained model, without an adapter unless that is gated, and add to the figures
@@ -335,7 +362,14 @@ class _Folder:
         return known | json.loads(file.read_text())
 
     def figures(self) -> dict:
-        return json.loads(self._figures.read_text()) if self._figures.exists() else {}
+        """Return what was measured, without what has to be measured anew: tokens per pass of a
+        version that let the model say its own texts.
+        """
+        found = json.loads(self._figures.read_text()) if self._figures.exists() else {}
+        before = found.get("before", {})
+        if "after" not in found and "MAT" in before and "passes" not in before:
+            del found["before"]
+        return found
 
     def keep_figures(self, figures: dict) -> None:
         _write(self._figures, figures)
@@ -344,6 +378,17 @@ class _Folder:
 def _write(file: Path, content: dict) -> None:
     with replacing(file) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _report(figures: dict) -> None:
+    """Print the figures and what they say; damage on standard error."""
+    print(_table(figures), flush=True)
+    if "verdict" in figures:
+        print(figures["verdict"], flush=True)
+    for found in figures.get("damage", ()):
+        print(f"msn: the training damaged the model: {found}", file=sys.stderr)
+    if figures.get("damage"):
+        print(f"msn: {ADVICE}", file=sys.stderr, flush=True)
 
 
 def _table(figures: dict) -> str:
@@ -372,7 +417,7 @@ def _table(figures: dict) -> str:
         line(f"tokens a pass, {name}", [figures[c]["MAT"][name] for c in columns], "{:.2f}".format)
     if "new" in first:
         line(
-            "trigrams new to their answer, %",
+            "trigrams new to its own answer, %",
             [100 * figures[c]["new"] for c in columns],
             "{:.0f}".format,
         )

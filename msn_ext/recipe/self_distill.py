@@ -56,7 +56,7 @@ def self_distill(
     ):
         for at in range(0, len(order), batch_size):
             keys = order[at : at + batch_size]
-            found = _answer(model, tokenizer, [prompts[key] for key in keys], max_new_tokens)
+            found = answer(model, tokenizer, [prompts[key] for key in keys], max_new_tokens)
             for key, tokens in zip(keys, found):
                 answers[key] = {
                     "messages": missing[key],
@@ -70,7 +70,7 @@ def self_distill(
     return [answers[question_key(question)] for question in questions]
 
 
-def _answer(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+def answer(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """Return the tokens of the greedy answer to each of a batch of prompts."""
     pad, width = pad_of(tokenizer), max(map(len, prompts))
     gaps = [width - len(prompt) for prompt in prompts]

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SEGMENTS = {"branch": 24, "replace": 1, "none": 1}
 GATED_SEGMENTS = 32
 NOISE_WEIGHT, SETTLING = 0.3, 2 / 3
-LORA_RATE, FULL_RATE = 1e-3, 2e-5
+LORA_RATE, TAUGHT_RATE, FULL_RATE = 1e-3, 3e-4, 2e-5
 
 
 class Numbers(NamedTuple):
@@ -102,6 +102,10 @@ BESIDE_GATE: dict[str, tuple[Callable[[Any], bool], str]] = {
         "noise alone is learned; leave it out",
     ),
     "lora_rank": (lambda rank: rank > 0, "an adapter is what is gated; expected 1 or more"),
+    "teacher": (
+        lambda teacher: teacher is None,
+        "the untouched model is the teacher by itself; leave it out",
+    ),
 }
 """Which values of other settings go with a gate, and why no others."""
 
@@ -145,6 +149,7 @@ class NoiseSettings(Settings):
         curriculum: with ``gate``, segments grow from 1 token to ``length``.
         noise_weight: a tenth of it in the last third of the steps, so that what the model says on
             clean text settles. None: 0.3 for branches; in place 1 throughout, as the paper.
+        teacher: "base": of :func:`msn_ext.add_noise`; "labels": none. None: :func:`decided`.
         content: of :class:`msn_ext.NoisyCollator`, or "mask": the tokenizer's padding throughout.
         length, location: of :class:`msn_ext.NoisyCollator`.
     """
@@ -154,7 +159,15 @@ class NoiseSettings(Settings):
         False, bool, "an adapter for the noise alone: what the model says of a text cannot change"
     )
     divergence: str = option(
-        "kl", ("kl", "tv", "both"), "of the noise from the untouched model, with --gate"
+        "kl",
+        ("kl", "tv", "both"),
+        "from the untouched model, with --gate or --teacher base",
+    )
+    teacher: str | None = option(
+        None,
+        ("base", "labels"),
+        "what is learned: what the model says of the clean text without the adapter, or the labels",
+        shown="base for an adapter with --self-distill, otherwise labels",
     )
     length: int = option(4, whole(1, 64), "noise tokens of a segment", "N")
     curriculum: bool = option(False, bool, "segments grow from 1 token to --length, with --gate")
@@ -180,6 +193,14 @@ class NoiseSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_gate(vars(self))
+        if self.teacher == "base" and (why := self._untaught()):
+            raise ValueError(f"teacher 'base' and {why} do not go together")
+
+    def _untaught(self) -> str | None:
+        """Return the setting that leaves a teacher nothing to teach, if any."""
+        if self.layout == "none":
+            return "layout 'none', plain fine-tuning,"
+        return "content 'self'" if self.content == "self" else None
 
     def of_collator(self, mask: int) -> dict[str, Any]:
         """Return the settings of :class:`msn_ext.NoisyCollator`, all but the seed.
@@ -212,14 +233,18 @@ class TrainSettings(Settings):
 
     Attributes:
         lora_rank: of the adapter; 0: all weights are trained.
-        learning_rate: None: 1e-3 for an adapter, 2e-5 for all weights (the paper's).
+        learning_rate: None: 1e-3 for an adapter, 2e-5 for all weights (the paper's); of an adapter
+            that the base model teaches :func:`decided`.
         max_steps: -1: as many as ``epochs`` takes.
         seed: of the samples held out, the adapter, the order of the samples, and the noise.
     """
 
     lora_rank: int = option(16, whole(0, 1024), "0: all weights", "R")
     learning_rate: float | None = option(
-        None, ABOVE_0, metavar="X", shown="1e-3 for an adapter, 2e-5 for all weights"
+        None,
+        ABOVE_0,
+        metavar="X",
+        shown="1e-3 for an adapter, with --teacher base 3e-4; 2e-5 for all weights",
     )
     epochs: float = option(1.0, ABOVE_0, metavar="N")
     max_steps: int = option(-1, whole(1), "stop after so many steps", "N", shown="")
@@ -234,3 +259,24 @@ class TrainSettings(Settings):
     def rate(self) -> float:
         """The learning rate, with its default."""
         return self.learning_rate or (LORA_RATE if self.lora_rank else FULL_RATE)
+
+
+def decided(
+    noise: NoiseSettings, training: TrainSettings, self_distill: bool
+) -> tuple[NoiseSettings, TrainSettings]:
+    """Return settings with the teacher and the learning rate that they leave open: where a model
+    learns its own answers by an adapter, it is held to its own distribution, at a lower rate.
+
+    Raises:
+        ValueError: there is no adapter, without which the base model could teach.
+    """
+    if noise.gate:
+        return noise, training
+    if noise.teacher == "base" and not training.lora_rank:
+        raise ValueError("teacher 'base' needs an adapter, but lora_rank is 0; expected 1 or more")
+    if noise.teacher is None:
+        base = self_distill and training.lora_rank and noise._untaught() is None
+        noise = replace(noise, teacher="base" if base else "labels")
+    if noise.teacher == "base" and training.learning_rate is None:
+        training = replace(training, learning_rate=TAUGHT_RATE)
+    return noise, training

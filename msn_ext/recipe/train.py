@@ -65,6 +65,8 @@ def train(
             collating |= {"divergence": noise.divergence, "curriculum": noise.curriculum}
             add_noise(trainer, gate=True, **collating)
         else:
+            if noise.teacher == "base":
+                collating |= {"divergence": noise.divergence, "teacher": "base"}
             add_noise(trainer, loss_weights=noise.loss_weights(), **collating)
     checkpoint = last_checkpoint(output)
     if checkpoint and (state := _state(checkpoint)).global_step >= state.max_steps:

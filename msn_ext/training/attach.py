@@ -17,6 +17,7 @@ from .collator import NoisyCollator
 from .figures import Figures
 from .gate import CHECKPOINTED, GatedLoss, check_gate
 from .layouts import ANNOTATIONS, NO_LABEL, branch_mask
+from .teacher import TaughtLoss, check_teacher
 
 Weights = tuple[float, float]
 PLAIN = (1.0, 1.0)
@@ -32,6 +33,7 @@ def add_noise(
     gate: bool = False,
     divergence: str = "kl",
     curriculum: bool = False,
+    teacher: str | None = None,
     **settings,
 ):
     """Put noise into the training batches of a ``transformers.Trainer`` or TRL ``SFTTrainer``::
@@ -49,7 +51,8 @@ def add_noise(
         trainer: not yet trained; packing and padding-free batches are fine.
         loss_weights: of the labels after clean tokens and after noise, or a function that gives
             them for the share of the steps that are done, 0 to 1; the trainer still divides by the
-            number of labels. Others than (1, 1) need a trainer whose loss is plain cross-entropy.
+            number of labels. Others than (1, 1) need a teacher, or a trainer whose loss is plain
+            cross-entropy.
         gate: train a PEFT LoRA for the noise alone: the text is computed by the base model, which
             is the teacher of the noise beside it (``layout="branch"``), so that nothing that the
             model says of a text can change. Labels, where there are any, only say where noise may
@@ -57,10 +60,16 @@ def add_noise(
             ``noise_loss`` (the divergence), ``noise_accuracy`` and ``noise_accuracy_8`` (share of
             noise tokens after which the base model's likeliest token is the likeliest, and among
             the likeliest eight). The adapter's folder says that it is gated.
-        divergence: with ``gate``, of the noise's distribution from the teacher's: ``"kl"``
+        divergence: with ``gate`` or a teacher, of a distribution from the teacher's: ``"kl"``
             (Kullback-Leibler), ``"tv"`` (total variation), ``"both"`` (their sum).
         curriculum: with ``gate``, segments have 1, 2, … ``length`` tokens in equal shares of the
             steps.
+        teacher: ``"base"``: without a gate, every label's place learns what a PEFT model says there
+            of the clean text without its adapter, not the label: the adapter learns to guess after
+            noise, and on clean text it is held to what was said before. One more pass over the
+            text, without a gradient; the trainer's own loss is not computed. Logged: ``clean_loss``
+            and ``noise_loss`` (the divergences) and ``noise_accuracy`` (of the teacher's likeliest
+            token). None: labels are learned.
         settings: of :class:`NoisyCollator`, all but ``inner`` and ``config``.
 
     Returns:
@@ -84,15 +93,12 @@ def add_noise(
     if isinstance(trainer.data_collator, NoisyCollator):
         raise ValueError("trainer has noise already: its data_collator is a NoisyCollator")
     if gate:
-        _check_gated(trainer, loss_weights, divergence, settings)
+        _check_gated(trainer, loss_weights, divergence, teacher, settings)
     elif curriculum:
         raise ValueError("curriculum is True; expected False, or gate=True beside it")
-    weighed = callable(loss_weights) or _check(loss_weights) != PLAIN
-    if weighed and (own := _own_loss(trainer)):
-        raise ValueError(
-            f"loss_weights weigh plain cross-entropy, but the trainer has {own}; "
-            "leave them at (1, 1)"
-        )
+    elif teacher is not None:
+        check_teacher(trainer.model, teacher, divergence, settings)
+    _check_weights(trainer, loss_weights, teacher)
     inner = trainer.data_collator
     noisy = NoisyCollator(inner, config=trainer.model.config, **settings)
     if noisy.layout == "branch" and getattr(
@@ -110,6 +116,9 @@ def add_noise(
         setattr(trainer, name, _with_collator(trainer, inner, getattr(trainer, name)))
     if gate:
         trainer.noise = _gated_loss(trainer, noisy, divergence, curriculum)
+    elif teacher is not None:
+        weights = _weights_of_step(trainer, loss_weights)
+        trainer.noise = TaughtLoss(trainer, noisy, divergence, weights)
     else:
         trainer.noise = NoisyLoss(trainer, noisy, _weights_of_step(trainer, loss_weights))
     # Imported here: with transformers' callbacks come seconds of imports, which the workers of a
@@ -122,8 +131,13 @@ def add_noise(
     return trainer
 
 
-def _check_gated(trainer, loss_weights, divergence: str, settings: dict) -> None:
+def _check_gated(trainer, loss_weights, divergence: str, teacher, settings: dict) -> None:
     """Raise ValueError where a gate does not fit the trainer or the other settings."""
+    if teacher is not None:
+        raise ValueError(
+            f"gate=True has the base model as its teacher by itself; teacher is {teacher!r},"
+            " expected None"
+        )
     check_gate(trainer.model, divergence)
     names = "activation_checkpointing", "gradient_checkpointing"  # by release of transformers
     if any(getattr(trainer.args, name, False) for name in names):
@@ -167,6 +181,16 @@ def _why_not_causal(model) -> str | None:
     if getattr(config, "is_decoder", True) is False:
         return "which looks at the tokens after, too, as config.is_decoder is False"
     return None
+
+
+def _check_weights(trainer, loss_weights, teacher) -> None:
+    """Raise ValueError where weights are wrong, or weigh another loss than plain cross-entropy."""
+    weighed = callable(loss_weights) or _check(loss_weights) != PLAIN
+    if weighed and teacher is None and (own := _own_loss(trainer)):
+        raise ValueError(
+            f"loss_weights weigh plain cross-entropy, but the trainer has {own}; "
+            "leave them at (1, 1)"
+        )
 
 
 def _own_loss(trainer) -> str | None:

@@ -101,8 +101,8 @@ def noise_pass(
     clean = before[rows, columns - depths + 1] + depths  # the places that the noise stands for
     asked = rows.new_zeros(0, 2) if text is None else text
     cache = DynamicCache()
-    with _base_model(peft):
-        base = _logits(
+    with without_adapter(peft):
+        base = logits_at(
             model,
             peft,
             torch.cat([clean, asked[:, 1]]),
@@ -110,12 +110,12 @@ def noise_pass(
             0,
             input_ids=ids[:, :width],
             position_ids=positions[:, :width],
-            attention_mask=_part(mask, slice(0, width), slice(0, width)),
+            attention_mask=part_of(mask, slice(0, width), slice(0, width)),
             past_key_values=cache,
             use_cache=True,
             **batch,
         )
-    student = _logits(
+    student = logits_at(
         model,
         peft,
         columns,
@@ -123,7 +123,7 @@ def noise_pass(
         width,
         input_ids=ids[:, width:],
         position_ids=positions[:, width:],
-        attention_mask=_part(mask, slice(width, None), slice(None)),
+        attention_mask=part_of(mask, slice(width, None), slice(None)),
         past_key_values=cache,
         use_cache=True,
         **batch,
@@ -132,7 +132,7 @@ def noise_pass(
 
 
 @contextlib.contextmanager
-def _base_model(peft) -> Iterator[None]:
+def without_adapter(peft) -> Iterator[None]:
     """Leave the adapter out, and dropout and gradients, within this context."""
     modes = [(module, module.training) for module in peft.modules()]
     peft.eval()
@@ -144,13 +144,13 @@ def _base_model(peft) -> Iterator[None]:
             module.training = training
 
 
-def _part(mask, queries: slice, keys: slice):
+def part_of(mask, queries: slice, keys: slice):
     if isinstance(mask, dict):
-        return {kind: _part(of, queries, keys) for kind, of in mask.items()}
+        return {kind: part_of(of, queries, keys) for kind, of in mask.items()}
     return mask[:, :, queries, keys]
 
 
-def _logits(model, peft, columns: Tensor, rows: Tensor, begin: int, **inputs) -> Tensor:
+def logits_at(model, peft, columns: Tensor, rows: Tensor, begin: int, **inputs) -> Tensor:
     """Return the logits [n, V] at some rows and columns, of which ``begin`` is the first one of the
     inputs.
     """
@@ -180,6 +180,18 @@ def divergences(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     if kind != "kl":
         found = found + (said.exp() - right.exp()).abs().sum(-1) / 2
     return found
+
+
+def share_of_step(trainer, losses: Tensor, items) -> Tensor:
+    """Return the share of a batch's losses [n] in the step's mean over all of them, as the trainer
+    divides the loss of a model: by ``items`` of all its batches, where it counts them.
+    """
+    if items is None or not trainer.model_accepts_loss_kwargs:
+        return losses.sum() / max(len(losses), 1)
+    loss = losses.sum() / items
+    if trainer.args.average_tokens_across_devices:
+        loss = loss * trainer.accelerator.num_processes
+    return loss
 
 
 class GatedLoss:
@@ -226,22 +238,10 @@ class GatedLoss:
             )
             losses = divergences(found.student, found.teacher, self._divergence)
             self._observe(losses, found)
-            loss = self._scaled(losses, num_items_in_batch)
+            loss = share_of_step(self._trainer, losses, num_items_in_batch)
             return (loss, {"logits": found.student}) if return_outputs else loss
 
         return computed
-
-    def _scaled(self, losses: Tensor, items) -> Tensor:
-        """Return the batch's share of the step's mean over all noise tokens, as the trainer divides
-        the loss of a model: by ``items`` of all its batches, where it counts them.
-        """
-        trainer = self._trainer
-        if items is None or not trainer.model_accepts_loss_kwargs:
-            return losses.sum() / max(len(losses), 1)
-        loss = losses.sum() / items
-        if trainer.args.average_tokens_across_devices:
-            loss = loss * trainer.accelerator.num_processes
-        return loss
 
     def _observe(self, losses: Tensor, found: NoisePass) -> None:
         right = found.teacher.argmax(-1, keepdim=True)

@@ -25,6 +25,7 @@ def test_a_model_learns_to_guess(folder, data, tmp_path, capsys):
     assert cli.main(command(folder, data, output, "--epochs", "6")) == 0
     said = capsys.readouterr().out
     assert "56 samples" in said and "4 held out" in said and "tokens a pass, auto@64" in said
+    assert "paid: " in said.splitlines()[-2]
     figures = json.loads((output / "figures.json").read_text())
     before, after = figures["before"], figures["after"]
     assert after["loss"] < 0.8 * before["loss"]
@@ -53,11 +54,41 @@ def test_a_model_learns_to_guess(folder, data, tmp_path, capsys):
     assert "holds a run with --epochs 6.0, now it is 7.0" in capsys.readouterr().err
 
 
+def test_damage_is_said(folder, data, tmp_path, capsys):
+    """Also where nothing is left to do."""
+    output, options = tmp_path / "out", ["--learning-rate", "5", "--max-steps", "8"]
+    for _ in range(2):
+        assert cli.main(command(folder, data, output, *options)) == 0
+        said = capsys.readouterr()
+        assert "msn: the training damaged the model: " in said.err and "--gate" in said.err
+        assert "paid: " in said.out or "did not pay: " in said.out
+    figures = json.loads((output / "figures.json").read_text())
+    assert figures["verdict"] in said.out and figures["damage"]
+    assert all(found in said.err for found in figures["damage"])
+    before, after = (figures[when]["passes"]["auto@64"] for when in ("before", "after"))
+    assert len(before) == len(after) == 4
+
+
 KEPT = (
     "model data samples self_distill max_new_tokens layout length segments content noise_weight"
     " lora_rank learning_rate epochs max_steps batch_size max_length held_out bf16 seed"
 )
-LATER = {"gate", "divergence", "curriculum"}
+
+
+def test_figures_of_other_texts_are_measured_anew(folder, data, tmp_path):
+    """A version before let the model say its own, which the figures after are not compared with."""
+    output, options = tmp_path / "out", ["--max-steps", "1"]
+    assert cli.main(command(folder, data, output, *options)) == 0
+    file = output / "figures.json"
+    figures = json.loads(file.read_text())
+    before = figures["before"]
+    del figures["after"], before["passes"]
+    file.write_text(json.dumps(figures | {"before": before | {"MAT": {"auto@64": 9.0}}}))
+    assert cli.main(command(folder, data, output, *options)) == 0
+    assert json.loads(file.read_text())["before"]["MAT"] == before["MAT"] != {"auto@64": 9.0}
+
+
+LATER = {"gate", "divergence", "curriculum", "teacher"}
 
 
 def test_a_folder_names_settings_as_it_always_has(folder, data, tmp_path):
@@ -242,6 +273,54 @@ def test_noise_weighs_less_in_the_last_third(folder, data, tmp_path, monkeypatch
     assert cli.main(command(folder, data, tmp_path / "out", *more)) == 1
     first, last = noise
     assert told == [pytest.approx(pair) for pair in [(1, first), (1, first), (1, last), (1, last)]]
+
+
+OWN = ["--self-distill", "--max-new-tokens", "9"]
+
+
+@pytest.mark.parametrize(
+    "more, teacher, rate",
+    [
+        ([], None, 1e-3),
+        (OWN, "base", 3e-4),
+        ([*OWN, "--learning-rate", "0.5"], "base", 0.5),
+        ([*OWN, "--teacher", "labels"], None, 1e-3),
+        ([*OWN, "--lora-rank", "0"], None, 2e-5),
+        ([*OWN, "--content", "self"], None, 1e-3),
+        (["--teacher", "base", "--divergence", "tv"], "base", 3e-4),
+    ],
+)
+def test_who_teaches(folder, data, tmp_path, monkeypatch, more, teacher, rate):
+    """What a model says itself is learned from its own distribution, at a lower rate."""
+    told: list = []
+
+    def add_noise(trainer, **settings):
+        told.extend([settings.get("teacher"), trainer.args.learning_rate])
+        assert settings.get("divergence", "tv") == "tv" or "tv" not in more
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("msn_ext.recipe.train.add_noise", add_noise)
+    given = command(folder, data, tmp_path / "out", "--samples", "20", *more)
+    if "--learning-rate" not in more:
+        at = given.index("--learning-rate")
+        del given[at : at + 2]
+    assert cli.main(given) == 1 and told == [teacher, pytest.approx(rate)]
+    kept = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert kept["teacher"] == teacher
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--lora-rank", "0"], "teacher 'base' needs an adapter, but lora_rank is 0"),
+        (["--layout", "none"], "teacher 'base' and layout 'none', plain fine-tuning,"),
+        (["--content", "self"], "teacher 'base' and content 'self' do not go together"),
+        (["--gate"], "--gate does not go with --teacher base"),
+    ],
+)
+def test_what_has_no_teacher(folder, data, tmp_path, capsys, more, message):
+    assert cli.main(command(folder, data, tmp_path / "out", "--teacher", "base", *more)) > 0
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_several_processes_are_refused(folder, data, tmp_path, capsys, monkeypatch):
