@@ -1,4 +1,4 @@
-"""What rows of noise behind a draft tree are worth, before anything computes them: by replay.
+"""What rows of noise behind a draft tree are worth, whatever computing them costs.
 
     python benchmarks/tails.py --adapter 300=DIR/checkpoint-300 --fit DIR/answers.jsonl \\
         --turns 60 --output tails.jsonl
@@ -32,7 +32,6 @@ from dataclasses import dataclass
 
 import torch
 from common import SPECBENCH, Results, conditions, load_model, load_questions
-from replay import Teacher, replay
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -45,10 +44,10 @@ from msn_ext.decoding.drafters.sources import likely_ends
 from msn_ext.gates import gated_noise
 from msn_ext.training.data import prompt_ids
 
-LONGEST = 4  # noise rows of a tail
+LONGEST = 2  # noise rows of a tail
 ROWS = 256  # of noise computed at once
-FITTED = 16  # texts that factors are fitted to
-NEW_TOKENS = 128
+FITTED = 30  # texts that factors are fitted to
+NEW_TOKENS = 96
 
 
 # ---- what tails say ------------------------------------------------------------------------------
@@ -176,7 +175,7 @@ class TailDrafter(BestFirst):
     """
 
     def __init__(self, shape: Shape, said: Tensor | None, tail_factors: Tensor):
-        super().__init__(shape.drafted)
+        super().__init__(shape.drafted, tails=False)
         self._shape, self._said, self._usual = shape, said, self._factors
         self._tail_factors = tail_factors
         self.hit = False  # whether the next draft has a tail's guesses
@@ -211,26 +210,19 @@ class TailRecorder(calibration.FactorRecorder):
             super()._record(verified, suffixes)
 
 
-@torch.no_grad()
-def replay_all(model, text: list[int], prompt: int, drafters: dict) -> dict[str, list[int]]:
-    """Return the accept lengths of drafters over a text; what they ask for is computed once."""
-    teacher, vocabulary = Teacher(model, text), model.config.vocab_size
-    scratch = torch.full((ops.MAX_NODES, vocabulary), -torch.inf)
-    running = {
-        name: replay(drafter, teacher, text, prompt, vocabulary, scratch)
-        for name, drafter in drafters.items()
-    }
-    found: dict[str, list[int]] = {}
-    while running:
-        asked: set[tuple[int, ...]] = set()
-        for name, run in list(running.items()):
-            try:
-                asked |= next(run)
-            except StopIteration as stop:
-                found[name] = stop.value
-                del running[name]
-        teacher.learn(asked)
-    return found
+def decode(model, prompt: list[int], drafter, new_tokens: int) -> tuple[list[int], list[int]]:
+    """Return the text, prompt included, and the accept lengths."""
+    ids = torch.tensor([prompt])
+    out = msn_ext.generate(
+        model,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        draft=drafter,
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[0].tolist(), out.accept_lengths[0].tolist()
 
 
 # ---- adapters ------------------------------------------------------------------------------------
@@ -265,7 +257,7 @@ class Adapter:
         always = Shape(64, 256, LONGEST, free=True)
         for text, prompt in tqdm(texts, desc=f"factors of {self.name}", unit="text", leave=False):
             drafter = TailDrafter(always, self.say(text, prompt), self.factors)
-            replay_all(model, text, prompt, {"": TailRecorder(records, drafter)})
+            decode(model, text[:prompt], TailRecorder(records, drafter), len(text) - prompt)
         self.factors, before, after = calibration.fit(records, self.factors)
         print(
             f"{self.name}: {len(records):,} nodes, log-likelihood {before:.3f} to {after:.3f};"
@@ -311,23 +303,25 @@ def fitting_texts(model, tokenizer, path: pathlib.Path, new_tokens: int) -> list
 
 def measure(model, adapters: list[Adapter], shapes: list[Shape], turn: dict, new_tokens: int):
     """Return a turn's accept lengths, by adapter and shape."""
-    ids, prompt = torch.tensor([turn["prompt"]]), len(turn["prompt"])
-    text = msn_ext.generate(
-        model, ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens
-    )[0].tolist()
+    prompt, usual = turn["prompt"], factors.load()
+    text, _ = decode(model, prompt, BestFirst(16), new_tokens)
     row = {name: turn[name] for name in ("category", "question")}
-    row |= {"prompt": prompt, "tokens": len(text) - prompt, "accuracy": {}}
-    usual = factors.load()
+    row |= {"prompt": len(prompt), "tokens": len(text) - len(prompt), "accuracy": {}}
     drafters = {shape.name: TailDrafter(shape, None, usual) for shape in shapes if not shape.tails}
     for adapter in adapters:
-        said = adapter.say(text, prompt)
-        row["accuracy"][adapter.name] = accuracy(said, text, prompt).tolist()
+        said = adapter.say(text, len(prompt))
+        row["accuracy"][adapter.name] = accuracy(said, text, len(prompt)).tolist()
         drafters |= {
             f"{adapter.name} {shape.name}": TailDrafter(shape, said, adapter.factors)
             for shape in shapes
             if shape.tails
         }
-    return row | {"accept_lengths": replay_all(model, text, prompt, drafters)}
+    row["accept_lengths"] = {}
+    for name, drafter in drafters.items():
+        same, row["accept_lengths"][name] = decode(model, prompt, drafter, new_tokens)
+        if same != text:
+            raise SystemExit(f"{name} gave another text; the engine has to be the native one")
+    return row
 
 
 def summarise(rows: list[dict]) -> str:

@@ -331,6 +331,9 @@ class ForwardPass:
     def set_head(
         self, norm: tuple | None, head: tuple, scale: float, softcap: float, /
     ) -> None: ...
+    def set_adapter(
+        self, layers: list[dict[str, tuple[Tensor, int, Tensor, int, Tensor]]], /
+    ) -> None: ...
     def set_cache(self, keys: Tensor, values: Tensor, batch: int, slots: int, /) -> None: ...
     def step(
         self,
@@ -339,6 +342,7 @@ class ForwardPass:
         ancestors: Tensor,
         prefix: Tensor,
         logits: Tensor,
+        tails: int,
         threads: int,
         /,
     ) -> None: ...

@@ -93,8 +93,6 @@ class Request:
         past: where keys and values of the text come from, and where they go to; None: nowhere.
         past_slots: how many slots of the prompts come from there.
         outputs: what is kept of every new token, "logits" and "scores".
-        noise_adapter: the gated adapter that tails of a draft are computed with; None: the model
-            has none, or it is turned off.
     """
 
     model: PreTrainedModel
@@ -116,7 +114,6 @@ class Request:
     past: DynamicCache | None = None
     past_slots: int = 0
     outputs: frozenset[str] = frozenset()
-    noise_adapter: NoiseAdapter | None = None
 
     @property
     def engine(self) -> str:
@@ -144,13 +141,19 @@ class Request:
             max_new_tokens,
             input_ids.new_empty(0),
             native_plan=native_plan_for(model, engine),
-            noise_adapter=noise_adapter_of(model),
         )
 
     @cached_property
     def ranks(self) -> Ranks | None:
         """The processes that compute the model together; None: this one alone."""
         return ranks_of(self.model)
+
+    @cached_property
+    def noise_adapter(self) -> NoiseAdapter | None:
+        """The gated adapter that tails of a draft are computed with; None: the model has none, or
+        it is turned off.
+        """
+        return noise_adapter_of(self.model)
 
     @cached_property
     def longrope_boundary(self) -> int:
@@ -231,7 +234,6 @@ def request_for(
         past=past,
         past_slots=0 if past is None else _past_slots(past, model, input_ids, offsets),
         outputs=_outputs(generation_config),
-        noise_adapter=noise_adapter_of(model),
     )
     _ = request.longrope_boundary  # refuses, too
     return request

@@ -11,6 +11,7 @@ from helpers.families import VOCAB, tiny_model
 from helpers.noise import CapturableTails, WithTails, gated_tiny, random_tails
 from helpers.runners import ours, plain, prompts, sampled
 from msn_ext import Draft, generate, ops
+from msn_ext.decoding import engine
 from msn_ext.decoding.drafters.checks import TREE, checked_draft
 from msn_ext.decoding.drafters.tails import chained_parents
 from msn_ext.decoding.forward.adapter import noise_adapter_of
@@ -136,15 +137,46 @@ def test_text_is_the_base_models(family):
         assert torch.equal(sampled(model, ids, mask, WithTails(seed), seed), want)
 
 
-def test_recorded_steps_have_tails(tapes):
-    bare, model = tiny_model("llama", 3), gated_tiny("llama")
-    for seed in range(3):
-        ids, mask = prompts(seed, 2)
-        want = plain(bare, ids, mask, max_new_tokens=40, eos_token_id=None)
-        drafter = CapturableTails(12)
-        found = ours(model, ids, mask, drafter, max_new_tokens=40, eos_token_id=None)
-        assert torch.equal(found, want)
-    assert len(tapes) == 3 and all(tape.replays for tape in tapes)
+class Seen(CapturableTails):
+    """Keeps what the last step said of tails, where a recording leaves it."""
+
+    def observe(self, verified):
+        if verified.draft.tails:
+            self.verified = verified
+        super().observe(verified)
+
+    def plan(self):
+        return super().plan()
+
+    def observe_step(self, report, nodes, gained, seconds):
+        super().observe_step(report, nodes, gained, seconds)
+
+    def forget(self):
+        super().forget()
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_recorded_steps_have_tails(native, tapes, monkeypatch):
+    """A replay computes what a step does, by the model's own pass and by the fused one; also once
+    the adapter's weights have changed where they lie.
+    """
+    monkeypatch.setattr(engine, "PACKED_ON", set())
+    bare, found = tiny_model("llama", 3), []
+    ids, mask = prompts(0, 2)
+    options = dict(max_new_tokens=40, eos_token_id=None)
+    want = plain(bare, ids, mask, **options)
+    for scales in ((1, 2), (2, 1), (1, 1)):
+        model, drafter = gated_tiny("llama"), Seen(12)
+        for scale in scales:
+            with torch.no_grad():
+                for name, x in model.named_parameters():
+                    x.mul_(scale if "lora_B" in name else 1)
+            its = ours(model, ids, mask, drafter, engine="native" if native else "torch", **options)
+            assert torch.equal(its, want)
+        found.append(drafter.verified.logits[:, -8:].clone())
+    assert len(tapes) == 3 and all(len(tape.captures) == 1 for tape in tapes)
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])
 
 
 @pytest.mark.usefixtures("each_engine")

@@ -113,9 +113,8 @@ def _gate_by_thread(kind: type[nn.Module]) -> None:
 
     @functools.wraps(forward)
     def gated(self, x, *args, **kwargs):
-        rows = getattr(_active, "rows", None)
-        low = None if rows is None else rows.layers.get(self)
-        if low is None:
+        rows: _Rows | None = getattr(_active, "rows", None)
+        if rows is None or (low := rows.layers.get(self)) is None:
             return forward(self, x, *args, **kwargs)
         y = low.base(x, *args, **kwargs)
         if rows.tails:

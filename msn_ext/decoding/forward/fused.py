@@ -349,7 +349,8 @@ class FusedForward(TransformersForward):
         fused, tree = self._fused, (positions, prefix, offsets, ancestors)
         run: Run = Product.__call__
         if tails and self._noise_rows is not None:
-            run = self._noise_rows.over(*tokens.shape, tails)
+            batch, nodes = tokens.shape
+            run = self._noise_rows.over(batch, nodes, tails)
         h = fused.embedded(tokens.flatten(), positions.flatten())
         x = ops.residual_norm(h, None, 1.0, *_norm(None), *fused.layers[0].attention_norm)
         norms = [layer.attention_norm for layer in fused.layers[1:]] + [fused.norm]

@@ -95,7 +95,7 @@ class TransformersForward:
 
     def _logits(self, ids: Tensor, positions: Tensor, mask, keep: int, tails: int = 0) -> Tensor:
         limit = {} if self._forwards_all_logits else {"logits_to_keep": keep}
-        with self._noise.over(*ids.shape, tails) if self._noise else contextlib.nullcontext():
+        with self._of_text_and_noise(ids, tails):
             return self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -105,6 +105,13 @@ class TransformersForward:
                 return_dict=True,
                 **limit,
             ).logits[:, -keep:]
+
+    def _of_text_and_noise(self, ids: Tensor, tails: int) -> contextlib.AbstractContextManager:
+        """Keep the adapter to the tails of rows int64 [B, N], where there is one."""
+        if self._noise is None:
+            return contextlib.nullcontext()
+        batch, nodes = ids.shape
+        return self._noise.over(batch, nodes, tails)
 
     def commit(self, prefix: Tensor, path: Tensor, accepted: Tensor) -> None:
         self._cache.commit(prefix, path, accepted)

@@ -1,4 +1,4 @@
-"""Best-first drafting with tails: noise rows below the nodes where the accepted path likely ends."""
+"""Best-first drafting with tails: noise rows below the nodes where the path likely ends."""
 
 import random
 
