@@ -6,6 +6,10 @@
 
 namespace msn {
 
+// So many threads compute an adapter's small products each for itself, which is cheaper than to
+// wait for each other; more threads share them.
+constexpr int kAlone = 2;
+
 // One thread on its way through a pass.
 struct ForwardPass::Worker {
   ForwardPass& pass;
@@ -31,17 +35,20 @@ struct ForwardPass::Worker {
   }
   void run(Linear stage, const LinearWeights& weights) const {
     if (noise.count && weights.a.data) {
-      multiply_low(stage, weights);
-      barrier.wait();
-      stage.adapter = {noise.count,       noise.index, at.low,
-                       weights.a.outputs, weights.b,   weights.first};
+      const bool alone = threads <= kAlone;
+      const int64_t begin = alone ? 0 : noise.count * t / threads;
+      const int64_t end = alone ? noise.count : noise.count * (t + 1) / threads;
+      char* low = at.low + (alone ? t * noise.count * weights.a.outputs * pass.item() : 0);
+      multiply_low(stage, weights, begin, end, low);
+      if (!alone) barrier.wait();
+      stage.adapter = {noise.count, noise.index, low, weights.a.outputs, weights.b, weights.first};
     }
     kernels.linear(pass.kind, stage, t, threads, scratch);
   }
 
-  // A x of the noise rows of a stage, which threads share.
-  void multiply_low(const Linear& stage, const LinearWeights& weights) const {
-    const int64_t begin = noise.count * t / threads, end = noise.count * (t + 1) / threads;
+  // A x of some of the noise rows of a stage.
+  void multiply_low(const Linear& stage, const LinearWeights& weights, int64_t begin, int64_t end,
+                    char* to) const {
     if (begin == end) return;
     Linear low;
     low.rows = end - begin;
@@ -50,7 +57,7 @@ struct ForwardPass::Worker {
     low.pick = noise.rows + begin;
     low.norm = stage.norm;
     low.weights = weights.a;
-    low.out = at.low + begin * weights.a.outputs * pass.item();
+    low.out = to + begin * weights.a.outputs * pass.item();
     low.out_stride = weights.a.outputs;
     const Weights kind = pass.kind == Weights::kInt8 ? Weights::kBFloat16 : pass.kind;
     kernels.linear(kind, low, 0, 1, scratch);
@@ -141,7 +148,7 @@ ForwardPass::Buffers ForwardPass::buffers(int64_t rows) {
     for (const LinearWeights* linear : {&layer.qkv, &layer.out, &layer.up, &layer.down})
       low = std::max(low, linear->a.outputs);
   }
-  const int64_t sizes[] = {hidden, qkv, mixed, middle, hidden, low};
+  const int64_t sizes[] = {hidden, qkv, mixed, middle, hidden, kAlone * low};
   int64_t total = 0;
   for (const int64_t size : sizes) total += (rows * size * item() + 63) / 64 * 64;
   char* from = memory_.get(total);
