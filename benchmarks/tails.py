@@ -46,8 +46,8 @@ from msn_ext.training.data import prompt_ids
 
 LONGEST = 2  # noise rows of a tail
 ROWS = 256  # of noise computed at once
-FITTED = 30  # texts that factors are fitted to
-NEW_TOKENS = 96
+FITTED = 15  # texts that factors are fitted to
+NEW_TOKENS = 64
 
 
 # ---- what tails say ------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from .protocol import Draft, Noise, Verified
 
 SOURCES = ("denoised", "adjacency", "suffix")
 
-LONGEST_TAIL = 2
-TAILS_FROM = (8, 16, 64)
+LONGEST_TAIL = 1
+TAILS_FROM = (8, 32, 48, 64)
 """Nodes from which on a tree has one tail, two, … (benchmarks/tails.py)."""
 
 SLOTS = 1 << 16
