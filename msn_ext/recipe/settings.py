@@ -148,7 +148,8 @@ class NoiseSettings(Settings):
             have no weight.
         curriculum: with ``gate``, segments grow from 1 token to ``length``.
         noise_weight: a tenth of it in the last third of the steps, so that what the model says on
-            clean text settles. None: 0.3 for branches; in place 1 throughout, as the paper.
+            clean text settles. None: 0.3 for branches; in place 1 throughout, as the paper;
+            with a teacher :func:`decided`.
         teacher: "base": of :func:`msn_ext.add_noise`; "labels": none. None: :func:`decided`.
         content: of :class:`msn_ext.NoisyCollator`, or "mask": the tokenizer's padding throughout.
         length, location: of :class:`msn_ext.NoisyCollator`.
@@ -186,8 +187,8 @@ class NoiseSettings(Settings):
         "of a label after noise, where a clean one counts 1; a tenth of it in the last third of the"
         " steps",
         "X",
-        shown=f"{NOISE_WEIGHT} for branches, with --teacher base {TAUGHT_WEIGHT}; in place 1 throughout,"
-        " as in the paper",
+        shown=f"{NOISE_WEIGHT} for branches, with --teacher base {TAUGHT_WEIGHT}; in place"
+        " 1 throughout, as in the paper",
     )
     location: str | Starts = "random"
 
