@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SEGMENTS = {"branch": 24, "replace": 1, "none": 1}
 GATED_SEGMENTS = 32
-NOISE_WEIGHT, SETTLING = 0.3, 2 / 3
+NOISE_WEIGHT, TAUGHT_WEIGHT, SETTLING = 0.3, 0.03, 2 / 3
 LORA_RATE, TAUGHT_RATE, FULL_RATE = 1e-3, 3e-4, 2e-5
 
 
@@ -148,7 +148,8 @@ class NoiseSettings(Settings):
             have no weight.
         curriculum: with ``gate``, segments grow from 1 token to ``length``.
         noise_weight: a tenth of it in the last third of the steps, so that what the model says on
-            clean text settles. None: 0.3 for branches; in place 1 throughout, as the paper.
+            clean text settles. None: 0.3 for branches; in place 1 throughout, as the paper;
+            with a teacher :func:`decided`.
         teacher: "base": of :func:`msn_ext.add_noise`; "labels": none. None: :func:`decided`.
         content: of :class:`msn_ext.NoisyCollator`, or "mask": the tokenizer's padding throughout.
         length, location: of :class:`msn_ext.NoisyCollator`.
@@ -186,7 +187,8 @@ class NoiseSettings(Settings):
         "of a label after noise, where a clean one counts 1; a tenth of it in the last third of the"
         " steps",
         "X",
-        shown=f"{NOISE_WEIGHT} for branches; in place 1 throughout, as in the paper",
+        shown=f"{NOISE_WEIGHT} for branches, with --teacher base {TAUGHT_WEIGHT}; in place"
+        " 1 throughout, as in the paper",
     )
     location: str | Starts = "random"
 
@@ -264,8 +266,9 @@ class TrainSettings(Settings):
 def decided(
     noise: NoiseSettings, training: TrainSettings, self_distill: bool
 ) -> tuple[NoiseSettings, TrainSettings]:
-    """Return settings with the teacher and the learning rate that they leave open: where a model
-    learns its own answers by an adapter, it is held to its own distribution, at a lower rate.
+    """Return settings with the teacher, the learning rate and the weight of noise that they leave
+    open: where a model learns its own answers by an adapter, it is held to its own distribution, at
+    a lower rate, and noise weighs less.
 
     Raises:
         ValueError: there is no adapter, without which the base model could teach.
@@ -277,6 +280,8 @@ def decided(
     if noise.teacher is None:
         base = self_distill and training.lora_rank and noise._untaught() is None
         noise = replace(noise, teacher="base" if base else "labels")
+    if noise.teacher == "base" and noise.noise_weight is None:
+        noise = replace(noise, noise_weight=TAUGHT_WEIGHT)
     if noise.teacher == "base" and training.learning_rate is None:
         training = replace(training, learning_rate=TAUGHT_RATE)
     return noise, training

@@ -296,6 +296,8 @@ def test_who_teaches(folder, data, tmp_path, monkeypatch, more, teacher, rate):
 
     def add_noise(trainer, **settings):
         told.extend([settings.get("teacher"), trainer.args.learning_rate])
+        weight = 0.03 if settings.get("teacher") else 0.3
+        assert settings["loss_weights"](0.0) == (1.0, weight)
         assert settings.get("divergence", "tv") == "tv" or "tv" not in more
         raise RuntimeError("enough")
 
