@@ -71,6 +71,9 @@ class WithTails:
 class CapturableTails(BestFirst):
     """The same of fixed places, without a question to the device, so that steps are captured."""
 
+    def __init__(self, budget):
+        super().__init__(budget, tails=False)
+
     def propose(self, history, lengths):
         draft = super().propose(history, lengths)
         nodes = len(draft)
