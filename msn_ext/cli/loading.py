@@ -74,9 +74,8 @@ def _with_adapter(source: str, **options):
     except ImportError as error:
         raise CommandError("an adapter; to load it: pip install peft") from error
     model = AutoPeftModelForCausalLM.from_pretrained(source, **options)
-    if any(map(gated_noise, model.peft_config.values())):
-        return model.get_base_model()
-    return model.merge_and_unload()
+    gated = any(map(gated_noise, model.peft_config.values()))
+    return model if gated else model.merge_and_unload()
 
 
 def load_tokenizer(name: str | None):

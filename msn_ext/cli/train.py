@@ -252,8 +252,9 @@ class _Recipe:
         from msn_ext.recipe.gated import gated_figures
         from msn_ext.recipe.metrics import figures
 
+        dtype = torch.bfloat16 if self.training.bf16 else None
         if self.noise.gate:
-            return gated_figures(model, self.tokenizer, samples, self.noise)
+            return gated_figures(model, self.tokenizer, samples, self.noise, dtype=dtype)
         return figures(
             model,
             self.tokenizer,
@@ -261,7 +262,7 @@ class _Recipe:
             questions,
             self.noise.length,
             max_new_tokens=self.sampling.max_new_tokens,
-            dtype=torch.bfloat16 if self.training.bf16 else None,
+            dtype=dtype,
         )
 
     def judged(self, figures: dict) -> dict:
@@ -273,7 +274,7 @@ class _Recipe:
         before, after = figures["before"], figures["after"]
         if self.noise.gate:
             text = {name: before[name] for name in ("loss", "accuracy", "tokens")}
-            return {"after": after | text}
+            return {"after": after | text, "verdict": verdict(before, after)}
         return {"verdict": verdict(before, after), "damage": damage(before, after)}
 
     def train(self, samples: list[dict], figures: dict):
@@ -413,7 +414,7 @@ def _table(figures: dict) -> str:
             line(
                 title.format(at + 1), [100 * figures[c][kind][at] for c in columns], "{:.1f}".format
             )
-    for name in first.get("MAT", ()):  # none of a gated adapter
+    for name in first["MAT"]:
         line(f"tokens a pass, {name}", [figures[c]["MAT"][name] for c in columns], "{:.2f}".format)
     if "new" in first:
         line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -10,22 +11,28 @@ import torch
 from msn_ext.training.data import Collate
 from msn_ext.training.evaluation import noise_accuracy
 
+from .metrics import replayed
 from .samples import pad_of
 from .settings import NoiseSettings
 
 
 def gated_figures(
-    model, tokenizer, samples: list[dict], noise: NoiseSettings, progress: bool = True
+    model,
+    tokenizer,
+    samples: list[dict],
+    noise: NoiseSettings,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Return the figures that are compared: the fields of
-    :class:`msn_ext.training.evaluation.NoiseAccuracy`, after noise as it is trained.
-
-    The text is the base model's, and so are tokens per pass without a drafter that asks the
-    adapter: they are not measured.
+    :class:`msn_ext.training.evaluation.NoiseAccuracy`, after noise as it is trained, and
+    :func:`.metrics.replayed`.
 
     Args:
         model: the base model, or the PEFT model with its gated adapter.
         samples: held out.
+        dtype: of a copy of the model that decodes; None: the model does.
     """
     pad = pad_of(tokenizer)
     of_collator = noise.of_collator(pad)
@@ -37,7 +44,8 @@ def gated_figures(
         content=of_collator["content"],
         progress=progress,
     )
-    return asdict(found)
+    decoding = model if dtype is None else copy.deepcopy(model).to(dtype)
+    return asdict(found) | replayed(decoding.eval(), samples, progress)
 
 
 class TextCheck:

@@ -63,8 +63,7 @@ def figures(
     collate = Collate(pad_of(tokenizer))
     found = asdict(noise_accuracy(model, samples, collate, length=length, progress=progress))
     decoding = model if dtype is None else copy.deepcopy(model).to(dtype)
-    texts = texts_of(samples[:TEXTS], TOKENS)
-    taken = passes(decoding, texts, DRAFTS, progress)
+    found |= replayed(decoding, samples, progress)
     prompts = [prompt_ids(tokenizer, question_of(asked)) for asked in questions[:TEXTS]]
     said: list[list[int]] = []
     for at in progress_bar(
@@ -76,11 +75,17 @@ def figures(
     ):
         batch = prompts[at : at + AT_ONCE]
         said += answer(decoding, tokenizer, batch, min(SAID, max_new_tokens))
-    return found | {
-        "passes": taken,
-        "MAT": {name: mean_accept_length(texts, each) for name, each in taken.items()},
-        "new": new_trigrams(said),
-    }
+    return found | {"new": new_trigrams(said)}
+
+
+def replayed(model, samples: list[dict], progress: bool = True) -> dict[str, Any]:
+    """Return the passes of every text, and accept lengths, by draft (``passes``, ``MAT``): of the
+    first 64 tokens of the first 16 answers.
+    """
+    texts = texts_of(samples[:TEXTS], TOKENS)
+    taken = passes(model, texts, DRAFTS, progress)
+    mats = {name: mean_accept_length(texts, each) for name, each in taken.items()}
+    return {"passes": taken, "MAT": mats}
 
 
 def damage(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ def test_a_gated_adapter_stays_beside_the_weights(tiny, tmp_path, capsys):
     _, tokenizer, _ = load(tiny, None, "cpu")
     tokenizer.save_pretrained(folder)
     loaded, _, _ = load(str(folder), None, "cpu")
-    assert noise_adapter_of(loaded) is not None
+    assert noise_adapter_of(loaded.get_base_model()) is not None
     texts = []
     for path in (tiny, folder):
         arguments = ["--model", str(path), "--prompt", "one two", "--max-new-tokens", "20"]

@@ -10,6 +10,7 @@ from helpers.conversations import command
 from msn_ext import cli
 from msn_ext.cli.loading import load
 from msn_ext.gates import gated_noise
+from msn_ext.recipe.metrics import DRAFTS
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -37,8 +38,13 @@ def test_the_noise_gets_better_and_the_text_stays(trained):
     for name in ("top1", "top8", "top10"):
         assert len(before[name]) == 2
         assert sum(after[name]) > 1.2 * sum(before[name]), name
-    assert "MAT" not in before and "MAT" not in after
-    assert "tokens a pass" not in said and "among eight after 2, %" in said
+    assert set(before["MAT"]) == set(after["MAT"]) == set(DRAFTS)
+    assert before["MAT"]["paper"] == after["MAT"]["paper"], "it has no tails"
+    assert figures["verdict"] in said and figures["verdict"].split(":")[0] in (
+        "paid",
+        "did not pay",
+    )
+    assert "tokens a pass, auto@64" in said and "among eight after 2, %" in said
     assert "text: the base model's" in said and "a gated adapter, which stays beside" in said
     assert all("clean_loss" not in log for log in figures["log"])
 
