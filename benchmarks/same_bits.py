@@ -2,10 +2,13 @@
 it is computed with: drafts of any size, other rows, padding, threads.
 
     python benchmarks/same_bits.py --data question.jsonl --output same_bits.jsonl
+    python benchmarks/same_bits.py --adapter DIR --budgets 8,64 …  # with a gated noise adapter
 
 Every prompt is decoded alone, without drafts, in one thread; then with each of --budgets (nodes of
 a tree) and of --threads alone, and with its neighbours in left-padded batches of each of --batches.
-Prints a line a dtype and way with the texts that differ anywhere, and exits with 1 if one does.
+With --adapter the model that all this is done with has a gated adapter, and the one that it is
+compared with has none. Prints a line a dtype and way with the texts that differ anywhere, and exits
+with 1 if one does.
 """
 
 import argparse
@@ -72,8 +75,10 @@ def ways(options) -> list[tuple[int, int, int]]:
     return alone + [(nodes, rows, most) for rows in options.batches for nodes in (1, largest)]
 
 
-def compare(model, prompts: list[list[int]], options, keep) -> None:
-    """Decode all prompts in all ways; ``keep`` takes a row for every batch."""
+def compare(model, bare, prompts: list[list[int]], options, keep) -> None:
+    """Decode all prompts in all ways, and before by the model ``bare``; ``keep`` takes a row for
+    every batch.
+    """
     its = ways(options)
     dtype = str(model.dtype).removeprefix("torch.")
     total = len(prompts) * (1 + len(its))
@@ -81,7 +86,7 @@ def compare(model, prompts: list[list[int]], options, keep) -> None:
         torch.set_num_threads(1)
         expected = []
         for prompt in prompts:
-            expected += digests(model, [prompt], 1, options.new_tokens)
+            expected += digests(bare, [prompt], 1, options.new_tokens)
             bar.update()
         for nodes, rows, threads in its:
             torch.set_num_threads(threads)
@@ -121,6 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", help="a folder or a hub id (default: the demo model)")
+    add("--adapter", help="a folder of msn train --gate, which its tails are computed with")
     add("--data", type=Path, default=SPECBENCH, help="a Spec-Bench question file")
     add("--prompts", type=int, help="how many of its questions (default: all)")
     add("--new-tokens", type=int, default=64, help="(default: 64)")
@@ -152,7 +158,13 @@ def main(arguments: list[str]) -> int:
 
         questions = load_questions(options.data)[: options.prompts]
         prompts = [tokens_of(tokenizer, q["turns"][0], True)[0].tolist() for q in questions]
-        compare(model, prompts, options, keep)
+        bare = model
+        if options.adapter:
+            from peft import PeftModel
+
+            its, _ = load_model(options)
+            model = PeftModel.from_pretrained(its, options.adapter).to(model.dtype).eval()
+        compare(model, bare, prompts, options, keep)
     print(table(found))
     return int(any(row["different"] for row in found))
 

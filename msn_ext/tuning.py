@@ -120,7 +120,7 @@ def learn_factors(
         generate(
             model,
             prompt.to(model.device),
-            draft=FactorRecorder(records, BestFirst(budget=64, factors=prior)),
+            draft=FactorRecorder(records, BestFirst(64, factors=prior, tails=False)),
             engine=engine,
             do_sample=False,
             max_new_tokens=min(128, context - length),

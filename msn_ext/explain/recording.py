@@ -92,7 +92,7 @@ class Recorder(ObservedDrafter):
     """
 
     def __init__(self, nodes: int):
-        self._best_first = BestFirst(nodes)
+        self._best_first = BestFirst(nodes, tails=False)
         super().__init__(self._best_first)
 
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:

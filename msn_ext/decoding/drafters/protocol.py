@@ -228,6 +228,11 @@ class ObservedDrafter:
     def __init__(self, drafter: Drafter):
         self.drafter, self.max_depth = drafter, drafter.max_depth
 
+    def use_noise(self, noise: Noise | None) -> None:
+        if isinstance(self.drafter, NoiseDrafter):
+            self.drafter.use_noise(noise)
+            self.max_depth = self.drafter.max_depth
+
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
         self.drafter.start(batch, vocabulary, device)
 

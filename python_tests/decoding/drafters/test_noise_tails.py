@@ -10,7 +10,7 @@ from helpers.families import VOCAB, tiny_model
 from helpers.noise import gated_tiny
 from helpers.runners import ours, plain, prompts, sampled
 from msn_ext.decoding import BestFirst, Draft
-from msn_ext.decoding.drafters import factors, sources
+from msn_ext.decoding.drafters import ObservedDrafter, factors, sources
 from msn_ext.ops import reference
 
 peft = pytest.importorskip("peft")
@@ -108,6 +108,16 @@ def test_a_pass_without_tails_leaves_the_denoised_guesses():
     drafter.observe(verify(root, torch.randn(1, 1, VOCAB), history, lengths))
     assert torch.equal(drafter.tails.factors[0], factors.load())
     assert bool((drafter.denoised.guesses == -1).all())
+
+
+def test_one_that_is_looked_at_has_tails_as_well():
+    inner = BestFirst(24)
+    watched = ObservedDrafter(inner)
+    ids, mask = prompts(0, 1)
+    ours(gated_tiny("llama"), ids, mask, watched, engine="torch", max_new_tokens=8)
+    assert inner.tails is not None and watched.max_depth == inner.max_depth > BestFirst().max_depth
+    ours(tiny_model("llama", 3), ids, mask, watched, engine="torch", max_new_tokens=8)
+    assert inner.tails is None and watched.max_depth == BestFirst().max_depth
 
 
 def test_noise_is_a_token_or_of_the_text():
