@@ -69,6 +69,7 @@ def runs(folder, data, tmp_path_factory):
         capture_output=True,
         text=True,
         timeout=500,
+        cwd=root,  # not where the source may lie, uncompiled
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert run.returncode == 0, run.stderr[-3000:]
