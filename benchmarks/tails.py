@@ -17,7 +17,7 @@ Adapters are PEFT folders that ``msn train --gate`` made, or simulated from one:
 raises, place by place, how often the right token is the first of the guesses, and among the eight.
 The factors of tails' guesses are fitted for every adapter to answers of its training's held-out
 part (--fit). MAT is tokens per forward pass, the prompt's pass included; intervals by resampling
-turns.
+questions.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 import torch
 from common import SPECBENCH, Results, conditions, load_model, load_questions
+from specbench import ratio
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -46,7 +47,6 @@ from msn_ext.training.data import prompt_ids
 
 LONGEST = 2  # noise rows of a tail
 ROWS = 256  # of noise computed at once
-FITTED = 15  # texts that factors are fitted to
 NEW_TOKENS = 64
 
 
@@ -289,12 +289,12 @@ def turns(tokenizer, count: int) -> list[dict]:
     ]
 
 
-def fitting_texts(model, tokenizer, path: pathlib.Path, new_tokens: int) -> list:
+def fitting_texts(tokenizer, path: pathlib.Path, count: int, new_tokens: int) -> list:
     """Return answers (text, tokens of its prompt) of a file of ``msn train --self-distill``: its
     first lines.
     """
     texts = []
-    for line in itertools.islice(path.open(encoding="utf-8"), FITTED):
+    for line in itertools.islice(path.open(encoding="utf-8"), count):
         row = json.loads(line)
         prompt = prompt_ids(tokenizer, row["messages"])
         texts.append((prompt + row["tokens"][:new_tokens], len(prompt)))
@@ -338,22 +338,10 @@ def summarise(rows: list[dict]) -> str:
         )
         line = f"{name:<28}{mat:>8.3f}"
         if name != nodes and nodes in names:
-            line += "{:>9.3f} x  {:.3f}-{:.3f}".format(*ratio(rows, name, nodes))
+            low, middle, high = ratio(rows, name, nodes)
+            line += f"{middle:>9.3f} x  {low:.3f}-{high:.3f}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def ratio(rows: list[dict], name: str, to: str) -> tuple[float, float, float]:
-    """Return the ratio of passes of ``to`` and ``name``, and its 95 % interval."""
-    passes = torch.tensor(
-        [[len(r["accept_lengths"][to]), len(r["accept_lengths"][name])] for r in rows]
-    ).double()
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(rows), (2000, len(rows)), generator=generator)
-    sums = passes[drawn].sum(1)
-    low, high = torch.quantile(sums[:, 0] / sums[:, 1], torch.tensor([0.025, 0.975]).double())
-    total = passes.sum(0)
-    return float(total[0] / total[1]), float(low), float(high)
 
 
 def main() -> None:
@@ -365,6 +353,7 @@ def main() -> None:
         "--shapes", default="8,16,64,64:256x2:free,64:4x2", metavar="N[:KxL[:free]],…"
     )
     parser.add_argument("--fit", type=pathlib.Path, help="answers.jsonl of msn train")
+    parser.add_argument("--fit-texts", type=int, default=30, help="how many of them (default: 30)")
     parser.add_argument(
         "--keep-factors", type=pathlib.Path, help="write those of the first adapter there"
     )
@@ -383,7 +372,7 @@ def main() -> None:
         base, _ = load_model(options)
         adapters.append(Adapter(given, base, model.dtype))
     if options.fit:
-        texts = fitting_texts(model, tokenizer, options.fit, options.new_tokens)
+        texts = fitting_texts(tokenizer, options.fit, options.fit_texts, options.new_tokens)
         for adapter in adapters:
             adapter.fit(model, texts)
         if options.keep_factors:

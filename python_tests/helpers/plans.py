@@ -8,6 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from helpers.families import FAMILIES, tiny_model
+from msn_ext import _C
 from msn_ext.decoding.forward.families import READERS
 
 ROPE = dict(rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
@@ -99,3 +100,14 @@ def made(name: str):
     if family == "gemma2":  # older transformers would run it through sdpa, without its soft cap
         model.set_attn_implementation("eager")
     return model
+
+
+def isas() -> list[str]:
+    """Return the instruction sets that this machine has kernels for."""
+    found = []
+    for isa in ("baseline", "avx2", "avx512", "avx512_bf16"):
+        try:
+            found.append(_C.layer_isa(isa)["name"])
+        except ValueError:
+            continue
+    return found

@@ -7,6 +7,7 @@ import transformers
 
 from helpers.families import VOCAB, tiny_model
 from helpers.samples import Pad, samples
+from msn_ext import add_noise
 
 ROWS = samples(24, VOCAB)
 
@@ -49,3 +50,21 @@ def with_adapter(model=None, **settings):
             if "lora_B" in name:
                 torch.nn.init.normal_(x, std=0.05)
     return model
+
+
+def after_a_step(folder, size: int, steps: int, **noise) -> list[torch.Tensor]:
+    """The trained weights, float64, after a step of ``steps`` batches of ``size`` rows."""
+    model = with_adapter(tiny_model("llama", 1, torch.float64))
+    trainer = trainer_for(
+        folder,
+        model,
+        ROWS[:4],
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=steps,
+        max_steps=1,
+        optim="sgd",
+        max_grad_norm=0.0,
+    )
+    add_noise(trainer, seed=1, **noise)
+    trainer.train()
+    return [x.detach().clone() for x in model.parameters() if x.requires_grad]

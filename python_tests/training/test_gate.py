@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from helpers.families import VOCAB, tiny_model
+from helpers.noise import OnlyNoise
 from helpers.samples import Pad, flatten, word_tokenizer
-from helpers.trainers import ROWS, arguments, trainer_for, with_adapter
+from helpers.trainers import ROWS, after_a_step, arguments, trainer_for, with_adapter
 from msn_ext import NoisyCollator, add_noise
 from msn_ext.gates import gated_noise
 from msn_ext.training import gate, layouts
@@ -40,21 +41,9 @@ def one_pass(model, batch, config, length, kind: str):
     batch = dict(batch)
     depth, _ = layouts.unmark(batch, config, length)
     noise = depth > 0
-
-    def only_noise(module, inputs, output):
-        return torch.where(noise[..., None], output, torch.zeros_like(output))
-
-    hooks = [
-        module.register_forward_hook(only_noise)
-        for name, module in model.named_modules()
-        if ".lora_B." in name
-    ]
-    assert hooks
-    logits = model(
-        **{name: x for name, x in batch.items() if name != "labels"}, use_cache=False
-    ).logits
-    for hook in hooks:
-        hook.remove()
+    given = {name: x for name, x in batch.items() if name != "labels"}
+    with OnlyNoise(model, noise):
+        logits = model(**given, use_cache=False).logits
     rows, columns = noise.nonzero(as_tuple=True)
     places = [
         int(((batch["position_ids"][r] == batch["position_ids"][r, c]) & ~noise[r]).nonzero()[0])
@@ -160,22 +149,8 @@ def test_evaluation_leaves_the_adapter_out(tmp_path):
 
 def test_steps_of_several_batches_count_every_noise_token_alike(tmp_path):
     """The same step from batches of 4 and from twice 2, of unlike sizes."""
-    found = []
-    for size, steps in ((4, 1), (2, 2), (1, 4)):
-        model = with_adapter(tiny_model("llama", 1, torch.float64))
-        trainer = trainer_for(
-            tmp_path,
-            model,
-            ROWS[:4],
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps,
-            max_steps=1,
-            optim="sgd",
-            max_grad_norm=0.0,
-        )
-        add_noise(trainer, gate=True, segments=5, length=3, seed=1)
-        trainer.train()
-        found.append([x.detach().clone() for x in model.parameters() if x.requires_grad])
+    sizes = ((4, 1), (2, 2), (1, 4))
+    found = [after_a_step(tmp_path, *each, gate=True, segments=5, length=3) for each in sizes]
     for other in found[1:]:
         for a, b in zip(found[0], other):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-8)

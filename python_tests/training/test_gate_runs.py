@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.families import tiny_model
+from helpers.noise import OnlyNoise
 from helpers.samples import NONE, Pad
 from helpers.trainers import ROWS, trainer_for, with_adapter
 from msn_ext import NoisyCollator, add_noise
@@ -176,17 +177,6 @@ def test_accuracy_of_a_gated_adapter_is_that_of_noise_in_place():
     assert found.loss == pytest.approx(plain.loss, rel=1e-6) and found.tokens == plain.tokens
     assert found.accuracy == pytest.approx(plain.accuracy)
 
-    noise = torch.zeros(0)  # which rows are
-
-    def only_noise(module, inputs, output):
-        return torch.where(noise[None, :, None], output, torch.zeros_like(output))
-
-    hooks = [
-        module.register_forward_hook(only_noise)
-        for name, module in model.named_modules()
-        if ".lora_B." in name
-    ]
-    assert hooks
     noisy = NoisyCollator(
         Pad(), length=2, segments=12, content=CONTENT, layout="branch", seed=0, config=model.config
     )
@@ -202,7 +192,7 @@ def test_accuracy_of_a_gated_adapter_is_that_of_noise_in_place():
             noise = torch.zeros(len(ids), dtype=torch.bool)
             noise[place - depth + 1 : place + 1] = True
             text = torch.where(noise, CONTENT, ids)
-            with torch.no_grad():
+            with torch.no_grad(), OnlyNoise(model, noise[None]):
                 said = model(input_ids=text[None]).logits[0, place]
             order = said.argsort(descending=True).tolist()
             for top in tops:

@@ -7,7 +7,7 @@ import torch
 
 from helpers.families import VOCAB, tiny_model
 from helpers.samples import Pad, flatten, word_tokenizer
-from helpers.trainers import ROWS, arguments, trainer_for, with_adapter
+from helpers.trainers import ROWS, after_a_step, arguments, trainer_for, with_adapter
 from msn_ext import NoisyCollator, add_noise
 from msn_ext.training import layouts
 
@@ -129,22 +129,8 @@ def test_what_the_model_says_is_kept_while_it_learns_to_guess(tmp_path):
 
 def test_steps_of_several_batches_count_every_label_alike(tmp_path):
     """The same step from a batch of 4 and from twice 2, of unlike sizes."""
-    found = []
-    for size, steps in ((4, 1), (2, 2), (1, 4)):
-        model = with_adapter(tiny_model("llama", 1, torch.float64))
-        trainer = trainer_for(
-            tmp_path,
-            model,
-            ROWS[:4],
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps,
-            max_steps=1,
-            optim="sgd",
-            max_grad_norm=0.0,
-        )
-        add_noise(trainer, teacher="base", seed=1, **NOISES["branch"])
-        trainer.train()
-        found.append([x.detach().clone() for x in model.parameters() if x.requires_grad])
+    sizes = ((4, 1), (2, 2), (1, 4))
+    found = [after_a_step(tmp_path, *each, teacher="base", **NOISES["branch"]) for each in sizes]
     for other in found[1:]:
         for a, b in zip(found[0], other):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-8)

@@ -91,7 +91,7 @@ class BestFirst:
         self._noise: Noise | None = None
         self.tails: NoiseTails | None = None
         self._adjacency_for: tuple[int, torch.device] | None = None  # vocabulary, device
-        self._rows_for: tuple[int, torch.device] | None = None  # batch, device: the other tables'
+        self._rows_for: tuple | None = None  # batch, device, noise: the other tables'
         self._planned: int | None = None
         self.allocations = 0
         self.draft: Draft | None = None
@@ -126,15 +126,15 @@ class BestFirst:
 
     def _lay_out_tables(self, batch: int, vocabulary: int, device: torch.device) -> None:
         """Make the tables for these rows and tokens, or empty the ones that are there."""
-        wanted = self._noise is not None
-        if self._rows_for == (batch, device) and wanted == (self.tails is not None):
+        noise = self._noise and (self._noise.length, self._noise.content)
+        if self._rows_for == (batch, device, noise):
             self.denoised.forget()
             if self.tails is not None:
                 self.tails.forget()
             if self.suffix is not None:
                 self.suffix.forget()
         else:
-            self._rows_for = batch, device
+            self._rows_for = batch, device, noise
             self.allocations += 1
             self.denoised = Denoised(
                 batch, self._depth if "denoised" in self._sources else 0, device

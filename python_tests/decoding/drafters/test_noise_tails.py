@@ -110,6 +110,21 @@ def test_a_pass_without_tails_leaves_the_denoised_guesses():
     assert bool((drafter.denoised.guesses == -1).all())
 
 
+def test_one_that_is_kept_drafts_for_each_model():
+    """Another adapter's noise is another token, which another vocabulary may not have."""
+    drafter = BestFirst(24)
+    history, lengths = torch.randint(0, 4, (1, 64)), torch.tensor([9])
+    for content in (5, 9, 5):
+        drafter.use_noise(Noise(content=content))
+        drafter.start(1, VOCAB, CPU)
+        draft = drafter.propose(history, lengths)
+        assert draft.tails and bool((draft.tokens[:, -draft.tails :] == content).all())
+    laid_out = drafter.allocations
+    drafter.use_noise(Noise(content=5))
+    drafter.start(1, VOCAB, CPU)
+    assert drafter.allocations == laid_out, "recorded steps read the same memory"
+
+
 def test_one_that_is_looked_at_has_tails_as_well():
     inner = BestFirst(24)
     watched = ObservedDrafter(inner)

@@ -14,7 +14,8 @@ import torch
 
 from helpers.drafters import random_tree
 from helpers.families import VOCAB, tiny_model
-from msn_ext import _C, DraftTree
+from helpers.plans import isas
+from msn_ext import DraftTree
 from msn_ext.decoding.forward.families import plan_for
 from msn_ext.decoding.forward.native import NativeForward
 from msn_ext.decoding.forward.packed import WEIGHTS, PackedPlan
@@ -26,17 +27,6 @@ MODELS = {
     "windows": ("gemma3", {}),
     "biases, norms with means": ("gpt_neox", {}),
 }
-
-
-def isas() -> list[str]:
-    """Return the instruction sets that this machine has kernels for."""
-    found = []
-    for isa in ("baseline", "avx2", "avx512", "avx512_bf16"):
-        try:
-            found.append(_C.layer_isa(isa)["name"])
-        except ValueError:
-            continue
-    return found
 
 
 def plan_of(name: str) -> tuple[torch.nn.Module, Plan]:

@@ -8,8 +8,8 @@ import torch
 from helpers.cases import build_tree, integers, tree_tensor
 from helpers.families import VOCAB, tiny_model
 from helpers.noise import by_peft, gated, gated_tiny, laid_out, random_tails
-from helpers.plans import InFloat64
-from msn_ext import _C, prepare
+from helpers.plans import InFloat64, isas
+from msn_ext import prepare
 from msn_ext.decoding import engine
 from msn_ext.decoding.attention import KernelAttention
 from msn_ext.decoding.forward.adapter import leaving_out, noise_adapter_of
@@ -42,16 +42,6 @@ ADAPTERS = {
     "different ranks": dict(rank_pattern={"k_proj": 7, "up_proj": 1}, alpha_pattern={"k_proj": 3}),
     "the head": dict(target_modules=["gate_proj", "lm_head"]),
 }
-
-
-def isas() -> list[str]:
-    found = []
-    for isa in ("baseline", "avx2", "avx512", "avx512_bf16"):
-        try:
-            found.append(_C.layer_isa(isa)["name"])
-        except ValueError:
-            continue
-    return found
 
 
 def passes(kind: str, model, bare, weights="float64", isa=""):
