@@ -9,6 +9,9 @@
 
 namespace msn {
 
+template <typename Key>
+struct Best;
+
 enum class Weights : int { kFloat64, kFloat32, kBFloat16, kFloat16, kInt8 };
 
 // A matrix [outputs, inputs], in panels of as many outputs as the instruction set's kernels take at
@@ -59,6 +62,7 @@ struct Linear {
   double scale = 1, softcap = 0;
   void* out = nullptr;
   int64_t out_stride = 0;
+  Best<int32_t>* best = nullptr;  // [rows], kLogits in float32: the largest ones are kept, too
   LowRank adapter;
 };
 

@@ -51,6 +51,7 @@ struct VerifyLogits {
   BlockSpace space;  // CUDA only: as guesses_space says, and a counter more a row of tokens
 
   void on_cpu() const;
+  void from_guesses_on_cpu() const;  // the same, where these are found already
   void on_cuda(void* stream) const;
 };
 

@@ -342,6 +342,7 @@ class ForwardPass:
         ancestors: Tensor,
         prefix: Tensor,
         logits: Tensor,
+        verified: tuple[Tensor, ...] | None,
         tails: int,
         threads: int,
         /,

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "bindings/define.h"
 #include "bindings/layers.h"
 #include "cpu/layers/forward_pass.h"
+#include "tree_ops.h"
 
 namespace py = pybind11;
 
@@ -52,7 +54,7 @@ void pack(const std::string& weights, const std::string& isa, const py::list& pi
           int64_t halves, py::handle packed) {
   const Kernels& kernels = kernels_named(isa);
   std::vector<const char*> rows;
-  Source source;
+  Unpacked source;
   for (const py::handle piece : pieces) {
     const Argument matrix = borrow("weights", piece);
     expect_dims(matrix, 2);
@@ -82,7 +84,7 @@ void pack(const std::string& weights, const std::string& isa, const py::list& pi
   py::gil_scoped_release release;
 #pragma omp parallel for schedule(static)
   for (int64_t p = 0; p < all; ++p) {
-    Source panel = source;
+    Unpacked panel = source;
     panel.rows = order.data() + p * kernels.width;
     panel.count = kernels.width;
     kernels.pack(kind, panel, to.as<char>() + p * bytes);
@@ -258,9 +260,11 @@ class BoundPass {
   }
 
   // Trees of all batch rows: tokens and positions int64 [B, N], ancestors int64 [B or 1, N, W],
-  // prefix int64 [B], logits [B, N, V]. The last `tails` nodes of every tree are noise.
+  // prefix int64 [B], logits [B, N, V]. `verified` is parents and what ops.verify_logits returns,
+  // or None. The last `tails` nodes of every tree are noise.
   void step(py::handle tokens, py::handle positions, py::handle ancestors, py::handle prefix,
-            py::handle logits, int64_t tails, int threads) {
+            py::handle logits, const std::optional<py::tuple>& verified, int64_t tails,
+            int threads) {
     const Argument ids = borrow("tokens", tokens), at = borrow("positions", positions),
                    bits = borrow("ancestors", ancestors), before = borrow("prefix", prefix),
                    out = borrow("logits", logits);
@@ -275,6 +279,8 @@ class BoundPass {
       expect_dense(bits, DType::kInt64, {nodes, words}, ids);
     expect_dense(before, DType::kInt64, {batch}, ids);
     expect_dense(out, number_, {batch, nodes, pass_.head.packed.outputs}, ids);
+    VerifyLogits verify;
+    if (verified) verify = verification(out, ids, *verified);
     clear();
     for (int64_t b = 0; b < batch; ++b) {
       const uint64_t* of_tree = bits.as<uint64_t>() + (kinds > 1 ? b * nodes * words : 0);
@@ -288,7 +294,9 @@ class BoundPass {
       if (is_noise) noise_.push_back(static_cast<int32_t>(n));
     }
     all_wanted(batch * nodes);
-    run(ids.as<int64_t>(), at.as<int64_t>(), batch * nodes, out.data, threads);
+    run(ids.as<int64_t>(), at.as<int64_t>(), batch * nodes, out.data,
+        static_cast<int32_t*>(verify.guesses.data), threads);
+    if (verified) verify.from_guesses_on_cpu();
   }
 
   // A text, `tokens` int64 [n], behind `start` slots of a batch row; logits [keep, V] of its last
@@ -306,7 +314,7 @@ class BoundPass {
     expect_tree_room(batch, start, count);
     trees_.add_text(batch, start, count);
     for (int64_t n = count - keep; n < count; ++n) wanted_.push_back(static_cast<int32_t>(n));
-    run(ids.as<int64_t>(), at.as<int64_t>(), count, out.data, threads);
+    run(ids.as<int64_t>(), at.as<int64_t>(), count, out.data, nullptr, threads);
   }
 
   // As ops.commit_kv: path int64 [B, N], accepted int64 [B].
@@ -392,6 +400,26 @@ class BoundPass {
     weights.first = begin.as<int32_t>();
   }
 
+  VerifyLogits verification(const Argument& logits, const Argument& tokens,
+                            const py::tuple& from) const {
+    if (py::len(from) != 7) refuse("verified has ", py::len(from), " tensors; expected 7");
+    const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
+    const Argument parents = borrow("parents", from[0]), guesses = borrow("guesses", from[1]),
+                   targets = borrow("targets", from[2]),
+                   accept_length = borrow("accept_length", from[3]), path = borrow("path", from[4]),
+                   bonus = borrow("bonus", from[5]), continuation = borrow("continuation", from[6]);
+    expect_dtype(logits, DType::kFloat32);
+    expect_range("the vocabulary", logits.shape[2], 1, kMaxVocabulary);
+    expect_tree(parents, DType::kInt32, batch, nodes, tokens);
+    expect_dense(guesses, DType::kInt32, {batch, nodes, kGuesses}, tokens);
+    for (const Argument* each : {&targets, &path, &continuation})
+      expect_dense(*each, DType::kInt64, {batch, nodes}, tokens);
+    for (const Argument* each : {&accept_length, &bonus})
+      expect_dense(*each, DType::kInt64, {batch}, tokens);
+    return {logits,        tokens, parents, guesses,      targets,
+            accept_length, path,   bonus,   continuation, {}};
+  }
+
   void clear() {
     trees_.clear();
     wanted_.clear();
@@ -407,7 +435,7 @@ class BoundPass {
   }
 
   void run(const int64_t* tokens, const int64_t* positions, int64_t count, void* logits,
-           int threads) {
+           int32_t* guesses, int threads) {
     int64_t positions_end = positions_ ? positions_ : int64_t{1} << 60;
     for (const RotaryTables& tables : pass_.rotaries)
       positions_end = std::min(positions_end, tables.positions);
@@ -418,7 +446,8 @@ class BoundPass {
     const Rows rows = trees_.rows(tokens, positions);
     py::gil_scoped_release release;
     const Noise noise{static_cast<int64_t>(noise_.size()), noise_.data(), noise_index_.data()};
-    pass_.run(rows, noise, wanted_.data(), static_cast<int64_t>(wanted_.size()), logits, threads);
+    pass_.run(rows, noise, wanted_.data(), static_cast<int64_t>(wanted_.size()), logits, guesses,
+              threads);
   }
 
   ForwardPass pass_;

@@ -17,6 +17,7 @@ from .forward import ForwardPass
 from .forward.fused import FusedForward, FusedPlan
 from .forward.native import NativeForward
 from .forward.packed import PackedPlan
+from .forward.protocol import Answers
 from .forward.transformers import TransformersForward
 from .grammars import FORCED, GrammarFollower
 from .outputs import Outputs
@@ -193,7 +194,8 @@ class Decoder:
         """
         positions = self._positions(ids.shape[1])
         logits = self._pass.read(ids, positions, self._offsets, len(draft), start)
-        result = self._verify(draft, positions[:, -len(draft) :], logits, self._prefix())
+        at = positions[:, -len(draft) :]
+        result = self._verify(draft, at, Answers(logits), self._prefix())
         # NaN at padding reaches every token's hidden state, and by that all of a row's logits,
         # whatever processors make of them.
         result.status[2] |= logits[:, 0, 0].isnan()
@@ -230,10 +232,22 @@ class Decoder:
             self._vocabulary,
         )
         end = self._last_root + len(draft)
-        logits = self._pass.check(
-            draft.tokens, positions, prefix, self._offsets, draft.ancestors, end, draft.tails
+        answers = self._pass.check(
+            draft.tokens,
+            positions,
+            prefix,
+            self._offsets,
+            draft.ancestors,
+            end,
+            draft.tails,
+            draft.parents if self._greedily else None,
         )
-        return self._verify(draft, positions, logits, prefix).but(wrong)
+        return self._verify(draft, positions, answers, prefix).but(wrong)
+
+    @property
+    def _greedily(self) -> bool:
+        """Whether the largest logits are the next tokens, as they are."""
+        return self.targets is greedy and not self._processors
 
     def _follow_texts(self, lengths: Tensor) -> None:
         """Let grammars know the texts of these lengths; waits for the device."""
@@ -245,13 +259,14 @@ class Decoder:
         return self._lengths - 1 + self._offsets
 
     def _verify(
-        self, draft: Draft, positions: Tensor, logits: Tensor, prefix: Tensor
+        self, draft: Draft, positions: Tensor, answers: Answers, prefix: Tensor
     ) -> PassResult:
         """Verify a draft, commit what is accepted, and show it to the drafter; no host sync."""
-        guesses = None
-        if self.targets is greedy and not self._processors:
-            guesses, targets, accepted, path, _, continuation = ops.verify_logits(
-                as_compared(logits), draft.tokens, draft.parents
+        logits, guesses = answers.logits, None
+        if self._greedily:
+            guesses, targets, accepted, path, _, continuation = (
+                answers.verified
+                or ops.verify_logits(as_compared(logits), draft.tokens, draft.parents)
             )
         else:
             texts = Texts(

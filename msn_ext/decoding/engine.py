@@ -284,7 +284,7 @@ def _check_logits(model: PreTrainedModel, plan: Plan, ours: ForwardPass, toleran
     with leaving_out(model):  # where it is the model's own
         first = ours.read(text, torch.arange(prefix, device=device)[None], none, 1)
     positions = prefix + tensors.depth.long()[None]
-    found = ours.check(nodes, positions, at, none, tensors.ancestors, prefix + len(tree))
+    found = ours.check(nodes, positions, at, none, tensors.ancestors, prefix + len(tree)).logits
     for leaf in (3, 4, 5):
         path = [leaf]
         while path[0]:

@@ -11,6 +11,9 @@ from .drafting import guesses_space, new_guesses
 from .registration import dense_rows, expect_dims, op
 from .workspace import workspace
 
+VerifiedLogits = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""What :func:`verify_logits` returns."""
+
 # ---- tree_ancestors ------------------------------------------------------------------------------
 
 
@@ -204,9 +207,7 @@ def _new_verified(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "verify_logits(Tensor logits, Tensor tokens, Tensor parents) -> (Tensor, Tensor, Tensor,"
     " Tensor, Tensor, Tensor)"
 )
-def verify_logits(
-    logits: Tensor, tokens: Tensor, parents: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+def verify_logits(logits: Tensor, tokens: Tensor, parents: Tensor) -> Iterator[VerifiedLogits]:
     """Verify greedily from the logits on: :func:`top_guesses`, whose first are the targets, and
     :func:`verify_tree`, in one launch on a GPU.
 
@@ -223,13 +224,18 @@ def verify_logits(
         raise ValueError(
             f"logits has shape {list(logits.shape)}; expected [*{list(tokens.shape)}, V], as tokens"
         )
-    guesses, verified = new_guesses(logits), _new_verified(tokens)
-    targets = torch.empty_like(verified[1])
-    yield guesses, targets, *verified
+    outputs = new_verified_logits(logits, tokens)
+    yield outputs
     rows = dense_rows(logits.flatten(0, 1))
     inputs = rows, tokens.contiguous(), parents.contiguous()
     space = guesses_space(rows, len(tokens))
-    _C.verify_logits(*inputs, guesses.flatten(0, 1), targets, *verified, *space)
+    _C.verify_logits(*inputs, outputs[0].flatten(0, 1), *outputs[1:], *space)
+
+
+def new_verified_logits(logits: Tensor, tokens: Tensor) -> VerifiedLogits:
+    """Return room for what :func:`verify_logits` returns."""
+    guesses, verified = new_guesses(logits), _new_verified(tokens)
+    return guesses, torch.empty_like(verified[1]), *verified
 
 
 # ---- place_tree, commit_kv, advance_text ---------------------------------------------------------

@@ -7,7 +7,6 @@
 #include <limits>
 #include <vector>
 
-#include "best_first.h"
 #include "cpu/drafting/top_guesses_kernel.h"
 #include "drafting_ops.h"
 #include "tree_ops.h"
@@ -29,29 +28,6 @@ void block_maxima(const Bits* row, int64_t count, Key* out) {
   baseline::block_maxima(Order{}, row, count, out);
 }
 
-// The largest keys so far, in order; of equals the first.
-template <typename Key>
-struct Best {
-  Key keys[kGuesses];
-  int64_t at[kGuesses];
-
-  Best() {
-    std::fill_n(keys, kGuesses, std::numeric_limits<Key>::min());
-    std::fill_n(at, kGuesses, -1);
-  }
-  Key least() const { return keys[kGuesses - 1]; }
-  void add(Key key, int64_t index) {
-    if (key <= least()) return;
-    int place = kGuesses - 1;
-    for (; place > 0 && keys[place - 1] < key; --place) {
-      keys[place] = keys[place - 1];
-      at[place] = at[place - 1];
-    }
-    keys[place] = key;
-    at[place] = index;
-  }
-};
-
 template <typename Bits, typename Key, Bits kInfinity, typename Value>
 void top_row(Ordered<Bits, Key, kInfinity>, const Bits* row, int64_t vocabulary, Value value,
              int32_t* out) {
@@ -61,18 +37,15 @@ void top_row(Ordered<Bits, Key, kInfinity>, const Bits* row, int64_t vocabulary,
   maxima.resize(blocks);
   block_maxima<Order>(row, vocabulary, maxima.data());
   Best<Key> of_blocks, of_row;
+  of_blocks.clear();
+  of_row.clear();
   for (int64_t b = 0; b < blocks; ++b) of_blocks.add(maxima[b], b);
   for (int64_t b = 0; b < blocks; ++b) {
     if (maxima[b] < of_blocks.least() || maxima[b] <= of_row.least()) continue;
     const int64_t end = std::min((b + 1) * kBlock, vocabulary);
     for (int64_t i = b * kBlock; i < end; ++i) of_row.add(Order::key(row[i]), i);
   }
-  double weights[kGuesses], total = 0;
-  const int found = static_cast<int>(std::min<int64_t>(vocabulary, kGuesses));
-  const double best = value(row[of_row.at[0]]);
-  for (int i = 0; i < found; ++i) total += weights[i] = std::exp(value(row[of_row.at[i]]) - best);
-  for (int i = 0; i < kGuesses; ++i)
-    out[i] = i < found ? pack_guess(of_row.at[i], level_of(weights[i] / total)) : -1;
+  write_guesses(of_row, [&](int64_t i) { return value(row[i]); }, out);
 }
 
 template <typename Bits, typename Key, Bits kInfinity, typename Value>

@@ -128,14 +128,31 @@ struct ForwardPass::Worker {
     barrier.wait();
   }
 
-  void head(const int32_t* wanted, int64_t count, void* logits) const {
+  // The largest logits are kept where they are made: afterwards they lie in another core's cache,
+  // or in none.
+  void head(const int32_t* wanted, int64_t count, void* logits, int32_t* guesses) const {
     Linear stage = linear(pass.head, pass.norm, at.h, logits);
     stage.rows = count;
     stage.pick = wanted;
     stage.epilogue = Linear::kLogits;
     stage.scale = pass.logit_scale;
     stage.softcap = pass.logit_softcap;
+    if (guesses) {
+      stage.best = pass.best_.data() + t * count;
+      for (int64_t r = 0; r < count; ++r) stage.best[r].clear();
+    }
     run(stage, pass.head);
+    if (!guesses) return;
+    barrier.wait();
+    for (int64_t r = count * t / threads; r < count * (t + 1) / threads; ++r) {
+      const float* row = static_cast<const float*>(logits) + r * pass.head.packed.outputs;
+      Best<int32_t> best = pass.best_[r];
+      for (int other = 1; other < threads; ++other) {
+        const Best<int32_t>& later = pass.best_[other * count + r];
+        for (int i = 0; i < kGuesses && later.at[i] >= 0; ++i) best.add(later.keys[i], later.at[i]);
+      }
+      write_guesses(best, [row](int64_t i) { return row[i]; }, guesses + r * kGuesses);
+    }
   }
 };
 
@@ -161,9 +178,10 @@ ForwardPass::Buffers ForwardPass::buffers(int64_t rows) {
 }
 
 void ForwardPass::run(const Rows& rows, const Noise& noise, const int32_t* wanted, int64_t count,
-                      void* logits, int threads) {
+                      void* logits, int32_t* guesses, int threads) {
   const Buffers at = buffers(rows.count);
   if (static_cast<int>(scratch_.size()) < threads) scratch_ = std::vector<Scratch>(threads);
+  if (guesses) best_.resize(std::max<size_t>(best_.size(), threads * count));
   with_team(threads, [&](int t, int team, Barrier& barrier) {
     const Worker worker{*this, rows, noise, at, t, team, barrier, scratch_[t]};
     Embed first = embed;
@@ -173,7 +191,7 @@ void ForwardPass::run(const Rows& rows, const Noise& noise, const int32_t* wante
     kernels.embed(kind, first, t, team);
     barrier.wait();
     for (const LayerPlan& layer : layers) worker.run_layer(layer);
-    if (count) worker.head(wanted, count, logits);
+    if (count) worker.head(wanted, count, logits, guesses);
   });
 }
 

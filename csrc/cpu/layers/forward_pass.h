@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/drafting/best_guesses.h"
 #include "cpu/layers/kernels.h"
 
 namespace msn {
@@ -44,9 +45,10 @@ class ForwardPass {
   ForwardPass(Weights kind, const Kernels& kernels) : kind(kind), kernels(kernels) {}
 
   // Computes all rows, writes their keys and values into the caches, and the logits of the rows
-  // `wanted` [count] to `logits` [count, V] of T. Where some rows are noise, all are wanted.
+  // `wanted` [count] to `logits` [count, V] of T. Where some rows are noise, all are wanted. To
+  // `guesses` [count, kGuesses], if not null, what TopGuesses finds in the logits, which are float.
   void run(const Rows& rows, const Noise& noise, const int32_t* wanted, int64_t count, void* logits,
-           int threads);
+           int32_t* guesses, int threads);
 
   // Moves what the nodes `path` [length] of a tree behind `prefix` slots left in the caches of a
   // batch row up to the slots behind the prefix.
@@ -72,6 +74,7 @@ class ForwardPass {
 
   Scratch memory_;
   std::vector<Scratch> scratch_;
+  std::vector<Best<int32_t>> best_;  // of each thread's share of the logits' rows
 };
 
 }  // namespace msn

@@ -38,7 +38,7 @@ int64_t panel_bytes_of(Weights kind, int64_t inputs) {
   return with_panels(kind, [&](auto panels) { return decltype(panels)::bytes(inputs); });
 }
 
-void pack_rows(Weights kind, const Source& source, void* to) {
+void pack_rows(Weights kind, const Unpacked& source, void* to) {
   with_panels(kind, [&](auto panels) { pack<decltype(panels)>(source, static_cast<char*>(to)); });
 }
 

@@ -26,7 +26,7 @@ class Scratch {
 };
 
 // Rows of a matrix to pack: where each begins (null: zeros), and how its numbers lie.
-struct Source {
+struct Unpacked {
   const char* const* rows = nullptr;
   int64_t count = 0;  // a multiple of the panels' width
   int64_t inputs = 0;
@@ -39,7 +39,7 @@ struct Kernels {
   int width;                // outputs of a panel of weights
   bool rounds_to_bfloat16;  // what is multiplied with weights in bfloat16
   int64_t (*panel_bytes)(Weights kind, int64_t inputs);
-  void (*pack)(Weights kind, const Source& source, void* to);
+  void (*pack)(Weights kind, const Unpacked& source, void* to);
   void (*unpack_row)(Weights kind, const Packed& from, int64_t row, void* to);  // to T
   void (*embed)(Weights kind, const Embed&, int t, int threads);
   void (*linear)(Weights kind, const Linear&, int t, int threads, Scratch&);

@@ -1,6 +1,7 @@
 // Linear layers over packed weights, with what comes before (a norm) and after (residual,
 // activation).
 #pragma once
+#include "cpu/drafting/best_guesses.h"
 #include "cpu/layers/functions.h"
 #include "cpu/layers/kernels.h"
 #include "cpu/layers/panels.h"
@@ -99,6 +100,34 @@ inline int64_t inputs_bytes(int64_t rows, int64_t size, int64_t item) {
 // ---- after
 // ---------------------------------------------------------------------------------------
 
+// Whether a value is larger than another one, or NaN.
+inline bool any_above(Vec<float> values, float least) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)values, _mm512_set1_ps(least), _CMP_NLE_UQ);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)values, _mm256_set1_ps(least), _CMP_NLE_UQ));
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(_mm_cmpnle_ps((__m128)values, _mm_set1_ps(least)));
+#else
+  bool any = false;
+  for (int i = 0; i < Vector<float>::size; ++i) any |= !(values[i] <= least);
+  return any;
+#endif
+}
+
+// Adds the values of outputs from `output` on to the largest ones of their row.
+template <int kWidth>
+void keep_best(Best<int32_t>& best, const float* y, int64_t output, int count) {
+  // All pass NaN, which stands here while there are fewer than kGuesses.
+  const float least =
+      best.at[kGuesses - 1] < 0 ? NAN : bit_cast<float>(OrderedFloat32::bits(best.least()));
+  bool any = false;
+  for (int o = 0; o < kWidth; o += Vector<float>::size) any |= any_above(load(y + o), least);
+  if (!any) return;
+  for (int o = 0; o < count; ++o)
+    best.add(OrderedFloat32::key(bit_cast<uint32_t>(y[o])), output + o);
+}
+
 // y[o] of one row, o < count of the panel's outputs that there are, in place; then out.
 template <typename T, int kWidth>
 struct After {
@@ -128,6 +157,8 @@ struct After {
         if (scale != 1) transform(y, kWidth, y, [&](Vec<T> v, int64_t) { return v * scale; });
         if (cap > 0)
           transform(y, kWidth, y, [&](Vec<T> v, int64_t) { return soft_cap<T>(v, cap); });
+        if constexpr (sizeof(T) == 4)
+          if (stage.best) keep_best<kWidth>(stage.best[row], y, output, count);
         break;
       }
       default: break;

@@ -33,7 +33,7 @@ Half* place(Halfs<kWidth, kSums>, char* panel, int64_t k, int o) {
 }
 
 template <typename P>
-void pack_panel(P panels, const Source& source, const char* const* rows, char* to) {
+void pack_panel(P panels, const Unpacked& source, const char* const* rows, char* to) {
   // So that the strided writes stay in cache.
   constexpr int64_t kChunk = 64;
   if (source.inputs % 2) std::memset(to, 0, P::bytes(source.inputs));
@@ -53,7 +53,7 @@ void pack_panel(P panels, const Source& source, const char* const* rows, char* t
 
 // The scale of a block is the least that has no number beyond 127 of them, in bfloat16.
 template <int kWidth>
-void pack_panel(Int8s<kWidth>, const Source& source, const char* const* rows, char* to) {
+void pack_panel(Int8s<kWidth>, const Unpacked& source, const char* const* rows, char* to) {
   using P = Int8s<kWidth>;
   for (int64_t begin = 0; begin < source.inputs; begin += kInt8Block, to += P::kBlockBytes) {
     BFloat16* scales = reinterpret_cast<BFloat16*>(to + kInt8Block * kWidth);
@@ -75,7 +75,7 @@ void pack_panel(Int8s<kWidth>, const Source& source, const char* const* rows, ch
 }
 
 template <typename P>
-void pack(const Source& source, char* to) {
+void pack(const Unpacked& source, char* to) {
   const int64_t bytes = P::bytes(source.inputs);
   for (int64_t row = 0; row < source.count; row += P::kWidth, to += bytes)
     pack_panel(P{}, source, source.rows + row, to);

@@ -25,6 +25,7 @@ from ..past import KeysValues
 from .adapter import NoiseAdapter
 from .correction import correction
 from .plan import Attention, Layer, Linear, NoPlan, Norm, Plan
+from .protocol import Answers
 from .transformers import TransformersForward
 
 MOST_HEAD_SIZE = 256
@@ -341,7 +342,8 @@ class FusedForward(TransformersForward):
         ancestors: Tensor,
         end: int,
         tails: int = 0,
-    ) -> Tensor:
+        parents: Tensor | None = None,
+    ) -> Answers:
         self._cache.reach(end)
         if self._cache.capacity > self._positions:  # then the cache moved, too
             self._positions = self._cache.capacity
@@ -363,7 +365,7 @@ class FusedForward(TransformersForward):
             else:
                 before = ops.residual_norm(h, attended, scale, *after[0], *layer.mlp_norm)
             x = ops.residual_norm(h, layer.mlp(before, run), scale, *after[1], *norm)
-        return fused.logits(x, run).view(*tokens.shape, -1)
+        return Answers(fused.logits(x, run).view(*tokens.shape, -1))
 
     def _attended(
         self,

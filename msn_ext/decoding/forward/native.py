@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from msn_ext import _C
+from msn_ext.ops.tree import new_verified_logits
 
 from ..past import KeysValues
 from .adapter import NoiseAdapter
 from .packed import PackedPlan
 from .packed_adapter import packed_adapter
+from .protocol import Answers
 
 CHUNK = 96
 """Tokens of a text that are computed at once: enough to be limited by arithmetic, few enough to
@@ -165,9 +167,14 @@ class NativeForward:
         ancestors: Tensor,
         end: int,
         tails: int = 0,
-    ) -> Tensor:
+        parents: Tensor | None = None,
+    ) -> Answers:
         self._reserve(end)
         logits = self._logits(*tokens.shape)
+        verified = shaped = None
+        if parents is not None and logits.dtype == torch.float32:
+            verified = new_verified_logits(logits, tokens)
+            shaped = parents.contiguous(), *verified
         before = prefix - offsets if self._padded else prefix
         self._pass.step(
             tokens.contiguous(),
@@ -175,10 +182,11 @@ class NativeForward:
             ancestors.contiguous(),
             before.contiguous(),
             logits,
+            shaped,
             tails,
             torch.get_num_threads(),
         )
-        return logits
+        return Answers(logits, verified)
 
     def commit(self, prefix: Tensor, path: Tensor, accepted: Tensor) -> None:
         before = prefix - self._offsets if self._padded else prefix

@@ -9,11 +9,26 @@ vocabulary. Slots and positions are those of :class:`msn_ext.decoding.request.Re
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from msn_ext.ops.tree import VerifiedLogits
+
 from ..past import KeysValues
+
+
+class Answers(NamedTuple):
+    """What a model says to the nodes of trees.
+
+    Attributes:
+        logits: [B, N, V].
+        verified: what :func:`msn_ext.ops.verify_logits` gives; None where the pass has not found it
+            by the way, or was not asked.
+    """
+
+    logits: Tensor
+    verified: VerifiedLogits | None = None
 
 
 class ForwardPass(Protocol):
@@ -58,7 +73,8 @@ class ForwardPass(Protocol):
         ancestors: Tensor,
         end: int,
         tails: int = 0,
-    ) -> Tensor:
+        parents: Tensor | None = None,
+    ) -> Answers:
         """Compute trees after what is cached.
 
         Args:
@@ -68,9 +84,7 @@ class ForwardPass(Protocol):
             end: bounds ``prefix + N``; the host knows it without asking the device.
             tails: the last so many nodes of every row are noise: they are computed with the gated
                 adapter that the pass was made with, if with one; all others never are.
-
-        Returns:
-            Logits [B, N, V].
+            parents: int32 [N] or [B, N], of what is verified greedily; None: it is not.
         """
         ...
 

@@ -14,6 +14,7 @@ from ..attention import KernelAttention, MaskAttention, TreeContext
 from ..cache import TreeCache
 from ..past import KeysValues
 from .adapter import NoiseAdapter
+from .protocol import Answers
 
 
 class TransformersForward:
@@ -83,15 +84,17 @@ class TransformersForward:
         ancestors: Tensor,
         end: int,
         tails: int = 0,
-    ) -> Tensor:
+        parents: Tensor | None = None,
+    ) -> Answers:
         nodes = tokens.shape[1]
         self._cache.at(prefix, nodes, end)
         context = TreeContext(prefix, offsets, ancestors)
-        return self._attention.over_tree(
+        logits = self._attention.over_tree(
             context,
             self._cache.end,
             lambda mask: self._logits(tokens, positions, mask, nodes, tails),
         )
+        return Answers(logits)
 
     def _logits(self, ids: Tensor, positions: Tensor, mask, keep: int, tails: int = 0) -> Tensor:
         limit = {} if self._forwards_all_logits else {"logits_to_keep": keep}

@@ -44,7 +44,7 @@ def check(new: NativeForward, text: int, nodes: torch.Tensor, tree: DraftTree) -
     tensors = tree.tensors(torch.device("cpu"))
     positions = text + tensors.depth.long()[None]
     at, none = torch.tensor([text]), torch.tensor([0])
-    return new.check(nodes, positions, at, none, tensors.ancestors, text + len(tree))
+    return new.check(nodes, positions, at, none, tensors.ancestors, text + len(tree)).logits
 
 
 def commit(new: NativeForward, text: int, path: list[int]) -> None:

@@ -76,7 +76,7 @@ def check(one, texts, draft, offsets, tails=None):
     lengths = integers([len(text) for text in texts])
     end = int((lengths + offsets).max()) + len(draft)
     where = laid_out(draft, lengths), lengths + offsets, offsets, draft.ancestors, end
-    return one.check(draft.tokens, *where, draft.tails if tails is None else tails)
+    return one.check(draft.tokens, *where, draft.tails if tails is None else tails).logits
 
 
 def case(name: str, seed: int, nodes: int = 9, **tails):
