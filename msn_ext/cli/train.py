@@ -76,7 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
     noise = settings_from(arguments, NoiseSettings())
     training = settings_from(arguments, TrainSettings())
     noise, training = decided(noise, training, sampling.self_distill)
-    arguments.teacher = "base" if noise.teacher == "base" else None  # of versions before: labels
+    # As versions before have recorded them, whose defaults of a gate were others.
+    arguments.teacher = "base" if noise.teacher == "base" else None
+    vars(arguments).update(noise.chosen() | ({} if noise.gate else {"segments": noise.segments}))
     conversations = _read(arguments.data, sampling.samples)
     folder = _Folder(arguments.output, _recorded(arguments, conversations))
     folder.check_settings()
@@ -260,7 +262,7 @@ class _Recipe:
             self.tokenizer,
             samples,
             questions,
-            self.noise.length,
+            self.noise.chosen()["length"],
             max_new_tokens=self.sampling.max_new_tokens,
             dtype=dtype,
         )

@@ -40,7 +40,7 @@ def gated_figures(
         model,
         samples,
         Collate(pad),
-        length=noise.length,
+        length=of_collator["length"],
         content=of_collator["content"],
         progress=progress,
     )

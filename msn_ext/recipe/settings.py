@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from msn_ext.training import Starts
 
-SEGMENTS = {"branch": 24, "replace": 1, "none": 1}
-GATED_SEGMENTS = 32
+LENGTH, CONTENT, SEGMENTS = 4, "ahead", {"branch": 24, "replace": 1, "none": 1}
+GATED_LENGTH, GATED_CONTENT, GATED_SEGMENTS = 1, "mask", 128
 NOISE_WEIGHT, TAUGHT_WEIGHT, SETTLING = 0.3, 0.03, 2 / 3
 LORA_RATE, TAUGHT_RATE, FULL_RATE = 1e-3, 3e-4, 2e-5
 
@@ -143,7 +143,6 @@ class NoiseSettings(Settings):
 
     Attributes:
         layout: of :class:`msn_ext.NoisyCollator`; "none": no noise, plain fine-tuning.
-        segments: None: 24 branches, or one segment in place.
         gate: the adapter is for the noise alone (:func:`msn_ext.add_noise`), in branches; labels
             have no weight.
         curriculum: with ``gate``, segments grow from 1 token to ``length``.
@@ -152,7 +151,8 @@ class NoiseSettings(Settings):
             with a teacher :func:`decided`.
         teacher: "base": of :func:`msn_ext.add_noise`; "labels": none. None: :func:`decided`.
         content: of :class:`msn_ext.NoisyCollator`, or "mask": the tokenizer's padding throughout.
-        length, location: of :class:`msn_ext.NoisyCollator`.
+        length, segments, location: of :class:`msn_ext.NoisyCollator`. ``length``, ``segments`` and
+            ``content`` are None where the layout and the gate choose them (:meth:`chosen`).
     """
 
     layout: str = option("branch", ("branch", "replace", "none"))
@@ -170,7 +170,13 @@ class NoiseSettings(Settings):
         "what is learned: what the model says of the clean text without the adapter, or the labels",
         shown="base for an adapter with --self-distill, otherwise labels",
     )
-    length: int = option(4, whole(1, 64), "noise tokens of a segment", "N")
+    length: int | None = option(
+        None,
+        whole(1, 64),
+        "noise tokens of a segment",
+        "N",
+        shown=f"{LENGTH}, with --gate {GATED_LENGTH}",
+    )
     curriculum: bool = option(False, bool, "segments grow from 1 token to --length, with --gate")
     segments: int | None = option(
         None,
@@ -180,7 +186,11 @@ class NoiseSettings(Settings):
         shown=f"{SEGMENTS['branch']} branches, with --gate {GATED_SEGMENTS},"
         f" {SEGMENTS['replace']} in place",
     )
-    content: str = option("ahead", ("ahead", "random", "mixed", "self", "mask"))
+    content: str | None = option(
+        None,
+        ("ahead", "random", "mixed", "self", "mask"),
+        shown=f"{CONTENT}, with --gate {GATED_CONTENT}",
+    )
     noise_weight: float | None = option(
         None,
         ABOVE_0,
@@ -204,20 +214,24 @@ class NoiseSettings(Settings):
             return "layout 'none', plain fine-tuning,"
         return "content 'self'" if self.content == "self" else None
 
+    def chosen(self) -> dict[str, Any]:
+        """Return ``length``, ``segments`` and ``content`` with their defaults."""
+        gated = GATED_LENGTH, GATED_SEGMENTS, GATED_CONTENT
+        usual = LENGTH, SEGMENTS[self.layout], CONTENT
+        names = "length", "segments", "content"
+        return {
+            name: default if (value := getattr(self, name)) is None else value
+            for name, default in zip(names, gated if self.gate else usual)
+        }
+
     def of_collator(self, mask: int) -> dict[str, Any]:
         """Return the settings of :class:`msn_ext.NoisyCollator`, all but the seed.
 
         Args:
             mask: the token that stands for noise where ``content`` is "mask".
         """
-        segments = GATED_SEGMENTS if self.gate else SEGMENTS[self.layout]
-        return {
-            "layout": self.layout,
-            "length": self.length,
-            "segments": self.segments or segments,
-            "content": mask if self.content == "mask" else self.content,
-            "location": self.location,
-        }
+        found = self.chosen() | {"layout": self.layout, "location": self.location}
+        return found | ({"content": mask} if found["content"] == "mask" else {})
 
     def loss_weights(self) -> tuple[float, float] | Callable[[float], tuple[float, float]]:
         """Return ``loss_weights`` of :func:`msn_ext.add_noise`."""

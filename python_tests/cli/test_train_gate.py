@@ -15,7 +15,7 @@ from msn_ext.recipe.metrics import DRAFTS
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
-GATED = ["--gate", "--content", "mask", "--length", "2"]
+GATED = ["--gate", "--length", "2"]
 
 
 @pytest.fixture(scope="module")

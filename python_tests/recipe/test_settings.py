@@ -97,6 +97,22 @@ def test_segments_depend_on_the_layout(layout, segments):
     assert NoiseSettings(layout=layout, segments=9).of_collator(0)["segments"] == 9
 
 
+def test_a_gate_has_defaults_of_its_own():
+    """Those that learn most (docs/training.md)."""
+    of_collator = NoiseSettings(gate=True).of_collator(7)
+    assert of_collator == {
+        "layout": "branch",
+        "length": 1,
+        "segments": 128,
+        "content": 7,
+        "location": "random",
+    }
+    given = parsed(NoiseSettings(), "--gate", "--length", "3", "--content", "ahead")
+    assert given.chosen() == {"length": 3, "segments": 128, "content": "ahead"}
+    usual = {"length": 4, "segments": 24, "content": "ahead"}
+    assert parsed(NoiseSettings()).chosen() == usual
+
+
 def test_settings_need_no_torch(tmp_path):
     code = "import sys, msn_ext.cli, msn_ext.recipe.settings; assert 'torch' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
