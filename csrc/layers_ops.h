@@ -66,6 +66,23 @@ struct Linear {
   LowRank adapter;
 };
 
+// out = norm(x) A^T, for some rows of x, by a matrix A of few rows, as an adapter has. A is no
+// panel: [outputs, narrow_stride(inputs)], zeros behind its inputs, in float64 where weights are,
+// bfloat16 beside those in bfloat16 and int8, else float32.
+struct NarrowLinear {
+  int64_t rows = 0;
+  const int32_t* pick = nullptr;  // the rows of x
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  Norm norm;
+  Packed weights;
+  void* out = nullptr;  // [rows, outputs]
+};
+constexpr int64_t kNarrowStep = 32;
+constexpr int64_t narrow_stride(int64_t inputs) {
+  return (inputs + kNarrowStep - 1) / kNarrowStep * kNarrowStep;
+}
+
 // h += scale * norm(x)
 struct AddNorm {
   int64_t rows = 0, size = 0;

@@ -218,6 +218,7 @@ def gated_activation(gate: Tensor, up: Tensor | None, activation: str, out: Tens
 # ---- layers: their stages, and the native forward pass (msn_ext/decoding/forward)
 
 CACHE_WIDTH: Final[int]
+NARROW_STEP: Final[int]
 
 def layer_isa(isa: str, /) -> dict[str, Any]: ...
 def packed_bytes(weights: str, isa: str, outputs: int, inputs: int, halves: int, /) -> int: ...

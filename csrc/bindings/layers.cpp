@@ -387,7 +387,8 @@ class BoundPass {
     const Argument down = borrow("adapter", a), up = borrow("adapter", b),
                    begin = borrow("adapter's first inputs", first);
     for (const Argument* each : {&down, &up, &begin}) expect_contiguous(*each);
-    expect_shape(down, {packed_bytes(kind, isa_, rank, weights.packed.inputs, 1)});
+    expect_dense(down, kind == "bfloat16" ? DType::kBFloat16 : number_,
+                 {rank, narrow_stride(weights.packed.inputs)}, begin);
     expect_shape(up, {packed_bytes(kind, isa_, outputs, inputs, halves)});
     expect_dense(begin, DType::kInt32, {panels}, begin);
     for (int64_t p = 0; p < panels; ++p) {
@@ -464,6 +465,7 @@ class BoundPass {
 
 void define_layers(py::module_& m) {
   m.attr("CACHE_WIDTH") = kCacheWidth;
+  m.attr("NARROW_STEP") = kNarrowStep;
   m.def("layer_isa", &layer_isa);
   m.def("packed_bytes", &packed_bytes);
   m.def("pack", &pack);

@@ -50,17 +50,15 @@ struct ForwardPass::Worker {
   void multiply_low(const Linear& stage, const LinearWeights& weights, int64_t begin, int64_t end,
                     char* to) const {
     if (begin == end) return;
-    Linear low;
+    NarrowLinear low;
     low.rows = end - begin;
+    low.pick = noise.rows + begin;
     low.x = stage.x;
     low.x_stride = stage.x_stride;
-    low.pick = noise.rows + begin;
     low.norm = stage.norm;
     low.weights = weights.a;
     low.out = to + begin * weights.a.outputs * pass.item();
-    low.out_stride = weights.a.outputs;
-    const Weights kind = pass.kind == Weights::kInt8 ? Weights::kBFloat16 : pass.kind;
-    kernels.linear(kind, low, 0, 1, scratch);
+    kernels.narrow_linear(pass.kind, low, scratch);
   }
 
   // h += scale * after(x W^T + bias)

@@ -12,7 +12,7 @@ namespace msn {
 struct LinearWeights {
   Packed packed;
   const void* bias = nullptr;
-  Packed a, b;  // of the adapter for noise rows; without data: none
+  Packed a, b;  // of the adapter for noise rows; without data: none. `a`: as NarrowLinear has it
   const int32_t* first = nullptr;
 };
 

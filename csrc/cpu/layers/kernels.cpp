@@ -5,6 +5,7 @@
 #include "cpu/layers/attention.h"
 #include "cpu/layers/functions.h"
 #include "cpu/layers/linear.h"
+#include "cpu/layers/narrow.h"
 #include "cpu/layers/packing.h"
 
 namespace msn::MSN_ISA {
@@ -57,6 +58,15 @@ void linear_rows(Weights kind, const Linear& stage, int t, int threads, Scratch&
   with_panels(kind, [&](auto panels) { linear<decltype(panels)>(stage, t, threads, scratch); });
 }
 
+void narrow_linear_rows(Weights kind, const NarrowLinear& stage, Scratch& scratch) {
+  switch (kind) {
+    case Weights::kFloat64: return narrow_linear<double>(stage, scratch);
+    case Weights::kFloat32:
+    case Weights::kFloat16: return narrow_linear<float>(stage, scratch);
+    default: return narrow_linear<BFloat16>(stage, scratch);
+  }
+}
+
 void add_norm_rows(Weights kind, const AddNorm& stage, int t, int threads) {
   if (kind == Weights::kFloat64)
     add_norm<double>(stage, t, threads);
@@ -86,9 +96,10 @@ void move_slot(Weights kind, const Cache& cache, const Heads& heads, int64_t bat
 
 }  // namespace
 
-const Kernels kernels = {MSN_TEXT(MSN_ISA), kWeightWidth,   WeightBFloats::kPairs,
-                         panel_bytes_of,    pack_rows,      unpack_row,
-                         embed_rows,        linear_rows,    add_norm_rows,
-                         rotary_write_rows, attention_rows, move_slot};
+const Kernels kernels = {MSN_TEXT(MSN_ISA), kWeightWidth,      WeightBFloats::kPairs,
+                         panel_bytes_of,    pack_rows,         unpack_row,
+                         embed_rows,        linear_rows,       narrow_linear_rows,
+                         add_norm_rows,     rotary_write_rows, attention_rows,
+                         move_slot};
 
 }  // namespace msn::MSN_ISA

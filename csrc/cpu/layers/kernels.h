@@ -43,6 +43,7 @@ struct Kernels {
   void (*unpack_row)(Weights kind, const Packed& from, int64_t row, void* to);  // to T
   void (*embed)(Weights kind, const Embed&, int t, int threads);
   void (*linear)(Weights kind, const Linear&, int t, int threads, Scratch&);
+  void (*narrow_linear)(Weights kind, const NarrowLinear&, Scratch&);  // all of it
   void (*add_norm)(Weights kind, const AddNorm&, int t, int threads);
   void (*rotary_write)(Weights kind, const RotaryWrite&, int t, int threads);
   void (*attention)(Weights kind, const CachedAttention&, int t, int threads, Scratch&);

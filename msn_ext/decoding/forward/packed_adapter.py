@@ -19,7 +19,9 @@ from .plan import Linear, NoPlan
 NAMES = "qkv", "out", "up", "down"
 
 Packed = tuple[Tensor, int, Tensor, int, Tensor]
-"""A, its rows, B, inputs of its panels, the first of each: what ``_C.ForwardPass`` takes."""
+"""A as it lies, its rows, B in panels, their inputs, the first of each: as ``_C.ForwardPass`` takes
+them.
+"""
 
 
 def packed_adapter(packed: PackedPlan, adapter: NoiseAdapter) -> list[dict[str, Packed]]:
@@ -74,5 +76,8 @@ def _packed_part(packed: PackedPlan, fix: Correction, halves: int) -> Packed:
     narrow = fix.b.new_empty(outputs, inputs)
     for panel, first in zip(panels, firsts):
         narrow[panel.start : panel.stop] = fix.b[panel.start : panel.stop, first : first + inputs]
-    a, b = pack(weights, packed.isa, [Linear((fix.a,)), Linear((narrow,))], (1, halves))
-    return a.data, rank, b.data, inputs, torch.tensor(firsts, dtype=torch.int32, device="cpu")
+    (b,) = pack(weights, packed.isa, [Linear((narrow,))], (halves,))
+    a = torch.nn.functional.pad(fix.a, (0, -fix.a.shape[1] % _C.NARROW_STEP))
+    a = a.to(torch.bfloat16) if weights == "bfloat16" else a
+    starts = torch.tensor(firsts, dtype=torch.int32, device="cpu")
+    return a.contiguous(), rank, b.data, inputs, starts
