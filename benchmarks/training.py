@@ -9,11 +9,12 @@ Everything is trained from the same weights on the same self-distilled answers, 
 plain fine-tuning (sft), noise in place (replace) and branches (branch), for L = 1, 4, 8 noise
 tokens a segment; noise in place where the loss is lowest (replace-4-ppl); the model's own guesses
 as noise (branch-4-self); and sft and replace for as many tokens as the branches compute
-(…-compute). A branch run has 96 noise tokens a sample, whatever L. Measured on held-out answers:
-next-token loss, accuracy after 1 to 8 noise tokens, and tokens per pass (MAT) of the paper's tree,
-of best-first trees, and of Jacobi chains of 1 to 8 guesses. These decode the same text for all,
-whatever they would have said: a model that has learned to repeat itself would seem
-fast on its own.
+(…-compute). A branch run has 96 noise tokens a sample, whatever L. So has the adapter for noise
+alone (gated), a mask each, which is asked for as noise and decodes in the tails of best-first
+trees. Measured on held-out answers: next-token loss, accuracy after 1 to 8 noise tokens, and tokens
+per pass (MAT) of the paper's tree, of best-first trees, and of Jacobi chains of 1 to 8 guesses.
+These decode the same text for all, whatever they would have said: a model that has learned to
+repeat itself would seem fast on its own.
 
 DIR keeps the answers, a folder of checkpoints an experiment, and a line of results.jsonl for each
 that is done; the same command resumes where it was interrupted.
@@ -75,6 +76,7 @@ def experiments() -> dict[str, dict]:
         "branch-8": branches[8],
         "replace-1": in_place[1],
         "replace-8": in_place[8],
+        "gated": dict(layout="branch", gate=True, segments=NOISE),
     }
 
 
@@ -117,7 +119,7 @@ def run(
     work: pathlib.Path,
 ) -> dict:
     """Train a copy of the model as an experiment asks, and return its row of the results."""
-    model, collate = copy.deepcopy(model), Collate(pad_of(tokenizer))
+    model, collate, content = copy.deepcopy(model), Collate(pad_of(tokenizer)), "ahead"
     row = {"experiment": name, "settings": changed, "samples": len(samples)}
     start = time.time()
     if changed:
@@ -126,15 +128,17 @@ def run(
             ratio = compute_ratio(samples, collate, model.config, training.batch_size)
             training = replace(training, epochs=training.epochs * ratio)
         if noise.location == "ppl":
-            starts = lowest_loss_starts(model, samples, collate, length=noise.length)
+            starts = lowest_loss_starts(model, samples, collate, length=noise.chosen()["length"])
             noise = replace(noise, location=starts)
         trained, log = train(model, tokenizer, samples, work, noise, training)
-        model = trained.merge_and_unload()
+        model = trained if noise.gate else trained.merge_and_unload()
+        content = noise.of_collator(pad_of(tokenizer))["content"]
         row |= {"epochs": training.epochs, "log": [entry for entry in log if "loss" in entry]}
     row["training seconds"] = round(time.time() - start)
     # Of all experiments so far.
     row["peak bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    row |= asdict(noise_accuracy(model.eval(), held, collate, length=DEEPEST))
+    accuracy = noise_accuracy(model.eval(), held, collate, length=DEEPEST, content=content)
+    row |= asdict(accuracy)
     return row | {"MAT": accept_lengths(model.to(torch.bfloat16) if training.bf16 else model, held)}
 
 
