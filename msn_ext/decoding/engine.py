@@ -161,8 +161,9 @@ def _stamp(modules: Modules) -> tuple:
         raise NoPlan("it was made under torch.inference_mode(), where no change is counted")
     identity = tuple((weight.data_ptr(), weight._version) for weight in weights)
     packed = tuple(id(tensor) for tensor in tensors if isinstance(tensor, PackedWeight))
+    settings = settings_of(modules), os.environ.get("MSN_ISA")
     sample = _C.sample_hash([weight.detach() for weight in weights if weight.is_contiguous()])
-    return identity, packed, sample, settings_of(modules), os.environ.get("MSN_ISA")
+    return identity, packed, settings, sample
 
 
 # ---- one copy of the weights ---------------------------------------------------------------------

@@ -51,11 +51,12 @@ def mixing_module(
     beside loud ones has to give what it gives beside others, bit for bit.
     """
     modules = modules or Modules(model)
+    dtype = model.dtype  # which looks for a parameter
     for module in modules.all:
         if _plain(module):
             continue
         linear = isinstance(getattr(module, "in_features", None), int)
-        if linear and _mixes(module, model.dtype):
+        if linear and _mixes(module, dtype):
             return path_of(model, module), module
     return None
 

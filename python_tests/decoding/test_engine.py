@@ -1,4 +1,4 @@
-"""Which forward pass a model is decoded by, and that changed weights are noticed."""
+"""Which forward pass a model is decoded by, and that changes of a model are noticed."""
 
 import copy
 import logging
@@ -120,7 +120,7 @@ def test_defaults_of_the_caller_are_left_out(device, dtype):
     assert torch.equal(found.sequences, expected)
 
 
-# ---- changed weights -----------------------------------------------------------------------------
+# ---- changed weights and settings ----------------------------------------------------------------
 
 
 def optimised(model):
@@ -165,11 +165,16 @@ CHANGES = {
     "norm": norm_changed,
     "float32": lambda model: model.to(torch.float32),
     "and back": lambda model: model.to(torch.bfloat16).to(torch.float64),
+    "scaling": lambda model: vars(model.model.layers[1].self_attn).update(scaling=2.0),
+    "epsilon": lambda model: vars(model.model.norm).update(variance_epsilon=10.0),
+    "rotary": lambda model: vars(model.model.rotary_emb).update(attention_scaling=3.0),
+    "activation": lambda model: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.ReLU()),
+    "order": lambda model: setattr(model.model, "layers", model.model.layers[::-1]),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_weights_are_noticed(change):
+def test_changes_are_noticed(change):
     """What was packed of the old ones is not used: text and logits are those of a model that was
     never decoded with before.
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -174,20 +174,21 @@ def noise_adapter_in(model: PreTrainedModel, adapted: Iterable[nn.Module]) -> No
         _refuse(on, f"has {wrong}; expected a LoRA whose effect is a sum that can be left out")
     found = {}
     for layer in layers:
-        if layer.disable_adapters:
-            continue
-        if low := _low_rank(on, layer, functools.partial(path_of, model, layer)):
+        if not layer.disable_adapters and (low := _low_rank(on, layer, model)):
             found[layer] = low
     return NoiseAdapter(on, gated_noise(configs[on]) or {}, found)
 
 
-def _low_rank(name: str, layer: Any, path: Callable[[], str]) -> LowRank | None:
+def _low_rank(name: str, layer: Any, model: nn.Module) -> LowRank | None:
     """Return what an adapter adds in a layer of PEFT's; None: nothing."""
-    if name in getattr(layer, "lora_embedding_A", ()):
+    path = functools.partial(path_of, model, layer)
+    parts = layer._modules  # where torch would look last
+    if name in parts.get("lora_embedding_A", ()):
         _refuse(name, f"is on {path()}, an embedding; expected linear layers")
-    if name not in getattr(layer, "lora_A", ()):
+    if name not in parts.get("lora_A", ()):
         return None
-    base, a, b = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    base = parts["base_layer"]
+    a, b = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name]
     if not (isinstance(base, (nn.Linear, Conv1D)) and type(a) is type(b) is nn.Linear):
         kinds = ", ".join(type(x).__name__ for x in (base, a, b))
         _refuse(name, f"is on {path()}, where it has {kinds}; expected linear layers")

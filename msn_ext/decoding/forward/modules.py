@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapter import CannotGate, NoiseAdapter, is_adapted, noise_adapter_in
+from .adapter import CannotGate, LowRank, NoiseAdapter, is_adapted, noise_adapter_in
 
 
 class Modules:
@@ -46,11 +46,13 @@ class Modules:
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        return parameters_of(self.all)
+        """Theirs, and a gated adapter's matrices."""
+        added = ({"a": low.a, "b": low.b} for low in self._gated.values())
+        return _each_once([*(module._parameters for module in self.all), *added])
 
     @cached_property
     def buffers(self) -> list[Tensor]:
-        return _each_once(module._buffers for module in self.all if module._buffers)
+        return _each_once(module._buffers for module in self.all)
 
     @cached_property
     def noise_adapter(self) -> NoiseAdapter | None:
@@ -62,13 +64,17 @@ class Modules:
         return noise_adapter_in(self.model, self.adapted)
 
     @cached_property
+    def _gated(self) -> dict[nn.Module, LowRank]:
+        try:
+            return {} if self.noise_adapter is None else self.noise_adapter.layers
+        except CannotGate:
+            return {}
+
+    @cached_property
     def _left_out(self) -> set[nn.Module]:
         """The layers whose adapters are left out."""
-        try:
-            gated = {} if self.noise_adapter is None else self.noise_adapter.layers
-        except CannotGate:
-            gated = {}
-        return {x for x in self.adapted if "base_layer" in x._modules and (x in gated or _off(x))}
+        inner = [layer for layer in self.adapted if "base_layer" in layer._modules]
+        return {layer for layer in inner if layer in self._gated or _off(layer)}
 
 
 def _off(layer: Any) -> bool:
@@ -77,12 +83,12 @@ def _off(layer: Any) -> bool:
 
 def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Return the parameters that modules have themselves, each once."""
-    return _each_once(module._parameters for module in modules if module._parameters)
+    return _each_once(module._parameters for module in modules)
 
 
 def _each_once(named: Iterable[Mapping]) -> list:
-    each = {id(tensor): tensor for its in named for tensor in its.values() if tensor is not None}
-    return list(each.values())
+    tensors = (tensor for its in named if its for tensor in its.values() if tensor is not None)
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def _walk(
