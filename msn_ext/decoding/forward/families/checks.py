@@ -56,7 +56,7 @@ def check_computation(its: Modules, name: str, device: str) -> None:
             if isinstance(kind, type) and kind.__module__ == whole.__module__
         }
     )
-    kinds = set(map(type, modules))
+    kinds = {type(module) for module in modules}
     if not kinds <= known:
         odd = next(module for module in modules if type(module) not in known)
         raise NoPlan(

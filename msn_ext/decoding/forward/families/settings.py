@@ -4,8 +4,6 @@ that was read stays right.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,14 +13,14 @@ _OF_EVERY_MODULE = vars(nn.Module()).keys()
 _PLAIN = {bool, int, float, str, type(None)}
 
 
-def settings_of(its: Modules) -> Hashable:
+def settings_of(its: Modules) -> tuple:
     """Return a model's configuration, and of its modules, without adapters that are left out, the
     settings and the names of their parts. Modules and tensors are told apart by their identity.
 
     Raises:
         CannotGate: a gated adapter cannot be left out.
     """
-    found: list[Hashable] = [repr(vars(its.model.config))]
+    found: list[object] = [repr(vars(its.model.config))]
     for module in its.base:
         found.append(type(module))
         for parts in (module._modules, module._parameters, module._buffers):
