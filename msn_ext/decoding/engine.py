@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from .forward.modules import Modules, parameters_of
 from .forward.native import NativeForward
 from .forward.packed import PackedPlan, linears
 from .forward.packed_weight import PackedWeight
-from .forward.plan import NoPlan, Plan
+from .forward.plan import NoPlan, Plan, is_same
 from .forward.prepared import pack_in_place, prepared_of, unpack_in_place
 
 logger = logging.getLogger("msn_ext")
@@ -49,10 +51,11 @@ NativePlan = PackedPlan | FusedPlan
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What is kept of a model: its plan, and what it was read from."""
+    """What is kept of a model: its plan, and the weights and settings that it was read from."""
 
     plan: NativePlan
-    stamp: tuple
+    weights: tuple
+    settings: tuple
 
 
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, Kept] = weakref.WeakKeyDictionary()
@@ -109,15 +112,16 @@ def native_plan_for(
 
 def _packed(modules: Modules, must: bool) -> PackedPlan:
     model = modules.model
-    prepared, kept = prepared_of(model), _kept.get(model)
+    prepared = prepared_of(model)
     if prepared:
         prepared.check(modules)
     else:
         check(modules)
-    stamp = _stamp(modules)
-    if kept is not None and kept.stamp == stamp and isinstance(kept.plan, PackedPlan):
-        return kept.plan
-    plan = prepared.plan(model) if prepared else plan_for(model)
+    stamp = _stamp(modules), settings_of(modules)
+    plan = _kept_or_read(model, *stamp, prepared.plan if prepared else plan_for)
+    if isinstance(plan, PackedPlan):
+        return plan
+    assert isinstance(plan, Plan)
     weights = str(model.dtype).removeprefix("torch.")
     if not must and not prepared:
         _check_memory(plan, weights)
@@ -125,35 +129,57 @@ def _packed(modules: Modules, must: bool) -> PackedPlan:
     packed = prepared.packed(plan) if prepared else PackedPlan(plan, weights)
     tolerance = 1e-3 if packed.weights in ("float32", "float64") else 0.1
     _check_logits(model, plan, NativeForward(packed, 1), tolerance)
-    _kept[model] = Kept(packed, stamp)
+    _kept[model] = Kept(packed, *stamp)
     return packed
 
 
 def _fused(modules: Modules) -> FusedPlan:
     """Return a plan over the model's weights where they lie; they may change there at any time."""
     model = modules.model
-    kept = _kept.get(model)
     check(modules, model.device)
-    if kept is not None and kept.stamp == _address(modules) and isinstance(kept.plan, FusedPlan):
-        return kept.plan
-    plan = plan_for(model, model.device)
+    settings = settings_of(modules)
+    read = functools.partial(plan_for, device=model.device)
+    plan = _kept_or_read(model, _addresses(modules), settings, read)
+    if isinstance(plan, FusedPlan):
+        return plan
+    assert isinstance(plan, Plan)
     lay_together(model, plan)
     fused = FusedPlan(plan)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     _check_logits(model, plan, FusedForward(fused, model, KernelAttention(model)), tolerance)
-    _kept[model] = Kept(fused, _address(modules))
+    _kept[model] = Kept(fused, _addresses(modules), settings)
     return fused
 
 
-def _address(modules: Modules) -> tuple:
-    """Return what changes with where the weights lie, and with how they are computed with."""
-    places = tuple(tensor.data_ptr() for tensor in (*modules.parameters, *modules.buffers))
-    return places, settings_of(modules)
+def _kept_or_read(
+    model: PreTrainedModel,
+    weights: tuple,
+    settings: tuple,
+    read: Callable[[PreTrainedModel], Plan],
+) -> NativePlan | Plan:
+    """Return what is kept of a model, if that is of these weights and of the plan that would be
+    read now; else that plan.
+    """
+    kept = _kept.get(model)
+    if kept is None or kept.weights != weights:
+        return read(model)
+    if kept.settings == settings:
+        return kept.plan
+    plan = read(model)
+    if not is_same(plan, kept.plan.plan):
+        return plan
+    _kept[model] = replace(kept, settings=settings)
+    return kept.plan
+
+
+def _addresses(modules: Modules) -> tuple:
+    """Return where the weights lie."""
+    return tuple(tensor.data_ptr() for tensor in (*modules.parameters, *modules.buffers))
 
 
 def _stamp(modules: Modules) -> tuple:
-    """Return what changes with the weights, with how they are computed with, and with the ISA; an
-    adapter's have one of their own (:mod:`.forward.packed_adapter`).
+    """Return what changes with the weights and with the ISA; an adapter's have one of their own
+    (:mod:`.forward.packed_adapter`).
     """
     tensors = [*parameters_of(modules.base), *modules.buffers]
     weights = [tensor for tensor in tensors if not isinstance(tensor, PackedWeight)]
@@ -161,9 +187,8 @@ def _stamp(modules: Modules) -> tuple:
         raise NoPlan("it was made under torch.inference_mode(), where no change is counted")
     identity = tuple((weight.data_ptr(), weight._version) for weight in weights)
     packed = tuple(id(tensor) for tensor in tensors if isinstance(tensor, PackedWeight))
-    settings = settings_of(modules), os.environ.get("MSN_ISA")
     sample = _C.sample_hash([weight.detach() for weight in weights if weight.is_contiguous()])
-    return identity, packed, settings, sample
+    return identity, packed, sample, os.environ.get("MSN_ISA")
 
 
 # ---- one copy of the weights ---------------------------------------------------------------------

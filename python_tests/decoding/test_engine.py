@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from helpers.bits import decoded
 from helpers.families import tiny_model
 from msn_ext import generate
+from msn_ext.decoding.engine import native_plan_for
 
 IDS = torch.tensor([[5, 9, 4, 7, 11]])
 SETTINGS = dict(do_sample=False, max_new_tokens=24, eos_token_id=None, return_dict_in_generate=True)
@@ -187,6 +188,18 @@ def test_changes_are_noticed(change):
     if model.dtype == torch.float64:
         plain = fresh.generate(IDS, **SETTINGS).sequences[0, IDS.shape[1] :]
         assert torch.equal(found.tokens, plain)
+
+
+def test_settings_that_no_plan_has_change_nothing():
+    """Weights are not packed again."""
+    model = tiny_model("llama", 2)
+    kept = native_plan_for(model, "native")
+    model.config.name_or_path = "another"
+    model.config.use_cache = False
+    vars(model.model.layers[0]).update(note=1)
+    assert native_plan_for(model, "native") is kept
+    model.model.layers[0].self_attn.scaling = 2.0
+    assert native_plan_for(model, "native") is not kept
 
 
 @pytest.mark.parametrize("positions", [5, 8, 9])

@@ -275,8 +275,8 @@ def test_rows_are_found_in_any_order():
 def test_a_wrong_plan_is_refused_before_it_is_used(monkeypatch):
     model, (ids, mask) = tiny_model("llama", 3), prompts(0)
 
-    def wrong(*arguments):
-        plan = plan_for(*arguments)
+    def wrong(*arguments, **settings):
+        plan = plan_for(*arguments, **settings)
         its = (replace(x, attention=replace(x.attention, scale=0.1)) for x in plan.layers)
         return replace(plan, layers=tuple(its))
 
