@@ -75,7 +75,8 @@ def native_plan_for(
 
     Weights are packed at the first call, and again where they have changed. Changes are noticed by
     the tensors' addresses and version counters and by a sample of their bytes (every 64th line of
-    64 bytes): only single numbers that are changed behind torch's back stay unnoticed.
+    64 bytes): only single numbers that are changed behind torch's back stay unnoticed. Plans are
+    read anew where a module has other settings or parts.
 
     Args:
         engine: "native", "torch" or "auto": what the variable ``MSN_ENGINE`` says, which is "auto"
@@ -117,8 +118,9 @@ def _packed(modules: Modules, must: bool) -> PackedPlan:
         prepared.check(modules)
     else:
         check(modules)
-    stamp = _stamp(modules), settings_of(modules)
-    plan = _kept_or_read(model, *stamp, prepared.plan if prepared else plan_for)
+    settings = settings_of(modules)
+    stamp = _stamp(modules)
+    plan = _kept_or_read(model, stamp, settings, prepared.plan if prepared else plan_for)
     if isinstance(plan, PackedPlan):
         return plan
     assert isinstance(plan, Plan)
@@ -129,7 +131,7 @@ def _packed(modules: Modules, must: bool) -> PackedPlan:
     packed = prepared.packed(plan) if prepared else PackedPlan(plan, weights)
     tolerance = 1e-3 if packed.weights in ("float32", "float64") else 0.1
     _check_logits(model, plan, NativeForward(packed, 1), tolerance)
-    _kept[model] = Kept(packed, *stamp)
+    _kept[model] = Kept(packed, stamp, settings)
     return packed
 
 

@@ -21,12 +21,14 @@ class Modules:
 
     Of a layer of PEFT's whose adapters are left out, since they are turned off or one is gated,
     they are the layer and the module inside it, not what adapters put beside that.
+
+    Attributes:
+        adapted: PEFT's layers around modules.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self._all, self.adapted = _walk(model)
-        """``adapted``: PEFT's layers around modules."""
 
     @cached_property
     def all(self) -> list[nn.Module]:
