@@ -30,6 +30,7 @@ from .decoding import (
     decode,
 )
 from .decoding.engine import engine_of, native_plan_for
+from .decoding.forward.modules import Modules
 from .decoding.method import (
     argument_of_caller,
     method_of,
@@ -44,7 +45,7 @@ from .decoding.request import (
     request_for,
     with_stop_strings,
 )
-from .decoding.support import check_model
+from .decoding.support import check_in_memory, check_model
 
 DRAFTS: dict[str, Callable[[], DraftTree | Drafter] | None] = {
     "auto": None,  # depends on the model
@@ -260,14 +261,17 @@ def _decode(
 
     ``input_ids`` are on the model's device, the result is on ``result_device``.
     """
-    _own_buffers(model)
-    native_plan = native_plan_for(model, engine)
+    modules = Modules(model)
+    check_in_memory(model, modules.parameters)
+    _own_buffers(modules)
+    native_plan = native_plan_for(model, engine, modules)
     request = request_for(
         model,
         input_ids,
         draft=draft,
         drafter=drafter_for(draft, model, engine_of(native_plan)),
         native_plan=native_plan,
+        modules=modules,
         generation_config=generation_config,
         streamer=streamer,
         streamer_has_prompt=streamer_has_prompt,
@@ -288,11 +292,11 @@ def _decode(
     )
 
 
-def _own_buffers(model: PreTrainedModel) -> None:
+def _own_buffers(modules: Modules) -> None:
     """Make the buffers of a model that was made under ``torch.inference_mode()`` ordinary ones:
     rotary embeddings may change theirs in place.
     """
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_inference():
+    for module in modules.all:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_inference():
                 setattr(module, name, buffer.clone())

@@ -15,6 +15,8 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from msn_ext import ops
 from msn_ext.ops import tree_mask
 
+from .forward.modules import Modules
+
 IMPLEMENTATION = "msn_tree"
 
 Result = TypeVar("Result")
@@ -130,8 +132,9 @@ class KernelAttention:
     model meanwhile. Threads that generate with one model take turns, a pass each.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        submodels = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    def __init__(self, model: PreTrainedModel, modules: Modules | None = None):
+        modules = modules or Modules(model)
+        submodels = [m for m in modules.all if isinstance(m, PreTrainedModel)]
         self._configs = tuple({id(m.config): m.config for m in submodels}.values())
         self._text_config = model.config.get_text_config(decoder=True)
         with _guard:

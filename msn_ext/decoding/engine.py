@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,14 +20,16 @@ from msn_ext import _C
 from .attention import KernelAttention
 from .drafters import DraftTree
 from .forward import ForwardPass
-from .forward.adapter import base_parameters, is_adapted, leaving_out
-from .forward.families import plan_for
+from .forward.adapter import leaving_out
+from .forward.families import check, plan_for
 from .forward.families.checks import DTYPES
+from .forward.families.settings import settings_of
 from .forward.fused import FusedForward, FusedPlan, lay_together
+from .forward.modules import Modules, parameters_of
 from .forward.native import NativeForward
 from .forward.packed import PackedPlan, linears
 from .forward.packed_weight import PackedWeight
-from .forward.plan import NoPlan, Plan
+from .forward.plan import NoPlan, Plan, is_same
 from .forward.prepared import pack_in_place, prepared_of, unpack_in_place
 
 logger = logging.getLogger("msn_ext")
@@ -47,10 +51,11 @@ NativePlan = PackedPlan | FusedPlan
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What is kept of a model: its plan, and what its weights were then."""
+    """What is kept of a model: its plan, and the weights and settings that it was read from."""
 
     plan: NativePlan
-    stamp: int
+    weights: tuple
+    settings: tuple
 
 
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, Kept] = weakref.WeakKeyDictionary()
@@ -62,17 +67,21 @@ def engine_of(plan: NativePlan | None) -> str:
     return "torch" if plan is None else "native"
 
 
-def native_plan_for(model: PreTrainedModel, engine: str) -> NativePlan | None:
+def native_plan_for(
+    model: PreTrainedModel, engine: str, modules: Modules | None = None
+) -> NativePlan | None:
     """Return the plan that ``model`` is decoded by, packed on a CPU and fused on other devices;
     None: the model's own forward pass.
 
     Weights are packed at the first call, and again where they have changed. Changes are noticed by
     the tensors' addresses and version counters and by a sample of their bytes (every 64th line of
-    64 bytes): only single numbers that are changed behind torch's back stay unnoticed.
+    64 bytes): only single numbers that are changed behind torch's back stay unnoticed. Plans are
+    read anew where a module has other settings or parts.
 
     Args:
         engine: "native", "torch" or "auto": what the variable ``MSN_ENGINE`` says, which is "auto"
             if it is not set.
+        modules: of the model, where somebody has walked them.
 
     Raises:
         ValueError: ``engine`` is none, or ``"native"`` and impossible; says why.
@@ -88,10 +97,11 @@ def native_plan_for(model: PreTrainedModel, engine: str) -> NativePlan | None:
     try:
         if engine == "auto" and model.device.type not in AUTOMATIC:
             raise NoPlan(f"'auto' does not take the native engine on {model.device.type} yet")
+        modules = modules or Modules(model)
         with _lock:
             if model.device.type in PACKED_ON:
-                return _packed(model, must=engine == "native")
-            return _fused(model)
+                return _packed(modules, must=engine == "native")
+            return _fused(modules)
     except NoPlan as reason:
         if engine == "native":
             raise ValueError(
@@ -101,13 +111,19 @@ def native_plan_for(model: PreTrainedModel, engine: str) -> NativePlan | None:
         return None
 
 
-def _packed(model: PreTrainedModel, must: bool) -> PackedPlan:
+def _packed(modules: Modules, must: bool) -> PackedPlan:
+    model = modules.model
     prepared = prepared_of(model)
-    plan = prepared.plan(model) if prepared else plan_for(model)
-    stamp = _stamp(model)
-    kept = _kept.get(model)
-    if kept is not None and kept.stamp == stamp and isinstance(kept.plan, PackedPlan):
-        return kept.plan
+    if prepared:
+        prepared.check(modules)
+    else:
+        check(modules)
+    settings = settings_of(modules)
+    stamp = _stamp(modules)
+    plan = _kept_or_read(model, stamp, settings, prepared.plan if prepared else plan_for)
+    if isinstance(plan, PackedPlan):
+        return plan
+    assert isinstance(plan, Plan)
     weights = str(model.dtype).removeprefix("torch.")
     if not must and not prepared:
         _check_memory(plan, weights)
@@ -115,45 +131,66 @@ def _packed(model: PreTrainedModel, must: bool) -> PackedPlan:
     packed = prepared.packed(plan) if prepared else PackedPlan(plan, weights)
     tolerance = 1e-3 if packed.weights in ("float32", "float64") else 0.1
     _check_logits(model, plan, NativeForward(packed, 1), tolerance)
-    _kept[model] = Kept(packed, stamp)
+    _kept[model] = Kept(packed, stamp, settings)
     return packed
 
 
-def _fused(model: PreTrainedModel) -> FusedPlan:
+def _fused(modules: Modules) -> FusedPlan:
     """Return a plan over the model's weights where they lie; they may change there at any time."""
-    plan, kept = plan_for(model, model.device), _kept.get(model)
-    if kept is not None and kept.stamp == _address(model) and isinstance(kept.plan, FusedPlan):
-        return kept.plan
+    model = modules.model
+    check(modules, model.device)
+    settings = settings_of(modules)
+    read = functools.partial(plan_for, device=model.device)
+    plan = _kept_or_read(model, _addresses(modules), settings, read)
+    if isinstance(plan, FusedPlan):
+        return plan
+    assert isinstance(plan, Plan)
     lay_together(model, plan)
     fused = FusedPlan(plan)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     _check_logits(model, plan, FusedForward(fused, model, KernelAttention(model)), tolerance)
-    _kept[model] = Kept(fused, _address(model))
+    _kept[model] = Kept(fused, _addresses(modules), settings)
     return fused
 
 
-def _address(model: PreTrainedModel) -> int:
-    """Return a number that changes with where the weights lie, and with the attention in use."""
-    places = (tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-    config = model.config.get_text_config(decoder=True)
-    return hash((*places, config._attn_implementation))
-
-
-def _stamp(model: PreTrainedModel) -> int:
-    """Return a number that changes with the weights, the attention in use, and the ISA; an
-    adapter's have one of their own (:mod:`.forward.packed_adapter`).
+def _kept_or_read(
+    model: PreTrainedModel,
+    weights: tuple,
+    settings: tuple,
+    read: Callable[[PreTrainedModel], Plan],
+) -> NativePlan | Plan:
+    """Return what is kept of a model, if that is of these weights and of the plan that would be
+    read now; else that plan.
     """
-    tensors = [*(weight for _, weight in base_parameters(model)), *model.buffers()]
+    kept = _kept.get(model)
+    if kept is None or kept.weights != weights:
+        return read(model)
+    if kept.settings == settings:
+        return kept.plan
+    plan = read(model)
+    if not is_same(plan, kept.plan.plan):
+        return plan
+    _kept[model] = replace(kept, settings=settings)
+    return kept.plan
+
+
+def _addresses(modules: Modules) -> tuple:
+    """Return where the weights lie."""
+    return tuple(tensor.data_ptr() for tensor in (*modules.parameters, *modules.buffers))
+
+
+def _stamp(modules: Modules) -> tuple:
+    """Return what changes with the weights and with the ISA; an adapter's have one of their own
+    (:mod:`.forward.packed_adapter`).
+    """
+    tensors = [*parameters_of(modules.base), *modules.buffers]
     weights = [tensor for tensor in tensors if not isinstance(tensor, PackedWeight)]
     if any(weight.is_inference() for weight in weights):
         raise NoPlan("it was made under torch.inference_mode(), where no change is counted")
-    identity = (
-        tuple((weight.data_ptr(), weight._version) for weight in weights),
-        tuple(id(tensor) for tensor in tensors if isinstance(tensor, PackedWeight)),
-    )
+    identity = tuple((weight.data_ptr(), weight._version) for weight in weights)
+    packed = tuple(id(tensor) for tensor in tensors if isinstance(tensor, PackedWeight))
     sample = _C.sample_hash([weight.detach() for weight in weights if weight.is_contiguous()])
-    config = model.config.get_text_config(decoder=True)
-    return hash((identity, sample, config._attn_implementation, os.environ.get("MSN_ISA")))
+    return identity, packed, sample, os.environ.get("MSN_ISA")
 
 
 # ---- one copy of the weights ---------------------------------------------------------------------
@@ -198,12 +235,12 @@ def prepare(
         if now is not None and (now.weights, now.dtype) == (packed_as, dtype):
             return model
         try:
-            if any(map(is_adapted, model.modules())):
+            if Modules(model).adapted:
                 raise NoPlan("it has an adapter; unload it before, or decode without preparing")
             _unprepare(model)
             pack_in_place(model, packed_as, dtype)
             model.config.dtype = dtype
-            _packed(model, must=True)
+            _packed(Modules(model), must=True)
             _C.release_freed()
         except NoPlan as reason:
             _unprepare(model)

@@ -33,7 +33,8 @@ from transformers.generation import (
 from .attention import KernelAttention, MaskAttention
 from .drafters import Drafter, DraftTree
 from .engine import NativePlan, engine_of, native_plan_for
-from .forward.adapter import NoiseAdapter, noise_adapter_of
+from .forward.adapter import NoiseAdapter
+from .forward.modules import Modules
 from .past import checked_past
 from .processors import checked_processors
 from .ranks import Ranks, ranks_of
@@ -93,6 +94,7 @@ class Request:
         past: where keys and values of the text come from, and where they go to; None: nowhere.
         past_slots: how many slots of the prompts come from there.
         outputs: what is kept of every new token, "logits" and "scores".
+        modules: of the model; None: nobody has walked them for this call.
     """
 
     model: PreTrainedModel
@@ -114,6 +116,7 @@ class Request:
     past: DynamicCache | None = None
     past_slots: int = 0
     outputs: frozenset[str] = frozenset()
+    modules: Modules | None = None
 
     @property
     def engine(self) -> str:
@@ -130,17 +133,19 @@ class Request:
         engine: str = "auto",
     ) -> Request:
         """Make a request for greedy decoding, without padding and without an end of text."""
-        check_rows(model, drafter, len(input_ids))
+        modules = Modules(model)
+        check_rows(model, drafter, len(input_ids), modules)
         return cls(
             model,
-            attention_for(model),
+            attention_for(model, modules),
             input_ids,
             input_ids.new_zeros(len(input_ids)),
             drafter,
             drafter,
             max_new_tokens,
             input_ids.new_empty(0),
-            native_plan=native_plan_for(model, engine),
+            native_plan=native_plan_for(model, engine, modules),
+            modules=modules,
         )
 
     @cached_property
@@ -153,7 +158,7 @@ class Request:
         """The gated adapter that tails of a draft are computed with; None: the model has none, or
         it is turned off.
         """
-        return noise_adapter_of(self.model)
+        return (self.modules or Modules(self.model)).noise_adapter
 
     @cached_property
     def longrope_boundary(self) -> int:
@@ -178,6 +183,7 @@ def request_for(
     streamer: BaseStreamer | Sequence[BaseStreamer] | None,
     streamer_has_prompt: bool,
     native_plan: NativePlan | None,
+    modules: Modules,
     **model_kwargs: Any,
 ) -> Request:
     """Make a request of what transformers prepared for a custom decoding method.
@@ -186,13 +192,14 @@ def request_for(
         input_ids: int64 [B, P] on the model's device.
         draft, drafter: what the user asked to draft with, and the drafter that it stands for.
         native_plan: for the native engine's forward passes; None: the model's own.
+        modules: of the model.
         model_kwargs: for the model; all but the mask and the positions are refused.
 
     Raises:
         ValueError: what cannot be followed exactly; says which argument.
     """
-    check_rows(model, drafter, len(input_ids))
-    attention = attention_for(model)
+    check_rows(model, drafter, len(input_ids), modules)
+    attention = attention_for(model, modules)
     _check_config(generation_config)
     processors = checked_processors(logits_processor, len(input_ids))
     attention_mask = model_kwargs.pop("attention_mask", None)
@@ -209,9 +216,6 @@ def request_for(
     pad_token_id = None if pad is None else int(pad)
     offsets = _padding(input_ids, attention_mask, pad_token_id)
     _check_positions(position_ids, input_ids, offsets)
-    criteria = [
-        c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)
-    ]
     request = Request(
         model,
         attention,
@@ -224,7 +228,7 @@ def request_for(
         pad_token_id or 0,
         _targets(generation_config, input_ids.device, ranks_of(model)),
         processors,
-        criteria,
+        _others(stopping_criteria),
         # Without an end-of-text token transformers pads nothing.
         ends_together=len(input_ids) > 1
         and not any(hasattr(c, "eos_token_id") for c in stopping_criteria),
@@ -234,6 +238,7 @@ def request_for(
         past=past,
         past_slots=0 if past is None else _past_slots(past, model, input_ids, offsets),
         outputs=_outputs(generation_config),
+        modules=modules,
     )
     _ = request.longrope_boundary  # refuses, too
     return request
@@ -451,6 +456,11 @@ def _max_new_tokens(
             f"max_length leaves {left} tokens after a prompt of {prompt}; expected 1 or more"
         )
     return left
+
+
+def _others(criteria: StoppingCriteriaList) -> list[StoppingCriteria]:
+    """Return the criteria but for those that the decoder follows itself."""
+    return [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
 
 
 def _eos_token_ids(input_ids: Tensor, criteria: StoppingCriteriaList) -> Tensor:

@@ -14,21 +14,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .drafters import Drafter, TreeDrafter
+from .forward.adapter import path_of
 from .forward.families.checks import DTYPES
+from .forward.modules import Modules
 from .forward.packed_weight import PackedWeight
 
 LOUD = 1000.0
 """So many times its values, and a row has all of a range that it shares with others."""
 
 
-def check_rows(model: PreTrainedModel, drafter: Drafter, batch: int) -> None:
+def check_rows(
+    model: PreTrainedModel, drafter: Drafter, batch: int, modules: Modules | None = None
+) -> None:
     """Refuse guesses, and several prompts at once, where a module of the model mixes rows.
 
     Raises:
         ValueError: names the module.
     """
     alone = batch == 1 and type(drafter) is TreeDrafter and not drafter.max_depth
-    if not alone and (found := mixing_module(model)):
+    if not alone and (found := mixing_module(model, modules)):
         path, module = found
         raise ValueError(
             f"{path} ({_name(module)}) computes a token's output from all tokens of a call, as a"
@@ -38,26 +42,31 @@ def check_rows(model: PreTrainedModel, drafter: Drafter, batch: int) -> None:
         )
 
 
-def mixing_module(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
+def mixing_module(
+    model: PreTrainedModel, modules: Modules | None = None
+) -> tuple[str, nn.Module] | None:
     """Return the first linear module that mixes rows, with its path; None: there is none.
 
     Torch's own linear layers over plain weights are known not to. Others are tried once: a row
     beside loud ones has to give what it gives beside others, bit for bit.
     """
-    for path, module in model.named_modules():
+    modules = modules or Modules(model)
+    dtype = model.dtype  # which looks for a parameter
+    for module in modules.all:
+        if _plain(module):
+            continue
         linear = isinstance(getattr(module, "in_features", None), int)
-        if linear and not _plain(module) and _mixes(module, model.dtype):
-            return path, module
+        if linear and _mixes(module, dtype):
+            return path_of(model, module), module
     return None
 
 
 def _plain(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
     # accelerate's hooks, which move weights, are a forward of the module's own, too.
     own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")
     return (
         type(module) is nn.Linear
-        and type(weight) in (nn.Parameter, PackedWeight)
+        and type(module._parameters.get("weight")) in (nn.Parameter, PackedWeight)
         and not own_forward
     )
 
@@ -67,11 +76,13 @@ _tried: weakref.WeakKeyDictionary[nn.Module, tuple[type, bool]] = weakref.WeakKe
 
 def _mixes(module: nn.Module, dtype: torch.dtype) -> bool:
     kind = type(module._parameters.get("weight"))  # torchao changes weights, not modules
-    if module not in _tried or _tried[module][0] is not kind:
+    last, mixes = _tried.get(module, (None, False))
+    if last is not kind:
         own = (weight.dtype for weight in module.parameters() if weight.dtype in DTYPES)
         tries = (_first_row_changes(module, dtype) for dtype in dict.fromkeys([dtype, *own]))
-        _tried[module] = kind, any(tries)
-    return _tried[module][1]
+        mixes = any(tries)
+        _tried[module] = kind, mixes
+    return mixes
 
 
 @torch.no_grad()

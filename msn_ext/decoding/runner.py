@@ -296,7 +296,7 @@ def _pool_key(request: Request, room: int) -> Hashable:
     return (
         len(request.input_ids),
         room,
-        request.engine,
+        id(request.native_plan),  # which a kept runner keeps
         request.eos_token_ids.shape,
         draft if isinstance(draft, (str, DraftTree)) else id(draft),
         type(request.attention),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +18,8 @@ from msn_ext.families import MASK_ONLY, TESTED, WINDOWED
 from .attention import KernelAttention, MaskAttention, TreeContext
 from .cache import TreeCache
 from .drafters import DraftTree
-from .forward.adapter import CannotGate, leaving_out, noise_adapter_of
+from .forward.adapter import CannotGate, leaving_out
+from .forward.modules import Modules
 
 
 def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:
@@ -101,10 +104,15 @@ def check_model(model: PreTrainedModel) -> None:
     """Refuse before transformers prepares anything for it, an encoder's pass, say.
 
     Raises:
-        ValueError: the model has an encoder, or weights that are not in memory.
+        ValueError: the model has an encoder, or no weights in memory where its inputs go to.
     """
     _check_decoder(model)
-    weights = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    if isinstance(model, torch.nn.Module) and any(x.is_meta for x in islice(model.parameters(), 1)):
+        check_in_memory(model, list(model.parameters()))
+
+
+def check_in_memory(model: PreTrainedModel, weights: Sequence[Tensor]) -> None:
+    """Refuse a model with weights that are not in memory."""
     if absent := sum(weight.is_meta for weight in weights):
         _refuse(
             model,
@@ -114,17 +122,23 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
-def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
+def attention_for(
+    model: PreTrainedModel, modules: Modules | None = None
+) -> KernelAttention | MaskAttention:
     """Return the way to make ``model`` attend to a tree.
+
+    Args:
+        modules: of the model, where somebody has walked them.
 
     Raises:
         ValueError: the model cannot be decoded with a tree; says why.
     """
     family = model.config.get_text_config(decoder=True).model_type
+    modules = modules or Modules(model)
     _check_kind(model)
-    _check_adapter(model)
+    _check_adapter(modules)
     _check_layers(model)
-    _check_state(model)
+    _check_state(modules)
     if family in MASK_ONLY:
         return MaskAttention(model)
     if not KernelAttention.supports(model):
@@ -133,14 +147,15 @@ def attention_for(model: PreTrainedModel) -> KernelAttention | MaskAttention:
             "its attention ignores transformers' AttentionInterface and is not known to follow a"
             " dense mask",
         )
-    attention = KernelAttention(model)
+    attention = KernelAttention(model, modules)
     if family not in TESTED:
         if looks_ahead(model.config.get_text_config(decoder=True)):
             _refuse(
                 model, "its prompts attend to later tokens; expected one of the tested families"
             )
-        with torch.autocast(model.device.type, enabled=False), leaving_out(model):
-            _probe(model, attention)
+        if model not in _probed:
+            with torch.autocast(model.device.type, enabled=False), leaving_out(model):
+                _probe(model, attention)
     return attention
 
 
@@ -155,10 +170,11 @@ def _check_kind(model: PreTrainedModel) -> None:
         _refuse(model, "its forward takes no position_ids")
 
 
-def _check_adapter(model: PreTrainedModel) -> None:
+def _check_adapter(modules: Modules) -> None:
     """Refuse PEFT's adapters of the prompt, whose part is not in the model itself, and gated
     ones that cannot be kept from the text.
     """
+    model = modules.model
     # While PEFT's own generate runs, its model prepares the inputs of the one within.
     prepare = vars(model).get("prepare_inputs_for_generation")
     adapter: Any = getattr(getattr(prepare, "__self__", None), "active_peft_config", None)
@@ -170,10 +186,10 @@ def _check_adapter(model: PreTrainedModel) -> None:
             " without msn_ext, or train an adapter of weights (LoRA, …), which is followed",
         )
     try:
-        noise_adapter_of(model)
+        _ = modules.noise_adapter
     except CannotGate as reason:
         _refuse(model, str(reason))
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    hooks = (hook for module in modules.all for hook in module._forward_pre_hooks.values())
     if any(getattr(hook, "keywords", {}).get("alora_offsets") is not None for hook in hooks):
         _refuse(
             model,
@@ -208,15 +224,16 @@ def _check_layers(model: PreTrainedModel) -> None:
         )
 
 
-def _check_state(model: PreTrainedModel) -> None:
+def _check_state(modules: Modules) -> None:
     """Refuse a model on several devices, or in a mode that keeps no cache."""
-    if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
+    model = modules.model
+    if len(devices := set(map(str, {weight.device for weight in modules.parameters}))) > 1:
         _refuse(
             model, f"its weights are spread over several devices ({', '.join(sorted(devices))})"
         )
     if any(
         module.training and getattr(module, "gradient_checkpointing", False)
-        for module in model.modules()
+        for module in modules.all
     ):
         _refuse(
             model,
@@ -230,8 +247,6 @@ _probed: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 @torch.no_grad()
 def _probe(model: PreTrainedModel, attention: KernelAttention) -> None:
     """Compare a small tree with plain forward passes over its paths, once per model."""
-    if model in _probed:
-        return
     config = model.config.get_text_config(decoder=True)
     tree = DraftTree((-1, 0, 0, 1, 2, 2))
     generator = torch.Generator("cpu").manual_seed(0)

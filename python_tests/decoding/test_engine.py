@@ -1,4 +1,4 @@
-"""Which forward pass a model is decoded by, and that changed weights are noticed."""
+"""Which forward pass a model is decoded by, and that changes of a model are noticed."""
 
 import copy
 import logging
@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from helpers.bits import decoded
 from helpers.families import tiny_model
 from msn_ext import generate
+from msn_ext.decoding.engine import native_plan_for
 
 IDS = torch.tensor([[5, 9, 4, 7, 11]])
 SETTINGS = dict(do_sample=False, max_new_tokens=24, eos_token_id=None, return_dict_in_generate=True)
@@ -120,7 +121,7 @@ def test_defaults_of_the_caller_are_left_out(device, dtype):
     assert torch.equal(found.sequences, expected)
 
 
-# ---- changed weights -----------------------------------------------------------------------------
+# ---- changed weights and settings ----------------------------------------------------------------
 
 
 def optimised(model):
@@ -165,11 +166,16 @@ CHANGES = {
     "norm": norm_changed,
     "float32": lambda model: model.to(torch.float32),
     "and back": lambda model: model.to(torch.bfloat16).to(torch.float64),
+    "scaling": lambda model: vars(model.model.layers[1].self_attn).update(scaling=2.0),
+    "epsilon": lambda model: vars(model.model.norm).update(variance_epsilon=10.0),
+    "rotary": lambda model: vars(model.model.rotary_emb).update(attention_scaling=3.0),
+    "activation": lambda model: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.ReLU()),
+    "order": lambda model: setattr(model.model, "layers", model.model.layers[::-1]),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_weights_are_noticed(change):
+def test_changes_are_noticed(change):
     """What was packed of the old ones is not used: text and logits are those of a model that was
     never decoded with before.
     """
@@ -182,6 +188,18 @@ def test_changed_weights_are_noticed(change):
     if model.dtype == torch.float64:
         plain = fresh.generate(IDS, **SETTINGS).sequences[0, IDS.shape[1] :]
         assert torch.equal(found.tokens, plain)
+
+
+def test_settings_that_no_plan_has_change_nothing():
+    """Weights are not packed again."""
+    model = tiny_model("llama", 2)
+    kept = native_plan_for(model, "native")
+    model.config.name_or_path = "another"
+    model.config.use_cache = False
+    vars(model.model.layers[0]).update(note=1)
+    assert native_plan_for(model, "native") is kept
+    model.model.layers[0].self_attn.scaling = 2.0
+    assert native_plan_for(model, "native") is not kept
 
 
 @pytest.mark.parametrize("positions", [5, 8, 9])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -151,15 +151,20 @@ def noise_adapter_of(model: PreTrainedModel) -> NoiseAdapter | None:
     Raises:
         CannotGate: it cannot be kept from the text; says why.
     """
+    return noise_adapter_in(model, (x for x in model.modules() if is_adapted(x)))
+
+
+def noise_adapter_in(model: PreTrainedModel, adapted: Iterable[nn.Module]) -> NoiseAdapter | None:
+    """Return what :func:`noise_adapter_of` does, given PEFT's layers in the model."""
     configs = getattr(model, "peft_config", None) or {}  # PEFT puts them into the model, too
     gated = {name for name, config in configs.items() if gated_noise(config)}
     if not gated:
         return None
-    layers: dict[str, Any] = {path: x for path, x in model.named_modules() if is_adapted(x)}
-    for layer in layers.values():
+    layers: list[Any] = list(adapted)
+    for layer in layers:
         if merged := gated.intersection(getattr(layer, "merged_adapters", ())):
             _refuse(min(merged), "is merged into the weights; call unmerge_adapter() before")
-    active = {name for x in layers.values() if not x.disable_adapters for name in x.active_adapters}
+    active = {name for x in layers if not x.disable_adapters for name in x.active_adapters}
     if not (on := min(gated & active, default=None)):
         return None
     if others := active - {on}:
@@ -168,28 +173,35 @@ def noise_adapter_of(model: PreTrainedModel) -> NoiseAdapter | None:
     if wrong := why_not_gated(configs[on]):
         _refuse(on, f"has {wrong}; expected a LoRA whose effect is a sum that can be left out")
     found = {}
-    for path, layer in layers.items():
-        if not layer.disable_adapters and (low := _low_rank(on, path, layer)):
+    for layer in layers:
+        if not layer.disable_adapters and (low := _low_rank(on, layer, model)):
             found[layer] = low
     return NoiseAdapter(on, gated_noise(configs[on]) or {}, found)
 
 
-def _low_rank(name: str, path: str, layer: Any) -> LowRank | None:
+def _low_rank(name: str, layer: Any, model: nn.Module) -> LowRank | None:
     """Return what an adapter adds in a layer of PEFT's; None: nothing."""
-    if name in getattr(layer, "lora_embedding_A", ()):
-        _refuse(name, f"is on {path}, an embedding; expected linear layers")
-    if name not in getattr(layer, "lora_A", ()):
+    path = functools.partial(path_of, model, layer)
+    parts = layer._modules  # where torch would look last
+    if name in parts.get("lora_embedding_A", ()):
+        _refuse(name, f"is on {path()}, an embedding; expected linear layers")
+    if name not in parts.get("lora_A", ()):
         return None
-    base, a, b = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
-    its = isinstance(base, (nn.Linear, Conv1D)), type(a) is nn.Linear, type(b) is nn.Linear
-    if not all(its):
+    base = parts["base_layer"]
+    a, b = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name]
+    if not (isinstance(base, (nn.Linear, Conv1D)) and type(a) is type(b) is nn.Linear):
         kinds = ", ".join(type(x).__name__ for x in (base, a, b))
-        _refuse(name, f"is on {path}, where it has {kinds}; expected linear layers")
+        _refuse(name, f"is on {path()}, where it has {kinds}; expected linear layers")
     if a.bias is not None or b.bias is not None or name in getattr(layer, "lora_variant", ()):
-        _refuse(name, f"is more than a product of two matrices in {path}")
+        _refuse(name, f"is more than a product of two matrices in {path()}")
     if "forward" in vars(layer) or layer._compiled_call_impl is not None:
-        _refuse(name, f"cannot be left out of {path}, whose forward was replaced or compiled")
+        _refuse(name, f"cannot be left out of {path()}, whose forward was replaced or compiled")
     return LowRank(base, a.weight, b.weight, float(layer.scaling[name]))
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """Return where a module of a model is, for messages."""
+    return next(path for path, its in model.named_modules() if its is module) or "the model"
 
 
 def _refuse(name: str, reason: str):
@@ -197,42 +209,6 @@ def _refuse(name: str, reason: str):
         f"its adapter {name!r} is gated, trained for noise alone, and {reason}; or decode within"
         " disable_adapter(), without it"
     )
-
-
-def base_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a model's modules with their paths, as ``named_modules`` does, without PEFT's layers
-    whose adapters are left out, and what those added.
-
-    Raises:
-        CannotGate: a gated adapter cannot be left out.
-    """
-    adapter = noise_adapter_of(model)
-    gated = {} if adapter is None else adapter.layers
-    outer = "of none"
-    for path, module in model.named_modules():
-        if path.startswith(outer) and not f"{path}.".startswith(f"{outer}base_layer."):
-            continue
-        if is_adapted(module) and hasattr(module, "base_layer"):
-            its: Any = module
-            if its in gated or (its.disable_adapters and not getattr(its, "merged", False)):
-                outer = f"{path}."
-                continue
-        yield path, module
-
-
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a model's parameters with their names, without those that PEFT's layers add."""
-    added = {
-        id(weight)
-        for layer in model.modules()
-        if is_adapted(layer)
-        for name, part in layer.named_children()
-        if name != "base_layer"
-        for weight in part.parameters()
-    }
-    for name, weight in model.named_parameters():
-        if id(weight) not in added:
-            yield name, weight
 
 
 def base_of(module: Any) -> Any:

@@ -17,9 +17,11 @@ Norms that are None are the identity. Where ``parallel``, both branches read the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 ACTIVATIONS = "silu", "gelu", "gelu_tanh", "relu"
 
@@ -74,10 +76,12 @@ class Rotary:
         size: of a head, how many numbers turn; even.
         tables: gives for int64 positions [P] cosines and sines, [P, size / 2] each, float32 or
             float64, as the model's own module computes them, its scaling included.
+        sample: of the tables, as they were when this was read; the module may change.
     """
 
     size: int
     tables: Callable[[Tensor], tuple[Tensor, Tensor]]
+    sample: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,3 +155,27 @@ class Plan:
     positions: Tensor | None = None
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two plans of a model, or parts of them, are the same: tensors by where they
+    lie, rotary embeddings by their samples.
+    """
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    if isinstance(one, Rotary):
+        if one.sample is None or other.sample is None:
+            return False
+        return one.size == other.size and torch.equal(one.sample, other.sample)
+    if is_dataclass(one):
+        parts = ((getattr(one, x.name), getattr(other, x.name, None)) for x in fields(one))
+        return type(one) is type(other) and all(is_same(*pair) for pair in parts)
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and _place(one) == _place(other)
+    return one == other
+
+
+def _place(tensor: Tensor) -> tuple:
+    plain = type(tensor) in (Tensor, nn.Parameter)  # others need not lie anywhere
+    where = tensor.data_ptr() if plain else id(tensor)
+    return where, tensor.shape, tensor.stride(), tensor.dtype

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from msn_ext import _C
 
-from .families import plan_for
+from .families import check, plan_for
+from .modules import Modules
 from .packed import PackedLinear, PackedPlan, linears, pack
 from .packed_weight import PackedWeight, placeholders
 from .plan import Linear, NoPlan, Plan
@@ -37,6 +38,11 @@ class Prepared:
     weights: str
     isa: str
     dtype: torch.dtype
+
+    def check(self, its: Modules) -> None:
+        """Refuse a model that was changed, as :meth:`plan` does."""
+        with placeholders():
+            check(its)
 
     def plan(self, model: PreTrainedModel) -> Plan:
         """Read the model's plan; its linear layers have shapes alone."""

@@ -222,6 +222,17 @@ def test_weights_that_move_are_found_again(tapes):
     assert len(tapes) == 3
 
 
+def test_settings_that_change_are_noticed(tapes):
+    model, (ids, mask) = tiny_model("llama", 3), prompts(0)
+    texts = []
+    for scaling in (0.5, 2.0, 4.0):
+        model.model.layers[1].self_attn.scaling = scaling
+        texts.append(native(model, ids, mask, max_new_tokens=20))
+        assert torch.equal(texts[-1], plain(model, ids, mask, max_new_tokens=20))
+    assert not torch.equal(*texts[:2])
+    assert len(tapes) == 3
+
+
 def shared_keys(model):
     """Two layers have the same memory for their keys."""
     first, second = (layer.self_attn.k_proj for layer in model.model.layers)
@@ -264,8 +275,8 @@ def test_rows_are_found_in_any_order():
 def test_a_wrong_plan_is_refused_before_it_is_used(monkeypatch):
     model, (ids, mask) = tiny_model("llama", 3), prompts(0)
 
-    def wrong(*arguments):
-        plan = plan_for(*arguments)
+    def wrong(*arguments, **settings):
+        plan = plan_for(*arguments, **settings)
         its = (replace(x, attention=replace(x.attention, scale=0.1)) for x in plan.layers)
         return replace(plan, layers=tuple(its))
 

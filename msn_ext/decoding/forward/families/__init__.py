@@ -9,18 +9,29 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from ..modules import Modules
 from ..plan import NoPlan, Plan
 from .checks import check_computation, check_config, check_weights
 from .gpt import GPT
 from .llama import LLAMA
 
-__all__ = ["READERS", "plan_for"]
+__all__ = ["READERS", "check", "plan_for"]
 
 # model_type -> (the class of transformers that is read, its reader)
 READERS = LLAMA | GPT
 
 
 CPU = torch.device("cpu")
+
+
+def check(its: Modules, device: torch.device = CPU) -> None:
+    """Refuse a model before its plan is read, as :func:`plan_for` does."""
+    family = getattr(getattr(its.model, "config", None), "model_type", None)
+    if family not in READERS:
+        raise NoPlan(f"no plan is known for the family {family!r}")
+    check_computation(its, READERS[family][0], device.type)
+    check_weights(its, device)
+    check_config(its.model.config)
 
 
 def plan_for(model: PreTrainedModel, device: torch.device = CPU) -> Plan:
@@ -35,13 +46,8 @@ def plan_for(model: PreTrainedModel, device: torch.device = CPU) -> Plan:
         NoPlan: ``model`` is of no known family, or computes something that is not in a plan: its
             class, modules, hooks, adapters, settings or weights are not plainly its family's.
     """
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    if family not in READERS:
-        raise NoPlan(f"no plan is known for the family {family!r}")
-    name, read = READERS[family]
-    check_computation(model, name, device.type)
-    check_weights(model, device)
-    check_config(model.config)
+    check(Modules(model), device)
+    _, read = READERS[model.config.model_type]
     plan = read(model)
     if len(plan.embedding) < plan.head.outputs:
         rows = len(plan.embedding)

@@ -13,11 +13,10 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.modules import module as hooks
-from torch.nn.utils import parametrize
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter import CannotGate, base_modules, base_parameters, is_adapted
+from ..adapter import CannotGate, is_adapted, path_of
+from ..modules import Modules, parameters_of
 from ..packed_weight import PackedWeight, reading
 from ..plan import NoPlan
 from .parts import ALL_ACTIVATIONS
@@ -26,21 +25,23 @@ DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 _PLAIN = {nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, Conv1D}
 
 
-def check_computation(model: PreTrainedModel, name: str, device: str) -> None:
+def check_computation(its: Modules, name: str, device: str) -> None:
     """Refuse a model that is not plainly of transformers' class ``name``, module by module."""
+    model = its.model
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         raise NoPlan("there are hooks on the forward of all modules")
     if torch.is_autocast_enabled(device):
         raise NoPlan("autocast is on")
     try:
-        modules = list(base_modules(model))
+        modules = its.base
     except CannotGate as reason:
         raise NoPlan(str(reason)) from None
-    for path, module in modules:
-        _check_module(path or "the model", module)
-    for path, module in model.named_modules():
-        if is_adapted(module):  # an adapter's layer that is left out; its forward is still called
-            _check_forward(path, module)
+    for module in modules:
+        if wrong := _wrong_with(module) or _wrong_with_forward(module):
+            raise NoPlan(f"{path_of(model, module)} {wrong}")
+    for layer in its.adapted:  # that are left out; their forward is still called
+        if wrong := _wrong_with_forward(layer):
+            raise NoPlan(f"{path_of(model, layer)} {wrong}")
     if getattr(model, "hf_quantizer", None) is not None:
         raise NoPlan("its weights are quantised")
     whole = getattr(transformers, name)
@@ -55,35 +56,43 @@ def check_computation(model: PreTrainedModel, name: str, device: str) -> None:
             if isinstance(kind, type) and kind.__module__ == whole.__module__
         }
     )
-    for path, module in modules:
-        if type(module) not in known:
-            raise NoPlan(f"{path} is a {_name(type(module))}, which is not in its family's plan")
-    for kind in {type(module) for _, module in modules} - {nn.ModuleList}:
+    kinds = {type(module) for module in modules}
+    if not kinds <= known:
+        odd = next(module for module in modules if type(module) not in known)
+        raise NoPlan(
+            f"{path_of(model, odd)} is a {_name(type(odd))}, which is not in its family's plan"
+        )
+    for kind in kinds - {nn.ModuleList}:
         if inspect.unwrap(kind.forward).__module__ != kind.__module__:
             raise NoPlan(f"the forward of {_name(kind)} has been replaced")
 
 
-def _check_module(path: str, module: nn.Module) -> None:
+def _wrong_with(module: nn.Module) -> str | None:
+    """Return what no plan says of a module; None: nothing, if its class is known."""
     if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
-        raise NoPlan(f"{path} is compiled")
+        return "is compiled"
     if is_adapted(module):
-        raise NoPlan(f"{path} has an adapter")
-    if parametrize.is_parametrized(module):
-        raise NoPlan(f"{path} is parametrised")
-    _check_forward(path, module)
+        return "has an adapter"
+    if "parametrizations" in module._modules:
+        return "is parametrised"
+    if wrong := _wrong_with_forward(module):
+        return wrong
     if module.training and (rate := _dropout(module)):
-        raise NoPlan(f"{path} is in training mode with a dropout of {rate}")
+        return f"is in training mode with a dropout of {rate}"
+    return None
 
 
-def _check_forward(path: str, module: nn.Module) -> None:
+def _wrong_with_forward(module: nn.Module) -> str | None:
     if "forward" in vars(module):
-        raise NoPlan(f"{path} has a forward of its own")
+        return "has a forward of its own"
+    if not module._forward_pre_hooks and not module._forward_hooks:
+        return None
     # transformers' own hooks stay once output_hidden_states was asked for, and change nothing.
     its = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if any(
-        getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in its
-    ):
-        raise NoPlan(f"{path} has a hook on its forward")
+    known = "transformers.utils.output_capturing"
+    if all(getattr(hook, "__module__", "") == known for hook in its):
+        return None
+    return "has a hook on its forward"
 
 
 def _dropout(module: nn.Module) -> float:
@@ -93,26 +102,32 @@ def _dropout(module: nn.Module) -> float:
     return max([0.0, *rates, *(value for value in named if isinstance(value, (int, float)))])
 
 
-def check_weights(model: PreTrainedModel, device: torch.device) -> None:
+def check_weights(its: Modules, device: torch.device) -> None:
     """Refuse weights that are not plain dense tensors of one floating dtype on one device."""
-    dtypes, where = set(), "the CPU" if device.type == "cpu" else str(device)
-    for name, weight in base_parameters(model):
-        if isinstance(weight, PackedWeight) and not reading():
-            raise NoPlan(
-                f"{name} is packed, and the model was changed after msn_ext.prepare(model); call"
-                " msn_ext.unprepare(model), then prepare it again"
-            )
-        if type(weight) not in (nn.Parameter, PackedWeight) or weight.layout is not torch.strided:
-            raise NoPlan(
-                f"{name} is a {_name(type(weight))} of {weight.layout}, not a plain tensor"
-            )
-        if weight.device != device:
-            raise NoPlan(f"{name} lies on {weight.device}, not on {where}")
-        if weight.dtype not in DTYPES:
-            raise NoPlan(f"{name} is {_short(weight.dtype)}, which no plan is run in")
+    dtypes = set()
+    for weight in parameters_of(its.base):
+        if wrong := _wrong_with_weight(weight, device):
+            [name, *_] = (name for name, x in its.model.named_parameters() if x is weight)
+            raise NoPlan(f"{name} {wrong}")
         dtypes.add(weight.dtype)
     if len(dtypes) > 1:
         raise NoPlan(f"its weights are of mixed dtypes ({', '.join(sorted(map(_short, dtypes)))})")
+
+
+def _wrong_with_weight(weight: nn.Parameter, device: torch.device) -> str | None:
+    if isinstance(weight, PackedWeight) and not reading():
+        return (
+            "is packed, and the model was changed after msn_ext.prepare(model); call"
+            " msn_ext.unprepare(model), then prepare it again"
+        )
+    if type(weight) not in (nn.Parameter, PackedWeight) or weight.layout is not torch.strided:
+        return f"is a {_name(type(weight))} of {weight.layout}, not a plain tensor"
+    if weight.device != device:
+        where = "the CPU" if device.type == "cpu" else str(device)
+        return f"lies on {weight.device}, not on {where}"
+    if weight.dtype not in DTYPES:
+        return f"is {_short(weight.dtype)}, which no plan is run in"
+    return None
 
 
 def check_config(config: Any) -> None:

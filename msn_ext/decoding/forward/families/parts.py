@@ -111,7 +111,7 @@ def rotary(module: Any, dtype: torch.dtype, layer_type: str | None = None) -> Ro
         cos, sin = whole(positions)
         return cos[:, : size // 2].contiguous(), sin[:, : size // 2].contiguous()
 
-    return Rotary(size, halves)
+    return Rotary(size, halves, torch.stack(tables))
 
 
 def attention(qkv: Linear, out: Linear, head_size: int, kv_heads: int, **settings) -> Attention:
