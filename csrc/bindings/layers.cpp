@@ -134,13 +134,16 @@ uint64_t sample_hash(const py::list& tensors) {
     int64_t bytes = tensor.item_size;
     for (int i = 0; i < tensor.ndim; ++i) bytes *= tensor.shape[i];
     const char* from = tensor.as<char>();
-    for (int64_t line = 0; line < bytes; line += 64 * 64)
+    constexpr int64_t kStep = 64 * 64, kAhead = 16 * kStep;  // each line is a page of its own
+    for (int64_t line = 0; line < bytes; line += kStep) {
+      __builtin_prefetch(from + line + kAhead);
       for (int64_t at = line; at < std::min(line + 64, bytes); at += 8) {
         uint64_t word = 0;
         std::memcpy(&word, from + at, std::min<int64_t>(8, bytes - at));
         hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
         hash ^= hash >> 29;
       }
+    }
   }
   return hash;
 }
