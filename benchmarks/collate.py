@@ -52,7 +52,7 @@ def main() -> int:
     for layout, segments in LAYOUTS:
         noise = NoiseSettings(layout=layout, segments=segments)
         noisy = NoisyCollator(lambda _: batch, seed=0, config=config, **noise.of_collator(0))
-        name = f"{layout}, {segments} segments of {noise.length}"
+        name = f"{layout}, {segments} segments of {noise.chosen()['length']}"
         found[name] = tokens_per_second(noisy, samples)
     for name, value in found.items():
         print(f"{name:<28}{value / 1e6:8.2f} million tokens/s")
