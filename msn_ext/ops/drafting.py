@@ -224,9 +224,17 @@ def keep_tail(
         length: rows of a tail, >= 1.
     """
     yield
-    tables, ends = tables.contiguous(), ends.contiguous()
-    seen = (x.contiguous() for x in (guesses, continuation, path, accept_length))
-    _C.keep_tail(denoised, factors, tables, *seen, ends, length)
+    _C.keep_tail(
+        denoised,
+        factors,
+        tables.contiguous(),
+        guesses.contiguous(),
+        continuation.contiguous(),
+        path.contiguous(),
+        accept_length.contiguous(),
+        ends.contiguous(),
+        length,
+    )
 
 
 # ---- draft_tree, append_tails --------------------------------------------------------------------
@@ -364,5 +372,13 @@ def append_tails(
     ancestors = tokens.new_empty(rows, size, (size + 63) // 64)
     draft = drafted, hidden, ancestors, torch.empty_like(hidden), tokens.new_empty(rows, tails)
     yield draft
-    given = (x.contiguous() for x in (tokens, parents, probability, history, lengths))
-    _C.append_tails(*given, length, noise, *draft)
+    _C.append_tails(
+        tokens.contiguous(),
+        parents.contiguous(),
+        probability.contiguous(),
+        history.contiguous(),
+        lengths.contiguous(),
+        length,
+        noise,
+        *draft,
+    )

@@ -131,10 +131,10 @@ class NoiseTails:
         probabilities.
         """
         tails, first = tails_of(nodes), self.drafted(nodes)
-        *draft, self._ends = ops.append_tails(
+        tokens, parents, ancestors, depth, self._ends = ops.append_tails(
             *drafted, history, lengths, first, tails, self.length, self._noise
         )
-        return Draft(*draft, tails=nodes - first)
+        return Draft(tokens, parents, ancestors, depth, nodes - first)
 
     def update(self, verified: Verified, guesses: Tensor, denoised: Denoised) -> None:
         """Take the guesses [B, N, 8] of the tail below the last accepted node, where it has one."""
