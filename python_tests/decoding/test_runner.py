@@ -78,8 +78,9 @@ def test_a_step_launches_little_beside_its_model(tails, tapes):
         if isinstance(mode, TapeStep):
             marks.append(len(mode.operations))
 
-    model.register_forward_pre_hook(mark)
-    model.register_forward_hook(mark)
+    base = model.get_base_model() if tails else model
+    base.register_forward_pre_hook(mark)
+    base.register_forward_hook(mark)
     drafter = BestFirst(16)
     ours(model, *prompts(0, 1), drafter, max_new_tokens=20)
     assert (drafter.tails is not None) == tails

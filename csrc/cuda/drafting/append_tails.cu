@@ -1,10 +1,10 @@
-// The first nodes of a draft and tails below the nodes where the accepted path ends most likely:
-// one block a row, one thread a row of the draft. A thread takes its children's probabilities off
-// its node's, in their order, and counts the nodes that are likelier ends, all by shared memory
-// that a warp reads one number of at a time; then each walks up its own path, as tree_ancestors
-// does. Compiled sums have no product in them, so they are the CPU's. A length outside [1, C]
-// counts as the nearest one inside, a malformed parent as -1. Bytes per row: reads 20 a node,
-// writes 12 + 8 W + 4 a row of the draft, and 8 a tail.
+// The first nodes of a draft, and tails below the nodes where the accepted path ends most likely:
+// one block a row of the batch, one thread a row of the draft. A thread takes the probabilities of
+// its node's children off the node's, in their order, and counts the nodes that are likelier ends;
+// all threads look at one node at a time, in shared memory. Then each walks up its own path, as in
+// tree_ancestors.cu. There is no product in the sums, so they are the CPU's. A length outside
+// [1, C] counts as the nearest one inside, a malformed parent as -1.
+// Bytes per row: reads 20 a node, writes 16 + 8 W a row of the draft and 8 a tail.
 #include "cuda/common.cuh"
 #include "drafting_ops.h"
 #include "tails.h"
