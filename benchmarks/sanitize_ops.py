@@ -222,6 +222,44 @@ def check_best_first(n: int, device: str) -> None:
     )
 
 
+def check_tails(n: int, device: str) -> None:
+    tokens, guesses = (
+        torch.randint(0, 9, (BATCH, n)),
+        torch.randint(0, 1 << 30, (BATCH, n, 8)).int(),
+    )
+    path, continuation = torch.randint(-1, n, (2, BATCH, n))
+    outside, parents = torch.tensor([FAR, -FAR, 0]), rand_trees(n)
+    tables, ends = torch.rand(2, 348, dtype=torch.float64), path[:, : (n - 1) // 2].contiguous()
+    kept = [
+        torch.zeros(BATCH, 20, 8, dtype=torch.int32),
+        torch.zeros(BATCH, 348, dtype=torch.float64),
+    ]
+    kept_there = on(device, kept)
+    passed = [tables, guesses, continuation, path, torch.tensor([1, 0, n]), ends]
+    ops.keep_tail(*kept, *passed, 2)
+    ops.keep_tail(*kept_there, *on(device, passed), 2)
+    if not all(torch.equal(x, y.cpu()) for x, y in zip(kept, kept_there)):
+        raise Differs(f"keep_tail N={n}: {device} differs from cpu")
+    there = on(device, [tables, guesses, path + FAR, path + FAR, outside, ends + FAR])
+    run_outside(device, ops.keep_tail, *kept_there, *there, 2)
+    history, lengths = torch.randint(0, 9, (BATCH, 3000)), torch.tensor([3000, 1, 777])
+    tails, chances = (n - 1) // 3, torch.rand(BATCH, n, dtype=torch.float64)
+    rest = n - 2 * tails, tails, 2, -1
+    compare(
+        f"append_tails N={n}",
+        device,
+        ops.append_tails,
+        tokens,
+        parents,
+        chances,
+        history,
+        lengths,
+        *rest,
+    )
+    there = on(device, [tokens, parents + n, chances, history, outside])
+    run_outside(device, ops.append_tails, *there, *rest)
+
+
 def check_noise(n: int, device: str) -> None:
     """``n`` tokens a sample, two of them in a row; no sample, row or start outside is written
     for.
@@ -370,6 +408,7 @@ def main() -> int:
             check_tree,
             check_drafting,
             check_best_first,
+            check_tails,
             check_noise,
             check_commit,
             check_attention,

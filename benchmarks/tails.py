@@ -41,7 +41,6 @@ import msn_ext
 from msn_ext import ops
 from msn_ext.decoding import BestFirst
 from msn_ext.decoding.drafters import calibration, factors
-from msn_ext.decoding.drafters.sources import likely_ends
 from msn_ext.gates import gated_noise
 from msn_ext.training.data import prompt_ids
 
@@ -189,7 +188,7 @@ class TailDrafter(BestFirst):
             self._said is not None
             and verified.draft is self.draft
             and place < len(self._said)
-            and (self._shape.tails >= ops.MAX_NODES or end in self._ends())
+            and (self._shape.tails >= ops.MAX_NODES or end in self._ends(verified))
         )
         self._factors = self._tail_factors if self.hit else self._usual
         if self.hit:
@@ -197,9 +196,13 @@ class TailDrafter(BestFirst):
             length = self._shape.length
             self.denoised.guesses[0, :length] = self._said[place, :length]
 
-    def _ends(self) -> list[int]:
-        chances = self.probability[:, : len(self.draft)]
-        return likely_ends(self.draft.parents, chances, self._shape.tails)[0].tolist()
+    def _ends(self, verified) -> list[int]:
+        draft, text = self.draft, (verified.history, verified.lengths)
+        chances = self.probability[:, : len(draft)]
+        found = ops.append_tails(
+            draft.tokens, draft.parents, chances, *text, len(draft), self._shape.tails, 1, 0
+        )
+        return found[-1][0].tolist()
 
 
 class TailRecorder(calibration.FactorRecorder):

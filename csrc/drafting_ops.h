@@ -65,6 +65,23 @@ struct KeepContinuation {
   void on_cuda(void* stream) const;
 };
 
+struct KeepTail {
+  Tensor denoised, factors, tables, guesses, continuation, path, accept_length, ends;
+  int64_t length = 0;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
+struct AppendTails {
+  Tensor tokens, parents, probability, history, lengths;
+  int64_t length = 0, noise = 0;
+  Tensor drafted, drafted_parents, ancestors, depth, ends;
+
+  void on_cpu() const;
+  void on_cuda(void* stream) const;
+};
+
 struct DraftTree {
   Tensor history, lengths, denoised, adjacency, suffixes, corpus, corpus_suffixes, factors;
   int64_t max_depth = 0;

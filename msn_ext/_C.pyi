@@ -136,6 +136,33 @@ def remember_guesses(
     /,
 ) -> None: ...
 def keep_continuation(denoised: Tensor, guesses: Tensor, continuation: Tensor, /) -> None: ...
+def keep_tail(
+    denoised: Tensor,
+    factors: Tensor,
+    tables: Tensor,
+    guesses: Tensor,
+    continuation: Tensor,
+    path: Tensor,
+    accept_length: Tensor,
+    ends: Tensor,
+    length: int,
+    /,
+) -> None: ...
+def append_tails(
+    tokens: Tensor,
+    parents: Tensor,
+    probability: Tensor,
+    history: Tensor,
+    lengths: Tensor,
+    length: int,
+    noise: int,
+    drafted: Tensor,
+    drafted_parents: Tensor,
+    ancestors: Tensor,
+    depth: Tensor,
+    ends: Tensor,
+    /,
+) -> None: ...
 def draft_tree(
     history: Tensor,
     lengths: Tensor,

@@ -117,6 +117,62 @@ void keep_continuation(const Argument& denoised, const Argument& guesses,
   run(guesses, KeepContinuation{denoised, guesses, continuation});
 }
 
+// Tails of so many rows among the rows of a draft, of which at least one is none.
+void expect_tails(const Argument& ends, int64_t batch, int64_t length, int64_t rows,
+                  const Tensor& like) {
+  expect_range("length", length, 1, kMaxNodes);
+  expect_dims(ends, 2);
+  expect_dense(ends, DType::kInt64, {batch, ends.shape[1]}, like);
+  if (ends.shape[1] > (rows - 1) / length)
+    refuse("ends has shape ", shape_text(ends), ", tails of ", length, " rows; expected at most ",
+           (rows - 1) / length, " in a draft of ", rows, " rows");
+}
+
+void keep_tail(const Argument& denoised, const Argument& factors, const Argument& tables,
+               const Argument& guesses, const Argument& continuation, const Argument& path,
+               const Argument& accept_length, const Argument& ends, int64_t length) {
+  expect_dims(denoised, 3);
+  expect_dims(guesses, 3);
+  const int64_t batch = guesses.shape[0], rows = guesses.shape[1];
+  expect_nodes(guesses, rows);
+  expect_dense(guesses, DType::kInt32, {batch, rows, kGuesses}, guesses);
+  expect_dense(denoised, DType::kInt32, {batch, denoised.shape[1], kGuesses}, guesses);
+  expect_range("depths of denoised", denoised.shape[1], 0, 1 << 20);
+  expect_dense(factors, DType::kFloat64, {batch, kFactors}, guesses);
+  expect_dense(tables, DType::kFloat64, {2, kFactors}, guesses);
+  expect_dense(continuation, DType::kInt64, {batch, rows}, guesses);
+  expect_dense(path, DType::kInt64, {batch, rows}, guesses);
+  expect_dense(accept_length, DType::kInt64, {batch}, guesses);
+  expect_tails(ends, batch, length, rows, guesses);
+  run(guesses, KeepTail{denoised, factors, tables, guesses, continuation, path, accept_length, ends,
+                        length});
+}
+
+void append_tails(const Argument& tokens, const Argument& parents, const Argument& probability,
+                  const Argument& history, const Argument& lengths, int64_t length, int64_t noise,
+                  const Argument& drafted, const Argument& drafted_parents,
+                  const Argument& ancestors, const Argument& depth, const Argument& ends) {
+  expect_dims(tokens, 2);
+  expect_dims(history, 2);
+  expect_dims(drafted, 2);
+  const int64_t batch = tokens.shape[0], wide = tokens.shape[1], rows = drafted.shape[1];
+  expect_dense(tokens, DType::kInt64, {batch, wide}, tokens);
+  expect_dense(parents, DType::kInt32, {batch, wide}, tokens);
+  expect_dense(probability, DType::kFloat64, {batch, wide}, tokens);
+  expect_dense(history, DType::kInt64, {batch, history.shape[1]}, tokens);
+  expect_dense(lengths, DType::kInt64, {batch}, tokens);
+  expect_range("noise", noise, -1, INT64_MAX);
+  expect_nodes(drafted, rows);
+  expect_dense(drafted, DType::kInt64, {batch, rows}, tokens);
+  expect_dense(drafted_parents, DType::kInt32, {batch, rows}, tokens);
+  expect_dense(ancestors, DType::kInt64, {batch, rows, words_for(static_cast<int>(rows))}, tokens);
+  expect_dense(depth, DType::kInt32, {batch, rows}, tokens);
+  expect_tails(ends, batch, length, rows, tokens);
+  expect_range("nodes of drafted", rows - ends.shape[1] * length, 1, wide);
+  run(tokens, AppendTails{tokens, parents, probability, history, lengths, length, noise, drafted,
+                          drafted_parents, ancestors, depth, ends});
+}
+
 void draft_tree(const Argument& history, const Argument& lengths, const Argument& denoised,
                 const Argument& adjacency, const Argument& suffixes, const Argument& corpus,
                 const Argument& corpus_suffixes, const Argument& factors, int64_t max_depth,
@@ -166,6 +222,12 @@ void define_drafting(py::module_& m) {
   define(m, "remember_guesses", &remember_guesses,
          {"adjacency", "history", "lengths", "tokens", "parents", "path", "guesses"});
   define(m, "keep_continuation", &keep_continuation, {"denoised", "guesses", "continuation"});
+  define(m, "keep_tail", &keep_tail,
+         {"denoised", "factors", "tables", "guesses", "continuation", "path", "accept_length",
+          "ends", "length"});
+  define(m, "append_tails", &append_tails,
+         {"tokens", "parents", "probability", "history", "lengths", "length", "noise", "drafted",
+          "drafted_parents", "ancestors", "depth", "ends"});
   define(m, "draft_tree", &draft_tree,
          {"history", "lengths", "denoised", "adjacency", "suffixes", "corpus", "corpus_suffixes",
           "factors", "max_depth", "foresight", "tokens", "parents", "probability", "sources"});

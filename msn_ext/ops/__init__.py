@@ -47,10 +47,12 @@ from msn_ext._C import (
 )
 
 from .drafting import (
+    append_tails,
     draft_tree,
     fill_tree,
     index_suffixes,
     keep_continuation,
+    keep_tail,
     lookup_ngram,
     remember_guesses,
     top_guesses,
@@ -100,6 +102,7 @@ __all__ = [
     "Workspace",
     "add_norm",
     "advance_text",
+    "append_tails",
     "commit_kv",
     "draft_tree",
     "draw_noise",
@@ -108,6 +111,7 @@ __all__ = [
     "gated_activation",
     "index_suffixes",
     "keep_continuation",
+    "keep_tail",
     "lookup_ngram",
     "pack_weights",
     "packed_attention",

@@ -193,7 +193,51 @@ def keep_continuation(denoised: Tensor, guesses: Tensor, continuation: Tensor) -
     _C.keep_continuation(denoised, guesses.contiguous(), continuation.contiguous())
 
 
-# ---- draft_tree ----------------------------------------------------------------------------------
+@op(
+    "keep_tail(Tensor(a!) denoised, Tensor(b!) factors, Tensor tables, Tensor guesses, Tensor"
+    " continuation, Tensor path, Tensor accept_length, Tensor ends, int length) -> ()"
+)
+def keep_tail(
+    denoised: Tensor,
+    factors: Tensor,
+    tables: Tensor,
+    guesses: Tensor,
+    continuation: Tensor,
+    path: Tensor,
+    accept_length: Tensor,
+    ends: Tensor,
+    length: int,
+) -> Iterator[None]:
+    """Keep the guesses of the tail at the end of the accepted path, in place: the next tree's
+    denoised guesses. In a row without a tail there, those that :func:`keep_continuation` keeps.
+
+    Args:
+        denoised: int32 [B, depths, 8]: ``denoised[b, d]`` becomes what was guessed at the tail's
+            row d, -1 where it has none.
+        factors: float64 [B, 348], becomes ``tables[1]`` in a row with a tail, else ``tables[0]``.
+        tables: float64 [2, 348], of :func:`draft_tree`.
+        guesses: int32 [B, N, 8], as :func:`top_guesses` gives them; the last K * length nodes are
+            tails.
+        continuation, path: int64 [B, N], accept_length: int64 [B], as :func:`verify_tree` gives
+            them.
+        ends: int64 [B, K], the node above each tail; -1: none.
+        length: rows of a tail, >= 1.
+    """
+    yield
+    _C.keep_tail(
+        denoised,
+        factors,
+        tables.contiguous(),
+        guesses.contiguous(),
+        continuation.contiguous(),
+        path.contiguous(),
+        accept_length.contiguous(),
+        ends.contiguous(),
+        length,
+    )
+
+
+# ---- draft_tree, append_tails --------------------------------------------------------------------
 
 
 # Longer than 60 lines by what is said of its eleven arguments; the code has ten.
@@ -273,5 +317,68 @@ def draft_tree(
         factors.contiguous(),
         max_depth,
         foresight,
+        *draft,
+    )
+
+
+@op(
+    "append_tails(Tensor tokens, Tensor parents, Tensor probability, Tensor history, Tensor"
+    " lengths, int nodes, int tails, int length, int noise) -> (Tensor, Tensor, Tensor, Tensor,"
+    " Tensor)"
+)
+def append_tails(
+    tokens: Tensor,
+    parents: Tensor,
+    probability: Tensor,
+    history: Tensor,
+    lengths: Tensor,
+    nodes: int,
+    tails: int,
+    length: int,
+    noise: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Lay out the first nodes of a tree, and behind them tails: chains of noise rows below the
+    nodes where the accepted path ends most likely.
+
+    It ends at a node with the node's probability less those of its children among these nodes,
+    one after the other. The likeliest such ends that are more than 0 get a tail, of equals the
+    earlier node; rows of other tails are padding.
+
+    Args:
+        tokens: int64 [B, M]; parents: int32 [B, M]; probability: float64 [B, M], that a node is
+            accepted; as :func:`draft_tree` gives them.
+        history: int64 [B, C]; lengths: int64 [B], >= 1: the text.
+        nodes: how many of the M the draft has, N.
+        tails: K, 0 or more, and
+        length: rows of each, 1 or more; N + K * length <= 256.
+        noise: the token of all noise rows; -1: tokens of the text.
+
+    Returns:
+        ``tokens`` int64 [B, N + K * length]; ``parents`` int32 of this shape, -1 at noise rows;
+        ``ancestors`` and ``depth``, as :func:`tree_ancestors` gives them where parents say what
+        noise rows stand below; ``ends`` int64 [B, K], the node above each tail, -1: none.
+    """
+    expect_dims("tokens", tokens, "[B, M]")
+    if not 1 <= nodes <= tokens.shape[1]:
+        raise ValueError(f"nodes is {nodes}; expected 1 to {tokens.shape[1]}, those of tokens")
+    if tails < 0 or length < 1 or nodes + tails * length > _C.MAX_NODES:
+        raise ValueError(
+            f"tails is {tails} and length is {length} at {nodes} nodes; expected 0 or more tails of"
+            f" 1 or more rows, {_C.MAX_NODES} with the nodes at most"
+        )
+    rows, size = tokens.shape[0], nodes + tails * length
+    drafted = tokens.new_empty(rows, size)
+    hidden = torch.empty_like(drafted, dtype=torch.int32)
+    ancestors = tokens.new_empty(rows, size, (size + 63) // 64)
+    draft = drafted, hidden, ancestors, torch.empty_like(hidden), tokens.new_empty(rows, tails)
+    yield draft
+    _C.append_tails(
+        tokens.contiguous(),
+        parents.contiguous(),
+        probability.contiguous(),
+        history.contiguous(),
+        lengths.contiguous(),
+        length,
+        noise,
         *draft,
     )

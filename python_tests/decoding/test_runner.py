@@ -11,6 +11,7 @@ from transformers import StoppingCriteriaList
 
 from helpers import runners
 from helpers.families import FAMILIES
+from helpers.noise import gated_tiny
 from helpers.runners import (
     DRAFTS,
     EndsAfter,
@@ -61,20 +62,28 @@ def test_replayed_steps_give_plain_decodings_text(family, draft, tapes):
     assert all(len(tape.captures) <= tape.warm_ups <= len(CAPTURED_SIZES) for tape in tapes)
 
 
-def test_a_step_launches_little_beside_its_model(tapes):
-    """Counted as in docs/kernels.md: every operation that is no view is at most a launch."""
+@pytest.mark.parametrize("tails", [False, True])
+def test_a_step_launches_little_beside_its_model(tails, tapes):
+    """Counted as in docs/kernels.md: every operation that is no view is at most a launch; with
+    tails no more of them than without.
+    """
     if runners.where != "cpu":
         pytest.skip("counted on the tape")
-    model, marks = tiny_model("llama", 3), []
+    if tails:
+        pytest.importorskip("peft")
+    model, marks = gated_tiny("llama") if tails else tiny_model("llama", 3), []
 
     def mark(*_):
         mode = _get_current_dispatch_mode()
         if isinstance(mode, TapeStep):
             marks.append(len(mode.operations))
 
-    model.register_forward_pre_hook(mark)
-    model.register_forward_hook(mark)
-    ours(model, *prompts(0, 1), BestFirst(16), max_new_tokens=20)
+    base = model.get_base_model() if tails else model
+    base.register_forward_pre_hook(mark)
+    base.register_forward_hook(mark)
+    drafter = BestFirst(16)
+    ours(model, *prompts(0, 1), drafter, max_new_tokens=20)
+    assert (drafter.tails is not None) == tails
     (captured,) = tapes[0].captures
     begin, end = marks
     names = [

@@ -19,10 +19,12 @@ from pathlib import Path
 import build
 import torch
 from fuzz_drafting import (
+    fuzz_append_tails,
     fuzz_draft_tree,
     fuzz_fill_tree,
     fuzz_index_suffixes,
     fuzz_keep_continuation,
+    fuzz_keep_tail,
     fuzz_lookup_ngram,
     fuzz_remember_guesses,
     fuzz_top_guesses,
@@ -57,7 +59,9 @@ OPS = {
     "index_suffixes": fuzz_index_suffixes,
     "remember_guesses": fuzz_remember_guesses,
     "keep_continuation": fuzz_keep_continuation,
+    "keep_tail": fuzz_keep_tail,
     "draft_tree": fuzz_draft_tree,
+    "append_tails": fuzz_append_tails,
     "draw_noise": fuzz_draw_noise,
     "residual_norm": fuzz_residual_norm,
     "rotary_cache": fuzz_rotary_cache,

@@ -1,5 +1,6 @@
 """Random cases of the ops that draft."""
 
+import math
 import random
 
 import torch
@@ -180,6 +181,55 @@ def fuzz_keep_continuation(rng: random.Random, nodes: int) -> None:
     inputs = guesses, rng.choice([continuation, outside])
     _C.keep_continuation(memory.place(denoised, want=want), *map(memory.place, inputs))
     memory.check()
+
+
+def fuzz_keep_tail(rng: random.Random, nodes: int) -> None:
+    batch, depths, length = rng.randrange(4), rng.choice([0, 1, 20, 300]), rng.choice([1, 2, 300])
+    length = min(length, 256)
+    tails = rng.choice([0, 1, (nodes - 1) // length])
+    tails = min(tails, (nodes - 1) // length)
+    guesses = torch.randint(-(2**31), 2**31 - 1, (batch, nodes, ops.GUESSES), dtype=torch.int32)
+    continuation, path = torch.randint(-1, nodes, (2, batch, nodes))
+    accepted = torch.randint(0, nodes + 1, (batch,))
+    ends = torch.randint(-1, nodes, (batch, tails))
+    for b, count in enumerate(accepted.tolist()):
+        if tails and count and rng.random() < 0.5:
+            path[b, count - 1] = ends[b, rng.randrange(tails)]
+    tables = torch.randn(2, ops.FACTORS, dtype=torch.float64)
+    denoised = torch.randint(-9, 9, (batch, depths, ops.GUESSES), dtype=torch.int32)
+    factors = torch.randn(batch, ops.FACTORS, dtype=torch.float64)
+    want, memory = (denoised.clone(), factors.clone()), Memory(rng)
+    reference.keep_tail(*want, tables, guesses, continuation, path, accepted, ends, length)
+    outside = torch.where(continuation < 0, rng.choice([*FAR, nodes]), continuation)
+    if rng.random() < 0.5:  # none, in a row without a tail
+        accepted = torch.where(accepted == 0, rng.choice([*FAR, nodes + 1]), accepted)
+    seen = tables, guesses, rng.choice([continuation, outside]), path, accepted, ends
+    changed = [memory.place(x, want=y) for x, y in zip((denoised, factors), want)]
+    _C.keep_tail(*changed, *map(memory.place, seen), length)
+    memory.check()
+
+
+def fuzz_append_tails(rng: random.Random, rows: int) -> None:
+    """``rows``: of the draft, tails included."""
+    batch, capacity, length = rng.randrange(4), rng.choice([1, 2, 40]), rng.choice([1, 1, 2, 5])
+    tails = rng.choice([0, 1, 2, 3, rng.randrange(rows)])
+    tails = min(tails, (rows - 1) // length)
+    nodes = rows - tails * length
+    wide = nodes + rng.choice([0, 0, 5])
+    trees = [random_tree(rng, wide) for _ in range(batch)]
+    bad, good = malformed(rng, torch.tensor(trees, dtype=torch.int32).view(batch, wide))
+    # Few values, so that many are equal; some that no probability is.
+    probability = torch.randint(0, 5, (batch, wide)).double() / rng.choice([1, 3, 64])
+    if rng.random() < 0.5:
+        probability = probability * torch.rand(batch, wide, dtype=torch.float64)
+    for special in (math.nan, math.inf, -1.0) if rng.random() < 0.2 else ():
+        probability[torch.rand(batch, wide) < 0.1] = special
+    history, tokens = random_history(rng, batch, capacity), random_tokens(rng, batch, wide)
+    lengths = spoil(rng, torch.randint(1, capacity + 1, (batch,)), capacity)
+    given, noise = (tokens, bad, probability, history), rng.choice([-1, 0, 7, 2**63 - 1])
+    inside = tokens, good, probability, history, lengths.clamp(1, capacity)
+    want = reference.append_tails(*inside, nodes, tails, length, noise)
+    check_op("append_tails", rng, [*given, lengths, length, noise], want)
 
 
 def fuzz_draft_tree(rng: random.Random, nodes: int) -> None:

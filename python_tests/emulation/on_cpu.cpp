@@ -92,6 +92,8 @@ void FillTree::on_cpu() const { on_cuda(nullptr); }
 void IndexSuffixes::on_cpu() const { on_cuda(nullptr); }
 void RememberGuesses::on_cpu() const { on_cuda(nullptr); }
 void KeepContinuation::on_cpu() const { on_cuda(nullptr); }
+void KeepTail::on_cpu() const { on_cuda(nullptr); }
+void AppendTails::on_cpu() const { on_cuda(nullptr); }
 void DraftTree::on_cpu() const { on_cuda(nullptr); }
 void DrawNoise::on_cpu() const { on_cuda(nullptr); }
 void ResidualNorm::on_cpu() const { on_cuda(nullptr); }

@@ -67,12 +67,15 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         ops.keep_continuation(
             **{**arguments["keep_continuation"], "guesses": guesses, "continuation": continuation}
         )
+        ops.keep_tail(**{**arguments["keep_tail"], "guesses": guesses, "path": path})
         placed = ops.place_tree(**arguments["place_tree"])
         tables = {
             "adjacency": observed["adjacency"],
             "suffixes": arguments["index_suffixes"]["suffixes"],
         }
         draft = ops.draft_tree(**{**arguments["draft_tree"], **tables, "denoised": guesses})
+        known = dict(zip(("tokens", "parents", "probability"), draft))
+        tails = ops.append_tails(**{**arguments["append_tails"], **known})
         verified = accept_length, path, bonus, continuation
         noise = ops.draw_noise(
             **{**arguments["draw_noise"], "labels": arguments["draw_noise"]["labels"] + 0}
@@ -90,6 +93,7 @@ def test_compiled_step_equals_the_eager_one(device, backend):
             guesses,
             *checked,
             *draft,
+            *tails,
             *noise,
             *placed,
         )
@@ -103,6 +107,8 @@ def test_compiled_step_equals_the_eager_one(device, backend):
         ("remember_guesses", "adjacency"),
         ("index_suffixes", "suffixes"),
         ("keep_continuation", "denoised"),
+        ("keep_tail", "denoised"),
+        ("keep_tail", "factors"),
         ("place_tree", "tokens"),
         ("advance_text", "history"),
     ]:

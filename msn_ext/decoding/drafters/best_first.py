@@ -25,7 +25,7 @@ from .factors import load as load_factors
 from .factors import load_of_tails
 from .jacobi import TreeDrafter
 from .protocol import Draft, Noise, Verified
-from .sources import LONGEST_TAIL, SLOTS, SOURCES, Adjacency, Denoised, NoiseTails, Suffix, tails_of
+from .sources import LONGEST_TAIL, SLOTS, SOURCES, Adjacency, Denoised, NoiseTails, Suffix
 from .tree import RETRIEVAL, DraftTree
 
 OPENING = 5
@@ -190,13 +190,11 @@ class BestFirst:
         if self.corpus is not None:  # a damaged file may hold any number
             tokens.clamp_(max=self._vocabulary - 1)
         nodes = self.budget or self._planned or self._choose_size(self.probability)
-        first = slice(self._drafted(nodes))
-        tokens, parents = tokens[:, first], parents[:, first]
-        if self.tails is not None and (count := tails_of(nodes)):
-            found = tokens, parents, self.probability[:, first]
-            self.draft = self.tails.below(found, count, history, lengths)
+        if self.tails is not None:
+            drafted = tokens, parents, self.probability
+            self.draft = self.tails.below(drafted, nodes, history, lengths)
         else:
-            self.draft = Draft.of(tokens, parents)
+            self.draft = Draft.of(tokens[:, :nodes], parents[:, :nodes])
         return self.draft
 
     def _drafted(self, nodes: int) -> int:
@@ -218,9 +216,10 @@ class BestFirst:
         if verified.draft is self.draft and self._sizes_by_itself:
             self._accepted = verified.accept_length
         guesses = verified.top_guesses()
-        self.denoised.update(verified, guesses)
         if self.tails is not None:
             self.tails.update(verified, guesses, self.denoised)
+        else:
+            self.denoised.update(verified, guesses)
         if "adjacency" in self._sources:
             self.adjacency.update(verified, guesses)
 

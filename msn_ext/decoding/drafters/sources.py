@@ -111,65 +111,50 @@ class NoiseTails:
     """
 
     def __init__(self, noise: Noise, usual: Tensor, fitted: Tensor, batch: int):
-        self.length, self._content = min(noise.length, LONGEST_TAIL), noise.content
-        self._usual, self._fitted = usual, fitted
+        self.length = min(noise.length, LONGEST_TAIL)
+        self._noise = noise.content if isinstance(noise.content, int) else -1  # of the text
+        self._tables = torch.stack([usual, fitted])
         self.factors = usual.repeat(batch, 1)
         self._ends = torch.empty(batch, 0, dtype=torch.int64, device=usual.device)
 
     def forget(self) -> None:
-        self.factors.copy_(self._usual.expand_as(self.factors))
+        self.factors.copy_(self._tables[0].expand_as(self.factors))
 
     def drafted(self, nodes: int) -> int:
         """Return how many nodes of a tree of so many are no tails."""
         return nodes - tails_of(nodes) * self.length
 
     def below(
-        self,
-        draft: tuple[Tensor, Tensor, Tensor],
-        count: int,
-        history: Tensor,
-        lengths: Tensor,
+        self, drafted: tuple[Tensor, Tensor, Tensor], nodes: int, history: Tensor, lengths: Tensor
     ) -> Draft:
-        """Return the draft of these tokens, parents and probabilities, with so many tails."""
-        tokens, parents, probability = draft
-        self._ends = likely_ends(parents, probability, count)
-        token: int | Tensor = self._content if isinstance(self._content, int) else 0
-        if isinstance(self._content, str):  # tokens of the text, which all such noise resembles
-            at = (torch.arange(count * self.length, device=lengths.device) + 1) * 7919
-            token = history.gather(1, (lengths[:, None] + at) % lengths[:, None])
-        return Draft.with_tails(tokens, parents, self._ends, self.length, token)
+        """Return the draft of so many nodes, tails included, of these tokens, parents and
+        probabilities.
+        """
+        tails, first = tails_of(nodes), self.drafted(nodes)
+        tokens, parents, ancestors, depth, self._ends = ops.append_tails(
+            *drafted, history, lengths, first, tails, self.length, self._noise
+        )
+        return Draft(tokens, parents, ancestors, depth, nodes - first)
 
     def update(self, verified: Verified, guesses: Tensor, denoised: Denoised) -> None:
         """Take the guesses [B, N, 8] of the tail below the last accepted node, where it has one."""
-        if not verified.draft.tails:
+        if verified.draft.tails != self._ends.shape[1] * self.length:  # the root alone
+            denoised.update(verified, guesses)
             self.forget()
             return
-        last = verified.path.gather(1, (verified.accept_length[:, None] - 1).clamp(min=0))
-        found = (self._ends == last) & (last >= 0)
-        hit = found.any(1, keepdim=True)
-        depths = min(self.length, denoised.guesses.shape[1])
-        first = guesses.shape[1] - verified.draft.tails + found.int().argmax(1) * self.length
-        rows = first[:, None, None] + torch.arange(depths, device=first.device)[:, None]
-        said = torch.full_like(denoised.guesses, -1)
-        said[:, :depths] = guesses.gather(1, rows.expand(-1, -1, GUESSES))
-        denoised.guesses.copy_(torch.where(hit[..., None], said, denoised.guesses))
-        self.factors.copy_(torch.where(hit, self._fitted, self._usual))
+        ops.keep_tail(
+            denoised.guesses,
+            self.factors,
+            self._tables,
+            guesses,
+            verified.continuation,
+            verified.path,
+            verified.accept_length,
+            self._ends,
+            self.length,
+        )
 
 
 def tails_of(nodes: int) -> int:
     """Return how many tails a tree of so many nodes has, their rows included in it."""
     return bisect_right(TAILS_FROM, nodes)
-
-
-def likely_ends(parents: Tensor, probability: Tensor, count: int) -> Tensor:
-    """Return the nodes where the accepted path ends most likely, int64 [B, count]; -1: no more.
-
-    Args:
-        parents: int32 [B, N]; probability: float64 [B, N], that a node is accepted.
-    """
-    live = parents >= 0
-    of_children = torch.where(live, probability, 0.0)
-    ends = probability.scatter_add(1, parents.clamp(min=0).long(), -of_children)
-    chance, nodes = ends.topk(min(count, ends.shape[1]), dim=1)
-    nodes = torch.where(chance > 0, nodes, -1)
-    return torch.nn.functional.pad(nodes, (0, count - nodes.shape[1]), value=-1)

@@ -29,6 +29,7 @@ from .layers import (
 )
 from .noise import draw_noise
 from .rules import check_parents, counter_bits, splitmix64
+from .tails import append_tails, keep_tail
 from .tree import (
     advance_text,
     ancestor_matrix,
@@ -45,6 +46,7 @@ __all__ = [
     "add_norm",
     "advance_text",
     "ancestor_matrix",
+    "append_tails",
     "check_parents",
     "commit_kv",
     "context_of",
@@ -56,6 +58,7 @@ __all__ = [
     "gated_activation",
     "index_suffixes",
     "keep_continuation",
+    "keep_tail",
     "last_place",
     "listed_after",
     "lookup_ngram",

@@ -9,6 +9,7 @@ from helpers.drafters import CPU, verify
 from helpers.families import VOCAB, tiny_model
 from helpers.noise import gated_tiny
 from helpers.runners import ours, plain, prompts, sampled
+from msn_ext import ops
 from msn_ext.decoding import BestFirst, Draft
 from msn_ext.decoding.drafters import ObservedDrafter, factors, sources
 from msn_ext.ops import reference
@@ -38,14 +39,18 @@ def test_paths_end_where_the_children_leave_probability(seed):
     parents[-1], chance[-1] = -1, 0.0  # padding
     left[-1] = 0.0
     tensors = torch.tensor([parents], dtype=torch.int32), torch.tensor([chance]).double()
+    text = torch.ones(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+
+    def ends(tails):
+        return ops.append_tails(tensors[0].long(), *tensors, *text, nodes, tails, 1, 5)[-1][0]
+
     want = {
         node: chance[node] - sum(c for c, p in zip(chance, parents) if p == node)
         for node in range(nodes)
     }
-    found = sources.likely_ends(*tensors, 4)[0].tolist()
     best = sorted(want, key=want.get, reverse=True)[:4]
-    assert found == [node if want[node] > 0 else -1 for node in best]
-    assert sources.likely_ends(*tensors, 20)[0, nodes:].tolist() == [-1] * 8
+    assert ends(4).tolist() == [node if want[node] > 0 else -1 for node in best]
+    assert ends(20)[nodes:].tolist() == [-1] * 8
 
 
 def drafted(drafter, history, lengths, generator):
