@@ -6,7 +6,7 @@
 namespace msn {
 
 void VerifyLogits::on_cpu() const {
-  TopGuesses{logits, guesses}.on_cpu();
+  TopGuesses{logits, guesses, {}}.on_cpu();
   from_guesses_on_cpu();
 }
 

@@ -202,13 +202,15 @@ class BestFirst:
         return nodes if self.tails is None else self.tails.drafted(nodes)
 
     def _expected_of(self, probability: Tensor) -> list[float]:
-        """Return how many guesses are expected to be accepted of n + 1 nodes, tails included."""
+        """Return how many guesses are expected to be accepted of n + 1 nodes, tails included, and for
+        these of the next tree.
+        """
         expected = expected_accepts(probability)
         if self.tails is None:
             return expected
         drafted, nodes = [], 1
         while self._drafted(nodes) <= len(expected):
-            drafted.append(expected[self._drafted(nodes) - 1])
+            drafted.append(expected[self._drafted(nodes) - 1] + self.tails.worth(nodes))
             nodes += 1
         return drafted
 

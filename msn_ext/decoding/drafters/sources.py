@@ -17,6 +17,8 @@ SOURCES = ("denoised", "adjacency", "suffix")
 LONGEST_TAIL = 1
 TAILS_FROM = (8, 32, 48, 64)
 """Nodes from which on a tree has one tail, two, … (benchmarks/tails.py)."""
+WORTH_OF_TAILS = (0.0, 0.15, 0.2, 0.22, 0.25)
+"""Guesses that none, one, … of them add to those of the next tree that are accepted (the same)."""
 
 SLOTS = 1 << 16
 """Contexts of one order that :class:`Adjacency` remembers."""
@@ -123,6 +125,10 @@ class NoiseTails:
     def drafted(self, nodes: int) -> int:
         """Return how many nodes of a tree of so many are no tails."""
         return nodes - tails_of(nodes) * self.length
+
+    def worth(self, nodes: int) -> float:
+        """Return how many guesses more are accepted for the tails of a tree of so many nodes."""
+        return WORTH_OF_TAILS[tails_of(nodes)]
 
     def below(
         self, drafted: tuple[Tensor, Tensor, Tensor], nodes: int, history: Tensor, lengths: Tensor

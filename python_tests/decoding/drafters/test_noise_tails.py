@@ -12,6 +12,7 @@ from helpers.runners import ours, plain, prompts, sampled
 from msn_ext import ops
 from msn_ext.decoding import BestFirst, Draft
 from msn_ext.decoding.drafters import ObservedDrafter, factors, sources
+from msn_ext.decoding.sizing import StepTimes
 from msn_ext.ops import reference
 
 peft = pytest.importorskip("peft")
@@ -99,6 +100,23 @@ def test_the_tail_at_the_end_of_the_path_has_the_next_guesses():
     without, _ = drafted(bare, history, lengths, generator)
     assert bare.tails is None and not without.draft.tails
     assert drafter.max_depth == bare.max_depth + sources.LONGEST_TAIL
+
+
+def test_a_tail_is_worth_a_row_that_costs_a_little():
+    """Where 8 nodes take 6 % longer than 6, and more take long, a tree is of 8 with a tail, of 6
+    without.
+    """
+    times = {6: 1.0, 8: 1.06, 12: 3.0}
+    generator = torch.Generator().manual_seed(0)
+    history, lengths = torch.randint(VOCAB, (1, 64), generator=generator), torch.tensor([60])
+    found = {}
+    for tails in (True, False):
+        drafter = BestFirst(times=StepTimes(times, "cpu"), tails=tails)
+        drafter.use_noise(Noise())
+        drafter.start(1, VOCAB, CPU)
+        draft = drafter.propose(history, lengths)
+        found[tails] = len(draft), draft.tails
+    assert found == {True: (8, 1), False: (6, 0)}
 
 
 def test_a_pass_without_tails_leaves_the_denoised_guesses():
