@@ -29,6 +29,10 @@ void narrow_linear(const NarrowLinear& stage, Scratch& scratch) {
   static_assert(kNarrowStep % kStep == 0);
   const int64_t size = stage.weights.inputs, outputs = stage.weights.outputs;
   const int64_t stride = narrow_stride(size);
+  // All of it at once: its rows are too short for the hardware to see where they go.
+  const char* data = static_cast<const char*>(stage.weights.data);
+  for (int64_t at = 0; at < outputs * stride * static_cast<int64_t>(sizeof(S)); at += 64)
+    __builtin_prefetch(data + at, 0, 2);
   T* x = reinterpret_cast<T*>(scratch.get(2 * stride * sizeof(T)));
   T* ordered = kPairs ? x + stride : x;  // as expand_two orders the matrix
   for (int64_t r = 0; r < stage.rows; ++r) {
