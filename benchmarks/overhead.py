@@ -24,6 +24,7 @@ from common import Results, conditions, load_model
 
 from msn_ext import ops
 from msn_ext.decoding import BestFirst, Request, decode, decoder, loop
+from msn_ext.decoding.forward.protocol import Answers
 
 PROMPT = "Explain in a few sentences why the sky is blue, and why sunsets are red."
 PARTS = ("propose", "verify", "observe", "commit", "advance", "wait", "rest")
@@ -52,8 +53,8 @@ class Record:
     def read(self, ids, positions, offsets, keep, start=0):
         return self._say(ids[0, -keep:].tolist(), positions[0, -keep:].tolist())
 
-    def check(self, tokens, positions, prefix, offsets, ancestors, end):
-        return self._say(tokens[0].tolist(), positions[0].tolist())
+    def check(self, tokens, positions, *_):
+        return Answers(self._say(tokens[0].tolist(), positions[0].tolist()))
 
     def commit(self, prefix, path, accepted) -> None:
         pass

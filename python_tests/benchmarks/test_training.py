@@ -23,7 +23,7 @@ def test_the_ways_to_train_are_compared(folder, data, tmp_path, monkeypatch, cap
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import training
 
-    output, names = tmp_path / "out", "base,branch-4,replace-4-ppl,sft-compute"
+    output, names = tmp_path / "out", "base,branch-4,replace-4-ppl,sft-compute,gated"
     options = [
         "--model",
         folder,
@@ -61,5 +61,7 @@ def test_the_ways_to_train_are_compared(folder, data, tmp_path, monkeypatch, cap
     assert by_name["sft-compute"]["epochs"] > 1.5 and by_name["branch-4"]["epochs"] == 1
     assert all(len(row["top1"]) == 8 and row["MAT"]["paper"] >= 1 for row in rows)
     assert len({row["loss"] for row in rows}) == 4
+    assert by_name["gated"]["loss"] == by_name["base"]["loss"]
+    assert by_name["gated"]["MAT"]["paper"] == by_name["base"]["MAT"]["paper"]
     for name in ("accuracy", "chains", "losses"):
         ElementTree.parse(output / f"{name}.svg")

@@ -202,8 +202,8 @@ class BestFirst:
         return nodes if self.tails is None else self.tails.drafted(nodes)
 
     def _expected_of(self, probability: Tensor) -> list[float]:
-        """Return how many guesses are expected to be accepted of n + 1 nodes, tails included, and for
-        these of the next tree.
+        """Return how many guesses are expected to be accepted of n + 1 nodes, tails included, with
+        those of the next tree that tails add.
         """
         expected = expected_accepts(probability)
         if self.tails is None:
