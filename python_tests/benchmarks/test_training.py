@@ -60,8 +60,9 @@ def test_the_ways_to_train_are_compared(folder, data, tmp_path, monkeypatch, cap
     by_name = {row["experiment"]: row for row in rows}
     assert by_name["sft-compute"]["epochs"] > 1.5 and by_name["branch-4"]["epochs"] == 1
     assert all(len(row["top1"]) == 8 and row["MAT"]["paper"] >= 1 for row in rows)
-    assert len({row["loss"] for row in rows}) == 4
-    assert by_name["gated"]["loss"] == by_name["base"]["loss"]
+    losses = [row["loss"] for row in rows]
+    assert losses.pop() == pytest.approx(by_name["base"]["loss"], rel=1e-5)  # gated, another sum
+    assert len(set(losses)) == 4
     assert by_name["gated"]["MAT"]["paper"] == by_name["base"]["MAT"]["paper"]
     for name in ("accuracy", "chains", "losses"):
         ElementTree.parse(output / f"{name}.svg")
