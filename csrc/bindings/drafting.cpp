@@ -104,8 +104,8 @@ void remember_guesses(const Argument& adjacency, const Argument& history, const 
   run(tokens, RememberGuesses{adjacency, history, lengths, tokens, parents, path, guesses});
 }
 
-void keep_continuation(const Argument& denoised, const Argument& guesses,
-                       const Argument& continuation) {
+// What keeps guesses as denoised ones takes.
+void expect_kept(const Argument& denoised, const Argument& guesses, const Argument& continuation) {
   expect_dims(denoised, 3);
   expect_dims(guesses, 3);
   const int64_t batch = guesses.shape[0], nodes = guesses.shape[1];
@@ -114,6 +114,11 @@ void keep_continuation(const Argument& denoised, const Argument& guesses,
   expect_dense(denoised, DType::kInt32, {batch, denoised.shape[1], kGuesses}, guesses);
   expect_range("depths of denoised", denoised.shape[1], 0, 1 << 20);
   expect_dense(continuation, DType::kInt64, {batch, nodes}, guesses);
+}
+
+void keep_continuation(const Argument& denoised, const Argument& guesses,
+                       const Argument& continuation) {
+  expect_kept(denoised, guesses, continuation);
   run(guesses, KeepContinuation{denoised, guesses, continuation});
 }
 
@@ -131,16 +136,10 @@ void expect_tails(const Argument& ends, int64_t batch, int64_t length, int64_t r
 void keep_tail(const Argument& denoised, const Argument& factors, const Argument& tables,
                const Argument& guesses, const Argument& continuation, const Argument& path,
                const Argument& accept_length, const Argument& ends, int64_t length) {
-  expect_dims(denoised, 3);
-  expect_dims(guesses, 3);
+  expect_kept(denoised, guesses, continuation);
   const int64_t batch = guesses.shape[0], rows = guesses.shape[1];
-  expect_nodes(guesses, rows);
-  expect_dense(guesses, DType::kInt32, {batch, rows, kGuesses}, guesses);
-  expect_dense(denoised, DType::kInt32, {batch, denoised.shape[1], kGuesses}, guesses);
-  expect_range("depths of denoised", denoised.shape[1], 0, 1 << 20);
   expect_dense(factors, DType::kFloat64, {batch, kFactors}, guesses);
   expect_dense(tables, DType::kFloat64, {2, kFactors}, guesses);
-  expect_dense(continuation, DType::kInt64, {batch, rows}, guesses);
   expect_dense(path, DType::kInt64, {batch, rows}, guesses);
   expect_dense(accept_length, DType::kInt64, {batch}, guesses);
   expect_tails(ends, batch, length, rows, guesses);

@@ -37,7 +37,7 @@ def check_computation(its: Modules, name: str, device: str) -> None:
     except CannotGate as reason:
         raise NoPlan(str(reason)) from None
     for module in modules:
-        if wrong := _wrong_with(module) or _wrong_with_forward(module):
+        if wrong := _wrong_with(module):
             raise NoPlan(f"{path_of(model, module)} {wrong}")
     for layer in its.adapted:  # that are left out; their forward is still called
         if wrong := _wrong_with_forward(layer):
