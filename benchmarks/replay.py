@@ -180,11 +180,8 @@ def replay(
         accepted, path, _, continuation = ops.verify_tree(
             draft.tokens, targets[None], draft.parents
         )
-        drafter.observe(
-            Verified(
-                draft, logits[None], targets[None], path, accepted, continuation, history, lengths
-            )
-        )
+        known = targets[None], path, accepted, continuation, history, lengths
+        drafter.observe(Verified(draft, lambda: logits[None], *known))
         logits.scatter_(1, best, -torch.inf)
         gained = min(int(accepted), len(text) - length)
         history[0, length : length + gained] = torch.tensor(text[length : length + gained])

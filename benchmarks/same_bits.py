@@ -5,7 +5,9 @@ it is computed with: drafts of any size, other rows, padding, threads.
     python benchmarks/same_bits.py --adapter DIR --budgets 8,64 …  # with a gated noise adapter
 
 Every prompt is decoded alone, without drafts, in one thread; then with each of --budgets (nodes of
-a tree) and of --threads alone, and with its neighbours in left-padded batches of each of --batches.
+a tree) and of --threads alone, and with its neighbours in left-padded batches of each of --batches;
+and with every budget once as anybody decodes who wants no logits, so that the pass computes only
+those that count ("text" alone is compared then).
 With --adapter the model that all this is done with has a gated adapter, and the one that it is
 compared with has none. Prints a line a dtype and way with the texts that differ anywhere, and exits
 with 1 if one does.
@@ -42,17 +44,21 @@ class LogitKeeper(ObservedDrafter):
         super().observe(verified)
 
 
-def digests(model, prompts: list[list[int]], budget: int, new_tokens: int) -> list[str]:
-    """Decode prompts as one batch; return a hash of each row's new tokens and their logits."""
+def digests(
+    model, prompts: list[list[int]], budget: int, new_tokens: int, logits: bool = True
+) -> list[tuple[str, str | None]]:
+    """Decode prompts as one batch; return hashes of each row's new tokens and of their logits, None
+    where these are not kept.
+    """
     longest = max(map(len, prompts))
     rows = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    keeper = LogitKeeper(BestFirst(budget))
+    keeper = LogitKeeper(BestFirst(budget)) if logits else None
     out = generate(
         model,
         torch.tensor(rows),
         attention_mask=torch.tensor(mask),
-        draft=keeper,
+        draft=keeper or BestFirst(budget),
         engine="native",
         do_sample=False,
         max_new_tokens=new_tokens,
@@ -60,19 +66,28 @@ def digests(model, prompts: list[list[int]], budget: int, new_tokens: int) -> li
         return_dict_in_generate=True,
     )
     found = []
-    for sequence, logits, accepts in zip(out.sequences, keeper.rows, out.accept_lengths):
+    kept = keeper.rows if keeper else [None] * len(prompts)
+    for sequence, its, accepts in zip(out.sequences, kept, out.accept_lengths):
         count = int(accepts.sum())
-        said = hashlib.sha256(sequence[longest : longest + count].numpy().tobytes())
-        said.update(torch.cat(logits)[:count].contiguous().numpy().tobytes())
-        found.append(said.hexdigest())
+        numbers = its and torch.cat(its)[:count].contiguous()
+        found.append((hashed(sequence[longest : longest + count]), its and hashed(numbers)))
     return found
 
 
-def ways(options) -> list[tuple[int, int, int]]:
-    """Return (nodes of a tree, rows, threads) of what is compared."""
-    alone = [(budget, 1, threads) for threads in options.threads for budget in options.budgets]
-    largest, most = max(options.budgets), max(options.threads)
-    return alone + [(nodes, rows, most) for rows in options.batches for nodes in (1, largest)]
+def hashed(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+def differ(found: tuple[str, str | None], expected: tuple[str, str | None]) -> bool:
+    return any(a != b for a, b in zip(found, expected) if a and b)
+
+
+def ways(options) -> list[tuple[int, int, int, bool]]:
+    """Return (nodes of a tree, rows, threads, logits kept) of what is compared."""
+    budgets, largest, most = options.budgets, max(options.budgets), max(options.threads)
+    alone = [(budget, 1, threads, True) for threads in options.threads for budget in budgets]
+    batches = [(nodes, rows, most, True) for rows in options.batches for nodes in (1, largest)]
+    return alone + batches + [(budget, 1, most, False) for budget in budgets]
 
 
 def compare(model, bare, prompts: list[list[int]], options, keep) -> None:
@@ -88,28 +103,34 @@ def compare(model, bare, prompts: list[list[int]], options, keep) -> None:
         for prompt in prompts:
             expected += digests(bare, [prompt], 1, options.new_tokens)
             bar.update()
-        for nodes, rows, threads in its:
+        for nodes, rows, threads, kept in its:
             torch.set_num_threads(threads)
             for begin in range(0, len(prompts), rows):
                 batch = slice(begin, begin + rows)
-                found = digests(model, prompts[batch], nodes, options.new_tokens)
-                wrong = sum(a != b for a, b in zip(found, expected[batch], strict=True))
+                found = digests(model, prompts[batch], nodes, options.new_tokens, kept)
+                wrong = sum(differ(*both) for both in zip(found, expected[batch], strict=True))
                 way = dict(dtype=dtype, nodes=nodes, rows=rows, threads=threads)
+                way["compared"] = "text, logits" if kept else "text"
                 keep(way | dict(begin=begin, texts=len(found), different=wrong))
                 bar.update(len(found))
+
+
+KEYS = "dtype", "nodes", "rows", "threads"
 
 
 def table(rows: list[dict]) -> str:
     texts: Counter[tuple] = Counter()
     different: Counter[tuple] = Counter()
     for row in rows:
-        way = row["dtype"], row["nodes"], row["rows"], row["threads"]
+        way = *(row[key] for key in KEYS), row.get("compared", "text, logits")
         texts[way] += row["texts"]
         different[way] += row["different"]
-    lines = [f"{'dtype':10}{'nodes':>6}{'rows':>6}{'threads':>9}{'texts':>7}{'different':>11}"]
+    names = f"{'dtype':10}{'nodes':>6}{'rows':>6}{'threads':>9}{'compared':>14}"
+    lines = [f"{names}{'texts':>7}{'different':>11}"]
     for way, count in texts.items():
-        dtype, nodes, batch, threads = way
-        lines.append(f"{dtype:10}{nodes:>6}{batch:>6}{threads:>9}{count:>7}{different[way]:>11}")
+        dtype, nodes, batch, threads, what = way
+        its = f"{dtype:10}{nodes:>6}{batch:>6}{threads:>9}{what:>14}"
+        lines.append(f"{its}{count:>7}{different[way]:>11}")
     return "\n".join(lines)
 
 

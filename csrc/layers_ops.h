@@ -63,6 +63,9 @@ struct Linear {
   void* out = nullptr;
   int64_t out_stride = 0;
   Best<int32_t>* best = nullptr;  // [rows], kLogits in float32: the largest ones are kept, too
+  const void* screen = nullptr;   // of the head: Kernels::largest reads it
+  const void* dense = nullptr;    // the head's rows as they were before they were packed, or null
+  float* bounds = nullptr;        // [rows], of all threads; -infinity before
   LowRank adapter;
 };
 

@@ -261,6 +261,10 @@ def unpack(
     to: Tensor,
     /,
 ) -> None: ...
+def screen_bytes(weights: str, isa: str, outputs: int, inputs: int, /) -> int: ...
+def pack_screen(
+    weights: str, isa: str, packed: Tensor, outputs: int, inputs: int, screen: Tensor, /
+) -> bool: ...
 def release_freed() -> None: ...
 def sample_hash(tensors: list[Tensor], /) -> int: ...
 def packed_linear(
@@ -359,6 +363,7 @@ class ForwardPass:
     def set_head(
         self, norm: tuple | None, head: tuple, scale: float, softcap: float, /
     ) -> None: ...
+    def set_screen(self, screen: Tensor, dense: Tensor | None, /) -> None: ...
     def set_adapter(
         self, layers: list[dict[str, tuple[Tensor, int, Tensor, int, Tensor]]], /
     ) -> None: ...
@@ -369,12 +374,13 @@ class ForwardPass:
         positions: Tensor,
         ancestors: Tensor,
         prefix: Tensor,
-        logits: Tensor,
+        logits: Tensor | None,
         verified: tuple[Tensor, ...] | None,
         tails: int,
         threads: int,
         /,
     ) -> None: ...
+    def logits(self, logits: Tensor, threads: int, /) -> None: ...
     def read(
         self,
         batch: int,

@@ -118,6 +118,31 @@ void unpack(const std::string& weights, const std::string& isa, py::handle packe
   }
 }
 
+// The screen of a packed head (cpu/layers/screen.h), whose size is `screen_bytes`, 0 where there is
+// none. Returns whether it could be made.
+int64_t screen_bytes(const std::string& weights, const std::string& isa, int64_t outputs,
+                     int64_t inputs) {
+  return kernels_named(isa).screen_bytes(weights_named(weights), {nullptr, outputs, inputs});
+}
+
+bool pack_screen(const std::string& weights, const std::string& isa, py::handle packed,
+                 int64_t outputs, int64_t inputs, py::handle screen) {
+  const Kernels& kernels = kernels_named(isa);
+  const Argument from = borrow("packed", packed), to = borrow("screen", screen);
+  expect_contiguous(from);
+  expect_contiguous(to);
+  expect_shape(from, {packed_bytes(weights, isa, outputs, inputs, 1)});
+  expect_shape(to, {screen_bytes(weights, isa, outputs, inputs)});
+  const Weights kind = weights_named(weights);
+  const int64_t panels = padded_to(outputs, kernels.width) / kernels.width;
+  py::gil_scoped_release release;
+  int64_t failed = 0;
+#pragma omp parallel for schedule(static) reduction(+ : failed)
+  for (int64_t p = 0; p < panels; ++p)
+    failed += !kernels.pack_screen(kind, {from.data, outputs, inputs}, p, to.as<char>());
+  return !failed;
+}
+
 // Gives freed memory back to the system, as far as the allocator can.
 void release_freed() {
 #ifdef __GLIBC__
@@ -230,6 +255,22 @@ class BoundPass {
     }
   }
 
+  // Of the head: what pack_screen made, and its rows, where they are at hand.
+  void set_screen(py::handle screen, py::handle dense) {
+    const Packed& head = pass_.head.packed;
+    const Argument of = take("screen", screen);
+    expect_shape(of, {screen_bytes(weights_, isa_, head.outputs, head.inputs)});
+    if (pass_.head.bias || pass_.logit_scale != 1 || pass_.logit_softcap > 0)
+      refuse("a head with a bias, a scale or a soft cap has no screen");
+    pass_.screen = of.data;
+    if (dense.is_none()) return;
+    const Argument rows = take("the head's weights", dense);
+    expect_shape(rows, {head.outputs, head.inputs});
+    if (head.inputs % 2 || stored_as(pass_.kind) != rows.dtype)
+      refuse("the head's weights are no rows that are packed as they are");
+    pass_.dense = rows.data;
+  }
+
   // For every layer, then for the head, by linear layer what adds to noise rows: (A, its outputs,
   // B, inputs of its panels, the first of each panel).
   void set_adapter(const py::list& layers) {
@@ -263,14 +304,14 @@ class BoundPass {
   }
 
   // Trees of all batch rows: tokens and positions int64 [B, N], ancestors int64 [B or 1, N, W],
-  // prefix int64 [B], logits [B, N, V]. `verified` is parents and what ops.verify_logits returns,
-  // or None. The last `tails` nodes of every tree are noise.
+  // prefix int64 [B], logits [B, N, V] or, where they are verified, None: then they are computed as
+  // far as that needs. `verified` is parents and what ops.verify_logits returns, or None. The last
+  // `tails` nodes of every tree are noise.
   void step(py::handle tokens, py::handle positions, py::handle ancestors, py::handle prefix,
             py::handle logits, const std::optional<py::tuple>& verified, int64_t tails,
             int threads) {
     const Argument ids = borrow("tokens", tokens), at = borrow("positions", positions),
-                   bits = borrow("ancestors", ancestors), before = borrow("prefix", prefix),
-                   out = borrow("logits", logits);
+                   bits = borrow("ancestors", ancestors), before = borrow("prefix", prefix);
     const int64_t batch = ids.shape[0], nodes = ids.shape[1], words = words_for(nodes);
     expect_nodes(ids, nodes);
     expect_dense(ids, DType::kInt64, {batch, nodes}, ids);
@@ -281,9 +322,10 @@ class BoundPass {
     else
       expect_dense(bits, DType::kInt64, {nodes, words}, ids);
     expect_dense(before, DType::kInt64, {batch}, ids);
-    expect_dense(out, number_, {batch, nodes, pass_.head.packed.outputs}, ids);
+    if (logits.is_none() && !verified) refuse("logits is None, but nothing is verified");
+    void* out = logits.is_none() ? nullptr : logits_for(logits, ids);
     VerifyLogits verify;
-    if (verified) verify = verification(out, ids, *verified);
+    if (verified) verify = verification(ids, *verified);
     clear();
     for (int64_t b = 0; b < batch; ++b) {
       const uint64_t* of_tree = bits.as<uint64_t>() + (kinds > 1 ? b * nodes * words : 0);
@@ -297,9 +339,20 @@ class BoundPass {
       if (is_noise) noise_.push_back(static_cast<int32_t>(n));
     }
     all_wanted(batch * nodes);
-    run(ids.as<int64_t>(), at.as<int64_t>(), batch * nodes, out.data,
+    run(ids.as<int64_t>(), at.as<int64_t>(), batch * nodes, out,
         static_cast<int32_t*>(verify.guesses.data), threads);
     if (verified) verify.from_guesses_on_cpu();
+  }
+
+  // The logits [B, N, V] of the last step, which was made without.
+  void logits(py::handle logits, int threads) {
+    const Argument out = borrow("logits", logits);
+    const int64_t count = static_cast<int64_t>(wanted_.size());
+    expect_dense(out, number_, {out.shape[0], out.shape[1], pass_.head.packed.outputs}, out);
+    if (!count || out.shape[0] * out.shape[1] != count)
+      refuse("logits has ", out.shape[0] * out.shape[1], " rows; expected the step's, ", count);
+    py::gil_scoped_release release;
+    pass_.logits_of(noise(), wanted_.data(), count, out.data, threads);
   }
 
   // A text, `tokens` int64 [n], behind `start` slots of a batch row; logits [keep, V] of its last
@@ -404,24 +457,29 @@ class BoundPass {
     weights.first = begin.as<int32_t>();
   }
 
-  VerifyLogits verification(const Argument& logits, const Argument& tokens,
-                            const py::tuple& from) const {
+  void* logits_for(py::handle logits, const Argument& tokens) const {
+    const Argument out = borrow("logits", logits);
+    const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
+    expect_dense(out, number_, {batch, nodes, pass_.head.packed.outputs}, tokens);
+    return out.data;
+  }
+
+  VerifyLogits verification(const Argument& tokens, const py::tuple& from) const {
     if (py::len(from) != 7) refuse("verified has ", py::len(from), " tensors; expected 7");
     const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
     const Argument parents = borrow("parents", from[0]), guesses = borrow("guesses", from[1]),
                    targets = borrow("targets", from[2]),
                    accept_length = borrow("accept_length", from[3]), path = borrow("path", from[4]),
                    bonus = borrow("bonus", from[5]), continuation = borrow("continuation", from[6]);
-    expect_dtype(logits, DType::kFloat32);
-    expect_range("the vocabulary", logits.shape[2], 1, kMaxVocabulary);
+    if (number_ != DType::kFloat32) refuse("only logits in float32 are verified");
+    expect_range("the vocabulary", pass_.head.packed.outputs, 1, kMaxVocabulary);
     expect_tree(parents, DType::kInt32, batch, nodes, tokens);
     expect_dense(guesses, DType::kInt32, {batch, nodes, kGuesses}, tokens);
     for (const Argument* each : {&targets, &path, &continuation})
       expect_dense(*each, DType::kInt64, {batch, nodes}, tokens);
     for (const Argument* each : {&accept_length, &bonus})
       expect_dense(*each, DType::kInt64, {batch}, tokens);
-    return {logits,        tokens, parents, guesses,      targets,
-            accept_length, path,   bonus,   continuation, {}};
+    return {{}, tokens, parents, guesses, targets, accept_length, path, bonus, continuation, {}};
   }
 
   void clear() {
@@ -449,9 +507,12 @@ class BoundPass {
     }
     const Rows rows = trees_.rows(tokens, positions);
     py::gil_scoped_release release;
-    const Noise noise{static_cast<int64_t>(noise_.size()), noise_.data(), noise_index_.data()};
-    pass_.run(rows, noise, wanted_.data(), static_cast<int64_t>(wanted_.size()), logits, guesses,
+    pass_.run(rows, noise(), wanted_.data(), static_cast<int64_t>(wanted_.size()), logits, guesses,
               threads);
+  }
+
+  Noise noise() const {
+    return {static_cast<int64_t>(noise_.size()), noise_.data(), noise_index_.data()};
   }
 
   ForwardPass pass_;
@@ -473,6 +534,8 @@ void define_layers(py::module_& m) {
   m.def("packed_bytes", &packed_bytes);
   m.def("pack", &pack);
   m.def("unpack", &unpack);
+  m.def("screen_bytes", &screen_bytes);
+  m.def("pack_screen", &pack_screen);
   m.def("release_freed", &release_freed);
   m.def("sample_hash", &sample_hash);
   py::class_<BoundPass>(m, "ForwardPass")
@@ -482,9 +545,11 @@ void define_layers(py::module_& m) {
       .def("set_rotary", &BoundPass::set_rotary)
       .def("add_layer", &BoundPass::add_layer)
       .def("set_head", &BoundPass::set_head)
+      .def("set_screen", &BoundPass::set_screen)
       .def("set_adapter", &BoundPass::set_adapter)
       .def("set_cache", &BoundPass::set_cache)
       .def("step", &BoundPass::step)
+      .def("logits", &BoundPass::logits)
       .def("read", &BoundPass::read)
       .def("commit", &BoundPass::commit);
   define_layer_ops(m);

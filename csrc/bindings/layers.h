@@ -21,6 +21,13 @@ inline const Kernels& kernels_named(const std::string& isa) {
   refuse("isa is '", isa, "', which this machine or this build does not have");
 }
 
+// As what weights are stored that are not int8.
+inline DType stored_as(Weights kind) {
+  return kind == Weights::kFloat64   ? DType::kFloat64
+         : kind == Weights::kFloat32 ? DType::kFloat32
+         : kind == Weights::kFloat16 ? DType::kFloat16
+                                     : DType::kBFloat16;
+}
 inline DType number_of(Weights kind) {
   return kind == Weights::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }

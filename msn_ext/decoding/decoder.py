@@ -194,6 +194,7 @@ class Decoder:
         """
         positions = self._positions(ids.shape[1])
         logits = self._pass.read(ids, positions, self._offsets, len(draft), start)
+        self._columns = logits.shape[-1]
         at = positions[:, -len(draft) :]
         result = self._verify(draft, at, Answers(logits), self._prefix())
         # NaN at padding reaches every token's hidden state, and by that all of a row's logits,
@@ -262,11 +263,11 @@ class Decoder:
         self, draft: Draft, positions: Tensor, answers: Answers, prefix: Tensor
     ) -> PassResult:
         """Verify a draft, commit what is accepted, and show it to the drafter; no host sync."""
-        logits, guesses = answers.logits, None
+        guesses = None
         if self._greedily:
             guesses, targets, accepted, path, _, continuation = (
                 answers.verified
-                or ops.verify_logits(as_compared(logits), draft.tokens, draft.parents)
+                or ops.verify_logits(as_compared(answers.logits), draft.tokens, draft.parents)
             )
         else:
             texts = Texts(
@@ -278,12 +279,12 @@ class Decoder:
                 self._remaining,
                 self._eos,
             )
-            targets = self.targets(logits, positions, self._processors, texts)
+            targets = self.targets(answers.logits, positions, self._processors, texts)
             accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
         self._pass.commit(prefix, path, accepted)
         verified = Verified(
             draft,
-            logits,
+            lambda: answers.logits,
             targets,
             path,
             accepted,
@@ -293,7 +294,9 @@ class Decoder:
             guesses,
         )
         self.drafter.observe(verified)
-        outputs = self._outputs_of_path(draft, logits, path, accepted) if self._kept else {}
+        outputs = {}
+        if self._kept:
+            outputs = self._outputs_of_path(draft, answers.logits, path, accepted)
         tokens, status = ops.advance_text(
             self._history,
             self._lengths,
@@ -302,7 +305,7 @@ class Decoder:
             path,
             accepted,
             self._eos,
-            logits.shape[-1],
+            self._columns,
         )
         return PassResult(tokens, status, outputs)
 

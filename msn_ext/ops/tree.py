@@ -224,7 +224,7 @@ def verify_logits(logits: Tensor, tokens: Tensor, parents: Tensor) -> Iterator[V
         raise ValueError(
             f"logits has shape {list(logits.shape)}; expected [*{list(tokens.shape)}, V], as tokens"
         )
-    outputs = new_verified_logits(logits, tokens)
+    outputs = new_verified_logits(tokens)
     yield outputs
     rows = dense_rows(logits.flatten(0, 1))
     inputs = rows, tokens.contiguous(), parents.contiguous()
@@ -232,9 +232,9 @@ def verify_logits(logits: Tensor, tokens: Tensor, parents: Tensor) -> Iterator[V
     _C.verify_logits(*inputs, outputs[0].flatten(0, 1), *outputs[1:], *space)
 
 
-def new_verified_logits(logits: Tensor, tokens: Tensor) -> VerifiedLogits:
+def new_verified_logits(tokens: Tensor) -> VerifiedLogits:
     """Return room for what :func:`verify_logits` returns."""
-    guesses, verified = new_guesses(logits), _new_verified(tokens)
+    guesses, verified = new_guesses(tokens[..., None]), _new_verified(tokens)
     return guesses, torch.empty_like(verified[1]), *verified
 
 

@@ -16,7 +16,7 @@ def test_small_model(wrong, folder, tmp_path, monkeypatch, capsys):
     usual, threads = same_bits.digests, torch.get_num_threads()
     if wrong:
         monkeypatch.setattr(
-            same_bits, "digests", lambda *its: [f"{its[2]}{x}" for x in usual(*its)]
+            same_bits, "digests", lambda *its: [(f"{its[2]}{x}", y) for x, y in usual(*its)]
         )
     data, output = tmp_path / "q.jsonl", tmp_path / "bits.jsonl"
     questions = [dict(question_id=i, category="qa", turns=["so " * i]) for i in (1, 2, 3)]
@@ -29,6 +29,7 @@ def test_small_model(wrong, folder, tmp_path, monkeypatch, capsys):
         torch.set_num_threads(threads)
     header, *rows = map(json.loads, output.read_text().splitlines())
     assert "same_bits.py" in header["command"]
-    assert sum(row["texts"] for row in rows) == 12
-    assert sum(row["different"] for row in rows) == 6 * wrong
+    assert sum(row["texts"] for row in rows) == 18
+    assert sum(row["different"] for row in rows) == 9 * wrong
+    assert sum(row["compared"] == "text" for row in rows) == 6
     assert "different" in capsys.readouterr().out

@@ -123,7 +123,8 @@ def verify(
 ) -> Verified:
     targets = logits.argmax(-1)
     accepted, path, _, continuation = ops.verify_tree(draft.tokens, targets, draft.parents)
-    return Verified(draft, logits, targets, path, accepted, continuation, history, lengths)
+    known = targets, path, accepted, continuation, history, lengths
+    return Verified(draft, lambda: logits, *known)
 
 
 SETTINGS = dict(do_sample=False, max_new_tokens=48, eos_token_id=None, return_dict_in_generate=True)

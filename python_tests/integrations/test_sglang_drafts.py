@@ -113,10 +113,10 @@ def test_the_trees_are_those_of_best_first_drafting():
     assert some_match > 10
 
 
-def _verified(*parts):
+def _verified(draft, logits, *known):
     from msn_ext.decoding.drafters import Verified
 
-    return Verified(*parts)
+    return Verified(draft, lambda: logits, *known)
 
 
 def test_guesses_below_a_tree_are_of_the_last_one_only():

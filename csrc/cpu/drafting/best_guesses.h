@@ -58,13 +58,13 @@ struct Best {
   }
 };
 
-// Writes them as guesses [kGuesses]; `value` gives the value at an index as a double.
+// Writes them as guesses [kGuesses]; `value` gives a double for a key.
 template <typename Key, typename Value>
 MSN_INLINE void write_guesses(const Best<Key>& best, Value value, int32_t* out) {
   double weights[kGuesses], total = 0;
-  const double most = value(best.at[0]);
+  const double most = value(best.keys[0]);
   for (int i = 0; i < kGuesses; ++i)
-    if (best.at[i] >= 0) total += weights[i] = std::exp(value(best.at[i]) - most);
+    if (best.at[i] >= 0) total += weights[i] = std::exp(value(best.keys[i]) - most);
   for (int i = 0; i < kGuesses; ++i)
     out[i] = best.at[i] >= 0 ? pack_guess(best.at[i], level_of(weights[i] / total)) : -1;
 }

@@ -45,7 +45,7 @@ void top_row(Ordered<Bits, Key, kInfinity>, const Bits* row, int64_t vocabulary,
     const int64_t end = std::min((b + 1) * kBlock, vocabulary);
     for (int64_t i = b * kBlock; i < end; ++i) of_row.add(Order::key(row[i]), i);
   }
-  write_guesses(of_row, [&](int64_t i) { return value(row[i]); }, out);
+  write_guesses(of_row, [&](Key key) { return value(Order::bits(key)); }, out);
 }
 
 template <typename Bits, typename Key, Bits kInfinity, typename Value>

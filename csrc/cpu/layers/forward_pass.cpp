@@ -1,6 +1,8 @@
 #include "cpu/layers/forward_pass.h"
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 
 #include "cpu/layers/team.h"
 
@@ -139,17 +141,29 @@ struct ForwardPass::Worker {
       stage.best = pass.best_.data() + t * count;
       for (int64_t r = 0; r < count; ++r) stage.best[r].clear();
     }
-    run(stage, pass.head);
+    const bool changed = noise.count && pass.head.a.data;
+    stage.screen = guesses && !logits && !changed ? pass.screen : nullptr;
+    stage.dense = pass.dense;
+    stage.bounds = pass.bounds_.data();
+    if (stage.screen)
+      kernels.largest(pass.kind, stage, t, threads, scratch);
+    else
+      run(stage, pass.head);
     if (!guesses) return;
     barrier.wait();
     for (int64_t r = count * t / threads; r < count * (t + 1) / threads; ++r) {
-      const float* row = static_cast<const float*>(logits) + r * pass.head.packed.outputs;
       Best<int32_t> best = pass.best_[r];
       for (int other = 1; other < threads; ++other) {
         const Best<int32_t>& later = pass.best_[other * count + r];
         for (int i = 0; i < kGuesses && later.at[i] >= 0; ++i) best.add(later.keys[i], later.at[i]);
       }
-      write_guesses(best, [row](int64_t i) { return row[i]; }, guesses + r * kGuesses);
+      const auto value = [](int32_t key) -> double {
+        const uint32_t bits = OrderedFloat32::bits(key);
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+      };
+      write_guesses(best, value, guesses + r * kGuesses);
     }
   }
 };
@@ -178,8 +192,10 @@ ForwardPass::Buffers ForwardPass::buffers(int64_t rows) {
 void ForwardPass::run(const Rows& rows, const Noise& noise, const int32_t* wanted, int64_t count,
                       void* logits, int32_t* guesses, int threads) {
   const Buffers at = buffers(rows.count);
+  rows_ = rows.count;
   if (static_cast<int>(scratch_.size()) < threads) scratch_ = std::vector<Scratch>(threads);
   if (guesses) best_.resize(std::max<size_t>(best_.size(), threads * count));
+  bounds_.assign(count, -std::numeric_limits<float>::infinity());
   with_team(threads, [&](int t, int team, Barrier& barrier) {
     const Worker worker{*this, rows, noise, at, t, team, barrier, scratch_[t]};
     Embed first = embed;
@@ -190,6 +206,17 @@ void ForwardPass::run(const Rows& rows, const Noise& noise, const int32_t* wante
     barrier.wait();
     for (const LayerPlan& layer : layers) worker.run_layer(layer);
     if (count) worker.head(wanted, count, logits, guesses);
+  });
+}
+
+void ForwardPass::logits_of(const Noise& noise, const int32_t* wanted, int64_t count, void* logits,
+                            int threads) {
+  Rows rows;
+  rows.count = rows_;
+  const Buffers at = buffers(rows_);
+  with_team(threads, [&](int t, int team, Barrier& barrier) {
+    Worker{*this, rows, noise, at, t, team, barrier, scratch_[t]}.head(wanted, count, logits,
+                                                                       nullptr);
   });
 }
 

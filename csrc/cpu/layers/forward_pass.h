@@ -47,8 +47,13 @@ class ForwardPass {
   // Computes all rows, writes their keys and values into the caches, and the logits of the rows
   // `wanted` [count] to `logits` [count, V] of T. Where some rows are noise, all are wanted. To
   // `guesses` [count, kGuesses], if not null, what TopGuesses finds in the logits, which are float.
+  // `logits` may be null where there are guesses: then a screen saves computing most of them.
   void run(const Rows& rows, const Noise& noise, const int32_t* wanted, int64_t count, void* logits,
            int32_t* guesses, int threads);
+
+  // The logits of the last pass's rows `wanted`, where `run` was not asked for them.
+  void logits_of(const Noise& noise, const int32_t* wanted, int64_t count, void* logits,
+                 int threads);
 
   // Moves what the nodes `path` [length] of a tree behind `prefix` slots left in the caches of a
   // batch row up to the slots behind the prefix.
@@ -62,6 +67,7 @@ class ForwardPass {
   std::vector<RotaryTables> rotaries;
   Norm norm;
   LinearWeights head;
+  const void *screen = nullptr, *dense = nullptr;  // of the head: Linear says what they are
   double logit_scale = 1, logit_softcap = 0;
 
  private:
@@ -70,10 +76,12 @@ class ForwardPass {
   };
   int64_t item() const { return kind == Weights::kFloat64 ? 8 : 4; }
   Buffers buffers(int64_t rows);
+  int64_t rows_ = 0;  // of the last pass
   struct Worker;
 
   Scratch memory_;
   std::vector<Scratch> scratch_;
+  std::vector<float> bounds_;        // of each row's largest logits
   std::vector<Best<int32_t>> best_;  // of each thread's share of the logits' rows
 };
 

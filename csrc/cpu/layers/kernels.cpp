@@ -7,6 +7,7 @@
 #include "cpu/layers/linear.h"
 #include "cpu/layers/narrow.h"
 #include "cpu/layers/packing.h"
+#include "cpu/layers/screen.h"
 
 namespace msn::MSN_ISA {
 
@@ -58,6 +59,45 @@ void linear_rows(Weights kind, const Linear& stage, int t, int threads, Scratch&
   with_panels(kind, [&](auto panels) { linear<decltype(panels)>(stage, t, threads, scratch); });
 }
 
+#if defined(__AVX512VNNI__)
+// f(P{}) for panels that can be screened, else `otherwise`.
+template <typename R, typename F>
+R with_screened(Weights kind, R otherwise, F f) {
+  switch (kind) {
+    case Weights::kFloat32: return f(Floats<float, kWeightWidth, kSumBlock>{});
+    case Weights::kBFloat16: return f(WeightBFloats{});
+    case Weights::kFloat16: return f(Halfs<kWeightWidth, kSumBlock>{});
+    default: return otherwise;
+  }
+}
+
+int64_t screen_bytes_of(Weights kind, const Packed& head) {
+  return with_screened(kind, int64_t{0}, [&](auto) {
+    return (head.outputs + kScreenWidth - 1) / kScreenWidth * ScreenPanel::bytes(head.inputs);
+  });
+}
+
+bool pack_screen_panel(Weights kind, const Packed& head, int64_t panel, void* screen) {
+  return with_screened(kind, false, [&](auto panels) {
+    char* to = static_cast<char*>(screen) + panel * ScreenPanel::bytes(head.inputs);
+    return pack_screen<decltype(panels)>(head, panel, to);
+  });
+}
+
+void largest_rows(Weights kind, const Linear& stage, int t, int threads, Scratch& scratch) {
+  const bool done = with_screened(kind, false, [&](auto panels) {
+    return screened<decltype(panels)>(stage, t, threads, scratch);
+  });
+  if (!done) linear_rows(kind, stage, t, threads, scratch);
+}
+#else
+int64_t screen_bytes_of(Weights, const Packed&) { return 0; }
+bool pack_screen_panel(Weights, const Packed&, int64_t, void*) { return false; }
+void largest_rows(Weights kind, const Linear& stage, int t, int threads, Scratch& scratch) {
+  linear_rows(kind, stage, t, threads, scratch);
+}
+#endif
+
 void narrow_linear_rows(Weights kind, const NarrowLinear& stage, Scratch& scratch) {
   switch (kind) {
     case Weights::kFloat64: return narrow_linear<double>(stage, scratch);
@@ -98,7 +138,8 @@ void move_slot(Weights kind, const Cache& cache, const Heads& heads, int64_t bat
 
 const Kernels kernels = {MSN_TEXT(MSN_ISA), kWeightWidth,      WeightBFloats::kPairs,
                          panel_bytes_of,    pack_rows,         unpack_row,
-                         embed_rows,        linear_rows,       narrow_linear_rows,
+                         embed_rows,        linear_rows,       screen_bytes_of,
+                         pack_screen_panel, largest_rows,      narrow_linear_rows,
                          add_norm_rows,     rotary_write_rows, attention_rows,
                          move_slot};
 

@@ -43,6 +43,12 @@ struct Kernels {
   void (*unpack_row)(Weights kind, const Packed& from, int64_t row, void* to);  // to T
   void (*embed)(Weights kind, const Embed&, int t, int threads);
   void (*linear)(Weights kind, const Linear&, int t, int threads, Scratch&);
+  // Of a packed head, what `screened` reads; bytes: 0 where this instruction set or kind has none.
+  // Packs a panel; false: it holds what is not finite.
+  int64_t (*screen_bytes)(Weights kind, const Packed& head);
+  bool (*pack_screen)(Weights kind, const Packed& head, int64_t panel, void* screen);
+  // As `linear` with stage.best, but no logits are written; stage.screen is there.
+  void (*largest)(Weights kind, const Linear&, int t, int threads, Scratch&);
   void (*narrow_linear)(Weights kind, const NarrowLinear&, Scratch&);  // all of it
   void (*add_norm)(Weights kind, const AddNorm&, int t, int threads);
   void (*rotary_write)(Weights kind, const RotaryWrite&, int t, int threads);

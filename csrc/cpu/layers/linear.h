@@ -140,8 +140,9 @@ struct After {
   }
 
   void operator()(T* y, int64_t row, int64_t output, int count) const {
-    T* out = static_cast<T*>(stage.out) + row * stage.out_stride + output;
     add_bias(y, output, count);
+    T* out = static_cast<T*>(stage.out);
+    if (out) out += row * stage.out_stride + output;
     switch (stage.epilogue) {
       case Linear::kAdd: {
         const T scale = static_cast<T>(stage.scale);
@@ -159,6 +160,7 @@ struct After {
           transform(y, kWidth, y, [&](Vec<T> v, int64_t) { return soft_cap<T>(v, cap); });
         if constexpr (sizeof(T) == 4)
           if (stage.best) keep_best<kWidth>(stage.best[row], y, output, count);
+        if (!out) return;  // these are all that is wanted
         break;
       }
       default: break;

@@ -4,6 +4,7 @@ compared), and what capturing asks of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -109,7 +110,8 @@ class Verified:
 
     Attributes:
         draft: the guesses.
-        logits: [B, N, V], of the token after every node.
+        read_logits: gives ``logits``; only while it is observed, since a pass may compute them when
+            they are read.
         targets: int64 [B, N], the token the model itself puts after each node.
         path, accept_length, continuation: as :func:`msn_ext.ops.verify_tree` gives them.
         history, lengths: the text before the pass, as :class:`Drafter` has it.
@@ -118,7 +120,7 @@ class Verified:
     """
 
     draft: Draft
-    logits: Tensor
+    read_logits: Callable[[], Tensor]
     targets: Tensor
     path: Tensor
     accept_length: Tensor
@@ -126,6 +128,11 @@ class Verified:
     history: Tensor
     lengths: Tensor
     guesses: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, N, V], of the token after every node."""
+        return self.read_logits()
 
     def top_guesses(self) -> Tensor:
         """Return ``guesses``, computed now where they are None."""

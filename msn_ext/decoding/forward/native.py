@@ -50,7 +50,7 @@ class NativeForward:
         self._pass = packed.forward_pass()
         if noise is not None:
             self._pass.set_adapter(packed_adapter(packed, noise))
-        self._positions = 0
+        self._positions, self._passes, self._reads_logits = 0, 0, False
         self._offsets, self._padded = torch.zeros(batch, dtype=torch.int64, device="cpu"), False
 
     @property
@@ -136,6 +136,7 @@ class NativeForward:
     ) -> Tensor:
         batch, slots = ids.shape
         self._reserve(slots)
+        self._passes += 1
         self._offsets, self._padded = offsets, bool((offsets > 0).any())
         logits = self._logits(batch, keep)
         for b, offset in enumerate(offsets.tolist()):
@@ -170,11 +171,12 @@ class NativeForward:
         parents: Tensor | None = None,
     ) -> Answers:
         self._reserve(end)
-        logits = self._logits(*tokens.shape)
-        verified = shaped = None
-        if parents is not None and logits.dtype == torch.float32:
-            verified = new_verified_logits(logits, tokens)
+        verified = shaped = logits = None
+        if parents is not None and self._packed.dtype == torch.float32:
+            verified = new_verified_logits(tokens)
             shaped = parents.contiguous(), *verified
+        if not verified or self._reads_logits or self._packed.screen is None:
+            logits = self._logits(*tokens.shape)
         before = prefix - offsets if self._padded else prefix
         self._pass.step(
             tokens.contiguous(),
@@ -186,7 +188,25 @@ class NativeForward:
             tails,
             torch.get_num_threads(),
         )
-        return Answers(logits, verified)
+        self._reads_logits = False
+        self._passes += 1
+        now = self._passes
+        return Answers(lambda: self._late(logits, tokens, now), verified)
+
+    def _late(self, logits: Tensor | None, tokens: Tensor, number: int) -> Tensor:
+        """Return the logits of the last trees, which were pass ``number``. Who wants them once will
+        want them again: the next pass computes them at once.
+        """
+        self._reads_logits = True
+        if logits is None:
+            if number != self._passes:
+                raise RuntimeError(
+                    "logits of an earlier pass, which nobody had read then, are gone; read"
+                    " Verified.logits in observe()"
+                )
+            logits = self._logits(*tokens.shape)
+            self._pass.logits(logits, torch.get_num_threads())
+        return logits
 
     def commit(self, prefix: Tensor, path: Tensor, accepted: Tensor) -> None:
         before = prefix - self._offsets if self._padded else prefix

@@ -22,6 +22,8 @@ WEIGHTS = "float64", "float32", "bfloat16", "float16", "int8"
 """How weights may be stored. Everything else is float64 for the first, float32 for the others."""
 CACHE_DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
 ALIGNMENT = 64
+SCREENED = 1 << 20
+"""Weights of the smallest head that is screened: less of them stay in cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +115,7 @@ class PackedPlan:
         self.cache_dtype = CACHE_DTYPES.get(weights, torch.bfloat16)
         *of_layers, (self.head,) = panels or packed_one_by_one(plan, weights, self.isa)
         self.layers = [self._layer(*layer) for layer in zip(plan.layers, of_layers)]
+        self.screen = self._screen()
         self.norm = self._norm(plan.norm)
         # Rows of a packed embedding are read from the head, which it is.
         self.table = plan.embedding.detach() if is_plain(plan.embedding) else None
@@ -123,8 +126,34 @@ class PackedPlan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the weights that a pass reads."""
         packed = [layer[name][0] for layer in self.layers for name in ("qkv", "out", "up", "down")]
         return sum(data.nbytes for data in (*packed, self.head.data))
+
+    def _screen(self) -> Tensor | None:
+        """Return a copy of the head in int8 that tells which logits cannot be among the largest
+        (csrc/cpu/layers/screen.h); None where it would save nothing, or cannot tell.
+        """
+        plan, head = self.plan, self.head
+        if plan.head.biases or plan.logit_scale != 1 or plan.logit_softcap:
+            return None
+        if head.outputs * head.inputs < SCREENED:
+            return None
+        how = self.weights, self.isa
+        size = _C.screen_bytes(*how, head.outputs, head.inputs)
+        if not size:
+            return None
+        screen = aligned(size)
+        made = _C.pack_screen(*how, head.data, head.outputs, head.inputs, screen)
+        return screen if made else None
+
+    def _dense_head(self) -> Tensor | None:
+        """Return the head's own weights where they are what was packed."""
+        first, *others = self.plan.head.weights
+        same = is_plain(first) and first.dtype == getattr(torch, self.weights)
+        if others or not same or not first.is_contiguous() or first.shape[1] % 2:
+            return None
+        return first.detach()
 
     def _number(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.dtype).contiguous()
@@ -184,6 +213,8 @@ class PackedPlan:
         new.set_head(
             self.norm, self._linear(self.head, plan.head), plan.logit_scale, plan.logit_softcap
         )
+        if self.screen is not None:
+            new.set_screen(self.screen, self._dense_head())
         return new
 
     def tables(self, positions: int) -> list[tuple[Tensor, Tensor]]:

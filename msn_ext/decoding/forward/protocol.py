@@ -8,8 +8,8 @@ vocabulary. Slots and positions are those of :class:`msn_ext.decoding.request.Re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -18,17 +18,25 @@ from msn_ext.ops.tree import VerifiedLogits
 from ..past import KeysValues
 
 
-class Answers(NamedTuple):
+class Answers:
     """What a model says to the nodes of trees.
 
-    Attributes:
-        logits: [B, N, V].
+    Args:
+        logits: [B, N, V], or what computes them if somebody reads them before the next pass.
         verified: what :func:`msn_ext.ops.verify_logits` gives; None where the pass has not found it
             by the way, or was not asked.
     """
 
-    logits: Tensor
-    verified: VerifiedLogits | None = None
+    def __init__(
+        self, logits: Tensor | Callable[[], Tensor], verified: VerifiedLogits | None = None
+    ):
+        self._logits, self.verified = logits, verified
+
+    @property
+    def logits(self) -> Tensor:
+        if not isinstance(self._logits, Tensor):
+            self._logits = self._logits()
+        return self._logits
 
 
 class ForwardPass(Protocol):
