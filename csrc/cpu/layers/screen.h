@@ -114,6 +114,62 @@ void numbers_of(const Inputs<P>& in, int64_t r, int64_t inputs, int64_t padded, 
   for (int64_t k = inputs; k < padded; ++k) to[k] = 0;
 }
 
+// Chooses the wide fours of rows [rows][fours][4], those whose numbers are largest beside the
+// others of their row: weight[f] becomes -1.
+inline void choose_wide(const float* numbers, int64_t rows, ScreenRows* to, float* weight) {
+  const int64_t fours = to->fours;
+  for (int64_t f = 0; f < fours; ++f) {
+    weight[f] = 0;
+    to->which[f] = static_cast<int32_t>(f);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* x = numbers + r * fours * kFours;
+    const float inverse = to->norms[r] > 0 ? 1 / to->norms[r] : 0;
+    for (int64_t k = 0; k < fours * kFours; ++k)
+      weight[k / kFours] = std::max(weight[k / kFours], std::fabs(x[k]) * inverse);
+  }
+  if (to->wide < fours)
+    std::nth_element(to->which, to->which + to->wide, to->which + fours,
+                     [weight](int32_t a, int32_t b) { return weight[a] > weight[b]; });
+  for (int64_t w = 0; w < to->wide; ++w) weight[to->which[w]] = -1;
+}
+
+inline void round_row(const float* x, int64_t r, const float* weight, ScreenRows* to) {
+  const int64_t padded = to->fours * kFours;
+  float wide = 0, other = 0, sum = 0;
+  for (int64_t k = 0; k < padded; ++k) {
+    const float size = std::fabs(x[k]);
+    sum += size;
+    float& most = weight[k / kFours] < 0 ? wide : other;
+    most = std::max(most, size);
+  }
+  // So that no sum of integers times weights reaches 2^31; what it is on the way may wrap around.
+  float scale = std::max({other / 127, wide / 32000, sum / 1.6e7f});
+  if (!(scale > 1e-30f)) scale = 1;
+  const float inverse = 1 / scale;
+  const auto rounded = [&](int64_t k) {
+    return static_cast<int32_t>(std::nearbyint(x[k] * inverse));
+  };
+  int8_t* low = reinterpret_cast<int8_t*>(to->low + r * to->fours);
+  int32_t total = 0;
+  double error = 0;
+  for (int64_t k = 0; k < padded; ++k) {
+    const int32_t n = rounded(k);
+    const double off = x[k] - static_cast<double>(n) * scale;
+    error += off * off;
+    total += n;
+    low[k] = static_cast<int8_t>(n);  // of a wide one, what is left of 256 times its high byte
+  }
+  int8_t* high = reinterpret_cast<int8_t*>(to->high + r * to->wide);
+  for (int64_t i = 0; i < to->wide * kFours; ++i) {
+    const int64_t k = to->which[i / kFours] * kFours + i % kFours;
+    high[i] = static_cast<int8_t>((rounded(k) - low[k]) / 256);
+  }
+  to->offsets[r] = 128 * static_cast<uint32_t>(total);
+  to->scales[r] = scale;
+  to->errors[r] = static_cast<float>(std::sqrt(error) * kUpward);
+}
+
 // Returns whether all numbers are finite.
 template <typename P>
 bool round_rows(const Inputs<P>& in, int64_t rows, int64_t inputs, char* memory, float* numbers,
@@ -128,9 +184,7 @@ bool round_rows(const Inputs<P>& in, int64_t rows, int64_t inputs, char* memory,
   to->scales = reinterpret_cast<float*>(to->offsets + rows);
   to->norms = to->scales + rows;
   to->errors = to->norms + rows;
-  // Of every four, how large its numbers are beside the others' of their row; the largest are wide.
   float* weight = to->errors + rows;
-  for (int64_t f = 0; f < fours; ++f) weight[f] = 0;
   for (int64_t r = 0; r < rows; ++r) {
     float* x = numbers + r * padded;
     numbers_of<P>(in, r, inputs, padded, x);
@@ -138,50 +192,9 @@ bool round_rows(const Inputs<P>& in, int64_t rows, int64_t inputs, char* memory,
     for (int64_t k = 0; k < padded; ++k) squares += static_cast<double>(x[k]) * x[k];
     if (!(squares < 1e30)) return false;
     to->norms[r] = static_cast<float>(std::sqrt(squares) * kUpward);
-    const float inverse = squares > 0 ? 1 / to->norms[r] : 0;
-    for (int64_t f = 0; f < fours; ++f)
-      for (int i = 0; i < kFours; ++i)
-        weight[f] = std::max(weight[f], std::fabs(x[f * kFours + i]) * inverse);
   }
-  for (int64_t f = 0; f < fours; ++f) to->which[f] = static_cast<int32_t>(f);
-  if (to->wide < fours)
-    std::nth_element(to->which, to->which + to->wide, to->which + fours,
-                     [weight](int32_t a, int32_t b) { return weight[a] > weight[b]; });
-  for (int64_t w = 0; w < to->wide; ++w) weight[to->which[w]] = -1;
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* x = numbers + r * padded;
-    float wide = 0, other = 0, sum = 0;
-    for (int64_t k = 0; k < padded; ++k) {
-      const float size = std::fabs(x[k]);
-      sum += size;
-      (weight[k / kFours] < 0 ? wide : other) =
-          std::max(weight[k / kFours] < 0 ? wide : other, size);
-    }
-    // So that no sum of integers times weights reaches 2^31; what it is on the way may wrap around.
-    float scale = std::max({other / 127, wide / 32000, sum / 1.6e7f});
-    if (!(scale > 1e-30f)) scale = 1;
-    const float inverse = 1 / scale;
-    int8_t* low = reinterpret_cast<int8_t*>(to->low + r * fours);
-    int32_t total = 0;
-    double error = 0;
-    for (int64_t k = 0; k < padded; ++k) {
-      const int32_t n = static_cast<int32_t>(std::nearbyint(x[k] * inverse));
-      const double off = x[k] - static_cast<double>(n) * scale;
-      error += off * off;
-      total += n;
-      low[k] = static_cast<int8_t>(n);  // of a wide one, what is left of 256 times its high byte
-    }
-    for (int64_t w = 0; w < to->wide; ++w)
-      for (int i = 0; i < kFours; ++i) {
-        const int64_t k = to->which[w] * kFours + i;
-        const int32_t n = static_cast<int32_t>(std::nearbyint(x[k] * inverse));
-        reinterpret_cast<int8_t*>(to->high + r * to->wide + w)[i] =
-            static_cast<int8_t>((n - low[k]) / 256);
-      }
-    to->offsets[r] = 128 * static_cast<uint32_t>(total);
-    to->scales[r] = scale;
-    to->errors[r] = static_cast<float>(std::sqrt(error) * kUpward);
-  }
+  choose_wide(numbers, rows, to, weight);
+  for (int64_t r = 0; r < rows; ++r) round_row(numbers + r * padded, r, weight, to);
   return true;
 }
 
@@ -352,90 +365,100 @@ void gather_outputs(const Packed& weights, const void* dense, const int32_t* out
   }
 }
 
-// Adds the largest logits of this thread's share to stage.best; false: they cannot be told by
-// bounds, or not with less work than it is to compute them all.
-constexpr int64_t kMostScreened = 64;  // rows; more of them have too many candidates together
-
-template <typename P>
-bool screened(const Linear& stage, int t, int threads, Scratch& scratch) {
-  static_assert(P::kWidth == kScreenWidth);
-  if (stage.rows > kMostScreened) return false;
-  using T = typename P::Sum;
-  const Packed& head = stage.weights;
-  const int64_t inputs = head.inputs, rows = stage.rows, bytes = P::bytes(inputs);
-  const int64_t panels = (head.outputs + kScreenWidth - 1) / kScreenWidth;
-  const int64_t begin = panels * t / threads, end = panels * (t + 1) / threads;
-  const auto whole = [](int64_t size) { return (size + 63) / 64 * 64; };
-  const int64_t sizes[] = {whole(rows * sizeof(Candidates)),
-                           whole(ScreenRows::bytes(rows, inputs)),
-                           whole(rows * ScreenPanel::fours(inputs) * kFours * sizeof(float)),
-                           whole((end - begin) * sizeof(uint32_t)),
-                           whole(bytes),
-                           whole(rows * kScreenWidth * sizeof(T)),
-                           whole(inputs_bytes(rows, inputs, sizeof(T)))};
-  int64_t total = 0;
-  for (const int64_t size : sizes) total += size;
-  char* memory = scratch.get(total);
-  char* parts[7];
-  for (int i = 0; i < 7; ++i) {
-    parts[i] = memory;
-    memory += sizes[i];
-  }
-  Candidates* candidates = reinterpret_cast<Candidates*>(parts[0]);
-  uint32_t* chosen = reinterpret_cast<uint32_t*>(parts[3]);
-  T* tile = reinterpret_cast<T*>(parts[5]);
-  const Inputs<P> in = inputs_of<P>(stage, parts[6]);
-  ScreenRows rounded;
-  if (!round_rows<P>(in, rows, inputs, parts[1], reinterpret_cast<float*>(parts[2]), &rounded))
-    return false;
-  for (int64_t r = 0; r < rows; ++r) candidates[r].clear(stage.bounds + r);
-  const ScreenRowsOf* all =
-      rows <= ScreenRows::kAllWide ? MakeScreenTable<true, ScreenRows::kAllWide>::of : nullptr;
-  const int64_t at_once = (rows + kScreenRows - 1) / kScreenRows;
-  for (int64_t p = begin; p < end; ++p) {
-    const ScreenPanel panel(stage.screen, p, inputs);
-    const int64_t output = p * kScreenWidth;
-    const int count = static_cast<int>(std::min<int64_t>(kScreenWidth, head.outputs - output));
-    for (int64_t i = 0; i < at_once; ++i) {
-      const int64_t first = rows * i / at_once, many = rows * (i + 1) / at_once - first;
-      const int64_t ahead = i ? 0 : ScreenPanel::bytes(inputs);
-      (all ? all[many - 1] : MakeScreenTable<false, kScreenRows>::of[many - 1])(
-          rounded, first, panel, rounding(inputs), static_cast<int32_t>(output), count, ahead,
-          candidates);
-    }
-  }
-  for (int64_t p = 0; p < end - begin; ++p) chosen[p] = 0;
-  int64_t wanted = 0;
+// Marks the outputs from `first` on that are somebody's candidates, a bit each; returns how many
+// there are, or -1 where some row has too many.
+inline int64_t mark(Candidates* candidates, int64_t rows, int64_t first, int64_t panels,
+                    uint32_t* marks) {
+  for (int64_t p = 0; p < panels; ++p) marks[p] = 0;
+  int64_t marked = 0;
   for (int64_t r = 0; r < rows; ++r) {
     candidates[r].drop();
-    if (candidates[r].full) return false;
+    if (candidates[r].full) return -1;
     for (int i = 0; i < candidates[r].count; ++i) {
-      const int32_t o = candidates[r].at[i].output;
-      uint32_t& bits = chosen[o / kScreenWidth - begin];
-      wanted += !(bits >> o % kScreenWidth & 1);
-      bits |= 1u << o % kScreenWidth;
+      const int64_t at = candidates[r].at[i].output - first;
+      uint32_t& bits = marks[at / kScreenWidth];
+      marked += !(bits >> at % kScreenWidth & 1);
+      bits |= 1u << at % kScreenWidth;
     }
   }
-  if (wanted * 4 > (end - begin) * kScreenWidth) return false;
-  // All rows of all of them: what is no candidate does no harm.
+  return marked;
+}
+
+// The logits of marked outputs, of all rows: what is no candidate does no harm.
+template <typename P>
+void keep_marked(const Linear& stage, const Inputs<P>& in, int64_t first, int64_t panels,
+                 const uint32_t* marks, char* panel, typename P::Sum* tile) {
   int32_t outputs[kScreenWidth];
   int count = 0;
-  const auto compute = [&] {
-    gather_outputs<P>(head, stage.dense, outputs, count, parts[4]);
-    multiply_rows<P>(in.x, in.stride, rows, parts[4], inputs, parts[4], tile, kScreenWidth,
-                     [](int64_t, int64_t) {});
-    for (int64_t r = 0; r < rows; ++r)
+  const auto keep = [&] {
+    gather_outputs<P>(stage.weights, stage.dense, outputs, count, panel);
+    multiply_rows<P>(in.x, in.stride, stage.rows, panel, stage.weights.inputs, panel, tile,
+                     kScreenWidth, [](int64_t, int64_t) {});
+    for (int64_t r = 0; r < stage.rows; ++r)
       for (int i = 0; i < count; ++i)
         stage.best[r].add(OrderedFloat32::key(bit_cast<uint32_t>(tile[r * kScreenWidth + i])),
                           outputs[i]);
     count = 0;
   };
-  for (int64_t p = 0; p < end - begin; ++p)
-    for (uint32_t bits = chosen[p]; bits; bits &= bits - 1) {
-      outputs[count++] = static_cast<int32_t>((begin + p) * kScreenWidth + __builtin_ctz(bits));
-      if (count == kScreenWidth) compute();
+  for (int64_t p = 0; p < panels; ++p)
+    for (uint32_t bits = marks[p]; bits; bits &= bits - 1) {
+      outputs[count++] = static_cast<int32_t>(first + p * kScreenWidth + __builtin_ctz(bits));
+      if (count == kScreenWidth) keep();
     }
-  if (count) compute();
+  if (count) keep();
+}
+
+constexpr int64_t kMostScreened = 64;  // rows; more of them have too many candidates together
+
+// Adds the largest logits of this thread's share to stage.best; false: they cannot be told by
+// bounds, or not with less work than it is to compute them all.
+template <typename P>
+bool screened(const Linear& stage, int t, int threads, Scratch& scratch) {
+  static_assert(P::kWidth == kScreenWidth);
+  if (stage.rows > kMostScreened) return false;
+  using T = typename P::Sum;
+  const int64_t inputs = stage.weights.inputs, all_outputs = stage.weights.outputs;
+  const int64_t rows = stage.rows, all = (all_outputs + kScreenWidth - 1) / kScreenWidth;
+  const int64_t begin = all * t / threads, panels = all * (t + 1) / threads - begin;
+  const int64_t first = begin * kScreenWidth;
+  const int64_t sizes[] = {rows * static_cast<int64_t>(sizeof(Candidates)),
+                           ScreenRows::bytes(rows, inputs),
+                           rows * ScreenPanel::fours(inputs) * kFours * 4,
+                           panels * 4,
+                           P::bytes(inputs),
+                           rows * kScreenWidth * static_cast<int64_t>(sizeof(T)),
+                           inputs_bytes(rows, inputs, sizeof(T))};
+  int64_t total = 0, starts[7];
+  for (int i = 0; i < 7; ++i) {
+    starts[i] = total;
+    total += (sizes[i] + 63) / 64 * 64;
+  }
+  char* memory = scratch.get(total);
+  Candidates* candidates = reinterpret_cast<Candidates*>(memory + starts[0]);
+  float* numbers = reinterpret_cast<float*>(memory + starts[2]);
+  uint32_t* marks = reinterpret_cast<uint32_t*>(memory + starts[3]);
+  const Inputs<P> in = inputs_of<P>(stage, memory + starts[6]);
+  ScreenRows rounded;
+  if (!round_rows<P>(in, rows, inputs, memory + starts[1], numbers, &rounded)) return false;
+  for (int64_t r = 0; r < rows; ++r) candidates[r].clear(stage.bounds + r);
+  const ScreenRowsOf* of = rows <= ScreenRows::kAllWide
+                               ? MakeScreenTable<true, ScreenRows::kAllWide>::of
+                               : MakeScreenTable<false, kScreenRows>::of;
+  const int64_t parts = (rows + kScreenRows - 1) / kScreenRows;
+  for (int64_t p = 0; p < panels; ++p) {
+    const ScreenPanel panel(stage.screen, begin + p, inputs);
+    const int64_t output = first + p * kScreenWidth;
+    const int count = static_cast<int>(std::min<int64_t>(kScreenWidth, all_outputs - output));
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t from = rows * i / parts, many = rows * (i + 1) / parts - from;
+      of[many - 1](rounded, from, panel, rounding(inputs), static_cast<int32_t>(output), count,
+                   i ? 0 : ScreenPanel::bytes(inputs), candidates);
+    }
+  }
+  const int64_t marked = mark(candidates, rows, first, panels, marks);
+  if (marked < 0 || marked * 4 > panels * kScreenWidth) return false;
+  keep_marked<P>(stage, in, first, panels, marks, memory + starts[4],
+                 reinterpret_cast<T*>(memory + starts[5]));
   return true;
 }
 
