@@ -48,16 +48,13 @@ def peaks(threads: int) -> dict[str, float]:
     return dict(float32=floats, float16=floats, bfloat16=pairs or floats, int8=int16s or floats)
 
 
-def a_pass(new: NativeForward, text: int, rows: int, verified: bool = False) -> float:
-    """Return the seconds of a pass over a chain of so many tokens after a text: with all logits, or
-    with what verifying greedily needs.
-    """
+def a_pass(new: NativeForward, text: int, rows: int) -> float:
+    """Return the seconds of a pass over a chain of so many tokens after a text."""
     tree = DraftTree.chain(rows).tensors(torch.device("cpu"))
     positions = text + torch.arange(rows)[None]
-    tokens, at, none = torch.arange(5, 5 + rows)[None] * 61, torch.tensor([text]), torch.tensor([0])
-    parents = tree.parents if verified else None
+    tokens, at, none = torch.full((1, rows), 5), torch.tensor([text]), torch.tensor([0])
     start = time.perf_counter()
-    new.check(tokens, positions, at, none, tree.ancestors, text + rows, 0, parents)
+    new.check(tokens, positions, at, none, tree.ancestors, text + rows)
     return time.perf_counter() - start
 
 
@@ -67,12 +64,10 @@ def by_rows(packed: PackedPlan, bandwidth: ReadBandwidth, peak: float) -> list[d
         torch.zeros(1, TEXT, dtype=torch.int64), torch.arange(TEXT)[None], torch.tensor([0]), 1
     )
     seconds, read = {rows: float("inf") for rows in ROWS}, 0.0
-    greedy = dict(seconds)
     for _ in range(ROUNDS):
         read = max(read, bandwidth())
         for rows in ROWS:
             seconds[rows] = min(seconds[rows], a_pass(new, TEXT, rows))
-            greedy[rows] = min(greedy[rows], a_pass(new, TEXT, rows, verified=True))
     layers = packed.plan.layers
     macs = sum(
         linear.inputs * linear.outputs
@@ -87,7 +82,6 @@ def by_rows(packed: PackedPlan, bandwidth: ReadBandwidth, peak: float) -> list[d
             isa=packed.isa,
             rows=rows,
             seconds=taken,
-            greedy=greedy[rows],
             over_one=taken / seconds[1],
             of_bandwidth=packed.nbytes / taken / read,
             of_peak=macs * rows / taken / 1e9 / peak,
@@ -158,7 +152,6 @@ def main() -> None:
         else:
             rows = by_rows(packed, bandwidth, peak[weights])
             columns = dict(weights=("weights", 1), rows=("rows", 1), ms=("seconds", 1e3))
-            columns |= {"greedy, ms": ("greedy", 1e3)}
             columns |= {"over one": ("over_one", 1), "% of read": ("of_bandwidth", 100)}
             columns |= {"% of peak": ("of_peak", 100)}
             print(f"\n{packed.isa}: reads {rows[0]['read'] / 1e9:.1f} GB/s, {peak[weights]} GMAC/s")

@@ -77,7 +77,7 @@ class Asked:
 
 
 @pytest.mark.parametrize("team", [1, 3])
-@pytest.mark.parametrize("nodes", [1, 4, 5, 8, 17, 65])
+@pytest.mark.parametrize("nodes", [1, 4, 5, 8, 12, 13])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_of_random_heads(dtype, nodes, team):
     for hidden in (64, 67, 70) if team == 1 else (3, 260):

@@ -408,7 +408,7 @@ void keep_marked(const Linear& stage, const Inputs<P>& in, int64_t first, int64_
   if (count) keep();
 }
 
-constexpr int64_t kMostScreened = 64;  // rows; more of them have too many candidates together
+constexpr int64_t kMostScreened = 12;  // rows; more of them wait for arithmetic, not for memory
 
 // Adds the largest logits of this thread's share to stage.best; false: they cannot be told by
 // bounds, or not with less work than it is to compute them all.
