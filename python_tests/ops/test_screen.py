@@ -163,6 +163,14 @@ def test_who_reads_logits_gets_them_at_once_from_then_on(monkeypatch):
     assert late[2][0] is None, "nobody had read those before"
 
 
+def test_logits_may_be_read_in_more_threads_than_the_pass_had():
+    asked = Asked(model_of(), team=1)
+    found = asked.by_screen()
+    with threads(4):
+        late = found.logits
+    assert_equal(late, asked.answers().logits)
+
+
 def test_logits_of_an_earlier_pass_are_refused():
     asked = Asked(model_of())
     first = asked.by_screen()

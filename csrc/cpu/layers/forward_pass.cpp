@@ -189,11 +189,15 @@ ForwardPass::Buffers ForwardPass::buffers(int64_t rows) {
   return {begin[0], begin[1], begin[2], begin[3], begin[4], begin[5]};
 }
 
+void ForwardPass::reserve_scratch(int threads) {
+  if (static_cast<int>(scratch_.size()) < threads) scratch_ = std::vector<Scratch>(threads);
+}
+
 void ForwardPass::run(const Rows& rows, const Noise& noise, const int32_t* wanted, int64_t count,
                       void* logits, int32_t* guesses, int threads) {
   const Buffers at = buffers(rows.count);
   rows_ = rows.count;
-  if (static_cast<int>(scratch_.size()) < threads) scratch_ = std::vector<Scratch>(threads);
+  reserve_scratch(threads);
   if (guesses) best_.resize(std::max<size_t>(best_.size(), threads * count));
   bounds_.assign(count, -std::numeric_limits<float>::infinity());
   with_team(threads, [&](int t, int team, Barrier& barrier) {
@@ -211,6 +215,7 @@ void ForwardPass::run(const Rows& rows, const Noise& noise, const int32_t* wante
 
 void ForwardPass::logits_of(const Noise& noise, const int32_t* wanted, int64_t count, void* logits,
                             int threads) {
+  reserve_scratch(threads);
   Rows rows;
   rows.count = rows_;
   const Buffers at = buffers(rows_);

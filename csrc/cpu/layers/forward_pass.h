@@ -76,6 +76,7 @@ class ForwardPass {
   };
   int64_t item() const { return kind == Weights::kFloat64 ? 8 : 4; }
   Buffers buffers(int64_t rows);
+  void reserve_scratch(int threads);
   int64_t rows_ = 0;  // of the last pass
   struct Worker;
 
