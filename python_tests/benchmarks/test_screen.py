@@ -4,7 +4,7 @@ import pytest
 
 from helpers import BENCHMARKS
 from helpers.families import tiny_model
-from helpers.layers import runs_here
+from helpers.layers import needs_screens
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_another_text_is_an_error(screen):
         screen.race(models, [3, 1, 4, 1, 5], 8, 12)
 
 
-@pytest.mark.skipif(not runs_here("avx512_bf16"), reason="no screens on this machine")
+@needs_screens
 def test_one_has_a_screen(screen, monkeypatch):
     def load():
         return tiny_model("llama", 3).float()

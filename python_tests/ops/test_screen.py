@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import msn_ext
 from helpers.cases import assert_equal, build_tree, integers, threads
-from helpers.layers import runs_here
+from helpers.layers import needs_screens
 from msn_ext import BestFirst, generate, ops
 from msn_ext.decoding.forward import packed as packing
 from msn_ext.decoding.forward.families import plan_for
@@ -17,8 +17,7 @@ from msn_ext.decoding.forward.packed import PackedPlan
 
 VOCAB = 5003  # no whole number of panels
 DTYPES = torch.float32, torch.bfloat16, torch.float16
-needs_screen = pytest.mark.skipif(not runs_here("avx512_bf16"), reason="no screens on this machine")
-pytestmark = needs_screen
+pytestmark = needs_screens
 
 
 @pytest.fixture(autouse=True)
