@@ -151,6 +151,7 @@ struct CachedAttention {
   const Rows* rows = nullptr;
   Heads heads;
   const void* qkv = nullptr;
+  int64_t first = 0;  // rows before it are not computed
   double scale = 1, softcap = 0;
   int64_t window = 0;
   Cache cache;

@@ -129,7 +129,7 @@ struct AttentionBlock {
 
   const CachedAttention& stage;
   const HeadCache<S>& cache;
-  int64_t tree, kv_head, first_row, count;
+  int64_t tree, first_node, kv_head, first_row, count;
 
   const Rows& rows = *stage.rows;
   const Heads& heads = stage.heads;
@@ -140,7 +140,7 @@ struct AttentionBlock {
   int64_t stride = 0;                   // of scores
   T *queries = nullptr, *scores = nullptr, *sums = nullptr;
 
-  int64_t row_of(int64_t i) const { return rows.tree_begin[tree] + (first_row + i) / group; }
+  int64_t row_of(int64_t i) const { return first_node + (first_row + i) / group; }
   int64_t head_of(int64_t i) const { return kv_head * group + (first_row + i) % group; }
   int64_t path_length(int64_t n) const { return rows.path_begin[n + 1] - rows.path_begin[n]; }
   const int64_t* path_of(int64_t n) const { return rows.path + rows.path_begin[n]; }
@@ -241,11 +241,12 @@ template <typename S>
 void attend(const CachedAttention& stage, int t, int threads, Scratch& scratch) {
   const Rows& rows = *stage.rows;
   const int64_t group = stage.heads.query / stage.heads.kv;
-  const int64_t all = rows.count * stage.heads.query;
+  const int64_t all = (rows.count - stage.first) * stage.heads.query;
   const int64_t from = all * t / threads, to = all * (t + 1) / threads;
   int64_t at = 0;
   for (int64_t tree = 0; tree < rows.trees; ++tree) {
-    const int64_t count = (rows.tree_begin[tree + 1] - rows.tree_begin[tree]) * group;
+    const int64_t node = std::max(rows.tree_begin[tree], stage.first);
+    const int64_t count = std::max<int64_t>(rows.tree_begin[tree + 1] - node, 0) * group;
     for (int64_t h = 0; h < stage.heads.kv; ++h, at += count) {
       int64_t first = from > at ? from - at : 0;
       const int64_t last = to - at < count ? to - at : count;
@@ -256,7 +257,7 @@ void attend(const CachedAttention& stage, int t, int threads, Scratch& scratch) 
       for (int64_t i = 0; i < parts; ++i) {
         const int64_t begin = first + (last - first) * i / parts;
         const int64_t many = first + (last - first) * (i + 1) / parts - begin;
-        AttentionBlock<S>{stage, cache, tree, h, begin, many}.run(scratch);
+        AttentionBlock<S>{stage, cache, tree, node, h, begin, many}.run(scratch);
       }
     }
   }

@@ -22,17 +22,25 @@ struct ForwardPass::Worker {
   Barrier& barrier;
   Scratch& scratch;
   const Kernels& kernels = pass.kernels;
+  int64_t first = 0;  // rows before it are left out; noise never is
 
-  Linear linear(const LinearWeights& weights, const Norm& norm, const void* x, void* out) const {
+  Worker from(int64_t row) const {
+    Worker later = *this;
+    later.first = row;
+    return later;
+  }
+  char* from_first(char* data, int64_t stride) const { return data + first * stride * pass.item(); }
+  Linear linear(const LinearWeights& weights, const Norm& norm, char* x, char* out,
+                int64_t out_stride) const {
     Linear stage;
-    stage.rows = rows.count;
-    stage.x = x;
+    stage.rows = rows.count - first;
     stage.x_stride = weights.packed.inputs;
+    stage.x = from_first(x, stage.x_stride);
     stage.norm = norm;
     stage.weights = weights.packed;
     stage.bias = weights.bias;
-    stage.out = out;
-    stage.out_stride = weights.packed.outputs;
+    stage.out_stride = out_stride;
+    stage.out = from_first(out, stage.out_stride);
     return stage;
   }
   void run(Linear stage, const LinearWeights& weights) const {
@@ -65,20 +73,27 @@ struct ForwardPass::Worker {
 
   // h += scale * after(x W^T + bias)
   void add_branch(const LayerPlan& layer, const LinearWeights& weights, const Norm& after,
-                  const void* x) const {
+                  char* x) const {
     const bool direct = after.kind == Norm::kNone;
-    Linear stage = linear(weights, Norm{}, x, direct ? at.h : at.branch);
+    Linear stage = linear(weights, Norm{}, x, direct ? at.h : at.branch, pass.hidden);
     stage.epilogue = direct ? Linear::kAdd : Linear::kStore;
     stage.scale = layer.residual_scale;
     run(stage, weights);
     if (direct) return;
     barrier.wait();
-    const AddNorm add{rows.count, pass.hidden, at.branch, after, layer.residual_scale, at.h};
+    AddNorm add;
+    add.rows = rows.count - first;
+    add.size = pass.hidden;
+    add.x = from_first(at.branch, add.size);
+    add.norm = after;
+    add.scale = layer.residual_scale;
+    add.h = from_first(at.h, add.size);
     kernels.add_norm(pass.kind, add, t, threads);
   }
 
-  void attention(const LayerPlan& layer) const {
-    run(linear(layer.qkv, layer.attention_norm, at.h, at.qkv), layer.qkv);
+  // Keys and values of all rows are written; those before `wanted` attend to nothing.
+  void attention(const LayerPlan& layer, int64_t wanted) const {
+    run(linear(layer.qkv, layer.attention_norm, at.h, at.qkv, layer.qkv.packed.outputs), layer.qkv);
     barrier.wait();
     RotaryWrite turn;
     turn.rows = &rows;
@@ -100,6 +115,7 @@ struct ForwardPass::Worker {
     attend.rows = &rows;
     attend.heads = layer.heads;
     attend.qkv = at.qkv;
+    attend.first = wanted;
     attend.scale = layer.scale;
     attend.softcap = layer.softcap;
     attend.window = layer.window;
@@ -110,16 +126,14 @@ struct ForwardPass::Worker {
   }
 
   void up(const LayerPlan& layer) const {
-    Linear stage = linear(layer.up, layer.mlp_norm, at.h, at.middle);
+    Linear stage = linear(layer.up, layer.mlp_norm, at.h, at.middle, layer.down.packed.inputs);
     stage.epilogue = layer.gated ? Linear::kGate : Linear::kActivate;
     stage.activation = layer.activation;
-    stage.out_stride = layer.down.packed.inputs;
     run(stage, layer.up);
     barrier.wait();
   }
 
-  void run_layer(const LayerPlan& layer) const {
-    attention(layer);
+  void after_attention(const LayerPlan& layer) const {
     if (layer.parallel) up(layer);  // reads h before anything is added
     add_branch(layer, layer.out, layer.after_attention, at.mixed);
     barrier.wait();
@@ -131,7 +145,8 @@ struct ForwardPass::Worker {
   // The largest logits are kept where they are made: afterwards they lie in another core's cache,
   // or in none.
   void head(const int32_t* wanted, int64_t count, void* logits, int32_t* guesses) const {
-    Linear stage = linear(pass.head, pass.norm, at.h, logits);
+    Linear stage =
+        linear(pass.head, pass.norm, at.h, static_cast<char*>(logits), pass.head.packed.outputs);
     stage.rows = count;
     stage.pick = wanted;
     stage.epilogue = Linear::kLogits;
@@ -200,15 +215,21 @@ void ForwardPass::run(const Rows& rows, const Noise& noise, const int32_t* wante
   reserve_scratch(threads);
   if (guesses) best_.resize(std::max<size_t>(best_.size(), threads * count));
   bounds_.assign(count, -std::numeric_limits<float>::infinity());
+  // Of the last layer nothing but keys and values is needed of rows before it.
+  const int64_t first = count ? *std::min_element(wanted, wanted + count) : rows.count;
   with_team(threads, [&](int t, int team, Barrier& barrier) {
     const Worker worker{*this, rows, noise, at, t, team, barrier, scratch_[t]};
-    Embed first = embed;
-    first.rows = &rows;
-    first.size = hidden;
-    first.out = at.h;
-    kernels.embed(kind, first, t, team);
+    Embed begin = embed;
+    begin.rows = &rows;
+    begin.size = hidden;
+    begin.out = at.h;
+    kernels.embed(kind, begin, t, team);
     barrier.wait();
-    for (const LayerPlan& layer : layers) worker.run_layer(layer);
+    for (const LayerPlan& layer : layers) {
+      const int64_t from = &layer == &layers.back() ? first : 0;
+      worker.attention(layer, from);
+      if (from < rows.count) worker.from(from).after_attention(layer);
+    }
     if (count) worker.head(wanted, count, logits, guesses);
   });
 }

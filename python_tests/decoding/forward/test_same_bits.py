@@ -112,6 +112,21 @@ def test_trees_steps_and_prompts_give_the_same_bits(name, isa, weights):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_whose_logits_nobody_wants_change_nothing(name, weights):
+    """Their last layer ends with keys and values, which are there all the same."""
+    packed = PackedPlan(plan_of(name)[1], weights)
+    text = torch.randint(VOCAB, (1, 101), generator=torch.Generator().manual_seed(0))
+    whole = NativeForward(packed, 1)
+    want = read(whole, text, keep=101)
+    for keep in (0, 1, 6, 50, 51, 100):  # 101 tokens are computed in parts of 50 and 51
+        new = NativeForward(packed, 1)
+        assert torch.equal(read(new, text, keep), want[:, 101 - keep :]), keep
+        for layer, same in zip(new.cached(101), whole.cached(101), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(layer, same)), keep
+
+
 def test_threads_change_no_bit():
     packed = PackedPlan(plan_of("odd sizes")[1], "bfloat16")
     text, threads, found = torch.randint(VOCAB, (1, 150)), torch.get_num_threads(), []
