@@ -17,7 +17,7 @@ from torch import Tensor
 from msn_ext import ops
 from msn_ext.decoding import BestFirst, Draft, DraftTree, Verified
 from msn_ext.decoding.cache import TreeCache
-from msn_ext.decoding.drafters.best_first import SOURCES
+from msn_ext.decoding.drafters.sources import SOURCES, Adjacency
 from msn_ext.generation import drafter_for
 from msn_ext.ops import MAX_NODES
 
@@ -33,20 +33,50 @@ DRAFTS = (
     "lookahead",
     *(f"auto@{budget}" for budget in BUDGETS),
     *(f"auto@64-{name}" for name in ABLATIONS),
+    *(f"auto@{budget}-rejected" for budget in (8, 64)),
 )
 
 
 def make_drafter(name: str):
-    """Return a drafter of :data:`DRAFTS`, or "jacobi@N": a chain of N guesses."""
+    """Return a drafter of :data:`DRAFTS`, or "jacobi@N": a chain of N guesses. "auto@N-rejected"
+    forgets what the model says after rejected guesses.
+    """
     if name.startswith("jacobi@"):
         return drafter_for(DraftTree.chain(1 + int(name.removeprefix("jacobi@"))), None)
     if not name.startswith("auto@"):
         return drafter_for(name, None)
     budget, _, without = name.removeprefix("auto@").partition("-")
+    if without == "rejected":
+        return AcceptedAlone(int(budget))
     options = {"foresight": 0.0} if without == "foresight" else {}
     return BestFirst(
         int(budget), sources=tuple(source for source in SOURCES if source != without), **options
     )
+
+
+class AcceptedAdjacency(Adjacency):
+    """Remembers what the model says after accepted tokens alone; of one row."""
+
+    def update(self, verified: Verified, guesses: Tensor) -> None:
+        path = verified.path[0, : int(verified.accept_length)]
+        draft, nodes = verified.draft, torch.arange(len(path))
+        ops.remember_guesses(
+            self.adjacency,
+            verified.history,
+            verified.lengths,
+            draft.tokens[:, path],
+            (nodes - 1).int(),
+            nodes[None],
+            guesses[:, path].contiguous(),
+        )
+
+
+class AcceptedAlone(BestFirst):
+    """Best-first drafting that forgets what the model says after rejected guesses."""
+
+    def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
+        super().start(batch, vocabulary, device)
+        self.adjacency = AcceptedAdjacency(device)
 
 
 class Teacher:
@@ -191,16 +221,21 @@ def replay(
 
 
 def replay_all(
-    drafts: list[str], model, text: list[int], prompt: int, scratch: Tensor
+    drafters: dict, model, text: list[int], prompt: int, scratch: Tensor
 ) -> dict[str, list[int]]:
     """Return the accept lengths of every drafter; what all of them ask for next is computed
     together.
+
+    Args:
+        drafters: by name, each an object of its own.
+        text: the prompt's tokens, so many, and what follows.
+        scratch: float32 [256, vocabulary], minus infinity throughout, as it is afterwards.
     """
     teacher = Teacher(model, text)
     results: dict[str, list[int]] = {}
     running = {
-        name: replay(make_drafter(name), teacher, text, prompt, scratch.shape[1], scratch)
-        for name in drafts
+        name: replay(drafter, teacher, text, prompt, scratch.shape[1], scratch)
+        for name, drafter in drafters.items()
     }
     while running:
         asked: set[tuple[int, ...]] = set()
@@ -211,4 +246,4 @@ def replay_all(
                 results[name] = stop.value
                 del running[name]
         teacher.learn(asked)
-    return {name: results[name] for name in drafts}
+    return {name: results[name] for name in drafters}

@@ -20,8 +20,9 @@ MT-bench's second turns are asked with the first answer.
 MAT is tokens per forward pass, the prompt's pass included. It is high, too, where a model repeats
 itself, so how much of the answers is new is said with it. "auto@N" is best-first drafting with N
 nodes; "auto@64-NAME" leaves one source out ("foresight": no value for predictions of the next
-step). Trees of a fixed shape have their own size: paper 69, recycling 81, lookahead up to 56;
-chains: jacobi 6, lookup 8, suffix up to 60.
+step; "rejected": what the model says after rejected guesses is not remembered). Trees of a fixed
+shape have their own size: paper 69, recycling 81, lookahead up to 56; chains: jacobi 6, lookup 8,
+suffix up to 60.
 """
 
 from __future__ import annotations
@@ -71,7 +72,13 @@ def measure(
                 out = msn_ext.generate(
                     model, **inputs, draft=BestFirst(16), do_sample=False, max_new_tokens=new_tokens
                 )
-                accept_lengths = replay_all(drafts, model, out[0].tolist(), prompt, scratch)
+                accept_lengths = replay_all(
+                    {name: make_drafter(name) for name in drafts},
+                    model,
+                    out[0].tolist(),
+                    prompt,
+                    scratch,
+                )
                 row = dict(
                     category=question["category"],
                     question=question["question"],

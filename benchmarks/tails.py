@@ -1,28 +1,29 @@
 """What rows of noise behind a draft tree are worth, whatever computing them costs.
 
     python benchmarks/tails.py --adapter 300=DIR/checkpoint-300 --fit DIR/answers.jsonl \\
-        --turns 60 --output tails.jsonl
+        --output tails.jsonl
     python benchmarks/tails.py --summary tails.jsonl
 
 A tail is a chain of L noise rows below a node of the tree, which a gated adapter computes. Where
 the accepted path ends at that node, what it says are guesses for the next tree, in the place of the
 denoised ones of a rejected node. What a tail below the text's t-th token says depends on the text
-up to there alone. So it is computed once for every place of a text, and all drafters then decode
-the same text (greedily, the native engine: the same bits) and look there what a tail would have
+up to there alone. So it is computed once for every place of a text that was decoded greedily; all
+drafters then run side by side on that text (``replay.py``) and look there what a tail would have
 said. Their trees are of N nodes in all: N - K L of drafts and K tails of L rows, below the nodes
 where the path most likely ends: p(node) - sum of p(children). "free" ones have N nodes beside the
-tails; "always" has a tail wherever the path ends.
+tails; 256 tails are one wherever the path ends.
 
 Adapters are PEFT folders that ``msn train --gate`` made, or simulated from one: NAME=PATH@TOP,EIGHT
 raises, place by place, how often the right token is the first of the guesses, and among the eight.
 The factors of tails' guesses are fitted for every adapter to answers of its training's held-out
-part (--fit). MAT is tokens per forward pass, the prompt's pass included; intervals by resampling
-questions.
+part (--fit). Texts are turns of Spec-Bench, MT-bench's second ones, too. MAT is tokens per forward
+pass, the prompt's pass included; intervals by resampling questions.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import pathlib
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 
 import torch
 from common import SPECBENCH, Results, conditions, load_model, load_questions
+from replay import replay_all
 from specbench import ratio
 from torch import Tensor
 from tqdm import tqdm
@@ -304,33 +306,61 @@ def fitting_texts(tokenizer, path: pathlib.Path, count: int, new_tokens: int) ->
     return texts
 
 
-def measure(model, adapters: list[Adapter], shapes: list[Shape], turn: dict, new_tokens: int):
-    """Return a turn's accept lengths, by adapter and shape."""
-    prompt, usual = turn["prompt"], factors.load()
-    text, _ = decode(model, prompt, BestFirst(16), new_tokens)
-    row = {name: turn[name] for name in ("category", "question")}
-    row |= {"prompt": len(prompt), "tokens": len(text) - len(prompt), "accuracy": {}}
+def measure(
+    model,
+    adapters: list[Adapter],
+    shapes: list[Shape],
+    text: list[int],
+    prompt: int,
+    scratch: Tensor,
+) -> dict:
+    """Return what tails say of a text, as counts, and accept lengths by adapter and shape."""
+    usual, accuracies = factors.load(), {}
     drafters = {shape.name: TailDrafter(shape, None, usual) for shape in shapes if not shape.tails}
     for adapter in adapters:
-        said = adapter.say(text, len(prompt))
-        row["accuracy"][adapter.name] = accuracy(said, text, len(prompt)).tolist()
+        said = adapter.say(text, prompt)
+        accuracies[adapter.name] = accuracy(said, text, prompt).tolist()
         drafters |= {
             f"{adapter.name} {shape.name}": TailDrafter(shape, said, adapter.factors)
             for shape in shapes
             if shape.tails
         }
-    row["accept_lengths"] = {}
-    for name, drafter in drafters.items():
-        same, row["accept_lengths"][name] = decode(model, prompt, drafter, new_tokens)
-        if same != text:
-            raise SystemExit(f"{name} gave another text; the engine has to be the native one")
-    return row
+    accept_lengths = replay_all(drafters, model, text, prompt, scratch)
+    return {"accuracy": accuracies, "accept_lengths": accept_lengths}
+
+
+@torch.no_grad()
+def measure_all(model, tokenizer, adapters, shapes, questions, new_tokens, done, save):
+    """Return a row for every turn of these questions; those that are not in ``done`` are saved."""
+    rows = []
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    scratch = torch.full((ops.MAX_NODES, vocabulary), -torch.inf)
+    count = sum(len(question["turns"]) for question in questions)
+    with tqdm(total=count, unit="turn") as bar:
+        for question in questions:
+            messages: list[dict] = []
+            for turn, asked in enumerate(question["turns"]):
+                messages.append({"role": "user", "content": asked})
+                row = done.get((question["question"], turn))
+                if row is None:
+                    ids = prompt_ids(tokenizer, messages)
+                    text, _ = decode(model, ids, BestFirst(16), new_tokens)
+                    row = {name: question[name] for name in ("category", "question")}
+                    row |= {"turn": turn, "prompt": len(ids), "tokens": text[len(ids) :]}
+                    row |= measure(model, adapters, shapes, text, len(ids), scratch)
+                    save(row)
+                rows.append(row)
+                said = tokenizer.decode(row["tokens"], skip_special_tokens=True)
+                messages.append({"role": "assistant", "content": said})
+                bar.update()
+    return rows
 
 
 def summarise(rows: list[dict]) -> str:
     """Return a line a shape: MAT, and the ratio to no tails at the same N."""
     names = [n for n in rows[0]["accept_lengths"] if all(n in r["accept_lengths"] for r in rows)]
-    lines = [f"{len(rows)} turns, {sum(row['tokens'] for row in rows):,} tokens"]
+    tokens = sum(sum(row["accept_lengths"][names[0]]) for row in rows)
+    lines = [f"{len(rows)} turns, {tokens:,} tokens"]
     for adapter in rows[0].get("accuracy", {}):
         counts = sum(torch.tensor(row["accuracy"][adapter]) for row in rows)
         lines.append(f"{adapter}: {shown(counts)}")
@@ -360,7 +390,8 @@ def main() -> None:
     parser.add_argument(
         "--keep-factors", type=pathlib.Path, help="write those of the first adapter there"
     )
-    parser.add_argument("--turns", type=int, default=60)
+    parser.add_argument("--questions", type=int, default=60, help="of Spec-Bench (default: 60)")
+    parser.add_argument("--skip", type=int, default=0, help="questions to leave out first")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--summary", type=pathlib.Path)
@@ -385,11 +416,16 @@ def main() -> None:
     shapes = [Shape.of(name) for name in options.shapes.split(",")]
     header = conditions(model, "tails.py", sys.argv[1:])
     results = Results(options.output)
-    rows = list(results.rows)
-    for turn in tqdm(turns(tokenizer, options.turns)[len(rows) :], unit="turn"):
-        row = measure(model, adapters, shapes, turn, options.new_tokens)
-        results.save(header, row)
-        rows.append(row)
+    rows = measure_all(
+        model,
+        tokenizer,
+        adapters,
+        shapes,
+        load_questions(SPECBENCH)[options.skip :][: options.questions],
+        options.new_tokens,
+        {(row["question"], row["turn"]): row for row in results.rows},
+        functools.partial(results.save, header),
+    )
     print(summarise(rows))
 
 

@@ -44,9 +44,8 @@ def test_replay_gives_what_decoding_gives(specbench, end, monkeypatch):
         )
         text = model.generate(ids, **settings).sequences[0].tolist()
         with torch.no_grad():
-            replayed = specbench.replay_all(
-                list(specbench.DRAFTS), model, text, ids.shape[1], scratch
-            )
+            drafters = {name: specbench.make_drafter(name) for name in specbench.DRAFTS}
+            replayed = specbench.replay_all(drafters, model, text, ids.shape[1], scratch)
         assert list(replayed) == list(specbench.DRAFTS) and bool((scratch == -torch.inf).all())
         for name, accept_lengths in replayed.items():
             out = generate(model, ids, draft=specbench.make_drafter(name), **settings)
@@ -128,3 +127,19 @@ def test_specbench_goes_on_where_a_file_ends_and_sums_up(specbench, tmp_path, mo
     with pytest.raises(SystemExit):
         specbench.main(["--summary", str(tmp_path / "none.jsonl")])
     assert "none.jsonl holds no results" in capsys.readouterr().err
+
+
+def test_what_the_model_says_after_rejected_guesses_can_be_forgotten(specbench):
+    """The same steps by both: what one knows of accepted tokens the other knows, too, and more."""
+    model = tiny_model("llama", 3)
+    ids = torch.randint(3, VOCAB, (1, 7), generator=torch.Generator().manual_seed(1))
+    tables = {}
+    for name in ("auto@8", "auto@8-rejected"):
+        drafter = specbench.make_drafter(name)
+        out = generate(model, ids, draft=drafter, do_sample=False, max_new_tokens=40)
+        tables[name] = drafter.adjacency.adjacency
+    known = {name: int((table[..., 0] != 0).sum()) for name, table in tables.items()}
+    # Every token but the last was verified once: a context of one, two and three tokens each.
+    text = out[0].tolist()
+    contexts = {tuple(text[end - n : end]) for n in (1, 2, 3) for end in range(7, len(text))}
+    assert known["auto@8-rejected"] == len(contexts) < known["auto@8"]

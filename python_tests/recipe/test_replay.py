@@ -38,7 +38,7 @@ def test_its_own_text_takes_the_passes_of_decoding(family):
 def test_a_strange_text_takes_the_passes_of_another_replay(monkeypatch):
     """benchmarks/replay.py has its own loop, and the model's answers from passes of its own."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from replay import replay_all
+    from replay import make_drafter, replay_all
 
     model = tiny_model("llama", 3)
     scratch = torch.full((256, VOCAB), -torch.inf)
@@ -52,7 +52,8 @@ def test_a_strange_text_takes_the_passes_of_another_replay(monkeypatch):
         text += text[6:20]
         drafts = ["paper", "auto@64", "auto@8"]
         with torch.no_grad():
-            want = replay_all(drafts, model, text, 6, scratch)
+            drafters = {name: make_drafter(name) for name in drafts}
+            want = replay_all(drafters, model, text, 6, scratch)
         for name, make in zip(drafts, (*list(DRAFTS.values())[:2], lambda: BestFirst(8))):
             assert accept_lengths(model, Text(text, 6), make()) == want[name], name
 
