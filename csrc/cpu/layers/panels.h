@@ -201,18 +201,22 @@ using WeightBFloats = BFloats<kWeightWidth, kSumBlock>;
 // ---- the product
 // ---------------------------------------------------------------------------------
 
-// Memory to fetch into the second cache while a panel is worked on: `rate` 64ths of a byte for
-// every group, at most two lines.
+// Memory to fetch into the first cache while a panel is worked on, `rate` 64ths of a byte for every
+// group, at most two lines. What a thread reads next lies behind what it reads now, so that a pass
+// over all rows of a panel fetches what comes kAhead bytes later: far enough for memory to answer,
+// and little enough to stay in a cache of 32 KB. Of several passes over a panel each fetches a
+// part of the panel that follows.
 struct Ahead {
   const char* from = nullptr;
   int64_t rate = 0;
 
+  const char* at(int64_t group) const { return from + (group * rate >> 6); }
   void fetch(int64_t group) const {
-    const char* at = from + (group * rate >> 6);
-    __builtin_prefetch(at, 0, 2);
-    if (rate > 64 * 64) __builtin_prefetch(at + 64, 0, 2);
+    __builtin_prefetch(at(group));
+    if (rate > 64 * 64) __builtin_prefetch(at(group) + 64);
   }
 };
+constexpr int64_t kAhead = 12 << 10;
 
 // sum[r] += x[r][k + g] * w[k + g], for row pointers at k, one for three rows.
 template <typename P, int kRows, int kBases>
@@ -305,8 +309,8 @@ struct MakeTable<P, 0, kRows...> : ProductTable<P, kRows...> {};
 // Steps of a panel that stay in the first cache while all rows are multiplied with them.
 constexpr int64_t kStepsAtOnce = 256;
 
-// The same for any number of rows; `each(first, count)` for some of them once they are done. Of
-// `neighbour`, a panel of the same size, a part is fetched each time.
+// The same for any number of rows; `each(first, count)` for some of them once they are done.
+// `neighbour` is the panel of the same size that is multiplied next.
 template <typename P, typename Each>
 inline void multiply_rows(const typename P::In* x, int64_t x_stride, int64_t rows,
                           const char* panel, int64_t inputs, const char* neighbour,
@@ -321,8 +325,8 @@ inline void multiply_rows(const typename P::In* x, int64_t x_stride, int64_t row
     const int64_t end = begin + at_once < steps ? begin + at_once : steps;
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t first = rows * i / parts, count = rows * (i + 1) / parts - first;
-      const Ahead ahead{neighbour + ((begin * parts + (end - begin) * i) / P::kGroup * rate >> 6),
-                        rate};
+      const int64_t fetched = (begin * parts + (end - begin) * i) / P::kGroup * rate >> 6;
+      const Ahead ahead{parts == 1 ? panel + kAhead : neighbour + fetched, rate};
       MakeTable<P, kMost>::of[count - 1](x + first * x_stride, x_stride, panel, begin, end,
                                          out + first * out_stride, out_stride, ahead);
       if (end == steps) each(first, count);

@@ -284,8 +284,8 @@ void screen_rows(const ScreenRows& rows, int64_t first, const ScreenPanel& panel
   const uint8_t* from = panel.weights;
   const int32_t* x = rows.low + first * rows.fours;
   for (int64_t f = 0; f < rows.fours; ++f, from += kStep) {
-    __builtin_prefetch(from + ahead, 0, 2);
-    __builtin_prefetch(from + ahead + 64, 0, 2);
+    __builtin_prefetch(from + ahead);
+    __builtin_prefetch(from + ahead + 64);
     add(sum, x + f, rows.fours, from);
     if (kAll) add(high, wide + f, rows.fours, from);
   }
