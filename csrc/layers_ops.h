@@ -12,13 +12,18 @@ namespace msn {
 template <typename Key>
 struct Best;
 
-enum class Weights : int { kFloat64, kFloat32, kBFloat16, kFloat16, kInt8 };
+// kCodedBFloat16: bfloat16 in twelve bits (cpu/layers/coded.h), as a layer's matrices may be
+// stored.
+enum class Weights : int { kFloat64, kFloat32, kBFloat16, kFloat16, kInt8, kCodedBFloat16 };
+constexpr int64_t kCodedInputs = 8;   // a multiple of them can be coded
+constexpr int64_t kCodedMargin = 64;  // bytes behind a matrix that may be read
 
 // A matrix [outputs, inputs], in panels of as many outputs as the instruction set's kernels take at
 // once, those of one input next to each other.
 struct Packed {
   const void* data = nullptr;
   int64_t outputs = 0, inputs = 0;
+  bool coded = false;  // Weights::kCodedBFloat16, among matrices in bfloat16
 };
 
 struct Norm {

@@ -46,13 +46,10 @@ Packed packed_of(const Argument& packed, const std::string& weights, const std::
                  int64_t outputs, int64_t inputs, int64_t halves) {
   expect_range("outputs", outputs, halves, int64_t{1} << 30);
   if (outputs % halves) refuse("outputs is ", outputs, "; expected gates and as many ups");
-  const int64_t bytes = packed_bytes(weights, isa, outputs, inputs, halves);
-  if (packed.item_size != 1 || packed.ndim != 1 || packed.shape[0] != bytes)
-    refuse("packed has shape ", shape_text(packed), "; expected ", bytes, " bytes, uint8");
-  expect_contiguous(packed);
+  expect_packed(packed, weights, isa, outputs, inputs, halves);
   expect_cpu(packed);
   if (reinterpret_cast<uintptr_t>(packed.data) % 64) refuse("packed is not aligned to 64 bytes");
-  return {packed.data, outputs, inputs};
+  return {packed.data, outputs, inputs, stored_named(weights) == Weights::kCodedBFloat16};
 }
 
 // ---- linear layers, norms, embeddings ----------------------------------------------------------
@@ -64,7 +61,7 @@ void packed_linear(const Argument& x, const Argument& packed, std::string weight
                    double softcap, const OptionalArgument& pick, std::string isa, int threads,
                    const Argument& out) {
   constexpr const char* kEpilogues[] = {"store", "add", "activate", "gate", "logits"};
-  const Weights kind = weights_named(weights);
+  const Weights kind = stored_named(weights);
   const DType number = number_of(kind);
   const Kernels& kernels = kernels_named(isa);
   expect_dims(x, 2);

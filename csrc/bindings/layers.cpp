@@ -34,11 +34,77 @@ int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t
   const Kernels& kernels = kernels_named(isa);
   expect_range("inputs", inputs, 1, int64_t{1} << 30);
   expect_range("outputs", outputs, halves, int64_t{1} << 30);
+  const Weights kind = stored_named(weights);
+  if (kind == Weights::kCodedBFloat16 && (!kernels.code || inputs % kCodedInputs))
+    refuse("weights is 'coded_bfloat16', which ", kernels.isa, " has not, or not of ", inputs,
+           " inputs");
   return halves * padded_to(outputs / halves, kernels.width) / kernels.width *
-         kernels.panel_bytes(weights_named(weights), inputs);
+         kernels.panel_bytes(kind, inputs);
+}
+
+void expect_packed(const Argument& packed, const std::string& weights, const std::string& isa,
+                   int64_t outputs, int64_t inputs, int64_t halves) {
+  const int64_t bytes = packed_bytes(weights, isa, outputs, inputs, halves);
+  const bool coded = stored_named(weights) == Weights::kCodedBFloat16;
+  if (packed.item_size != 1 || packed.ndim != 1 ||
+      (coded ? packed.shape[0] < bytes : packed.shape[0] != bytes))
+    refuse(packed.name, " has shape ", shape_text(packed), "; expected ", bytes, " bytes",
+           coded ? " or more" : "", ", uint8");
+  expect_contiguous(packed);
 }
 
 namespace {
+
+// Where the other pairs of each panel of a matrix in bfloat16 begin, were it coded, in pairs; last,
+// how many there are.
+std::vector<int64_t> other_pairs(const Kernels& kernels, const char* packed, int64_t panels,
+                                 int64_t inputs) {
+  const int64_t bytes = kernels.panel_bytes(Weights::kBFloat16, inputs);
+  std::vector<int64_t> begin(panels + 1, 0);
+#pragma omp parallel for schedule(static)
+  for (int64_t p = 0; p < panels; ++p)
+    begin[p + 1] = kernels.count_other_pairs(packed + p * bytes, inputs);
+  for (int64_t p = 0; p < panels; ++p) begin[p + 1] += begin[p];
+  return begin;
+}
+
+int64_t panels_of(const Kernels& kernels, int64_t outputs, int64_t halves) {
+  return halves * padded_to(outputs / halves, kernels.width) / kernels.width;
+}
+
+// Bytes of a packed matrix in bfloat16 once it is coded; 0: it cannot be.
+int64_t coded_bytes(const std::string& isa, py::handle packed, int64_t outputs, int64_t inputs,
+                    int64_t halves) {
+  const Kernels& kernels = kernels_named(isa);
+  const Argument from = borrow("packed", packed);
+  expect_packed(from, "bfloat16", isa, outputs, inputs, halves);
+  if (!kernels.code || inputs % kCodedInputs) return 0;
+  const int64_t panels = panels_of(kernels, outputs, halves);
+  py::gil_scoped_release release;
+  const int64_t others = other_pairs(kernels, from.as<char>(), panels, inputs).back();
+  const int64_t bytes =
+      panels * kernels.panel_bytes(Weights::kCodedBFloat16, inputs) + 4 * others + kCodedMargin;
+  return bytes < int64_t{1} << 32 ? bytes : 0;
+}
+
+void code(const std::string& isa, py::handle packed, int64_t outputs, int64_t inputs,
+          int64_t halves, py::handle coded) {
+  const Kernels& kernels = kernels_named(isa);
+  const Argument from = borrow("packed", packed), to = borrow("coded", coded);
+  expect_packed(from, "bfloat16", isa, outputs, inputs, halves);
+  expect_contiguous(to);
+  expect_shape(to, {coded_bytes(isa, packed, outputs, inputs, halves)});
+  const int64_t panels = panels_of(kernels, outputs, halves);
+  const int64_t plain = kernels.panel_bytes(Weights::kBFloat16, inputs);
+  const int64_t bytes = kernels.panel_bytes(Weights::kCodedBFloat16, inputs);
+  py::gil_scoped_release release;
+  const std::vector<int64_t> others = other_pairs(kernels, from.as<char>(), panels, inputs);
+  uint32_t* behind = reinterpret_cast<uint32_t*>(to.as<char>() + panels * bytes);
+#pragma omp parallel for schedule(static)
+  for (int64_t p = 0; p < panels; ++p)
+    kernels.code(from.as<char>() + p * plain, inputs, to.as<char>() + p * bytes,
+                 behind + others[p]);
+}
 
 py::dict layer_isa(const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
@@ -96,11 +162,10 @@ void pack(const std::string& weights, const std::string& isa, const py::list& pi
 void unpack(const std::string& weights, const std::string& isa, py::handle packed, int64_t outputs,
             int64_t inputs, int64_t halves, py::handle rows, py::handle to) {
   const Kernels& kernels = kernels_named(isa);
-  const Weights kind = weights_named(weights);
+  const Weights kind = stored_named(weights);
   const Argument from = borrow("packed", packed), which = borrow("rows", rows),
                  numbers = borrow("to", to);
-  expect_contiguous(from);
-  expect_shape(from, {packed_bytes(weights, isa, outputs, inputs, halves)});
+  expect_packed(from, weights, isa, outputs, inputs, halves);
   expect_dims(which, 1);
   const int64_t count = which.shape[0];
   expect_dense(which, DType::kInt64, {count}, which);
@@ -112,7 +177,7 @@ void unpack(const std::string& weights, const std::string& isa, py::handle packe
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < count; ++n) {
     const int64_t o = wanted[n] % half, h = wanted[n] / half;
-    kernels.unpack_row(kind, {from.data, outputs, inputs},
+    kernels.unpack_row(kind, {from.data, outputs, inputs, false},
                        (o / width * halves + h) * width + o % width,
                        numbers.as<char>() + n * inputs * numbers.item_size);
   }
@@ -122,7 +187,7 @@ void unpack(const std::string& weights, const std::string& isa, py::handle packe
 // none. Returns whether it could be made.
 int64_t screen_bytes(const std::string& weights, const std::string& isa, int64_t outputs,
                      int64_t inputs) {
-  return kernels_named(isa).screen_bytes(weights_named(weights), {nullptr, outputs, inputs});
+  return kernels_named(isa).screen_bytes(weights_named(weights), {nullptr, outputs, inputs, false});
 }
 
 bool pack_screen(const std::string& weights, const std::string& isa, py::handle packed,
@@ -139,7 +204,7 @@ bool pack_screen(const std::string& weights, const std::string& isa, py::handle 
   int64_t failed = 0;
 #pragma omp parallel for schedule(static) reduction(+ : failed)
   for (int64_t p = 0; p < panels; ++p)
-    failed += !kernels.pack_screen(kind, {from.data, outputs, inputs}, p, to.as<char>());
+    failed += !kernels.pack_screen(kind, {from.data, outputs, inputs, false}, p, to.as<char>());
   return !failed;
 }
 
@@ -419,12 +484,13 @@ class BoundPass {
     return norm;
   }
 
-  // (packed, outputs, inputs, bias or None).
+  // (packed, how it is stored, outputs, inputs, bias or None).
   LinearWeights linear(py::handle from) {
-    const auto [packed, outputs, inputs, bias] =
-        from.cast<std::tuple<py::object, int64_t, int64_t, py::object>>();
+    const auto [packed, stored, outputs, inputs, bias] =
+        from.cast<std::tuple<py::object, std::string, int64_t, int64_t, py::object>>();
     LinearWeights weights;
-    weights.packed = {take("packed", packed).data, outputs, inputs};
+    weights.packed = {take("packed", packed).data, outputs, inputs,
+                      stored_named(stored) == Weights::kCodedBFloat16};
     if (bias.is_none()) return weights;
     const Argument b = take("bias", bias);
     expect_dense(b, number_, {outputs}, b);
@@ -452,8 +518,8 @@ class BoundPass {
       if (begin.as<int32_t>()[p] % 2)
         refuse("an adapter's first input is odd; expected an even one");
     }
-    weights.a = {down.data, rank, weights.packed.inputs};
-    weights.b = {up.data, outputs, inputs};
+    weights.a = {down.data, rank, weights.packed.inputs, false};
+    weights.b = {up.data, outputs, inputs, false};
     weights.first = begin.as<int32_t>();
   }
 
@@ -533,6 +599,8 @@ void define_layers(py::module_& m) {
   m.def("layer_isa", &layer_isa);
   m.def("packed_bytes", &packed_bytes);
   m.def("pack", &pack);
+  m.def("coded_bytes", &coded_bytes);
+  m.def("code", &code);
   m.def("unpack", &unpack);
   m.def("screen_bytes", &screen_bytes);
   m.def("pack_screen", &pack_screen);

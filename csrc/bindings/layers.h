@@ -15,6 +15,11 @@ inline Weights weights_named(const std::string& name) {
   return static_cast<Weights>(one_of("weights", name, kNames));
 }
 
+// The same, or how a matrix in bfloat16 may be stored besides.
+inline Weights stored_named(const std::string& name) {
+  return name == "coded_bfloat16" ? Weights::kCodedBFloat16 : weights_named(name);
+}
+
 inline const Kernels& kernels_named(const std::string& isa) {
   if (isa.empty()) return layer_kernels();
   if (const Kernels* kernels = layer_kernels(isa.c_str())) return *kernels;
@@ -32,9 +37,12 @@ inline DType number_of(Weights kind) {
   return kind == Weights::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
-// Bytes of a packed matrix; `halves` is 2 where gates and ups take turns.
+// Bytes of a packed matrix; `halves` is 2 where gates and ups take turns. Coded ones have more.
 int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t outputs,
                      int64_t inputs, int64_t halves);
+// Refuses what has not as many bytes, coded: fewer.
+void expect_packed(const Argument& packed, const std::string& weights, const std::string& isa,
+                   int64_t outputs, int64_t inputs, int64_t halves);
 
 // Rows (layers_ops.h) of trees that come one after the other.
 class TreeRows {

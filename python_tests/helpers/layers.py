@@ -19,6 +19,7 @@ def runs_here(isa: str) -> bool:
         return False
 
 
+needs_codes = pytest.mark.skipif(not runs_here("avx512_bf16"), reason="no codes here")
 needs_screens = pytest.mark.skipif(not runs_here("avx512_bf16"), reason="no screens here")
 ISAS = [
     pytest.param(isa, marks=pytest.mark.skipif(not runs_here(isa), reason=f"no {isa} here"))

@@ -34,10 +34,10 @@ class Loop:
         self.tables = packed.tables(slots)
 
     def linear(self, layer: tuple, x, norm: tuple | None = None, **options):
-        data, outputs, _, bias = layer
+        data, stored, outputs, _, bias = layer
         normed = self.norm(norm) if norm else {}
         options |= {"isa": self.packed.isa, **normed}
-        return ops.packed_linear(x, data, self.packed.weights, outputs, bias, **options)
+        return ops.packed_linear(x, data, stored, outputs, bias, **options)
 
     def norm(self, norm: tuple) -> dict:
         kind, weight, bias, eps = norm
@@ -87,7 +87,13 @@ class Loop:
             h = self.branch(h, layer, "down", "after_mlp", middle)
         options = {"scale": plan.logit_scale, "softcap": plan.logit_softcap}
         packed = self.packed.head
-        head = packed.data, packed.outputs, packed.inputs, None  # no family's head has a bias
+        head = (
+            packed.data,
+            packed.weights,
+            packed.outputs,
+            packed.inputs,
+            None,
+        )  # no family's head has a bias
         logits = self.linear(head, h, self.packed.norm, epilogue="logits", **options)
         return logits.view(*tokens.shape, -1)
 

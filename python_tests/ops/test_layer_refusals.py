@@ -70,7 +70,7 @@ WRONG = [
     ("embed_rows", "tokens", value(torch.tensor([0, -1])), "token is -1; expected 0 to 8"),
     ("embed_rows", "table", to_int, "table has dtype int32"),
     ("embed_rows", "table", short, "table has shape"),
-    ("embed_rows", "table", lambda x: x.flatten(), "packed has shape"),
+    ("embed_rows", "table", lambda x: x.flatten(), "table has shape"),
     ("embed_rows", "positions", value(None), "positions is missing"),
     ("embed_rows", "positions", value(torch.tensor([0, 2])), "position is 2; expected 0 to 1"),
     ("embed_rows", "position_table", half, "position_table has dtype float16"),

@@ -53,7 +53,8 @@ struct ForwardPass::Worker {
       if (!alone) barrier.wait();
       stage.adapter = {noise.count, noise.index, low, weights.a.outputs, weights.b, weights.first};
     }
-    kernels.linear(pass.kind, stage, t, threads, scratch);
+    const Weights kind = stage.weights.coded ? Weights::kCodedBFloat16 : pass.kind;
+    kernels.linear(kind, stage, t, threads, scratch);
   }
 
   // A x of some of the noise rows of a stage.

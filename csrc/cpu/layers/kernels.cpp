@@ -25,6 +25,15 @@ auto with_panels(Weights kind, F f) {
   }
 }
 
+// The same for matrices that may be coded.
+template <typename F>
+auto with_stored(Weights kind, F f) {
+#if defined(__AVX512BF16__)
+  if (kind == Weights::kCodedBFloat16) return f(CodedBFloats{});
+#endif
+  return with_panels(kind, f);
+}
+
 // f(S{}) for the type that keys and values are stored in.
 template <typename F>
 auto with_cache(Weights kind, F f) {
@@ -37,7 +46,7 @@ auto with_cache(Weights kind, F f) {
 }
 
 int64_t panel_bytes_of(Weights kind, int64_t inputs) {
-  return with_panels(kind, [&](auto panels) { return decltype(panels)::bytes(inputs); });
+  return with_stored(kind, [&](auto panels) { return decltype(panels)::bytes(inputs); });
 }
 
 void pack_rows(Weights kind, const Unpacked& source, void* to) {
@@ -45,7 +54,7 @@ void pack_rows(Weights kind, const Unpacked& source, void* to) {
 }
 
 void unpack_row(Weights kind, const Packed& from, int64_t row, void* to) {
-  with_panels(kind, [&](auto panels) {
+  with_stored(kind, [&](auto panels) {
     using P = decltype(panels);
     unpack<P>(from, row, static_cast<typename P::Sum*>(to));
   });
@@ -56,8 +65,16 @@ void embed_rows(Weights kind, const Embed& stage, int t, int threads) {
 }
 
 void linear_rows(Weights kind, const Linear& stage, int t, int threads, Scratch& scratch) {
-  with_panels(kind, [&](auto panels) { linear<decltype(panels)>(stage, t, threads, scratch); });
+  with_stored(kind, [&](auto panels) { linear<decltype(panels)>(stage, t, threads, scratch); });
 }
+
+#if defined(__AVX512BF16__)
+constexpr auto count_others = count_other_pairs;
+constexpr auto code = code_panel;
+#else
+constexpr int64_t (*count_others)(const void*, int64_t) = nullptr;
+constexpr void (*code)(const void*, int64_t, char*, uint32_t*) = nullptr;
+#endif
 
 #if defined(__AVX512VNNI__)
 // f(P{}) for panels that can be screened, else `otherwise`.
@@ -136,11 +153,11 @@ void move_slot(Weights kind, const Cache& cache, const Heads& heads, int64_t bat
 
 }  // namespace
 
-const Kernels kernels = {MSN_TEXT(MSN_ISA), kWeightWidth,      WeightBFloats::kPairs,
-                         panel_bytes_of,    pack_rows,         unpack_row,
-                         embed_rows,        linear_rows,       screen_bytes_of,
-                         pack_screen_panel, largest_rows,      narrow_linear_rows,
-                         add_norm_rows,     rotary_write_rows, attention_rows,
-                         move_slot};
+const Kernels kernels = {
+    MSN_TEXT(MSN_ISA), kWeightWidth,       WeightBFloats::kPairs, panel_bytes_of,
+    pack_rows,         unpack_row,         count_others,          code,
+    embed_rows,        linear_rows,        screen_bytes_of,       pack_screen_panel,
+    largest_rows,      narrow_linear_rows, add_norm_rows,         rotary_write_rows,
+    attention_rows,    move_slot};
 
 }  // namespace msn::MSN_ISA

@@ -2,6 +2,7 @@
 // activation).
 #pragma once
 #include "cpu/drafting/best_guesses.h"
+#include "cpu/layers/coded.h"
 #include "cpu/layers/functions.h"
 #include "cpu/layers/kernels.h"
 #include "cpu/layers/panels.h"
@@ -181,7 +182,8 @@ struct After {
 // ---- noise rows
 // ------------------------------------------------------------------------------------
 
-// How an adapter's panels are stored: as the weights are, those beside int8 as bfloat16.
+// How an adapter's panels are stored: as the weights are, those beside int8 and beside codes as
+// bfloat16.
 template <typename P>
 struct AdapterPanels {
   using Of = P;
@@ -190,6 +192,12 @@ template <int kOutputs>
 struct AdapterPanels<Int8s<kOutputs>> {
   using Of = WeightBFloats;
 };
+#if defined(__AVX512BF16__)
+template <>
+struct AdapterPanels<CodedBFloats> {
+  using Of = WeightBFloats;
+};
+#endif
 
 // B (A x), a panel of outputs of all noise rows at a time.
 template <typename P>
@@ -266,13 +274,17 @@ void linear(const Linear& stage, int t, int threads, Scratch& scratch) {
     const int count = output + kWidth <= outputs ? kWidth : static_cast<int>(outputs - output);
     for (int i = 0; i < together; ++i, panel += bytes) {
       noise.multiply(p * together + i);
-      multiply_rows<P>(in.x, in.stride, rows, panel, inputs, panel + together * bytes, tiles[i],
-                       kWidth, [&](int64_t first, int64_t many) {
-                         noise.add(tiles[i], first, many);
-                         if (gated) return;
-                         for (int64_t r = first; r < first + many; ++r)
-                           after(tiles[0] + r * kWidth, r, output, count);
-                       });
+      const auto each = [&](int64_t first, int64_t many) {
+        noise.add(tiles[i], first, many);
+        if (gated) return;
+        for (int64_t r = first; r < first + many; ++r)
+          after(tiles[0] + r * kWidth, r, output, count);
+      };
+      if constexpr (kIsCoded<P>)
+        multiply_coded(in.x, in.stride, rows, panel, inputs, tiles[i], kWidth, each);
+      else
+        multiply_rows<P>(in.x, in.stride, rows, panel, inputs, panel + together * bytes, tiles[i],
+                         kWidth, each);
     }
     if (!gated) continue;
     for (int64_t r = 0; r < rows; ++r)

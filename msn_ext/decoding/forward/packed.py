@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,14 @@ from .plan import Layer, Linear, Norm, Plan
 WEIGHTS = "float64", "float32", "bfloat16", "float16", "int8"
 """How weights may be stored. Everything else is float64 for the first, float32 for the others."""
 CACHE_DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
+CODED = "coded_bfloat16"
+"""How layers' matrices in bfloat16 are stored where the kernels have it: in twelve bits a number,
+of which each comes back as it was (csrc/cpu/layers/coded.h)."""
+WORTH_CODING = 0.9
+"""The largest part of a matrix's bytes that it may have then."""
 ALIGNMENT = 64
+HUGE = 2 << 20
+"""Bytes of a large page."""
 SCREENED = 1 << 20
 """Weights of the smallest head that is screened: less of them stay in cache."""
 
@@ -33,7 +41,7 @@ class PackedLinear:
     Attributes:
         data: uint8, its panels.
         halves: 2 where panels of gates and of ups take turns, else 1.
-        weights, isa: how they are packed.
+        weights, isa: how they are packed: one of ``WEIGHTS``, or ``CODED``.
     """
 
     data: Tensor
@@ -73,22 +81,46 @@ def pack(
         _C.packed_bytes(weights, isa, linear.outputs, linear.inputs, half)
         for linear, half in zip(linears, halves)
     ]
-    starts = [0]
-    for size in sizes:
-        starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
-    memory = aligned(starts[-1])
     packed = []
-    for linear, half, start, size in zip(linears, halves, starts, sizes):
-        data = memory[start : start + size]
+    for linear, half, data in zip(linears, halves, pieces(sizes)):
         _C.pack(weights, isa, [weight.detach() for weight in linear.weights], half, data)
         packed.append(PackedLinear(data, linear.outputs, linear.inputs, half, weights, isa))
     return packed
 
 
+def coded(packed: list[PackedLinear]) -> list[PackedLinear]:
+    """Store packed linear layers as :data:`CODED` where that pays."""
+    sizes = []
+    for one in packed:
+        size = 0
+        if one.weights == "bfloat16":
+            size = _C.coded_bytes(one.isa, one.data, one.outputs, one.inputs, one.halves)
+        sizes.append(size if 0 < size <= WORTH_CODING * one.data.nbytes else one.data.nbytes)
+    if all(size == one.data.nbytes for size, one in zip(sizes, packed)):
+        return packed
+    stored = []
+    for one, data in zip(packed, pieces(sizes)):
+        if data.nbytes == one.data.nbytes:
+            stored.append(replace(one, data=data.copy_(one.data)))
+        else:
+            _C.code(one.isa, one.data, one.outputs, one.inputs, one.halves, data)
+            stored.append(replace(one, data=data, weights=CODED))
+    return stored
+
+
+def pieces(sizes: Sequence[int]) -> list[Tensor]:
+    """Return uint8 tensors of one piece of memory, one after the other, aligned."""
+    starts = [0]
+    for size in sizes:
+        starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
+    memory = aligned(starts[-1])
+    return [memory[start : start + size] for start, size in zip(starts, sizes)]
+
+
 def packed_one_by_one(plan: Plan, weights: str, isa: str) -> Iterator[list[PackedLinear]]:
     """Pack the linear layers of each layer, then the head."""
     for layer in plan.layers:
-        yield pack(weights, isa, *linears(layer))
+        yield coded(pack(weights, isa, *linears(layer)))
     yield pack(weights, isa, (plan.head,))
 
 
@@ -169,7 +201,7 @@ class PackedPlan:
         bias = None
         if linear.biases:
             bias = torch.cat([self._number(piece) for piece in linear.biases])
-        return packed.data, packed.outputs, packed.inputs, bias
+        return packed.data, packed.weights, packed.outputs, packed.inputs, bias
 
     def _layer(self, layer: Layer, panels: list[PackedLinear]) -> dict:
         """Return what ``_C.ForwardPass.add_layer`` takes."""
@@ -232,10 +264,19 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def aligned(size: int) -> Tensor:
-    """Return uint8 [size] that begins at a multiple of ``ALIGNMENT``.
+    """Return uint8 [size] that begins at a multiple of ``ALIGNMENT``, or of ``HUGE`` where it is as
+    large: the system is asked for such pages, as a pass reads more than there are entries for small
+    ones.
 
     It comes from the system, not from the allocator, which would fill up with holes while packed
     weights take the place of dense ones.
     """
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8, count=size)
+    huge = size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE")
+    room = size + HUGE if huge else size  # what is not touched takes no memory
+    memory = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    new = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -new.data_ptr() % HUGE if huge else 0
+    if huge:
+        with suppress(OSError):  # a kernel without; its end lies in small pages, which take no more
+            memory.madvise(mmap.MADV_HUGEPAGE, begin, size)
+    return new[begin : begin + size]

@@ -15,7 +15,7 @@ from msn_ext import _C
 
 from .families import check, plan_for
 from .modules import Modules
-from .packed import PackedLinear, PackedPlan, linears, pack
+from .packed import PackedLinear, PackedPlan, coded, linears, pack
 from .packed_weight import PackedWeight, placeholders
 from .plan import Linear, NoPlan, Plan
 
@@ -116,6 +116,8 @@ def pack_in_place(model: PreTrainedModel, weights: str, dtype: torch.dtype) -> N
     while todo:
         its, halves = todo.pop(0)
         panels.append(pack(weights, isa, its, halves))
+        if todo:  # the head, which is last, is looked up by rows
+            panels[-1] = coded(panels[-1])
         del its  # the last that holds them
         for packed, of_linear in zip(panels[-1], parts.pop(0)):
             for part in of_linear:

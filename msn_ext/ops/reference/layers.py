@@ -20,12 +20,15 @@ STORED = {
     "float16": torch.float16,
 }
 INT8_BLOCK = 32
+CODED_BLOCK = 256
 
 
 def unpack_weights(packed, weights, outputs, inputs, halves=1, isa=""):
     """Return what :func:`msn_ext.ops.pack_weights` stored, [outputs, inputs] of float64."""
     width = _C.layer_isa(isa)["width"]
     panels = -(-outputs // halves // width) * halves
+    if weights == "coded_bfloat16":
+        packed, weights = decoded(packed, panels, inputs, width), "bfloat16"
     packed = packed.view(panels, -1)
     if weights == "int8":
         blocks = -(-inputs // INT8_BLOCK)
@@ -42,6 +45,29 @@ def unpack_weights(packed, weights, outputs, inputs, halves=1, isa=""):
         of_panel = packed.view(STORED[weights]).view(panels, inputs, width).double()
     rows = of_panel.transpose(1, 2).reshape(-1, halves, width, inputs)  # panels take turns
     return rows.transpose(0, 1).flatten(1, 2)[:, : outputs // halves].flatten(0, 1)
+
+
+def decoded(packed, panels, inputs, width):
+    """Return the panels of "bfloat16" that "coded_bfloat16" stand for."""
+    blocks = [
+        min(inputs - begin, CODED_BLOCK) // 2 for begin in range(0, inputs, CODED_BLOCK)
+    ]  # steps of each
+    numbers, at = [], 0
+    for steps in blocks * panels:
+        header, begin = packed[at : at + 64], at + 64
+        of_step = packed[begin : begin + steps * 3 * width].view(steps, 3 * width).int()
+        signs_fractions, codes = of_step[:, : 2 * width], of_step[:, 2 * width :]
+        codes = torch.cat([codes & 15, codes >> 4], 1)
+        exponents = header[:32].view(torch.uint16).int()
+        of_block = (signs_fractions & 0x80) << 8 | signs_fractions & 0x7F
+        of_block = (of_block | exponents[codes]).unflatten(1, (width, 2))
+        other = (codes == 15).unflatten(1, (width, 2)).any(2)
+        behind = at + int(header[48:52].view(torch.int32))
+        pairs = packed[behind : behind + 4 * int(other.sum())].view(torch.uint16).int()
+        of_block[other] = pairs.view(-1, 2)
+        numbers.append(of_block.flatten())
+        at = begin + steps * 3 * width
+    return torch.cat(numbers).to(torch.uint16).view(torch.uint8)
 
 
 def to_int16(rows):
@@ -83,7 +109,7 @@ def packed_linear(
     halves = 2 if epilogue == "gate" else 1
     rows = x.double() if pick is None else x.double()[pick]
     rows = normed(rows, norm, norm_weight, norm_bias, eps).to(x.dtype)
-    if weights == "bfloat16" and _C.layer_isa(isa)["rounds_to_bfloat16"]:
+    if weights in ("bfloat16", "coded_bfloat16") and _C.layer_isa(isa)["rounds_to_bfloat16"]:
         rows = rows.bfloat16()
     elif weights == "int8":
         rows = to_int16(rows)
