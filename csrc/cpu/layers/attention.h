@@ -218,21 +218,34 @@ struct AttentionBlock {
         multiply_rows<P>(scores, stride, count, P::at(panel, base), prefix - base,
                          P::at(panel, base), sums + j * kCacheWidth, padded,
                          [](int64_t, int64_t) {});
-      for (int64_t i = 0; i < count; ++i) add_path(i, panel, sums + i * padded + j * kCacheWidth);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t j = 0;
+      for (; j + 4 <= cache.value_panels(); j += 4) add_path<4>(i, j);
+      for (; j < cache.value_panels(); ++j) add_path<1>(i, j);
     }
   }
 
-  void add_path(int64_t i, const char* panel, T* to) {
-    const int64_t n = row_of(i), length = path_length(n);
-    Vec<T> sum[P::kVectors], value[P::kVectors];
-    for (int v = 0; v < P::kVectors; ++v) sum[v] = load(to + v * kLanes);
+  // Of several panels at once, since one sum would wait for itself.
+  template <int kPanels>
+  void add_path(int64_t i, int64_t first) {
+    const int64_t n = row_of(i), length = path_length(n), bytes = P::bytes(cache.slots);
+    const T* weights = scores + i * stride + prefix - base;
+    T* to = sums + i * padded + first * kCacheWidth;
+    Vec<T> sum[kPanels][P::kVectors], value[P::kVectors];
+    for (int p = 0; p < kPanels; ++p)
+      for (int v = 0; v < P::kVectors; ++v) sum[p][v] = load(to + p * kCacheWidth + v * kLanes);
     for (int64_t j = 0; j < length; ++j) {
-      const T weight = scores[i * stride + prefix - base + j];
       const int64_t slot = prefix + path_of(n)[j], g = slot % P::kGroup;
-      P::expand(P::at(panel, slot - g), static_cast<int>(g), value);
-      for (int v = 0; v < P::kVectors; ++v) sum[v] = fused(splat(weight), value[v], sum[v]);
+      const char* from = P::at(cache.value_panel(first), slot - g);
+      const Vec<T> weight = splat(weights[j]);
+      for (int p = 0; p < kPanels; ++p, from += bytes) {
+        P::expand(from, static_cast<int>(g), value);
+        for (int v = 0; v < P::kVectors; ++v) sum[p][v] = fused(weight, value[v], sum[p][v]);
+      }
     }
-    for (int v = 0; v < P::kVectors; ++v) store(to + v * kLanes, sum[v]);
+    for (int p = 0; p < kPanels; ++p)
+      for (int v = 0; v < P::kVectors; ++v) store(to + p * kCacheWidth + v * kLanes, sum[p][v]);
   }
 };
 
