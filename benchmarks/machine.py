@@ -87,5 +87,9 @@ def git_commit() -> str:
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    if "model name" not in facts:
+        return platform.processor()
+    # A virtual machine's name is short of what tells a generation.
+    family = facts.get("cpu family")
+    return facts["model name"] + (f", family {family}, model {facts['model']}" if family else "")

@@ -4,6 +4,7 @@ reads from memory and multiplies in registers, measured in the same run.
     python benchmarks/native.py --output native.jsonl            # the demo model
     python benchmarks/native.py --shape 1b --weights bfloat16    # a larger one, random weights
     python benchmarks/native.py --contexts                       # a step's growth with the text
+    python benchmarks/native.py --weights bfloat16,bfloat16-plain   # in 12 bits, and in 16
 
 A pass is the whole of it, norms, attention to a short text and waiting for each other included, not
 its linear layers alone. Rows take turns, and the fastest of several rounds counts, on both sides:
@@ -31,7 +32,7 @@ from msn_ext.decoding.forward.native import NativeForward
 from msn_ext.decoding.forward.packed import PackedPlan
 
 ROWS = 1, 2, 4, 6, 8, 12, 16, 24, 32, 64
-WEIGHTS = "float32", "bfloat16", "float16", "int8"
+WEIGHTS = "float32", "bfloat16", "bfloat16-plain", "float16", "int8"
 CONTEXTS = 32, 256, 1024, 4096, 8000
 TEXT, ROUNDS = 16, 15
 
@@ -143,14 +144,15 @@ def main() -> None:
     threads = torch.get_num_threads()
     results, peak, bandwidth = Results(options.output), peaks(threads), ReadBandwidth(threads)
     header = conditions(model, "native.py", sys.argv[1:]) | dict(cpu=cpu_name())
-    for weights in options.weights.split(","):
-        packed = PackedPlan(plan_for(model), weights)
+    for name in options.weights.split(","):
+        weights = name.removesuffix("-plain")
+        packed = PackedPlan(plan_for(model), weights, codes=weights == name)
         if options.contexts:
             rows = by_context(packed, model.to(getattr(torch, weights)))
             columns = dict(weights=("weights", 1), context=("context", 1), ms=("seconds", 1e3))
             columns |= {"growth, ms": ("growth", 1e3), "SDPA's, ms": ("sdpa_growth", 1e3)}
         else:
-            rows = by_rows(packed, bandwidth, peak[weights])
+            rows = [row | dict(weights=name) for row in by_rows(packed, bandwidth, peak[weights])]
             columns = dict(weights=("weights", 1), rows=("rows", 1), ms=("seconds", 1e3))
             columns |= {"over one": ("over_one", 1), "% of read": ("of_bandwidth", 100)}
             columns |= {"% of peak": ("of_peak", 100)}

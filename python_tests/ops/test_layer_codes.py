@@ -153,7 +153,7 @@ class TestWhereItPays:
         several = [self.linear(few_others(64, 570))]
         assert coded(several) is several
 
-    def test_passes_are_the_same(self, monkeypatch):
+    def test_passes_are_the_same(self):
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=64,
@@ -165,11 +165,10 @@ class TestWhereItPays:
         )
         model = LlamaForCausalLM(config).eval().bfloat16()
         logits = []
-        for most in (packing.WORTH_CODING, 0):
-            monkeypatch.setattr(packing, "WORTH_CODING", most)
-            plan = PackedPlan(plan_for(model), "bfloat16", ISA)
+        for codes in (True, False):
+            plan = PackedPlan(plan_for(model), "bfloat16", ISA, codes=codes)
             kinds = {layer[name][1] for layer in plan.layers for name in ("qkv", "out", "down")}
-            assert kinds == {CODED if most else "bfloat16"}
+            assert kinds == {CODED if codes else "bfloat16"}
             ids, at = torch.arange(30)[None], torch.tensor([0])
             logits.append(NativeForward(plan, 1).read(ids, ids, at, 30))
         assert_equal(logits[:1], logits[1:])

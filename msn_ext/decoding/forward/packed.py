@@ -117,10 +117,13 @@ def pieces(sizes: Sequence[int]) -> list[Tensor]:
     return [memory[start : start + size] for start, size in zip(starts, sizes)]
 
 
-def packed_one_by_one(plan: Plan, weights: str, isa: str) -> Iterator[list[PackedLinear]]:
+def packed_one_by_one(
+    plan: Plan, weights: str, isa: str, codes: bool = True
+) -> Iterator[list[PackedLinear]]:
     """Pack the linear layers of each layer, then the head."""
     for layer in plan.layers:
-        yield coded(pack(weights, isa, *linears(layer)))
+        packed = pack(weights, isa, *linears(layer))
+        yield coded(packed) if codes else packed
     yield pack(weights, isa, (plan.head,))
 
 
@@ -132,6 +135,7 @@ class PackedPlan:
         weights: one of ``WEIGHTS``.
         isa: the instruction set to pack for; empty: the best one here, or what ``MSN_ISA`` names.
         panels: the linear layers of each layer, then the head, where they were packed before.
+        codes: whether layers may be :data:`CODED`.
     """
 
     def __init__(
@@ -140,12 +144,13 @@ class PackedPlan:
         weights: str,
         isa: str = "",
         panels: Iterable[list[PackedLinear]] | None = None,
+        codes: bool = True,
     ):
         self.plan, self.weights = plan, weights
         self.isa: str = _C.layer_isa(isa)["name"]
         self.dtype = sums(weights)
         self.cache_dtype = CACHE_DTYPES.get(weights, torch.bfloat16)
-        *of_layers, (self.head,) = panels or packed_one_by_one(plan, weights, self.isa)
+        *of_layers, (self.head,) = panels or packed_one_by_one(plan, weights, self.isa, codes)
         self.layers = [self._layer(*layer) for layer in zip(plan.layers, of_layers)]
         self.screen = self._screen()
         self.norm = self._norm(plan.norm)
