@@ -35,9 +35,12 @@ int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t
   expect_range("inputs", inputs, 1, int64_t{1} << 30);
   expect_range("outputs", outputs, halves, int64_t{1} << 30);
   const Weights kind = stored_named(weights);
-  if (kind == Weights::kCodedBFloat16 && (!kernels.code || inputs % kCodedInputs))
-    refuse("weights is 'coded_bfloat16', which ", kernels.isa, " has not, or not of ", inputs,
-           " inputs");
+  if (kind == Weights::kCodedBFloat16) {
+    if (!kernels.code) refuse("weights is 'coded_bfloat16', which ", kernels.isa, " has not");
+    if (inputs % kCodedInputs)
+      refuse("inputs is ", inputs, "; expected a multiple of ", kCodedInputs,
+             " for 'coded_bfloat16'");
+  }
   return halves * padded_to(outputs / halves, kernels.width) / kernels.width *
          kernels.panel_bytes(kind, inputs);
 }
@@ -72,7 +75,8 @@ int64_t panels_of(const Kernels& kernels, int64_t outputs, int64_t halves) {
   return halves * padded_to(outputs / halves, kernels.width) / kernels.width;
 }
 
-// Bytes of a packed matrix in bfloat16 once it is coded; 0: it cannot be.
+// Bytes of a packed matrix in bfloat16 once it is coded; 0: it cannot be, or a block could not
+// reach its other pairs.
 int64_t coded_bytes(const std::string& isa, py::handle packed, int64_t outputs, int64_t inputs,
                     int64_t halves) {
   const Kernels& kernels = kernels_named(isa);
@@ -92,8 +96,10 @@ void code(const std::string& isa, py::handle packed, int64_t outputs, int64_t in
   const Kernels& kernels = kernels_named(isa);
   const Argument from = borrow("packed", packed), to = borrow("coded", coded);
   expect_packed(from, "bfloat16", isa, outputs, inputs, halves);
+  const int64_t size = coded_bytes(isa, packed, outputs, inputs, halves);
+  if (!size) refuse("packed cannot be coded");
   expect_contiguous(to);
-  expect_shape(to, {coded_bytes(isa, packed, outputs, inputs, halves)});
+  expect_shape(to, {size});
   const int64_t panels = panels_of(kernels, outputs, halves);
   const int64_t plain = kernels.panel_bytes(Weights::kBFloat16, inputs);
   const int64_t bytes = kernels.panel_bytes(Weights::kCodedBFloat16, inputs);
