@@ -152,11 +152,12 @@ def main() -> None:
             columns = dict(weights=("weights", 1), context=("context", 1), ms=("seconds", 1e3))
             columns |= {"growth, ms": ("growth", 1e3), "SDPA's, ms": ("sdpa_growth", 1e3)}
         else:
-            rows = [row | dict(weights=name) for row in by_rows(packed, bandwidth, peak[weights])]
+            rows = by_rows(packed, bandwidth, peak[weights])
             columns = dict(weights=("weights", 1), rows=("rows", 1), ms=("seconds", 1e3))
             columns |= {"over one": ("over_one", 1), "% of read": ("of_bandwidth", 100)}
             columns |= {"% of peak": ("of_peak", 100)}
             print(f"\n{packed.isa}: reads {rows[0]['read'] / 1e9:.1f} GB/s, {peak[weights]} GMAC/s")
+        rows = [row | dict(weights=name) for row in rows]
         for row in rows:
             results.save(header, row)
         show(rows, columns)

@@ -27,6 +27,10 @@ namespace {
 
 int64_t padded_to(int64_t count, int64_t width) { return (count + width - 1) / width * width; }
 
+int64_t panels_of(const Kernels& kernels, int64_t outputs, int64_t halves) {
+  return halves * padded_to(outputs / halves, kernels.width) / kernels.width;
+}
+
 }  // namespace
 
 int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t outputs,
@@ -41,8 +45,7 @@ int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t
       refuse("inputs is ", inputs, "; expected a multiple of ", kCodedInputs,
              " for 'coded_bfloat16'");
   }
-  return halves * padded_to(outputs / halves, kernels.width) / kernels.width *
-         kernels.panel_bytes(kind, inputs);
+  return panels_of(kernels, outputs, halves) * kernels.panel_bytes(kind, inputs);
 }
 
 void expect_packed(const Argument& packed, const std::string& weights, const std::string& isa,
@@ -69,10 +72,6 @@ std::vector<int64_t> other_pairs(const Kernels& kernels, const char* packed, int
     begin[p + 1] = kernels.count_other_pairs(packed + p * bytes, inputs);
   for (int64_t p = 0; p < panels; ++p) begin[p + 1] += begin[p];
   return begin;
-}
-
-int64_t panels_of(const Kernels& kernels, int64_t outputs, int64_t halves) {
-  return halves * padded_to(outputs / halves, kernels.width) / kernels.width;
 }
 
 // Bytes of a packed matrix in bfloat16 once it is coded; 0: it cannot be, or a block could not
@@ -183,7 +182,7 @@ void unpack(const std::string& weights, const std::string& isa, py::handle packe
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < count; ++n) {
     const int64_t o = wanted[n] % half, h = wanted[n] / half;
-    kernels.unpack_row(kind, {from.data, outputs, inputs, false},
+    kernels.unpack_row(kind, {from.data, outputs, inputs},
                        (o / width * halves + h) * width + o % width,
                        numbers.as<char>() + n * inputs * numbers.item_size);
   }
@@ -193,7 +192,7 @@ void unpack(const std::string& weights, const std::string& isa, py::handle packe
 // none. Returns whether it could be made.
 int64_t screen_bytes(const std::string& weights, const std::string& isa, int64_t outputs,
                      int64_t inputs) {
-  return kernels_named(isa).screen_bytes(weights_named(weights), {nullptr, outputs, inputs, false});
+  return kernels_named(isa).screen_bytes(weights_named(weights), {nullptr, outputs, inputs});
 }
 
 bool pack_screen(const std::string& weights, const std::string& isa, py::handle packed,
@@ -210,7 +209,7 @@ bool pack_screen(const std::string& weights, const std::string& isa, py::handle 
   int64_t failed = 0;
 #pragma omp parallel for schedule(static) reduction(+ : failed)
   for (int64_t p = 0; p < panels; ++p)
-    failed += !kernels.pack_screen(kind, {from.data, outputs, inputs, false}, p, to.as<char>());
+    failed += !kernels.pack_screen(kind, {from.data, outputs, inputs}, p, to.as<char>());
   return !failed;
 }
 
@@ -524,8 +523,8 @@ class BoundPass {
       if (begin.as<int32_t>()[p] % 2)
         refuse("an adapter's first input is odd; expected an even one");
     }
-    weights.a = {down.data, rank, weights.packed.inputs, false};
-    weights.b = {up.data, outputs, inputs, false};
+    weights.a = {down.data, rank, weights.packed.inputs};
+    weights.b = {up.data, outputs, inputs};
     weights.first = begin.as<int32_t>();
   }
 

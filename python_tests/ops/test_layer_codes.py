@@ -4,9 +4,9 @@ and what is computed with them is what is computed with the packed ones, bit for
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.cases import assert_equal, seeded, threads
+from helpers.families import tiny_model
 from helpers.layers import needs_codes, normal, runs_here
 from msn_ext import _C, ops
 from msn_ext.decoding.forward import packed as packing
@@ -156,23 +156,14 @@ class TestWhereItPays:
         assert coded(several) is several
 
     def test_passes_are_the_same(self):
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-        model = LlamaForCausalLM(config).eval().bfloat16()
+        model = tiny_model("llama", 1).bfloat16()
         logits = []
         for codes in (True, False):
             plan = PackedPlan(plan_for(model), "bfloat16", ISA, codes=codes)
             kinds = {layer[name][1] for layer in plan.layers for name in ("qkv", "out", "down")}
             assert kinds == {CODED if codes else "bfloat16"}
-            ids, at = torch.arange(30)[None], torch.tensor([0])
-            logits.append(NativeForward(plan, 1).read(ids, ids, at, 30))
+            ids, at = torch.arange(20)[None], torch.tensor([0])
+            logits.append(NativeForward(plan, 1).read(ids, ids, at, 20))
         assert_equal(logits[:1], logits[1:])
 
 

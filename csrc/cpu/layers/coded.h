@@ -162,7 +162,7 @@ struct CodedBlock {
     const __m512i other =
         _mm512_movm_epi16(_mm512_cmpeq_epi16_mask(code, _mm512_set1_epi16(kOtherCode)));
     const __mmask16 which = _mm512_test_epi32_mask(other, other);
-    // Not the instruction that loads only what it needs: it takes as long as a hundred others.
+    // From a register: loading as many pairs as are wanted is slow on some processors.
     w = _mm512_mask_expand_epi32(w, which, _mm512_loadu_si512(others));
     others += __builtin_popcount(which);
     return w;
