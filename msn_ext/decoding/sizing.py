@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import accumulate
+from math import sqrt
 
 from torch import Tensor
 
@@ -19,6 +20,10 @@ NEWEST = 0.1  # what a step counts at least against those of its size before
 DRIFT = 0.05  # and against those of the other sizes: all get slower where the machine does
 FORGET = 0.99  # what is left of the steps that a size was seen in, after one of another size
 DOUBT = 0.1  # how much faster a size may be than the one step that it was seen in
+LESSON = 0.1
+"""Tokens that a tree of one node is worth for later steps, since what the model says at every node
+is remembered; one of n nodes, the square root of n times as much. Fitted to whole answers: without
+it, trees stay small where little is known, and so does what is known."""
 OUTLIER = 2.0  # a step that took so many times what was expected counts as one that took just that
 
 
@@ -127,9 +132,9 @@ def _along(points: list[tuple[int, float]], x: float) -> float:
 class TreeSizer:
     """Chooses the size of the next tree, and learns from what came of the ones before.
 
-    The expected gain of a tree is the sum of its nodes' probabilities. Whether they hold for this
-    model and text is learned from what was accepted: the guesses' share is scaled by accepted over
-    expected.
+    The expected gain of a tree is the sum of its nodes' probabilities, and what later steps learn
+    from it (:data:`LESSON`). Whether the probabilities hold for this model and text is learned from
+    what was accepted: the guesses' share is scaled by accepted over expected.
 
     Args:
         times: of a step.
@@ -159,7 +164,8 @@ class TreeSizer:
         self._size = max(
             (size for size in sizes if size <= len(expected)),
             key=lambda size: (
-                (1 + trust * expected[size - 1]) / self._times.at_best(self._rows * size)
+                (1 + trust * (expected[size - 1] + LESSON * sqrt(size)))
+                / self._times.at_best(self._rows * size)
             ),
         )
         return self._size

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.drafters import passes
 from msn_ext.decoding import BestFirst
-from msn_ext.decoding.sizing import SIZES, StepTimes, TreeSizer
+from msn_ext.decoding.sizing import LESSON, SIZES, StepTimes, TreeSizer
 
 
 def test_the_size_follows_the_time_of_a_step():
@@ -65,13 +65,19 @@ def test_the_budget_is_the_best_rate_and_trusts_what_came_true():
     times = StepTimes({1: 1.0, 101: 2.0}, "cpu")
     expected = [min(2.0, 0.2 * n) for n in range(SIZES[-1])]
     sizer = TreeSizer(times, rows=1)
-    rate = {n: (1 + expected[n - 1]) / times(n) for n in SIZES}
+    rate = {n: (1 + expected[n - 1] + LESSON * math.sqrt(n)) / times(n) for n in SIZES}
     assert sizer.choose(expected) == max(SIZES, key=rate.get) == 12
     for _ in range(400):
         sizer.observe(12, 2.0, 0.0, 1.0)  # nothing ever comes true
     assert sizer.choose(expected) == 1
     assert TreeSizer(times, rows=64).choose(expected) == 1, "a large batch has no time to spare"
     assert TreeSizer(times, rows=1).choose(expected[:1]) == 1
+
+
+def test_a_larger_tree_is_worth_what_is_learned_from_it():
+    """Where nothing is known, a tree of one node would learn least and stay."""
+    nearly_free = StepTimes({1: 1.0, 8: 1.02, 16: 1.3}, "cpu")
+    assert TreeSizer(nearly_free, rows=1).choose([0.001 * n for n in range(64)]) == 8
 
 
 def test_trees_grow_from_step_to_step():
@@ -106,8 +112,9 @@ GAINS = {  # guesses that are accepted, by guesses
 @pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
 def test_the_best_budget_is_found_within_ten_steps(curve, gain, noise, device):
     """Without a measured curve: from then on the rate is within 10 % of the best fixed budget's,
-    retries of other sizes included.
+    retries of other sizes included, and what later steps learn from a tree.
     """
+    worth = {n: 1 + gain(n - 1) + LESSON * math.sqrt(n) for n in SIZES}
     generator, sizer = random.Random(0), TreeSizer(StepTimes(None, device), rows=1)
     chosen = []
     for step in range(74):
@@ -117,9 +124,9 @@ def test_the_best_budget_is_found_within_ten_steps(curve, gain, noise, device):
         seconds = curve(nodes) * generator.uniform(1 - noise, 1 + noise) / 1e3
         warm_up = 0.2 if step == 0 else 0.0
         sizer.observe(nodes, expected[nodes - 1], expected[nodes - 1], seconds + warm_up)
-    best = max((1 + gain(n - 1)) / curve(n) for n in SIZES)
+    best = max(worth[n] / curve(n) for n in SIZES)
     for later in (chosen[10:42], chosen[42:]):
-        rate = sum(1 + gain(n - 1) for n in later) / sum(curve(n) for n in later)
+        rate = sum(worth[n] for n in later) / sum(curve(n) for n in later)
         assert rate > 0.9 * best, chosen
 
 
