@@ -46,13 +46,15 @@ struct HeadCache {
   template <typename T>
   void write_key(int64_t slot, const T* key) const {
     char* panel = key_panel(slot);
-    for (int64_t d = 0; d < size; ++d)
-      narrow(key[d], place(P{}, panel, d, static_cast<int>(slot % kCacheWidth)));
+    each_stored(key, [&](int64_t d, S number) {
+      *place(P{}, panel, d, static_cast<int>(slot % kCacheWidth)) = number;
+    });
   }
   template <typename T>
   void write_value(int64_t slot, const T* value) const {
-    for (int64_t d = 0; d < size; ++d)
-      narrow(value[d], place(P{}, value_panel(d / kCacheWidth), slot, d % kCacheWidth));
+    each_stored(value, [&](int64_t d, S number) {
+      *place(P{}, value_panel(d / kCacheWidth), slot, d % kCacheWidth) = number;
+    });
   }
   void move(int64_t from, int64_t to) const {
     for (int64_t d = 0; d < size; ++d) {
@@ -61,6 +63,22 @@ struct HeadCache {
           *place(P{}, key_panel(from), d, static_cast<int>(from % kCacheWidth));
       *place(P{}, value_panel(d / kCacheWidth), to, o) =
           *place(P{}, value_panel(d / kCacheWidth), from, o);
+    }
+  }
+
+ private:
+  // f(d, number) of a head's numbers as they are stored, rounded some at once.
+  template <typename T, typename F>
+  void each_stored(const T* from, F f) const {
+    S rounded[kCacheWidth];
+    int64_t d = 0;
+    for (; d + kCacheWidth <= size; d += kCacheWidth) {
+      for (int i = 0; i < kCacheWidth; ++i) narrow(from[d + i], rounded + i);
+      for (int i = 0; i < kCacheWidth; ++i) f(d + i, rounded[i]);
+    }
+    for (; d < size; ++d) {
+      narrow(from[d], rounded);
+      f(d, rounded[0]);
     }
   }
 };
@@ -73,7 +91,15 @@ void rotate(const RotaryWrite& stage, int64_t position, T* x) {
   const int64_t half = stage.turned / 2;
   const T* cosines = static_cast<const T*>(stage.cosines) + position * half;
   const T* sines = static_cast<const T*>(stage.sines) + position * half;
-  for (int64_t i = 0; i < half; ++i) {
+  constexpr int kLanes = Vector<T>::size;
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vec<T> a = load(x + i), b = load(x + i + half);
+    const Vec<T> cosine = load(cosines + i), sine = load(sines + i);
+    store(x + i, a * cosine - b * sine);
+    store(x + i + half, b * cosine + a * sine);
+  }
+  for (; i < half; ++i) {
     const T a = x[i], b = x[i + half];
     x[i] = a * cosines[i] - b * sines[i];
     x[i + half] = b * cosines[i] + a * sines[i];
@@ -126,6 +152,7 @@ struct AttentionBlock {
   using T = typename P::Sum;
   static constexpr int kLanes = Vector<T>::size;
   static constexpr int kRows = 2 * kRowsFor<P>;
+  static constexpr int64_t kAnyLength = int64_t{1} << 62;
 
   const CachedAttention& stage;
   const HeadCache<S>& cache;
@@ -137,6 +164,7 @@ struct AttentionBlock {
   int64_t padded = cache.value_panels() * kCacheWidth;
   int64_t starts[kRows] = {};           // logical position where a row's window begins
   int64_t base = prefix, end = prefix;  // slots that scores are computed for
+  int64_t common = kAnyLength;          // nodes that all paths begin with: 0, 1, ...
   int64_t stride = 0;                   // of scores
   T *queries = nullptr, *scores = nullptr, *sums = nullptr;
 
@@ -150,8 +178,12 @@ struct AttentionBlock {
       const int64_t n = row_of(i), length = path_length(n), next = prefix + length;
       starts[i] = stage.window > 0 && next > stage.window ? next - stage.window : 0;
       base = starts[i] < base ? starts[i] : base;
-      const int64_t last = prefix + path_of(n)[length - 1] + 1;
+      const int64_t* path = path_of(n);
+      const int64_t last = prefix + path[length - 1] + 1;
       end = last > end ? last : end;
+      // A path only rises.
+      common = length < common ? length : common;
+      while (common && path[common - 1] != common - 1) --common;
     }
     base -= base % kCacheWidth;
     stride = (end - base + kCacheWidth - 1) / kCacheWidth * kCacheWidth;
@@ -209,15 +241,15 @@ struct AttentionBlock {
     return sum_of<T>(total);
   }
 
+  // What all rows attend to at once, then what is left of each one's path: the same sums.
   void add_values() {
-    if (prefix == base)
+    const int64_t known = prefix - base + common;
+    if (!known)
       for (int64_t i = 0; i < count * padded; ++i) sums[i] = 0;
-    for (int64_t j = 0; j < cache.value_panels(); ++j) {
-      const char* panel = cache.value_panel(j);
-      if (prefix > base)
-        multiply_rows<P>(scores, stride, count, P::at(panel, base), prefix - base,
-                         P::at(panel, base), sums + j * kCacheWidth, padded,
-                         [](int64_t, int64_t) {});
+    for (int64_t j = 0; known && j < cache.value_panels(); ++j) {
+      const char* panel = P::at(cache.value_panel(j), base);
+      multiply_rows<P>(scores, stride, count, panel, known, panel, sums + j * kCacheWidth, padded,
+                       [](int64_t, int64_t) {});
     }
     for (int64_t i = 0; i < count; ++i) {
       int64_t j = 0;
@@ -235,7 +267,7 @@ struct AttentionBlock {
     Vec<T> sum[kPanels][P::kVectors], value[P::kVectors];
     for (int p = 0; p < kPanels; ++p)
       for (int v = 0; v < P::kVectors; ++v) sum[p][v] = load(to + p * kCacheWidth + v * kLanes);
-    for (int64_t j = 0; j < length; ++j) {
+    for (int64_t j = common; j < length; ++j) {
       const int64_t slot = prefix + path_of(n)[j], g = slot % P::kGroup;
       const char* from = P::at(cache.value_panel(first), slot - g);
       const Vec<T> weight = splat(weights[j]);
