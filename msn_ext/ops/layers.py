@@ -28,7 +28,7 @@ def pack_weights(weight: Tensor, weights: str, *, halves: int = 1, isa: str = ""
     Args:
         weight: [outputs, inputs], float16, bfloat16, float32 or float64, on the CPU.
         weights: how they are stored: "float64", "float32", "bfloat16", "float16" or "int8" (in
-            blocks of 32 inputs, each with a scale in bfloat16); or "coded_bfloat16", which is
+            blocks of 64 inputs, each with a scale in bfloat16); or "coded_bfloat16", which is
             bfloat16 in twelve bits a number, each of them whole, for multiples of 8 inputs with
             "avx512_bf16".
         halves: 2: the first half of the outputs are gates, the second ups, for "gate".
@@ -89,7 +89,7 @@ def packed_linear(
         x: [R, inputs].
         packed: uint8, what :func:`pack_weights` made of [outputs, inputs].
         weights: as there. With "avx512_bf16" and "bfloat16", coded or not, norm(x) is rounded to
-            bfloat16; with "int8" to multiples of 1/32767 of the largest number of its block of 32.
+            bfloat16; with "int8" to multiples of 1/32767 of the largest number of its block of 64.
         bias: [outputs] or None.
         norm: "none", "rms" (``norm_weight * x / sqrt(mean(x^2) + eps)``) or "layer" (of x - mean).
         norm_weight, norm_bias: [inputs]; the bias may be None.

@@ -57,8 +57,8 @@ def sum_bound(x: np.ndarray, w: np.ndarray, weights: str, isa: str, norm: str) -
     if norm != "none" and rounds_inputs(weights, isa):
         bound += 2.0**-8 * np.abs(x) @ np.abs(w).T
     if weights == "int8":
-        blocks = np.pad(np.abs(x), ((0, 0), (0, -inputs % 32))).reshape(len(x), -1, 32)
-        steps = np.repeat(blocks.max(-1), 32, axis=1)[:, :inputs] / 32767
+        blocks = np.pad(np.abs(x), ((0, 0), (0, -inputs % 64))).reshape(len(x), -1, 64)
+        steps = np.repeat(blocks.max(-1), 64, axis=1)[:, :inputs] / 32767
         bound += 1.1 * steps @ np.abs(w).T
     return bound + unit
 

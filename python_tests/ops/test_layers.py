@@ -266,7 +266,7 @@ def calls(draw) -> Call:
         draw(st.sampled_from([isa for isa in ALL_ISAS if runs_here(isa)])),
         draw(st.integers(1, 70)),
         draw(st.integers(1, 70)) * (2 if epilogue == "gate" else 1),
-        draw(st.sampled_from([1, 2, 31, 32, 33, 257, 300])),
+        draw(st.sampled_from([1, 2, 31, 32, 33, 63, 65, 257, 300])),
         draw(st.booleans()),
         draw(st.sampled_from(["none", "rms", "layer"])),
         epilogue,

@@ -20,7 +20,7 @@ constexpr int kWeightWidth = 16, kMaxRows = 6;
 constexpr int kWeightWidth = 16, kMaxRows = 2;
 #endif
 constexpr int kSumBlock = 256;
-constexpr int kInt8Block = 32;
+constexpr int kInt8Block = 64;
 
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 

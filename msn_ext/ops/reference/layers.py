@@ -19,7 +19,7 @@ STORED = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-INT8_BLOCK = 32
+INT8_BLOCK = 64
 CODED_BLOCK = 256
 
 

@@ -16,28 +16,28 @@ def rounded(x: np.ndarray, weights: str) -> np.ndarray:
 
 
 def int8_row(row: np.ndarray) -> np.ndarray:
-    """A row of weights in blocks of 32, each number the nearest of 255 multiples of its scale."""
+    """A row of weights in blocks of 64, each number the nearest of 255 multiples of its scale."""
     stored = np.zeros(len(row))
-    for begin in range(0, len(row), 32):
-        block = row[begin : begin + 32].astype(np.float32)
+    for begin in range(0, len(row), 64):
+        block = row[begin : begin + 64].astype(np.float32)
         most = float(np.abs(block).max())
         if most == 0:
             continue
         fraction, exponent = math.frexp(most / 127)
         scale = math.ldexp(math.ceil(fraction * 256) / 256, exponent)
-        stored[begin : begin + 32] = np.rint(block / np.float32(scale)).astype(np.float64) * scale
+        stored[begin : begin + 64] = np.rint(block / np.float32(scale)).astype(np.float64) * scale
     return stored
 
 
 def int16_row(row: np.ndarray) -> np.ndarray:
-    """A row that meets int8 weights, in blocks of 32: 65535 steps from minus to plus its largest
+    """A row that meets int8 weights, in blocks of 64: 65535 steps from minus to plus its largest
     number.
     """
     out = np.zeros(len(row))
-    for begin in range(0, len(row), 32):
-        block = row[begin : begin + 32]
+    for begin in range(0, len(row), 64):
+        block = row[begin : begin + 64]
         step = float(np.abs(block).max()) / 32767
-        out[begin : begin + 32] = np.rint(block / step) * step if step else 0.0
+        out[begin : begin + 64] = np.rint(block / step) * step if step else 0.0
     return out
 
 
