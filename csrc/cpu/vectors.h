@@ -122,6 +122,21 @@ inline void narrow(float x, Half* to) {
   to->bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
 }
 
+// A vector of numbers: the same, from memory to memory.
+template <typename T, typename S>
+inline void narrow_vector(const T* from, S* to) {
+  for (int i = 0; i < Vector<T>::size; ++i) narrow(from[i], to + i);
+}
+inline void narrow_vector(const float* from, BFloat16* to) {
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  const Vec<float> x = load(from);
+  const Words bits = bit_cast<Words>(x), none = Words{} + 0x7fc0u;
+  const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Halves halves = __builtin_convertvector(x != x ? none : rounded, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
 // Vector<float>::size halfs.
 inline Vec<float> widen_halfs(const Half* from) {
 #if defined(__AVX512F__)

@@ -183,4 +183,5 @@ def expected_accepts(probability: Tensor) -> list[float]:
     """Return how many guesses are expected to be accepted of the first n + 1 nodes, by n: the mean
     over the rows of ``probability`` [B, N]. Waits for the device.
     """
-    return (probability.mean(0).cumsum(0) - 1).tolist()
+    mean = probability[0] if len(probability) == 1 else probability.mean(0)
+    return list(accumulate(mean.tolist(), initial=-1.0))[1:]

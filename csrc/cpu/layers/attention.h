@@ -67,18 +67,19 @@ struct HeadCache {
   }
 
  private:
-  // f(d, number) of a head's numbers as they are stored, rounded some at once.
+  // f(d, number) of a head's numbers as they are stored.
   template <typename T, typename F>
   void each_stored(const T* from, F f) const {
-    S rounded[kCacheWidth];
+    constexpr int kLanes = Vector<T>::size;
+    S stored[kLanes];
     int64_t d = 0;
-    for (; d + kCacheWidth <= size; d += kCacheWidth) {
-      for (int i = 0; i < kCacheWidth; ++i) narrow(from[d + i], rounded + i);
-      for (int i = 0; i < kCacheWidth; ++i) f(d + i, rounded[i]);
+    for (; d + kLanes <= size; d += kLanes) {
+      narrow_vector(from + d, stored);
+      for (int i = 0; i < kLanes; ++i) f(d + i, stored[i]);
     }
     for (; d < size; ++d) {
-      narrow(from[d], rounded);
-      f(d, rounded[0]);
+      narrow(from[d], stored);
+      f(d, stored[0]);
     }
   }
 };

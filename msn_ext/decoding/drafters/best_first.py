@@ -122,7 +122,7 @@ class BestFirst:
         self._reported: list[float] | None = None  # expected_accepts of the last report
         self.draft = None
         self._accepted: Tensor | None = None  # accept lengths of the draft, once it was verified
-        self._lengths: Tensor | None = None  # lengths of the texts that it was proposed for
+        self._lengths: Tensor | None = None  # of the texts that it was proposed for, if several
 
     def _lay_out_tables(self, batch: int, vocabulary: int, device: torch.device) -> None:
         """Make the tables for these rows and tokens, or empty the ones that are there."""
@@ -253,8 +253,8 @@ class BestFirst:
                 growing = torch.ones_like(lengths, dtype=torch.bool)
             else:
                 growing = lengths > self._lengths
-            self._growing = growing | ~growing.any()
-        self._began, self._lengths, self._accepted = now, lengths.clone(), None
+            self._growing, self._lengths = growing | ~growing.any(), lengths.clone()
+        self._began, self._accepted = now, None
 
     # Sizes, where steps are captured: the next tree's by the last report, which is one step late.
 
