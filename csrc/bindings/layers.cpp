@@ -220,9 +220,9 @@ void release_freed() {
 #endif
 }
 
-// A hash of every 64th line of 64 bytes of contiguous tensors.
+// A hash of every 64th line of 64 bytes of contiguous tensors. Each word meets all before it: a sum
+// of products would miss weights whose signs have changed.
 uint64_t sample_hash(const py::list& tensors) {
-  constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
   uint64_t hash = 0;
   for (const py::handle object : tensors) {
     const Argument tensor = borrow("tensors", object);
@@ -233,14 +233,12 @@ uint64_t sample_hash(const py::list& tensors) {
     constexpr int64_t kStep = 64 * 64, kAhead = 16 * kStep;  // each line is a page of its own
     for (int64_t line = 0; line < bytes; line += kStep) {
       __builtin_prefetch(from + line + kAhead);
-      uint64_t sum = 0, odd = kGolden;  // so that no product waits for another
-      for (int64_t at = line; at < std::min(line + 64, bytes); at += 8, odd += 2 * kGolden) {
+      for (int64_t at = line; at < std::min(line + 64, bytes); at += 8) {
         uint64_t word = 0;
         std::memcpy(&word, from + at, std::min<int64_t>(8, bytes - at));
-        sum += word * odd;
+        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+        hash ^= hash >> 29;
       }
-      hash = (hash ^ sum) * kGolden;
-      hash ^= hash >> 29;
     }
   }
   return hash;
