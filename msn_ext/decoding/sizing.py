@@ -20,11 +20,11 @@ NEWEST = 0.1  # what a step counts at least against those of its size before
 DRIFT = 0.05  # and against those of the other sizes: all get slower where the machine does
 FORGET = 0.99  # what is left of the steps that a size was seen in, after one of another size
 DOUBT = 0.1  # how much faster a size may be than the one step that it was seen in
+OUTLIER = 2.0  # a step that took so many times what was expected counts as one that took just that
 LESSON = 0.1
 """Tokens that a tree of one node is worth for later steps, since what the model says at every node
 is remembered; one of n nodes, the square root of n times as much. Fitted to whole answers: without
 it, trees stay small where little is known, and so does what is known."""
-OUTLIER = 2.0  # a step that took so many times what was expected counts as one that took just that
 
 
 def reach_of(size: int) -> int:

@@ -153,7 +153,6 @@ struct AttentionBlock {
   using T = typename P::Sum;
   static constexpr int kLanes = Vector<T>::size;
   static constexpr int kRows = 2 * kRowsFor<P>;
-  static constexpr int64_t kAnyLength = int64_t{1} << 62;
 
   const CachedAttention& stage;
   const HeadCache<S>& cache;
@@ -163,10 +162,10 @@ struct AttentionBlock {
   const Heads& heads = stage.heads;
   int64_t size = heads.size, group = heads.query / heads.kv, prefix = rows.prefix[tree];
   int64_t padded = cache.value_panels() * kCacheWidth;
-  int64_t starts[kRows] = {};           // logical position where a row's window begins
-  int64_t base = prefix, end = prefix;  // slots that scores are computed for
-  int64_t common = kAnyLength;          // nodes that all paths begin with: 0, 1, ...
-  int64_t stride = 0;                   // of scores
+  int64_t starts[kRows] = {};               // logical position where a row's window begins
+  int64_t base = prefix, end = prefix;      // slots that scores are computed for
+  int64_t stride = 0;                       // of scores
+  int64_t common = path_length(row_of(0));  // nodes that all paths begin with: 0, 1, ...
   T *queries = nullptr, *scores = nullptr, *sums = nullptr;
 
   int64_t row_of(int64_t i) const { return first_node + (first_row + i) / group; }
@@ -182,7 +181,7 @@ struct AttentionBlock {
       const int64_t* path = path_of(n);
       const int64_t last = prefix + path[length - 1] + 1;
       end = last > end ? last : end;
-      // A path only rises.
+      // A path only rises: what ends in n - 1 after n nodes began with 0.
       common = length < common ? length : common;
       while (common && path[common - 1] != common - 1) --common;
     }
