@@ -2,8 +2,10 @@
 
     OMP_NUM_THREADS=2 python benchmarks/overhead.py --json out.jsonl
     python benchmarks/overhead.py --draft auto
+    python benchmarks/overhead.py --engine native --logits bfloat16
 
-The real loop, decoder and drafter run on the demo model's vocabulary. The forward pass is a record:
+With ``--engine native`` the demo model decodes, and its passes' own seconds are left out. Else the
+real loop, decoder and drafter run on the demo model's vocabulary. The forward pass is a record:
 the model's logits after every token of one greedy text, given for the nodes that lie on that text,
 and for the others those of some other place; so drafts are accepted about as often as with the
 model. Its time is left out. Microseconds a step, median and 90 % quantile over the steps of ROUNDS
@@ -23,7 +25,16 @@ import torch
 from common import Results, conditions, load_model
 
 from msn_ext import ops
-from msn_ext.decoding import BestFirst, Request, decode, decoder, loop
+from msn_ext.decoding import (
+    BestFirst,
+    DraftTree,
+    Request,
+    TreeDrafter,
+    decode,
+    decoder,
+    loop,
+    native_steps,
+)
 from msn_ext.decoding.forward.protocol import Answers
 
 PROMPT = "Explain in a few sentences why the sky is blue, and why sunsets are red."
@@ -112,7 +123,7 @@ def record(model, tokenizer, tokens: int) -> tuple[int, torch.Tensor, torch.Tens
 def measure(model, start, text, logits, draft: str) -> tuple[list[dict], float]:
     """Return the seconds of the steps by part, and the mean accept length."""
     steps: list[dict] = []
-    drafter = BestFirst(None if draft == "auto" else int(draft))
+    drafter = drafter_of(draft)
     watch = Stopwatch()
     forward = Record(text, logits)
     forward.check, forward.commit = watch("forward", forward.check), watch("commit", forward.commit)
@@ -145,10 +156,48 @@ def measure(model, start, text, logits, draft: str) -> tuple[list[dict], float]:
     return steps[2:], accepts[1:].double().mean().item()
 
 
+def measure_native(model, start, text, draft: str) -> tuple[list[dict], float]:
+    """Return the seconds of the native engine's steps without and with their passes, and the mean
+    accept length.
+    """
+    steps, made = [], []
+
+    class Steps(native_steps.NativeSteps):
+        def __init__(self, *args, **texts):
+            super().__init__(*args, **texts)
+            made.append(self)
+
+    drafter = TreeDrafter(DraftTree.chain(1)) if draft == "none" else drafter_of(draft)
+    request = Request.greedy_unpadded(
+        model, text[None, :start].clone(), drafter, len(text) - start - 1, engine="native"
+    )
+    add, before = loop.Progress.add, [0.0, 0.0]
+
+    def end_of_step(progress, counts):
+        add(progress, counts)
+        passes, now = made[0].pass_seconds, time.perf_counter()
+        of_pass = passes - before[1]
+        whole = now - before[0]
+        steps.append({"total": whole - of_pass, "pass": of_pass})
+        before[:] = time.perf_counter(), passes
+
+    with (
+        mock.patch.object(decoder, "NativeSteps", Steps),
+        mock.patch.object(loop.Progress, "add", end_of_step),
+    ):
+        decoded = decode(request)
+    return steps[2:], decoded.accept_lengths()[0][1:].double().mean().item()
+
+
+def drafter_of(draft: str) -> BestFirst:
+    return BestFirst(None if draft == "auto" else int(draft))
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a folder or a name on the hub; the demo model without")
     parser.add_argument("--draft", default="8,auto", help="nodes, or auto; several by commas")
+    parser.add_argument("--engine", choices=("torch", "native"), default="torch")
     parser.add_argument("--tokens", type=int, default=384, help="of the recorded text")
     parser.add_argument("--logits", default="float32", help="dtype that they come in")
     parser.add_argument("--json", type=pathlib.Path, help="append the figures to this file")
@@ -162,22 +211,25 @@ def main(arguments: list[str]) -> None:
     start, text, logits = record(model, tokenizer, options.tokens)
     logits = logits.to(getattr(torch, options.logits))
     text[start:] = logits[start - 1 : -1].float().argmax(-1)  # rounded, others may be first
-    results = Results(options.json)
-    print(f"{'us a step':>22} {'total':>11}" + "".join(f"{part:>11}" for part in PARTS))
+    native, results = options.engine == "native", Results(options.json)
+    parts = ("total", "pass") if native else ("total", *PARTS)
+    if native:
+        model = model.to(logits.dtype)
+    print(f"{'us a step':>22}" + "".join(f"{part:>12}" for part in parts))
     for draft in options.draft.split(","):
         steps, accepts = [], 0.0
         for _ in range(ROUNDS):
-            some, accepts = measure(model, start, text, logits, draft)
+            if native:
+                some, accepts = measure_native(model, start, text, draft)
+            else:
+                some, accepts = measure(model, start, text, logits, draft)
             steps += some
-        row = dict(draft=draft, logits=options.logits, steps=len(steps), accept_length=accepts)
-        for part in ("total", *PARTS):
+        row = dict(engine=options.engine, draft=draft, logits=options.logits, steps=len(steps))
+        row |= dict(accept_length=accepts)
+        for part in parts:
             times = sorted(1e6 * step.get(part, 0.0) for step in steps)
             row[part] = dict(median=statistics.median(times), p90=times[int(0.9 * len(times))])
-        cells = (
-            f"{row[part]['median']:5.0f} {row[part]['p90']:5.0f}"
-            for part in row
-            if part in ("total", *PARTS)
-        )
+        cells = (f"{row[part]['median']:5.0f} {row[part]['p90']:5.0f}" for part in parts)
         print(
             f"{draft:>8} {options.logits:>8} {accepts:4.2f}" + "".join(map("{:>12}".format, cells))
         )

@@ -26,4 +26,11 @@ struct Tensor {
   }
 };
 
+// Of a dense one.
+inline int64_t bytes_of(const Tensor& t) {
+  int64_t bytes = t.item_size;
+  for (int i = 0; i < t.ndim; ++i) bytes *= t.shape[i];
+  return bytes;
+}
+
 }  // namespace msn

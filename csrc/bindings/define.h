@@ -19,6 +19,8 @@ void define_drafting(pybind11::module_& m);
 void define_noise(pybind11::module_& m);
 void define_fused(pybind11::module_& m);
 void define_layers(pybind11::module_& m);
+void define_forward_pass(pybind11::module_& m);
+void define_native_steps(pybind11::module_& m);
 void define_layer_ops(pybind11::module_& m);
 
 // Calls the op's backend of the device where `on` lies: on the CPU without the GIL, on CUDA on

@@ -44,6 +44,10 @@ int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t
 void expect_packed(const Argument& packed, const std::string& weights, const std::string& isa,
                    int64_t outputs, int64_t inputs, int64_t halves);
 
+// Bytes of the screen of a packed head (cpu/layers/screen.h); 0: there is none.
+int64_t screen_bytes(const std::string& weights, const std::string& isa, int64_t outputs,
+                     int64_t inputs);
+
 // Rows (layers_ops.h) of trees that come one after the other.
 class TreeRows {
  public:

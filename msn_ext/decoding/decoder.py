@@ -20,6 +20,7 @@ from .forward.packed import PackedPlan
 from .forward.protocol import Answers
 from .forward.transformers import TransformersForward
 from .grammars import FORCED, GrammarFollower
+from .native_steps import NativeSteps, can_draft
 from .outputs import Outputs
 from .past import KeysValues, reused_of
 from .processors import Texts, processed
@@ -149,6 +150,25 @@ class Decoder:
         self._recomputes = (
             self._boundary and self._config.model_type in RECOMPUTING and not bool(offsets.any())
         )
+        self._native_steps = self._steps_in_cpp()
+
+    def _steps_in_cpp(self) -> NativeSteps | None:
+        """Return what runs the steps of this request; None: they are run by ops."""
+        forward = self._pass
+        if not (isinstance(forward, NativeForward) and forward.verifies):
+            return None
+        if self._boundary or self._kept or not self._greedily or not can_draft(self.drafter):
+            return None
+        return NativeSteps(
+            forward,
+            self.drafter,
+            self._vocabulary,
+            history=self._history,
+            lengths=self._lengths,
+            remaining=self._remaining,
+            last_position=self._last_position,
+            ends=self._eos,
+        )
 
     def make_room(self) -> bool:
         """Give the cache more slots where the next step might not fit, after one whose result the
@@ -206,9 +226,14 @@ class Decoder:
         columns = torch.arange(slots, device=self._offsets.device)
         return (columns - self._offsets[:, None]).clamp(min=0).minimum(self._last_position[:, None])
 
-    @torch.no_grad()
     def step(self) -> PassResult:
         """Run a later pass: a tree after the cached prefix."""
+        if self._native_steps is not None:
+            return PassResult(*self._native_steps.step(self._last_root))
+        return self._step_by_ops()
+
+    @torch.no_grad()
+    def _step_by_ops(self) -> PassResult:
         if self._recomputes and self._last_root == self._boundary:
             return self._prefill(self._history[:, : self._last_root + 1], self._chain())
         wrong, depth = None, self.drafter.max_depth

@@ -86,7 +86,7 @@ class BestFirst:
         self.budget, self.max_depth, self.corpus = budget, max_depth, corpus
         self._sources = tuple(sources)
         self._factors = load_factors() if factors is None else factors
-        self._foresight, self._times = foresight, times
+        self.foresight, self._times = foresight, times
         self._depth, self._may_have_tails = max_depth, tails
         self._noise: Noise | None = None
         self.tails: NoiseTails | None = None
@@ -159,37 +159,41 @@ class BestFirst:
         nothing = torch.zeros(len(SUFFIXES), 0, dtype=torch.int32, device=device)
         return nothing[0], nothing
 
-    def _index(self, history: Tensor, lengths: Tensor) -> Suffix:
-        """Index the text so far."""
+    def _suffix_for(self, history: Tensor) -> Suffix:
+        """Return the index of these texts, an empty one where they are new."""
         room = history.shape[1] if "suffix" in self._sources else 0
         if self.suffix is None or self.suffix.room != room:
             self.allocations += 1
-            self.suffix = Suffix(len(lengths), room, history.device)
-        self.suffix.update(history, lengths)
+            self.suffix = Suffix(len(history), room, history.device)
         return self.suffix
 
     def first(self, history: Tensor, lengths: Tensor) -> Tensor:
         return self._opening.first(history, lengths)
 
     def propose(self, history: Tensor, lengths: Tensor) -> Draft:
-        if self._sizes_by_itself:
-            self._observe_last_step(lengths)
-        looked_at = reach_of(self._planned) if self._planned else self._sizer.reach
+        looked_at = self.look(lengths)
+        suffix = self._suffix_for(history)
+        suffix.update(history, lengths)
         tokens, parents, self.probability, self.sources = ops.draft_tree(
             history,
             lengths,
             self.denoised.guesses,
             self.adjacency.adjacency,
-            self._index(history, lengths).suffixes,
+            suffix.suffixes,
             *self._corpus_tables,
             self._factors if self.tails is None else self.tails.factors,
-            self._drafted(self.budget or looked_at),
+            looked_at,
             self._depth,
-            self._foresight,
+            self.foresight,
         )
         if self.corpus is not None:  # a damaged file may hold any number
             tokens.clamp_(max=self._vocabulary - 1)
-        nodes = self.budget or self._planned or self._choose_size(self.probability)
+        nodes = self.budget or self._planned
+        if not nodes:
+            one = len(self.probability) == 1
+            nodes = self.choose(
+                self._expected_of(self.probability if one else self.probability[self._growing])
+            )
         if self.tails is not None:
             drafted = tokens, parents, self.probability
             self.draft = self.tails.below(drafted, nodes, history, lengths)
@@ -215,8 +219,8 @@ class BestFirst:
         return drafted
 
     def observe(self, verified: Verified) -> None:
-        if verified.draft is self.draft and self._sizes_by_itself:
-            self._accepted = verified.accept_length
+        if verified.draft is self.draft:
+            self.count(verified.accept_length)
         guesses = verified.top_guesses()
         if self.tails is not None:
             self.tails.update(verified, guesses, self.denoised)
@@ -225,28 +229,66 @@ class BestFirst:
         if "adjacency" in self._sources:
             self.adjacency.update(verified, guesses)
 
+    # A step in parts, for who has his own ways to draft from the tables and to learn from a pass
+    # (:mod:`..native_steps`): look, draft, choose where there is no budget, check, count.
+
+    def tables(self, history: Tensor) -> dict[str, Tensor]:
+        """Return what :func:`msn_ext.ops.draft_tree` and the ops that fill its tables take for
+        these texts, but for tails.
+        """
+        suffix = self._suffix_for(history)
+        corpus, corpus_suffixes = self._corpus_tables
+        return dict(
+            denoised=self.denoised.guesses,
+            adjacency=self.adjacency.adjacency,
+            suffixes=suffix.suffixes,
+            indexed=suffix.indexed,
+            corpus=corpus,
+            corpus_suffixes=corpus_suffixes,
+            factors=self._factors,
+        )
+
+    def look(self, lengths: Tensor) -> int:
+        """Begin a step behind texts of these lengths: learn from the one before, and return how
+        many nodes, tails left out, to draft and to choose from.
+        """
+        if self._sizes_by_itself:
+            self._observe_last_step(lengths)
+        looked_at = reach_of(self._planned) if self._planned else self._sizer.reach
+        return self._drafted(self.budget or looked_at)
+
+    def growing_rows(self) -> list[int]:
+        """Return the rows whose expected gains decide on the size; none where it is fixed."""
+        if not self._sizes_by_itself:
+            return []
+        return [0] if self._lengths is None else self._growing.nonzero().flatten().tolist()
+
+    def choose(self, expected: list[float]) -> int:
+        """Return the nodes that give the most tokens per second, where ``expected[n]`` guesses are
+        accepted of n + 1 nodes.
+        """
+        self._size = self._sizer.choose(expected)
+        self._expected = expected[self._size - 1]
+        return self._size
+
+    def count(self, accept_length: Tensor) -> None:
+        """Take the accept lengths [B] of the tree that was drafted last."""
+        if self._sizes_by_itself:
+            self._accepted = accept_length
+
     # Sizes, where steps run one by one: each tree's by its own probabilities.
 
     @property
     def _sizes_by_itself(self) -> bool:
         return self.budget is None and self._planned is None
 
-    def _choose_size(self, probability: Tensor) -> int:
-        """Return the nodes that give the most tokens per second; waits for the device."""
-        expected = self._expected_of(
-            probability if len(probability) == 1 else probability[self._growing]
-        )
-        nodes = self._sizer.choose(expected)
-        self._expected = expected[nodes - 1]
-        return nodes
-
     def _observe_last_step(self, lengths: Tensor) -> None:
         """Learn from the step before: how long it took, what it gained, and which rows go on."""
         now = seconds()
-        if self.draft is not None and self._accepted is not None:
+        if self._accepted is not None:
             accepted = self._accepted if len(lengths) == 1 else self._accepted[self._growing]
             mean = sum(accepted.tolist()) / len(accepted)
-            self._sizer.observe(len(self.draft), self._expected, mean - 1, now - self._began)
+            self._sizer.observe(self._size, self._expected, mean - 1, now - self._began)
         if len(lengths) > 1:
             # A row that gained nothing has ended, and goes on only beside the others.
             if self._lengths is None:

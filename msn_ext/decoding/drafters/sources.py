@@ -79,22 +79,23 @@ class Suffix:
 
     Attributes:
         suffixes: int32 [B, 8, slots], as :func:`msn_ext.ops.index_suffixes` keeps it.
+        indexed: int64 [B], how many tokens of the text are in it.
     """
 
     def __init__(self, batch: int, room: int, device: torch.device):
         self.room = room
         slots = min(1 << max(room - 1, 0).bit_length(), 1 << 17) if room else 0
         self.suffixes = torch.zeros(batch, len(SUFFIXES), slots, dtype=torch.int32, device=device)
-        self._indexed = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.indexed = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def forget(self) -> None:
         self.suffixes.zero_()
-        self._indexed.zero_()
+        self.indexed.zero_()
 
     def update(self, history: Tensor, lengths: Tensor) -> None:
         """Index what the text has gained."""
-        ops.index_suffixes(self.suffixes, history, self._indexed, lengths)
-        self._indexed.copy_(lengths)
+        ops.index_suffixes(self.suffixes, history, self.indexed, lengths)
+        self.indexed.copy_(lengths)
 
 
 class NoiseTails:

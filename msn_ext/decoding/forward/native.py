@@ -32,6 +32,9 @@ class NativeForward:
         packed: the model's.
         batch: rows.
         noise: the model's gated adapter; None: it has none.
+
+    Attributes:
+        bound: the packed plan with this cache.
     """
 
     def __init__(self, packed: PackedPlan, batch: int, noise: NoiseAdapter | None = None):
@@ -47,11 +50,16 @@ class NativeForward:
         self._dtype = exact if is_exact else packed.cache_dtype
         self._batch, self._slots = batch, 0
         self._keys = self._values = torch.empty(0, device="cpu")
-        self._pass = packed.forward_pass()
+        self.bound = packed.forward_pass()
         if noise is not None:
-            self._pass.set_adapter(packed_adapter(packed, noise))
+            self.bound.set_adapter(packed_adapter(packed, noise))
         self._positions, self._passes, self._reads_logits = 0, 0, False
         self._offsets, self._padded = torch.zeros(batch, dtype=torch.int64, device="cpu"), False
+
+    @property
+    def verifies(self) -> bool:
+        """Whether a pass may verify greedily: its logits are float32."""
+        return self._packed.dtype == torch.float32
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +69,7 @@ class NativeForward:
         """Make room for so many slots a row, and tables for as many positions."""
         if slots > self._positions:
             for which, (cosines, sines) in enumerate(self._packed.tables(slots)):
-                self._pass.set_rotary(which, cosines, sines)
+                self.bound.set_rotary(which, cosines, sines)
             self._positions = max(slots, self._packed.rotary_positions)
         if slots <= self._slots:
             return
@@ -78,7 +86,7 @@ class NativeForward:
             of_panels = values.unflatten(-1, (panels, self._slots * width))
             of_panels[..., : old * width] = self._values.unflatten(-1, (panels, old * width))
         self._keys, self._values = keys, values
-        self._pass.set_cache(keys, values, self._batch, self._slots)
+        self.bound.set_cache(keys, values, self._batch, self._slots)
 
     def _logits(self, batch: int, rows: int) -> Tensor:
         shape = batch, rows, self._vocabulary
@@ -148,7 +156,7 @@ class NativeForward:
                 begin, end = count * part // parts, count * (part + 1) // parts
                 kept = max(0, end - max(begin, count - keep))
                 done = keep - (count - end) - kept
-                self._pass.read(
+                self.bound.read(
                     b,
                     tokens[begin:end],
                     at[begin:end],
@@ -158,6 +166,11 @@ class NativeForward:
                     torch.get_num_threads(),
                 )
         return logits
+
+    def begin_step(self, end: int) -> None:
+        """Make room for trees that end at slot ``end``."""
+        self._reserve(end)
+        self._passes += 1
 
     def check(
         self,
@@ -170,15 +183,15 @@ class NativeForward:
         tails: int = 0,
         parents: Tensor | None = None,
     ) -> Answers:
-        self._reserve(end)
+        self.begin_step(end)
         verified = shaped = logits = None
-        if parents is not None and self._packed.dtype == torch.float32:
+        if parents is not None and self.verifies:
             verified = new_verified_logits(tokens)
             shaped = parents.contiguous(), *verified
         if not verified or self._reads_logits or self._packed.screen is None:
             logits = self._logits(*tokens.shape)
         before = prefix - offsets if self._padded else prefix
-        self._pass.step(
+        self.bound.step(
             tokens.contiguous(),
             positions.contiguous(),
             ancestors.contiguous(),
@@ -188,9 +201,7 @@ class NativeForward:
             tails,
             torch.get_num_threads(),
         )
-        self._reads_logits = False
-        self._passes += 1
-        now = self._passes
+        self._reads_logits, now = False, self._passes
         return Answers(lambda: self._late(logits, tokens, now), verified)
 
     def _late(self, logits: Tensor | None, tokens: Tensor, number: int) -> Tensor:
@@ -205,9 +216,9 @@ class NativeForward:
                     " Verified.logits in observe()"
                 )
             logits = self._logits(*tokens.shape)
-            self._pass.logits(logits, torch.get_num_threads())
+            self.bound.logits(logits, torch.get_num_threads())
         return logits
 
     def commit(self, prefix: Tensor, path: Tensor, accepted: Tensor) -> None:
         before = prefix - self._offsets if self._padded else prefix
-        self._pass.commit(before, path, accepted)
+        self.bound.commit(before, path, accepted)

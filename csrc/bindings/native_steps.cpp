@@ -1,0 +1,251 @@
+// Steps as most calls on a CPU take them, best-first drafting (or none) and greedy verification, in
+// two calls: what msn_ext/decoding does for any drafter, model and request by an op at a time.
+// After a pass, which has read all weights, no cache has anything of Python or torch left, and
+// there each op costs several times what it does here. msn_ext/decoding/native_steps.py is its only
+// user.
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <optional>
+#include <vector>
+
+#include "best_first.h"
+#include "bindings/bound_pass.h"
+#include "bindings/define.h"
+#include "drafting_ops.h"
+
+namespace py = pybind11;
+
+namespace msn {
+
+namespace {
+
+// Room for a tensor that has another size in every step.
+template <typename T>
+class Room {
+ public:
+  Room() = default;
+  Room(DType dtype, int64_t most) : dtype_(dtype), numbers_(most) {}
+  T* data() { return numbers_.data(); }
+  Tensor shaped(std::initializer_list<int64_t> shape) {
+    Tensor t;
+    t.data = numbers_.data();
+    t.dtype = dtype_;
+    t.item_size = sizeof(T);
+    t.ndim = static_cast<int>(shape.size());
+    std::copy(shape.begin(), shape.end(), t.shape);
+    for (int64_t stride = 1, i = t.ndim - 1; i >= 0; stride *= t.shape[i--]) t.strides[i] = stride;
+    return t;
+  }
+
+ private:
+  DType dtype_ = DType::kOther;
+  std::vector<T> numbers_;
+};
+
+class NativeSteps {
+ public:
+  // `text`: history int64 [B, C] and lengths, remaining, last_position int64 [B], ends int64 [E],
+  // as ops.place_tree and ops.advance_text take them; gained int64 [B, 256], status int64 [3, B]
+  // and accept_length int64 [B], which are written. `known`: the tables that ops.draft_tree takes,
+  // and indexed int64 [B], the start of ops.index_suffixes; None: no guesses. All of it is kept
+  // alive.
+  NativeSteps(BoundPass& pass, const py::dict& text, const std::optional<py::dict>& known,
+              int64_t vocabulary, int64_t max_depth, double foresight)
+      : pass_(pass), text_(text), known_(known), vocabulary_(vocabulary) {
+    if (pass.number() != DType::kFloat32) refuse("only logits in float32 are verified");
+    expect_range("the vocabulary", pass.vocabulary(), 1, kMaxVocabulary);
+    expect_range("vocabulary", vocabulary, 1, INT64_MAX);
+    history_ = take(text, "history");
+    expect_dims(history_, 2);
+    expect_dense(history_, DType::kInt64, {history_.shape[0], history_.shape[1]}, history_);
+    batch_ = history_.shape[0];
+    lengths_ = dense(text, "lengths", DType::kInt64, {batch_});
+    remaining_ = dense(text, "remaining", DType::kInt64, {batch_});
+    last_position_ = dense(text, "last_position", DType::kInt64, {batch_});
+    ends_ = take(text, "ends");
+    expect_dense(ends_, DType::kInt64, {ends_.shape[0]}, history_);
+    gained_ = dense(text, "gained", DType::kInt64, {batch_, kMaxNodes});
+    status_ = dense(text, "status", DType::kInt64, {3, batch_});
+    accept_length_ = dense(text, "accept_length", DType::kInt64, {batch_});
+    for (Room<int64_t>* room : {&tokens_, &positions_, &targets_, &path_, &continuation_})
+      *room = Room<int64_t>(DType::kInt64, batch_ * kMaxNodes);
+    for (Room<int64_t>* room : {&prefix_, &offsets_, &bonus_})
+      *room = Room<int64_t>(DType::kInt64, batch_);
+    ancestors_ = Room<uint64_t>(DType::kInt64, batch_ * kMaxNodes * words_for(kMaxNodes));
+    for (Room<int32_t>* room : {&parents_, &depth_, &sources_})
+      *room = Room<int32_t>(DType::kInt32, batch_ * kMaxNodes);
+    guesses_ = Room<int32_t>(DType::kInt32, batch_ * kMaxNodes * kGuesses);
+    probability_ = Room<double>(DType::kFloat64, batch_ * kMaxNodes);
+    std::fill_n(parents_.data(), batch_, -1);  // roots alone
+    if (known) bind(*known, max_depth, foresight);
+  }
+
+  // Drafts trees of `nodes` nodes, and returns how many guesses are expected to be accepted of the
+  // first n + 1 of them, by n: the mean over `rows`; nothing where there are none.
+  std::vector<double> draft(int64_t nodes, const std::vector<int64_t>& rows) {
+    if (!known_) refuse("there is nothing to draft from");
+    expect_range("nodes", nodes, 1, kMaxNodes);
+    for (const int64_t row : rows) expect_range("row", row, 0, batch_ - 1);
+    if (index_.suffixes.shape[2]) index_.on_cpu();
+    std::copy_n(lengths_.as<int64_t>(), batch_, indexed_.as<int64_t>());
+    drafted_ = nodes;
+    tree_.tokens = tokens_.shaped({batch_, nodes});
+    tree_.parents = parents_.shaped({batch_, nodes});
+    tree_.probability = probability_.shaped({batch_, nodes});
+    tree_.sources = sources_.shaped({batch_, nodes});
+    tree_.on_cpu();
+    if (rows.empty()) return {};
+    std::vector<double> expected(nodes);
+    double sum = -1.0;
+    for (int64_t n = 0; n < nodes; ++n) {
+      double total = 0;
+      for (const int64_t row : rows) total += probability_.data()[row * nodes + n];
+      expected[n] = sum += total / static_cast<double>(rows.size());
+    }
+    return expected;
+  }
+
+  // Checks the first `nodes` of the trees that were drafted, commits what is accepted, learns from
+  // it and appends it to the texts.
+  void check(int64_t nodes, int threads) {
+    expect_range("nodes", nodes, 1, drafted_);
+    keep_first(nodes);
+    const Tensor tokens = tokens_.shaped({batch_, nodes}), depth = depth_.shaped({batch_, nodes});
+    const Tensor parents = parents_.shaped({batch_, nodes}), path = path_.shaped({batch_, nodes});
+    const Tensor prefix = prefix_.shaped({batch_}), targets = targets_.shaped({batch_, nodes});
+    const Tensor guesses = guesses_.shaped({batch_, nodes, kGuesses});
+    const Tensor continuation = continuation_.shaped({batch_, nodes});
+    const Tensor positions = positions_.shaped({batch_, nodes});
+    const Tensor ancestors = ancestors_.shaped({batch_, nodes, words_for(static_cast<int>(nodes))});
+    TreeAncestors{parents, ancestors, depth}.on_cpu();
+    PlaceTree{tokens,      history_,  lengths_, offsets_.shaped({batch_}), last_position_, depth,
+              vocabulary_, positions, prefix}
+        .on_cpu();
+    const Trees trees{batch_, nodes,         tokens_.data(), positions_.data(), ancestors_.data(),
+                      false,  prefix_.data()};
+    float* logits = logits_for(nodes);
+    const auto begin = std::chrono::steady_clock::now();
+    pass_.check(trees, 0, logits, guesses_.data(), threads);
+    pass_seconds_ +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    VerifyLogits verify;
+    verify.tokens = tokens;
+    verify.parents = parents;
+    verify.guesses = guesses;
+    verify.targets = targets;
+    verify.accept_length = accept_length_;
+    verify.path = path;
+    verify.bonus = bonus_.shaped({batch_});
+    verify.continuation = continuation;
+    verify.from_guesses_on_cpu();
+    for (int64_t b = 0; b < batch_; ++b)
+      pass_.commit(b, prefix_.data()[b], path_.data() + b * nodes, accept_length_.as<int64_t>()[b]);
+    if (known_) {
+      KeepContinuation{tree_.denoised, guesses, continuation}.on_cpu();
+      if (tree_.adjacency.shape[1])
+        RememberGuesses{tree_.adjacency, history_, lengths_, tokens, parents, path, guesses}
+            .on_cpu();
+    }
+    AdvanceText{history_,       lengths_, remaining_,         targets, path,
+                accept_length_, ends_,    pass_.vocabulary(), gained_, status_}
+        .on_cpu();
+    for (int64_t b = batch_ - 1; b > 0; --b) {  // each row's to where it is expected
+      const int64_t* from = gained_.as<int64_t>() + b * nodes;
+      std::copy_backward(from, from + nodes, gained_.as<int64_t>() + b * kMaxNodes + nodes);
+    }
+  }
+
+  // That forward passes took.
+  double pass_seconds() const { return pass_seconds_; }
+
+ private:
+  static Argument take(const py::dict& from, const char* name) {
+    if (!from.contains(name)) refuse(name, " is missing");
+    return borrow(name, from[name]);
+  }
+  Argument dense(const py::dict& from, const char* name, DType dtype,
+                 std::initializer_list<int64_t> shape) const {
+    const Argument taken = take(from, name);
+    expect_dense(taken, dtype, shape, history_);
+    return taken;
+  }
+
+  void bind(const py::dict& known, int64_t max_depth, double foresight) {
+    expect_range("max_depth", max_depth, 0, kMaxNodes);
+    if (!(foresight >= 0 && foresight <= 1))
+      refuse("foresight is ", foresight, "; expected 0 to 1");
+    tree_.history = history_;
+    tree_.lengths = lengths_;
+    const Argument denoised = take(known, "denoised"), adjacency = take(known, "adjacency"),
+                   suffixes = take(known, "suffixes"), corpus = take(known, "corpus"),
+                   corpus_suffixes = take(known, "corpus_suffixes");
+    expect_dense(denoised, DType::kInt32, {batch_, denoised.shape[1], kGuesses}, history_);
+    expect_dense(adjacency, DType::kInt32, {kOrders, adjacency.shape[1], 1 + kGuesses}, history_);
+    expect_dense(suffixes, DType::kInt32, {batch_, kSuffixes, suffixes.shape[2]}, history_);
+    expect_range("length of corpus", corpus.shape[0], 0, INT32_MAX);
+    expect_dense(corpus, DType::kInt32, {corpus.shape[0]}, history_);
+    expect_dense(corpus_suffixes, DType::kInt32, {kSuffixes, corpus_suffixes.shape[1]}, history_);
+    tree_.denoised = denoised;
+    tree_.adjacency = adjacency;
+    tree_.suffixes = suffixes;
+    tree_.corpus = corpus;
+    tree_.corpus_suffixes = corpus_suffixes;
+    tree_.factors = dense(known, "factors", DType::kFloat64, {kFactors});
+    tree_.max_depth = max_depth;
+    tree_.foresight = foresight;
+    indexed_ = dense(known, "indexed", DType::kInt64, {batch_});
+    index_ = {suffixes, history_, indexed_, lengths_};
+  }
+
+  // Rows of the draft one behind the other again, where it was made of more nodes. A corpus may be
+  // a damaged file and hold any number.
+  void keep_first(int64_t nodes) {
+    if (!known_) return;
+    for (int64_t b = 0; b < batch_ && nodes < drafted_; ++b) {
+      std::copy_n(tokens_.data() + b * drafted_, nodes, tokens_.data() + b * nodes);
+      std::copy_n(parents_.data() + b * drafted_, nodes, parents_.data() + b * nodes);
+    }
+    drafted_ = nodes;
+    if (!tree_.corpus.shape[0]) return;
+    int64_t* tokens = tokens_.data();
+    for (int64_t n = 0; n < batch_ * nodes; ++n) tokens[n] = std::min(tokens[n], vocabulary_ - 1);
+  }
+
+  float* logits_for(int64_t nodes) {
+    if (pass_.has_screen()) return nullptr;
+    const int64_t bytes = batch_ * nodes * pass_.vocabulary() * static_cast<int64_t>(sizeof(float));
+    return reinterpret_cast<float*>(logits_.get(bytes));
+  }
+
+  BoundPass& pass_;
+  py::dict text_;
+  std::optional<py::dict> known_;
+  int64_t vocabulary_, batch_ = 0, drafted_ = 1;
+  Argument history_;
+  Tensor lengths_, remaining_, last_position_, gained_, status_, accept_length_, indexed_;
+  Argument ends_;
+  IndexSuffixes index_;
+  DraftTree tree_;
+  Room<int64_t> tokens_, positions_, targets_, path_, continuation_, prefix_, offsets_, bonus_;
+  Room<uint64_t> ancestors_;
+  Room<int32_t> parents_, depth_, sources_, guesses_;
+  Room<double> probability_;
+  Scratch logits_;
+  double pass_seconds_ = 0;
+};
+
+}  // namespace
+
+void define_native_steps(py::module_& m) {
+  py::class_<NativeSteps>(m, "NativeSteps")
+      .def(py::init<BoundPass&, const py::dict&, const std::optional<py::dict>&, int64_t, int64_t,
+                    double>(),
+           py::keep_alive<1, 2>())
+      .def("draft", &NativeSteps::draft)
+      .def("check", &NativeSteps::check)
+      .def("pass_seconds", &NativeSteps::pass_seconds);
+}
+
+}  // namespace msn
