@@ -5,6 +5,7 @@ reads from memory and multiplies in registers, measured in the same run.
     python benchmarks/native.py --shape 1b --weights bfloat16    # a larger one, random weights
     python benchmarks/native.py --contexts                       # a step's growth with the text
     python benchmarks/native.py --weights bfloat16,bfloat16-plain   # in 12 bits, and in 16
+    python benchmarks/native.py --weights float32,float32-plain     # in 24 bits, and in 32
 
 A pass is the whole of it, norms, attention to a short text and waiting for each other included, not
 its linear layers alone. Rows take turns, and the fastest of several rounds counts, on both sides:
@@ -32,7 +33,7 @@ from msn_ext.decoding.forward.native import NativeForward
 from msn_ext.decoding.forward.packed import PackedPlan
 
 ROWS = 1, 2, 4, 6, 8, 12, 16, 24, 32, 64
-WEIGHTS = "float32", "bfloat16", "bfloat16-plain", "float16", "int8"
+WEIGHTS = "float32", "float32-plain", "bfloat16", "bfloat16-plain", "float16", "int8"
 CONTEXTS = 32, 256, 1024, 4096, 8000
 TEXT, ROUNDS = 16, 15
 

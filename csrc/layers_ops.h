@@ -12,18 +12,33 @@ namespace msn {
 template <typename Key>
 struct Best;
 
-// kCodedBFloat16: bfloat16 in twelve bits (cpu/layers/coded.h), as a layer's matrices may be
-// stored.
-enum class Weights : int { kFloat64, kFloat32, kBFloat16, kFloat16, kInt8, kCodedBFloat16 };
-constexpr int64_t kCodedInputs = 8;   // a multiple of them can be coded
+// As a layer's matrices may be stored, every number whole: kCodedBFloat16 in twelve bits
+// (cpu/layers/coded.h), kCodedFloat32 in twenty-four (cpu/layers/short_floats.h).
+enum class Weights : int {
+  kFloat64,
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kInt8,
+  kCodedBFloat16,
+  kCodedFloat32
+};
+constexpr int64_t kCodedInputs = 8;   // a multiple of them can be coded in bfloat16
 constexpr int64_t kCodedMargin = 64;  // bytes behind a matrix that may be read
+
+// How weights of a kind are stored once they are coded; the kind itself: they never are.
+inline Weights coded_kind(Weights kind) {
+  return kind == Weights::kBFloat16  ? Weights::kCodedBFloat16
+         : kind == Weights::kFloat32 ? Weights::kCodedFloat32
+                                     : kind;
+}
 
 // A matrix [outputs, inputs], in panels of as many outputs as the instruction set's kernels take at
 // once, those of one input next to each other.
 struct Packed {
   const void* data = nullptr;
   int64_t outputs = 0, inputs = 0;
-  bool coded = false;  // Weights::kCodedBFloat16, among matrices in bfloat16
+  bool coded = false;  // as coded_kind says, among matrices that are not
 };
 
 struct Norm {

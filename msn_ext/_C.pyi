@@ -250,9 +250,18 @@ NARROW_STEP: Final[int]
 def layer_isa(isa: str, /) -> dict[str, Any]: ...
 def packed_bytes(weights: str, isa: str, outputs: int, inputs: int, halves: int, /) -> int: ...
 def pack(weights: str, isa: str, pieces: list[Tensor], halves: int, packed: Tensor, /) -> None: ...
-def coded_bytes(isa: str, packed: Tensor, outputs: int, inputs: int, halves: int, /) -> int: ...
+def coded_bytes(
+    weights: str, isa: str, packed: Tensor, outputs: int, inputs: int, halves: int, /
+) -> int: ...
 def code(
-    isa: str, packed: Tensor, outputs: int, inputs: int, halves: int, coded: Tensor, /
+    weights: str,
+    isa: str,
+    packed: Tensor,
+    outputs: int,
+    inputs: int,
+    halves: int,
+    coded: Tensor,
+    /,
 ) -> None: ...
 def unpack(
     weights: str,

@@ -251,8 +251,7 @@ LinearWeights BoundPass::linear(py::handle from) {
   const auto [packed, stored, outputs, inputs, bias] =
       from.cast<std::tuple<py::object, std::string, int64_t, int64_t, py::object>>();
   LinearWeights weights;
-  weights.packed = {take("packed", packed).data, outputs, inputs,
-                    stored_named(stored) == Weights::kCodedBFloat16};
+  weights.packed = {take("packed", packed).data, outputs, inputs, is_coded(stored_named(stored))};
   if (bias.is_none()) return weights;
   const Argument b = take("bias", bias);
   expect_dense(b, number_, {outputs}, b);

@@ -49,7 +49,7 @@ Packed packed_of(const Argument& packed, const std::string& weights, const std::
   expect_packed(packed, weights, isa, outputs, inputs, halves);
   expect_cpu(packed);
   if (reinterpret_cast<uintptr_t>(packed.data) % 64) refuse("packed is not aligned to 64 bytes");
-  return {packed.data, outputs, inputs, stored_named(weights) == Weights::kCodedBFloat16};
+  return {packed.data, outputs, inputs, is_coded(stored_named(weights))};
 }
 
 // ---- linear layers, norms, embeddings ----------------------------------------------------------

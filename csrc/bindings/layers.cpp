@@ -35,11 +35,13 @@ int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t
   expect_range("inputs", inputs, 1, int64_t{1} << 30);
   expect_range("outputs", outputs, halves, int64_t{1} << 30);
   const Weights kind = stored_named(weights);
-  if (kind == Weights::kCodedBFloat16) {
-    if (!kernels.code) refuse("weights is 'coded_bfloat16', which ", kernels.isa, " has not");
-    if (inputs % kCodedInputs)
-      refuse("inputs is ", inputs, "; expected a multiple of ", kCodedInputs,
-             " for 'coded_bfloat16'");
+  if (is_coded(kind)) {
+    const bool pairs = kind == Weights::kCodedBFloat16;
+    if (!kernels.has_codes(pairs ? Weights::kBFloat16 : Weights::kFloat32))
+      refuse("weights is '", weights, "', which ", kernels.isa, " has not");
+    if (pairs && inputs % kCodedInputs)
+      refuse("inputs is ", inputs, "; expected a multiple of ", kCodedInputs, " for '", weights,
+             "'");
   }
   return panels_of(kernels, outputs, halves) * kernels.panel_bytes(kind, inputs);
 }
@@ -47,7 +49,7 @@ int64_t packed_bytes(const std::string& weights, const std::string& isa, int64_t
 void expect_packed(const Argument& packed, const std::string& weights, const std::string& isa,
                    int64_t outputs, int64_t inputs, int64_t halves) {
   const int64_t bytes = packed_bytes(weights, isa, outputs, inputs, halves);
-  const bool coded = stored_named(weights) == Weights::kCodedBFloat16;
+  const bool coded = is_coded(stored_named(weights));
   if (packed.item_size != 1 || packed.ndim != 1 ||
       (coded ? packed.shape[0] < bytes : packed.shape[0] != bytes))
     refuse(packed.name, " has shape ", shape_text(packed), "; expected ", bytes, " bytes",
@@ -57,54 +59,60 @@ void expect_packed(const Argument& packed, const std::string& weights, const std
 
 namespace {
 
-// Where the other pairs of each panel of a matrix in bfloat16 begin, were it coded, in pairs; last,
-// how many there are.
-std::vector<int64_t> other_pairs(const Kernels& kernels, const char* packed, int64_t panels,
-                                 int64_t inputs) {
-  const int64_t bytes = kernels.panel_bytes(Weights::kBFloat16, inputs);
+// Where what lies behind the panels of a matrix begins for each of them, were it coded, in bytes
+// from the end of the panels; last, where it ends. Empty: it cannot be coded.
+std::vector<int64_t> behind_panels(const Kernels& kernels, Weights kind, const char* packed,
+                                   int64_t panels, int64_t inputs) {
+  const int64_t bytes = kernels.panel_bytes(kind, inputs);
   std::vector<int64_t> begin(panels + 1, 0);
 #pragma omp parallel for schedule(static)
   for (int64_t p = 0; p < panels; ++p)
-    begin[p + 1] = kernels.count_other_pairs(packed + p * bytes, inputs);
-  for (int64_t p = 0; p < panels; ++p) begin[p + 1] += begin[p];
+    begin[p + 1] = kernels.bytes_behind(kind, packed + p * bytes, inputs);
+  for (int64_t p = 0; p < panels; ++p) {
+    if (begin[p + 1] < 0) return {};
+    begin[p + 1] += begin[p];
+  }
   return begin;
 }
 
-// Bytes of a packed matrix in bfloat16 once it is coded; 0: it cannot be, or a block could not
-// reach its other pairs.
-int64_t coded_bytes(const std::string& isa, py::handle packed, int64_t outputs, int64_t inputs,
-                    int64_t halves) {
+// Bytes of a packed matrix once it is coded; 0: it cannot be, or a block could not reach what lies
+// behind the panels.
+int64_t coded_bytes(const std::string& weights, const std::string& isa, py::handle packed,
+                    int64_t outputs, int64_t inputs, int64_t halves) {
   const Kernels& kernels = kernels_named(isa);
+  const Weights kind = weights_named(weights);
   const Argument from = borrow("packed", packed);
-  expect_packed(from, "bfloat16", isa, outputs, inputs, halves);
-  if (!kernels.code || inputs % kCodedInputs) return 0;
+  expect_packed(from, weights, isa, outputs, inputs, halves);
+  if (!kernels.has_codes(kind) || (kind == Weights::kBFloat16 && inputs % kCodedInputs)) return 0;
   const int64_t panels = panels_of(kernels, outputs, halves);
   py::gil_scoped_release release;
-  const int64_t others = other_pairs(kernels, from.as<char>(), panels, inputs).back();
+  const auto behind = behind_panels(kernels, kind, from.as<char>(), panels, inputs);
+  if (behind.empty()) return 0;
   const int64_t bytes =
-      panels * kernels.panel_bytes(Weights::kCodedBFloat16, inputs) + 4 * others + kCodedMargin;
+      panels * kernels.panel_bytes(coded_kind(kind), inputs) + behind.back() + kCodedMargin;
   return bytes < int64_t{1} << 32 ? bytes : 0;
 }
 
-void code(const std::string& isa, py::handle packed, int64_t outputs, int64_t inputs,
-          int64_t halves, py::handle coded) {
+void code(const std::string& weights, const std::string& isa, py::handle packed, int64_t outputs,
+          int64_t inputs, int64_t halves, py::handle coded) {
   const Kernels& kernels = kernels_named(isa);
+  const Weights kind = weights_named(weights);
   const Argument from = borrow("packed", packed), to = borrow("coded", coded);
-  expect_packed(from, "bfloat16", isa, outputs, inputs, halves);
-  const int64_t size = coded_bytes(isa, packed, outputs, inputs, halves);
+  expect_packed(from, weights, isa, outputs, inputs, halves);
+  const int64_t size = coded_bytes(weights, isa, packed, outputs, inputs, halves);
   if (!size) refuse("packed cannot be coded");
   expect_contiguous(to);
   expect_shape(to, {size});
   const int64_t panels = panels_of(kernels, outputs, halves);
-  const int64_t plain = kernels.panel_bytes(Weights::kBFloat16, inputs);
-  const int64_t bytes = kernels.panel_bytes(Weights::kCodedBFloat16, inputs);
+  const int64_t plain = kernels.panel_bytes(kind, inputs);
+  const int64_t bytes = kernels.panel_bytes(coded_kind(kind), inputs);
   py::gil_scoped_release release;
-  const std::vector<int64_t> others = other_pairs(kernels, from.as<char>(), panels, inputs);
-  uint32_t* behind = reinterpret_cast<uint32_t*>(to.as<char>() + panels * bytes);
+  const auto behind = behind_panels(kernels, kind, from.as<char>(), panels, inputs);
+  char* end = to.as<char>() + panels * bytes;
 #pragma omp parallel for schedule(static)
   for (int64_t p = 0; p < panels; ++p)
-    kernels.code(from.as<char>() + p * plain, inputs, to.as<char>() + p * bytes,
-                 behind + others[p]);
+    kernels.code(kind, from.as<char>() + p * plain, inputs, to.as<char>() + p * bytes,
+                 end + behind[p]);
 }
 
 py::dict layer_isa(const std::string& isa) {

@@ -15,9 +15,14 @@ inline Weights weights_named(const std::string& name) {
   return static_cast<Weights>(one_of("weights", name, kNames));
 }
 
-// The same, or how a matrix in bfloat16 may be stored besides.
+// The same, or how a matrix may be stored besides.
 inline Weights stored_named(const std::string& name) {
-  return name == "coded_bfloat16" ? Weights::kCodedBFloat16 : weights_named(name);
+  return name == "coded_bfloat16"  ? Weights::kCodedBFloat16
+         : name == "coded_float32" ? Weights::kCodedFloat32
+                                   : weights_named(name);
+}
+inline bool is_coded(Weights stored) {
+  return stored == Weights::kCodedBFloat16 || stored == Weights::kCodedFloat32;
 }
 
 inline const Kernels& kernels_named(const std::string& isa) {

@@ -28,9 +28,10 @@ def pack_weights(weight: Tensor, weights: str, *, halves: int = 1, isa: str = ""
     Args:
         weight: [outputs, inputs], float16, bfloat16, float32 or float64, on the CPU.
         weights: how they are stored: "float64", "float32", "bfloat16", "float16" or "int8" (in
-            blocks of 64 inputs, each with a scale in bfloat16); or "coded_bfloat16", which is
-            bfloat16 in twelve bits a number, each of them whole, for multiples of 8 inputs with
-            "avx512_bf16".
+            blocks of 64 inputs, each with a scale in bfloat16). Or in fewer bits, each number
+            whole: "coded_bfloat16", bfloat16 in twelve, for multiples of 8 inputs with
+            "avx512_bf16"; "coded_float32", float32 whose last eight bits are zeros in twenty-four,
+            with "avx512" and "avx512_bf16".
         halves: 2: the first half of the outputs are gates, the second ups, for "gate".
 
     Returns:
@@ -40,11 +41,18 @@ def pack_weights(weight: Tensor, weights: str, *, halves: int = 1, isa: str = ""
     expect_dims("weight", weight, "[outputs, inputs]")
     outputs, inputs = weight.shape
     size = _C.packed_bytes(weights, isa, outputs, inputs, halves)
-    if weights == "coded_bfloat16":
-        plain = pack_weights(weight, "bfloat16", halves=halves, isa=isa)
-        size = _C.coded_bytes(isa, plain, outputs, inputs, halves)
+    if weights.startswith("coded_"):
+        kind = weights.removeprefix("coded_")
+        plain = pack_weights(weight, kind, halves=halves, isa=isa)
+        matrix = kind, isa, plain, outputs, inputs, halves
+        size = _C.coded_bytes(*matrix)
+        if not size:
+            raise ValueError(
+                f"weight cannot be stored as '{weights}'; expected numbers whose last eight bits"
+                " are zeros"
+            )
         coded = torch.empty(size, dtype=torch.uint8, device="cpu")
-        _C.code(isa, plain, outputs, inputs, halves, coded)
+        _C.code(*matrix, coded)
         return coded
     packed = torch.empty(size, dtype=torch.uint8, device="cpu")
     _C.pack(weights, isa, [weight.detach()], halves, packed)

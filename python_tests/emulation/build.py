@@ -78,8 +78,9 @@ def run_compiler(*arguments) -> None:
 
 def build(folder: Path) -> None:
     """Puts a package msn_ext into `folder`: the installed one's Python, over emulated kernels."""
-    # The layers have no CUDA kernels yet.
-    shutil.copytree(CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu", "layer*.cpp"))
+    # The layers of the native pass have no CUDA kernels.
+    on_cpu = "cpu", "layer*.cpp", "bound_pass.cpp", "native_steps.cpp"
+    shutil.copytree(CSRC, folder / "csrc", ignore=shutil.ignore_patterns(*on_cpu))
     for header in "mma.cuh", "wgmma.cuh":
         shutil.copy(HERE / header, folder / "csrc" / "cuda" / "tree" / header)
     for path in folder.glob("csrc/cuda/**/*.cu*"):

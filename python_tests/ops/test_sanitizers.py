@@ -95,7 +95,7 @@ def run_sanitized(build: Path, *command: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("layers", [False, True], ids=["trees and drafts", "layers"])
 def test_the_cpu_ops_are_clean(sanitized, layers):
     """The op tests but those of torch's own registration and compilation machinery; a layer's with
-    every instruction set that is here, a tiny model's passes among them.
+    every instruction set that is here, a tiny model's passes and steps among them.
     """
     others = ("test_draw_noise.py", "test_sanitizers.py")
     tests = sorted(
@@ -103,6 +103,8 @@ def test_the_cpu_ops_are_clean(sanitized, layers):
         for path in Path(__file__).parent.glob("test_*.py")
         if path.name not in others and path.name.startswith("test_layer") == layers
     )
+    if layers:
+        tests.append(ROOT / "python_tests" / "decoding" / "test_native_steps.py")
     skipped = "not opcheck and not compiled"
     options = [
         "-q",

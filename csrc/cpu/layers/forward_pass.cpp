@@ -53,7 +53,7 @@ struct ForwardPass::Worker {
       if (!alone) barrier.wait();
       stage.adapter = {noise.count, noise.index, low, weights.a.outputs, weights.b, weights.first};
     }
-    const Weights kind = stage.weights.coded ? Weights::kCodedBFloat16 : pass.kind;
+    const Weights kind = stage.weights.coded ? coded_kind(pass.kind) : pass.kind;
     kernels.linear(kind, stage, t, threads, scratch);
   }
 

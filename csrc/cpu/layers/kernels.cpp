@@ -31,6 +31,9 @@ auto with_stored(Weights kind, F f) {
 #if defined(__AVX512BF16__)
   if (kind == Weights::kCodedBFloat16) return f(CodedBFloats{});
 #endif
+#if defined(__AVX512F__)
+  if (kind == Weights::kCodedFloat32) return f(ShortFloats{});
+#endif
   return with_panels(kind, f);
 }
 
@@ -68,13 +71,38 @@ void linear_rows(Weights kind, const Linear& stage, int t, int threads, Scratch&
   with_stored(kind, [&](auto panels) { linear<decltype(panels)>(stage, t, threads, scratch); });
 }
 
+bool has_codes([[maybe_unused]] Weights kind) {
 #if defined(__AVX512BF16__)
-constexpr auto count_others = count_other_pairs;
-constexpr auto code = code_panel;
-#else
-constexpr int64_t (*count_others)(const void*, int64_t) = nullptr;
-constexpr void (*code)(const void*, int64_t, char*, uint32_t*) = nullptr;
+  if (kind == Weights::kBFloat16) return true;
 #endif
+#if defined(__AVX512F__)
+  if (kind == Weights::kFloat32) return true;
+#endif
+  return false;
+}
+
+int64_t bytes_behind([[maybe_unused]] Weights kind, [[maybe_unused]] const void* panel,
+                     [[maybe_unused]] int64_t inputs) {
+#if defined(__AVX512BF16__)
+  if (kind == Weights::kBFloat16) return 4 * count_other_pairs(panel, inputs);
+#endif
+#if defined(__AVX512F__)
+  if (kind == Weights::kFloat32) return is_short(panel, inputs) ? 0 : -1;
+#endif
+  return -1;
+}
+
+void code([[maybe_unused]] Weights kind, [[maybe_unused]] const void* panel,
+          [[maybe_unused]] int64_t inputs, [[maybe_unused]] char* coded,
+          [[maybe_unused]] char* behind) {
+#if defined(__AVX512BF16__)
+  if (kind == Weights::kBFloat16)
+    code_panel(panel, inputs, coded, reinterpret_cast<uint32_t*>(behind));
+#endif
+#if defined(__AVX512F__)
+  if (kind == Weights::kFloat32) shorten_panel(panel, inputs, coded);
+#endif
+}
 
 #if defined(__AVX512VNNI__)
 // f(P{}) for panels that can be screened, else `otherwise`.
@@ -154,10 +182,9 @@ void move_slot(Weights kind, const Cache& cache, const Heads& heads, int64_t bat
 }  // namespace
 
 const Kernels kernels = {
-    MSN_TEXT(MSN_ISA), kWeightWidth,       WeightBFloats::kPairs, panel_bytes_of,
-    pack_rows,         unpack_row,         count_others,          code,
-    embed_rows,        linear_rows,        screen_bytes_of,       pack_screen_panel,
-    largest_rows,      narrow_linear_rows, add_norm_rows,         rotary_write_rows,
-    attention_rows,    move_slot};
+    MSN_TEXT(MSN_ISA), kWeightWidth,      WeightBFloats::kPairs, panel_bytes_of, pack_rows,
+    unpack_row,        has_codes,         bytes_behind,          code,           embed_rows,
+    linear_rows,       screen_bytes_of,   pack_screen_panel,     largest_rows,   narrow_linear_rows,
+    add_norm_rows,     rotary_write_rows, attention_rows,        move_slot};
 
 }  // namespace msn::MSN_ISA

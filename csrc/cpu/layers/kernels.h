@@ -41,10 +41,12 @@ struct Kernels {
   int64_t (*panel_bytes)(Weights kind, int64_t inputs);
   void (*pack)(Weights kind, const Unpacked& source, void* to);
   void (*unpack_row)(Weights kind, const Packed& from, int64_t row, void* to);  // to T
-  // Of a packed panel of bfloat16, where this instruction set has codes, else null: how many pairs
-  // have none; and the panel in codes, of which such pairs go to `others`.
-  int64_t (*count_other_pairs)(const void* panel, int64_t inputs);
-  void (*code)(const void* panel, int64_t inputs, char* coded, uint32_t* others);
+  // Whether this instruction set has coded_kind of a kind. Of a packed panel of the kind: bytes
+  // that lie behind all panels once it is coded, below 0 where its numbers cannot be; and the panel
+  // coded.
+  bool (*has_codes)(Weights kind);
+  int64_t (*bytes_behind)(Weights kind, const void* panel, int64_t inputs);
+  void (*code)(Weights kind, const void* panel, int64_t inputs, char* coded, char* behind);
   void (*embed)(Weights kind, const Embed&, int t, int threads);
   void (*linear)(Weights kind, const Linear&, int t, int threads, Scratch&);
   // Of a packed head, what `screened` reads; bytes: 0 where this instruction set or kind has none.

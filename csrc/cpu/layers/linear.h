@@ -6,6 +6,7 @@
 #include "cpu/layers/functions.h"
 #include "cpu/layers/kernels.h"
 #include "cpu/layers/panels.h"
+#include "cpu/layers/short_floats.h"
 
 namespace msn::MSN_ISA {
 
@@ -182,7 +183,7 @@ struct After {
 // ---- noise rows
 // ------------------------------------------------------------------------------------
 
-// How an adapter's panels are stored: as the weights are, those beside int8 and beside codes as
+// How an adapter's panels are stored: as the weights are, were they not coded; those beside int8 as
 // bfloat16.
 template <typename P>
 struct AdapterPanels {
@@ -196,6 +197,12 @@ struct AdapterPanels<Int8s<kOutputs>> {
 template <>
 struct AdapterPanels<CodedBFloats> {
   using Of = WeightBFloats;
+};
+#endif
+#if defined(__AVX512F__)
+template <>
+struct AdapterPanels<ShortFloats> {
+  using Of = Floats<float, kWeightWidth, kSumBlock>;
 };
 #endif
 

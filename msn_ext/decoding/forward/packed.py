@@ -22,9 +22,10 @@ from .plan import Layer, Linear, Norm, Plan
 WEIGHTS = "float64", "float32", "bfloat16", "float16", "int8"
 """How weights may be stored. Everything else is float64 for the first, float32 for the others."""
 CACHE_DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
-CODED = "coded_bfloat16"
-"""How layers' matrices in bfloat16 are stored where the kernels have it: in twelve bits a number,
-of which each comes back as it was (csrc/cpu/layers/coded.h)."""
+CODED = {"bfloat16": "coded_bfloat16", "float32": "coded_float32"}
+"""How layers' matrices are stored where the kernels have it and the numbers allow it, each of them
+whole: those in bfloat16 in twelve bits a number (csrc/cpu/layers/coded.h), those in float32 in
+twenty-four, where the last eight are zeros (csrc/cpu/layers/short_floats.h)."""
 WORTH_CODING = 0.9
 """The largest part of a matrix's bytes that it may have then."""
 ALIGNMENT = 64
@@ -41,7 +42,7 @@ class PackedLinear:
     Attributes:
         data: uint8, its panels.
         halves: 2 where panels of gates and of ups take turns, else 1.
-        weights, isa: how they are packed: one of ``WEIGHTS``, or ``CODED``.
+        weights, isa: how they are packed: one of ``WEIGHTS``, or of ``CODED``.
     """
 
     data: Tensor
@@ -93,8 +94,8 @@ def coded(packed: list[PackedLinear]) -> list[PackedLinear]:
     sizes = []
     for one in packed:
         size = 0
-        if one.weights == "bfloat16":
-            size = _C.coded_bytes(one.isa, one.data, one.outputs, one.inputs, one.halves)
+        if one.weights in CODED:
+            size = _C.coded_bytes(*_matrix(one))
         sizes.append(size if 0 < size <= WORTH_CODING * one.data.nbytes else one.data.nbytes)
     if all(size == one.data.nbytes for size, one in zip(sizes, packed)):
         return packed
@@ -103,9 +104,13 @@ def coded(packed: list[PackedLinear]) -> list[PackedLinear]:
         if data.nbytes == one.data.nbytes:
             stored.append(replace(one, data=data.copy_(one.data)))
         else:
-            _C.code(one.isa, one.data, one.outputs, one.inputs, one.halves, data)
-            stored.append(replace(one, data=data, weights=CODED))
+            _C.code(*_matrix(one), data)
+            stored.append(replace(one, data=data, weights=CODED[one.weights]))
     return stored
+
+
+def _matrix(one: PackedLinear) -> tuple[str, str, Tensor, int, int, int]:
+    return one.weights, one.isa, one.data, one.outputs, one.inputs, one.halves
 
 
 def pieces(sizes: Sequence[int]) -> list[Tensor]:

@@ -29,6 +29,8 @@ def unpack_weights(packed, weights, outputs, inputs, halves=1, isa=""):
     panels = -(-outputs // halves // width) * halves
     if weights == "coded_bfloat16":
         packed, weights = decoded(packed, panels, inputs, width), "bfloat16"
+    elif weights == "coded_float32":
+        packed, weights = lengthened(packed, panels, inputs, width), "float32"
     packed = packed.view(panels, -1)
     if weights == "int8":
         blocks = -(-inputs // INT8_BLOCK)
@@ -68,6 +70,15 @@ def decoded(packed, panels, inputs, width):
         numbers.append(of_block.flatten())
         at = begin + steps * 3 * width
     return torch.cat(numbers).to(torch.uint16).view(torch.uint8)
+
+
+def lengthened(packed, panels, inputs, width):
+    """Return the panels of "float32" that "coded_float32" stand for."""
+    of_input = packed[: panels * inputs * 3 * width].view(-1, 3 * width).int()
+    third, fourth = of_input[:, : 2 * width].unflatten(1, (-1, 2)).unbind(-1)
+    bits = fourth << 24 | third << 16 | of_input[:, 2 * width :] << 8
+    # Outputs o and o + width / 2 lie side by side.
+    return bits.unflatten(1, (-1, 2)).transpose(1, 2).flatten().view(torch.uint8)
 
 
 def to_int16(rows):
