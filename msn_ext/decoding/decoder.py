@@ -26,7 +26,7 @@ from .past import KeysValues, reused_of
 from .processors import Texts, processed
 from .request import Request
 from .support import longrope_tokens, looks_ahead
-from .verification import greedy
+from .verification import Sampler, greedy
 
 RECOMPUTING = {"phi3", "phimoe", "phi4_multimodal"}
 """Families whose cache transformers drops where 'longrope' switches its factors, to compute the
@@ -92,6 +92,8 @@ class Decoder:
         self._config = request.model.config.get_text_config(decoder=True)
         self._vocabulary = self._config.vocab_size
         self._room, self._kept = room, request.outputs
+        if isinstance(self.targets, Sampler):
+            self.targets.may_wait = room is None  # with one, steps may be captured
         self._pass: ForwardPass
         fixed = room and min(room, prompt + AT_FIRST)
         by_model = request.model, request.attention, fixed, request.noise_adapter

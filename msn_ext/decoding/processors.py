@@ -242,7 +242,7 @@ def processed(
     """
     logits = logits.flatten(0, 1)
     if all(map(at_once, processors)):
-        yield from _processed_at_once(logits, processors, texts)
+        yield from processed_at_once(logits, processors, texts)
         return
     last, reached = None, _Reached(texts)
     masks = {
@@ -297,7 +297,7 @@ class _Reached:
         self._nodes[below] = possible[above, self._tokens[below]]
 
 
-def _processed_at_once(
+def processed_at_once(
     logits: Tensor, processors: LogitsProcessorList, texts: Texts
 ) -> Iterator[tuple[slice, Tensor]]:
     """Process the logits of all nodes [B * N, V], :data:`ROWS` of them at a time."""

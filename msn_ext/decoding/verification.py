@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import LogitsProcessorList
 
 from msn_ext import ops
 
+from .candidates import candidates
 from .processors import Texts, processed
 
 Targets = Callable[[Tensor, Tensor, LogitsProcessorList, Texts], Tensor]
@@ -61,11 +63,15 @@ class Sampler:
     Args:
         seed: less than 2**63.
         device: the model's.
+
+    Attributes:
+        may_wait: whether the host may wait for the device here; not in a step that is captured.
     """
 
     def __init__(self, seed: int, device: torch.device | str):
         # On the device, where a captured step finds the seed of another call.
         self._seed = torch.tensor(seed, device=device)
+        self.may_wait = False
 
     def begin(self, other: Sampler) -> None:
         """Draw as ``other`` does."""
@@ -78,15 +84,18 @@ class Sampler:
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         uniform = counter_uniform(self._seed, rows, positions).flatten()[:, None]
         targets = torch.zeros_like(positions).flatten()
-        for places, scores in processed(logits, processors, texts):
-            targets[places] = _draw(scores, uniform[places])
+        for places, scores, tokens in candidates(logits, processors, texts, self.may_wait):
+            drawn = _draw(scores, uniform[places])
+            if tokens is not None:
+                # One that is none of the vocabulary, which :mod:`.loop` refuses, for none.
+                drawn = pad(tokens, (0, 1), value=logits.shape[-1]).gather(1, drawn)
+            targets[places] = drawn.squeeze(-1)
         return targets.view(positions.shape)
 
 
 def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Return the tokens [R] whose cumulative probability passes the numbers [R, 1] first: never
-    one of probability 0.
+    """Return the places [R, 1] in rows of scores [R, K] whose cumulative probability passes the
+    numbers [R, 1] first: never one of probability 0. NaN passes nothing and gives K.
     """
     cumulative = scores.double().softmax(-1).cumsum(-1)
-    # NaN passes nothing and gives the vocabulary's size, which :mod:`.loop` refuses.
-    return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).squeeze(-1)
+    return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)

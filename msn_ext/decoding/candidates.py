@@ -1,0 +1,86 @@
+"""What is drawn from: of a row of logits the few that top-k keeps, where nothing after it needs the
+others.
+
+Top-p sorts what it gets, and to sort a vocabulary takes as long as a small model's pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitNormalization,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from .processors import Texts, at_once, processed, processed_at_once
+
+INDIFFERENT = frozenset(
+    {
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+        MinPLogitsWarper,
+        TypicalLogitsWarper,
+        EpsilonLogitsWarper,
+        EtaLogitsWarper,
+        LogitNormalization,
+    }
+)
+"""Processors that do with some logits what they do with these among others of -infinity."""
+
+
+def candidates(
+    logits: Tensor, processors: LogitsProcessorList, texts: Texts, may_wait: bool
+) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None]]:
+    """Yield places of nodes and their processed logits, as :func:`.processors.processed` does, and
+    the tokens that these are of, int64 [R, K], ascending; None: of all, as ever where the host may
+    not wait for the device to say how many they are.
+    """
+    first = narrowing(processors) if may_wait else None
+    if first is None:
+        for places, scores in processed(logits, processors, texts):
+            yield places, scores, None
+        return
+    before = LogitsProcessorList(processors[:first])
+    for places, scores in processed_at_once(logits.flatten(0, 1), before, texts):
+        scores, tokens = largest(scores, processors[first].top_k)
+        text = tokens[:, :1]  # which none of them reads
+        for processor in processors[first + 1 :]:
+            scores = processor(text, scores)
+        yield places, scores, tokens
+
+
+def narrowing(processors: LogitsProcessorList) -> int | None:
+    """Return which processor keeps the candidates; None: there is none that may."""
+    for at, processor in enumerate(processors):
+        if type(processor) is TopKLogitsWarper:
+            rest = all(type(later) in INDIFFERENT for later in processors[at + 1 :])
+            return at if rest and processor.filter_value == -float("inf") else None
+        if not at_once(processor):
+            return None
+    return None
+
+
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return what ``TopKLogitsWarper`` keeps of scores [R, V], and of which tokens it is, int64,
+    ascending: [R, K], k of them, or more where some equal the last one; then other rows have
+    -infinity in the place of what they have not.
+    """
+    k = min(k, scores.shape[-1])
+    values, tokens = scores.topk(k)
+    least = values[:, -1:]
+    most = int((scores >= least).sum(-1).max())
+    if most > k:
+        values, tokens = scores.topk(most)
+        values = values.masked_fill(values < least, -float("inf"))
+    tokens, order = tokens.sort(-1)
+    return values.gather(-1, order), tokens
