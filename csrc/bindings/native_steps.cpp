@@ -49,14 +49,23 @@ class NativeSteps {
   // `text`: history int64 [B, C] and lengths, remaining, last_position int64 [B], ends int64 [E],
   // as ops.place_tree and ops.advance_text take them; gained int64 [B, 256], status int64 [3, B]
   // and accept_length int64 [B], which are written. `known`: the tables that ops.draft_tree takes,
-  // and indexed int64 [B], the start of ops.index_suffixes; None: no guesses. All of it is kept
-  // alive.
+  // and indexed int64 [B], the start of ops.index_suffixes; None: no guesses. Where trees may have
+  // tails, factors are [B, 348], and there are tables float64 [2, 348], as ops.keep_tail has them;
+  // `length` rows each of `noise`, as in ops.append_tails. All of it is kept alive.
   NativeSteps(BoundPass& pass, const py::dict& text, const std::optional<py::dict>& known,
-              int64_t vocabulary, int64_t max_depth, double foresight)
-      : pass_(pass), text_(text), known_(known), vocabulary_(vocabulary) {
+              int64_t vocabulary, int64_t max_depth, double foresight, int64_t length,
+              int64_t noise)
+      : pass_(pass),
+        text_(text),
+        known_(known),
+        vocabulary_(vocabulary),
+        length_(length),
+        noise_(noise) {
     if (pass.number() != DType::kFloat32) refuse("only logits in float32 are verified");
     expect_range("the vocabulary", pass.vocabulary(), 1, kMaxVocabulary);
     expect_range("vocabulary", vocabulary, 1, INT64_MAX);
+    expect_range("length", length, 1, kMaxNodes);
+    expect_range("noise", noise, -1, vocabulary - 1);
     history_ = take(text, "history");
     expect_dims(history_, 2);
     expect_dense(history_, DType::kInt64, {history_.shape[0], history_.shape[1]}, history_);
@@ -69,12 +78,13 @@ class NativeSteps {
     gained_ = dense(text, "gained", DType::kInt64, {batch_, kMaxNodes});
     status_ = dense(text, "status", DType::kInt64, {3, batch_});
     accept_length_ = dense(text, "accept_length", DType::kInt64, {batch_});
-    for (Room<int64_t>* room : {&tokens_, &positions_, &targets_, &path_, &continuation_})
+    for (Room<int64_t>* room : {&tokens_, &drafted_tokens_, &ends_of_tails_, &positions_, &targets_,
+                                &path_, &continuation_})
       *room = Room<int64_t>(DType::kInt64, batch_ * kMaxNodes);
     for (Room<int64_t>* room : {&prefix_, &offsets_, &bonus_})
       *room = Room<int64_t>(DType::kInt64, batch_);
     ancestors_ = Room<uint64_t>(DType::kInt64, batch_ * kMaxNodes * words_for(kMaxNodes));
-    for (Room<int32_t>* room : {&parents_, &depth_, &sources_})
+    for (Room<int32_t>* room : {&parents_, &drafted_parents_, &depth_, &sources_})
       *room = Room<int32_t>(DType::kInt32, batch_ * kMaxNodes);
     guesses_ = Room<int32_t>(DType::kInt32, batch_ * kMaxNodes * kGuesses);
     probability_ = Room<double>(DType::kFloat64, batch_ * kMaxNodes);
@@ -107,27 +117,44 @@ class NativeSteps {
     return expected;
   }
 
-  // Checks the first `nodes` of the trees that were drafted, commits what is accepted, learns from
-  // it and appends it to the texts.
-  void check(int64_t nodes, int threads) {
-    expect_range("nodes", nodes, 1, drafted_);
-    keep_first(nodes);
-    const Tensor tokens = tokens_.shaped({batch_, nodes}), depth = depth_.shaped({batch_, nodes});
-    const Tensor parents = parents_.shaped({batch_, nodes}), path = path_.shaped({batch_, nodes});
+  // Checks trees of so many nodes: the first of those that were drafted, and `tails` behind them;
+  // commits what is accepted, learns from it and appends it to the texts.
+  void check(int64_t nodes, int64_t tails, int threads) {
+    expect_range("tails", tails, 0, has_tails_ ? kMaxNodes / length_ : 0);
+    expect_range("nodes", nodes, 1 + tails * length_,
+                 std::min<int64_t>(drafted_ + tails * length_, kMaxNodes));
+    const Tensor tokens = drafted_tokens_.shaped({batch_, nodes});
+    const Tensor parents = drafted_parents_.shaped({batch_, nodes});
+    const Tensor ends = ends_of_tails_.shaped({batch_, tails});
+    const Tensor depth = depth_.shaped({batch_, nodes}), path = path_.shaped({batch_, nodes});
     const Tensor prefix = prefix_.shaped({batch_}), targets = targets_.shaped({batch_, nodes});
     const Tensor guesses = guesses_.shaped({batch_, nodes, kGuesses});
     const Tensor continuation = continuation_.shaped({batch_, nodes});
     const Tensor positions = positions_.shaped({batch_, nodes});
     const Tensor ancestors = ancestors_.shaped({batch_, nodes, words_for(static_cast<int>(nodes))});
-    TreeAncestors{parents, ancestors, depth}.on_cpu();
+    AppendTails{tokens_.shaped({batch_, drafted_}),
+                parents_.shaped({batch_, drafted_}),
+                probability_.shaped({batch_, drafted_}),
+                history_,
+                lengths_,
+                length_,
+                noise_,
+                tokens,
+                parents,
+                ancestors,
+                depth,
+                ends}
+        .on_cpu();
+    keep_in_vocabulary(batch_ * nodes);
     PlaceTree{tokens,      history_,  lengths_, offsets_.shaped({batch_}), last_position_, depth,
               vocabulary_, positions, prefix}
         .on_cpu();
-    const Trees trees{batch_, nodes,         tokens_.data(), positions_.data(), ancestors_.data(),
-                      false,  prefix_.data()};
+    const Trees trees{
+        batch_, nodes,         drafted_tokens_.data(), positions_.data(), ancestors_.data(),
+        false,  prefix_.data()};
     float* logits = logits_for(nodes);
     const auto begin = std::chrono::steady_clock::now();
-    pass_.check(trees, 0, logits, guesses_.data(), threads);
+    pass_.check(trees, tails * length_, logits, guesses_.data(), threads);
     pass_seconds_ +=
         std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     VerifyLogits verify;
@@ -143,7 +170,12 @@ class NativeSteps {
     for (int64_t b = 0; b < batch_; ++b)
       pass_.commit(b, prefix_.data()[b], path_.data() + b * nodes, accept_length_.as<int64_t>()[b]);
     if (known_) {
-      KeepContinuation{tree_.denoised, guesses, continuation}.on_cpu();
+      if (has_tails_)
+        KeepTail{tree_.denoised, tree_.factors,  tables_, guesses, continuation,
+                 path,           accept_length_, ends,    length_}
+            .on_cpu();
+      else
+        KeepContinuation{tree_.denoised, guesses, continuation}.on_cpu();
       if (tree_.adjacency.shape[1])
         RememberGuesses{tree_.adjacency, history_, lengths_, tokens, parents, path, guesses}
             .on_cpu();
@@ -192,25 +224,24 @@ class NativeSteps {
     tree_.suffixes = suffixes;
     tree_.corpus = corpus;
     tree_.corpus_suffixes = corpus_suffixes;
-    tree_.factors = dense(known, "factors", DType::kFloat64, {kFactors});
+    has_tails_ = known.contains("tables");
+    if (has_tails_) {
+      tree_.factors = dense(known, "factors", DType::kFloat64, {batch_, kFactors});
+      tables_ = dense(known, "tables", DType::kFloat64, {2, kFactors});
+    } else {
+      tree_.factors = dense(known, "factors", DType::kFloat64, {kFactors});
+    }
     tree_.max_depth = max_depth;
     tree_.foresight = foresight;
     indexed_ = dense(known, "indexed", DType::kInt64, {batch_});
     index_ = {suffixes, history_, indexed_, lengths_};
   }
 
-  // Rows of the draft one behind the other again, where it was made of more nodes. A corpus may be
-  // a damaged file and hold any number.
-  void keep_first(int64_t nodes) {
-    if (!known_) return;
-    for (int64_t b = 0; b < batch_ && nodes < drafted_; ++b) {
-      std::copy_n(tokens_.data() + b * drafted_, nodes, tokens_.data() + b * nodes);
-      std::copy_n(parents_.data() + b * drafted_, nodes, parents_.data() + b * nodes);
-    }
-    drafted_ = nodes;
+  // A corpus may be a damaged file and hold any number.
+  void keep_in_vocabulary(int64_t count) {
     if (!tree_.corpus.shape[0]) return;
-    int64_t* tokens = tokens_.data();
-    for (int64_t n = 0; n < batch_ * nodes; ++n) tokens[n] = std::min(tokens[n], vocabulary_ - 1);
+    int64_t* tokens = drafted_tokens_.data();
+    for (int64_t n = 0; n < count; ++n) tokens[n] = std::min(tokens[n], vocabulary_ - 1);
   }
 
   float* logits_for(int64_t nodes) {
@@ -222,15 +253,17 @@ class NativeSteps {
   BoundPass& pass_;
   py::dict text_;
   std::optional<py::dict> known_;
-  int64_t vocabulary_, batch_ = 0, drafted_ = 1;
+  int64_t vocabulary_, length_, noise_, batch_ = 0, drafted_ = 1;
+  bool has_tails_ = false;
   Argument history_;
-  Tensor lengths_, remaining_, last_position_, gained_, status_, accept_length_, indexed_;
+  Tensor lengths_, remaining_, last_position_, gained_, status_, accept_length_, indexed_, tables_;
   Argument ends_;
   IndexSuffixes index_;
   DraftTree tree_;
-  Room<int64_t> tokens_, positions_, targets_, path_, continuation_, prefix_, offsets_, bonus_;
+  Room<int64_t> tokens_, drafted_tokens_, ends_of_tails_, positions_, targets_, path_,
+      continuation_, prefix_, offsets_, bonus_;
   Room<uint64_t> ancestors_;
-  Room<int32_t> parents_, depth_, sources_, guesses_;
+  Room<int32_t> parents_, drafted_parents_, depth_, sources_, guesses_;
   Room<double> probability_;
   Scratch logits_;
   double pass_seconds_ = 0;
@@ -241,7 +274,7 @@ class NativeSteps {
 void define_native_steps(py::module_& m) {
   py::class_<NativeSteps>(m, "NativeSteps")
       .def(py::init<BoundPass&, const py::dict&, const std::optional<py::dict>&, int64_t, int64_t,
-                    double>(),
+                    double, int64_t, int64_t>(),
            py::keep_alive<1, 2>())
       .def("draft", &NativeSteps::draft)
       .def("check", &NativeSteps::check)

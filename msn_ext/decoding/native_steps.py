@@ -15,14 +15,14 @@ from msn_ext import _C
 from msn_ext.ops import MAX_NODES
 
 from .drafters import BestFirst, Drafter, TreeDrafter
+from .drafters.sources import tails_of
 from .forward.native import NativeForward
 
 
 def can_draft(drafter: Drafter) -> bool:
     """Return whether :class:`NativeSteps` drafts as this drafter does, which has been started."""
-    if type(drafter) is BestFirst:
-        return drafter.tails is None
-    return type(drafter) is TreeDrafter and not drafter.max_depth
+    plain = type(drafter) is TreeDrafter and not drafter.max_depth
+    return plain or type(drafter) is BestFirst
 
 
 class NativeSteps:
@@ -48,16 +48,19 @@ class NativeSteps:
         self._drafter = drafter if isinstance(drafter, BestFirst) else None
         self._gained, self._status = room(batch, MAX_NODES), room(3, batch)
         self._accepted = room(batch)
-        known, foresight = None, 0.0
+        known, depth, foresight, tails = None, 0, 0.0, None
         if self._drafter is not None:
-            known, foresight = self._drafter.tables(texts["history"]), self._drafter.foresight
+            known, tails = self._drafter.tables(texts["history"]), self._drafter.tails
+            depth, foresight = self._drafter.depth, self._drafter.foresight
         self._steps = _C.NativeSteps(
             forward.bound,
             dict(texts, gained=self._gained, status=self._status, accept_length=self._accepted),
             known,
             vocabulary,
-            drafter.max_depth,
+            depth,
             foresight,
+            1 if tails is None else tails.length,
+            -1 if tails is None else tails.noise,
         )
 
     @property
@@ -72,13 +75,14 @@ class NativeSteps:
         Args:
             last_root: the last slot that a root stands in, or a later one.
         """
-        drafter, nodes = self._drafter, 1
+        drafter, nodes, tails = self._drafter, 1, 0
         if drafter is not None:
             looked_at = drafter.look(self._lengths)
             expected = self._steps.draft(looked_at, drafter.growing_rows())
             nodes = drafter.budget or drafter.choose(expected)
+            tails = 0 if drafter.tails is None else tails_of(nodes)
         self._forward.begin_step(last_root + nodes)
-        self._steps.check(nodes, torch.get_num_threads())
+        self._steps.check(nodes, tails, torch.get_num_threads())
         if drafter is not None:
             drafter.count(self._accepted)
         return self._gained, self._status

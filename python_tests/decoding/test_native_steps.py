@@ -7,6 +7,7 @@ import torch
 
 from helpers.families import tiny_model
 from helpers.layers import needs_screens
+from helpers.noise import gated
 from msn_ext import _C, BestFirst, Corpus, generate, prepare
 from msn_ext.decoding.decoder import Decoder
 from msn_ext.decoding.forward import packed as packing
@@ -14,6 +15,7 @@ from msn_ext.decoding.forward.families import plan_for
 from msn_ext.decoding.forward.native import NativeForward
 from msn_ext.decoding.native_steps import NativeSteps
 from msn_ext.decoding.sizing import StepTimes
+from msn_ext.gates import mark_gated
 
 VOCABULARY, NEW = 61, 40
 SIZES = dict(vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, head_dim=8)
@@ -105,6 +107,28 @@ def test_steps_are_those_of_the_ops(name, rows, steps, monkeypatch):
     expect_same(again, by_ops(monkeypatch, model, rows, theirs))
     gained = max(int(row.max()) for row in found.accept_lengths)
     assert (gained > 1) == (name not in ("1 nodes", "of its root")), "guesses come true"
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("nodes", [4, 8, 64, 256, None])
+@pytest.mark.parametrize("content", [5, "ahead"])
+def test_tails(content, nodes, rows, steps, monkeypatch):
+    """Noise rows below some nodes, where the model has a gated adapter."""
+    model = gated(made())
+    mark_gated(model.peft_config["default"], 2, content)
+    ours, theirs = (BestFirst(nodes, times=StepTimes(FLAT, "cpu")) for _ in range(2))
+    for _ in range(2):
+        found = answers(model, rows, ours)
+        passes = len(steps)
+        expect_same(found, by_ops(monkeypatch, model, rows, theirs))
+        assert passes and len(steps) == passes
+        for table, expected in zip(tables(ours), tables(theirs), strict=True):
+            assert torch.equal(table, expected)
+        assert ours.tails is not None and theirs.tails is not None
+        assert torch.equal(ours.tails.factors, theirs.tails.factors)
+    if nodes != 4:  # which has none
+        without = answers(model, rows, BestFirst(nodes, times=StepTimes(FLAT, "cpu"), tails=False))
+        assert torch.equal(without.sequences, found.sequences)
 
 
 def tables(drafter: BestFirst) -> list[torch.Tensor]:
@@ -200,7 +224,7 @@ class Bound:
             accept_length=torch.zeros(2, **long),
         )
         self.known = drafter.tables(history)
-        self.numbers = VOCABULARY, 20, 0.05
+        self.numbers = VOCABULARY, 20, 0.05, 1, -1
 
     def make(self):
         return _C.NativeSteps(self.forward.bound, self.text, self.known, *self.numbers)
@@ -224,9 +248,11 @@ def test_wrong_tensors_are_refused_by_name(which):
 @pytest.mark.parametrize(
     "numbers, message",
     [
-        ((0, 20, 0.05), "vocabulary is 0"),
-        ((61, 257, 0.05), "max_depth is 257"),
-        ((61, 20, 1.5), "foresight is 1.5"),
+        ((0, 20, 0.05, 1, -1), "vocabulary is 0"),
+        ((61, 257, 0.05, 1, -1), "max_depth is 257"),
+        ((61, 20, 1.5, 1, -1), "foresight is 1.5"),
+        ((61, 20, 0.05, 0, -1), "length is 0"),
+        ((61, 20, 0.05, 1, 61), "noise is 61"),
     ],
 )
 def test_wrong_numbers_are_refused_by_name(numbers, message):
@@ -241,7 +267,7 @@ def test_nodes_that_were_not_drafted_are_refused():
     bound.forward.begin_step(64)
     steps = bound.make()
     with pytest.raises(ValueError, match="nodes is 2; expected 1 to 1"):
-        steps.check(2, 1)
+        steps.check(2, 0, 1)
     with pytest.raises(ValueError, match="nodes is 257"):
         steps.draft(257, [0])
     with pytest.raises(ValueError, match="row is 2"):
@@ -250,8 +276,10 @@ def test_nodes_that_were_not_drafted_are_refused():
     expected = steps.draft(4, [0, 1])
     assert len(expected) == 4 and expected[0] == 0.0
     with pytest.raises(ValueError, match="nodes is 5; expected 1 to 4"):
-        steps.check(5, 1)
-    steps.check(4, 1)
+        steps.check(5, 0, 1)
+    with pytest.raises(ValueError, match="tails is 1; expected 0 to 0"):
+        steps.check(4, 1, 1)
+    steps.check(4, 0, 1)
     gained = bound.text["status"][0]
     assert gained.min() > 0 and torch.equal(bound.text["lengths"], 1 + gained)
     assert torch.equal(bound.text["remaining"], 9 - gained)

@@ -61,6 +61,7 @@ class BestFirst:
         probability: float64 [B, M], of the nodes that it was chosen from, as
             :func:`msn_ext.ops.draft_tree` expects them to be accepted.
         sources: int32 [B, M], where they come from.
+        depth: of the tree without its tails, at most.
         denoised, adjacency, suffix: the tables of the sources (:mod:`.sources`); ``suffix`` is None
             before the first proposal.
     """
@@ -87,7 +88,7 @@ class BestFirst:
         self._sources = tuple(sources)
         self._factors = load_factors() if factors is None else factors
         self.foresight, self._times = foresight, times
-        self._depth, self._may_have_tails = max_depth, tails
+        self.depth, self._may_have_tails = max_depth, tails
         self._noise: Noise | None = None
         self.tails: NoiseTails | None = None
         self._adjacency_for: tuple[int, torch.device] | None = None  # vocabulary, device
@@ -102,7 +103,7 @@ class BestFirst:
     def use_noise(self, noise: Noise | None) -> None:
         """Draft for a model with a gated adapter from the next start on; None: without one."""
         self._noise = noise if self._may_have_tails and "denoised" in self._sources else None
-        self.max_depth = self._depth + (LONGEST_TAIL if self._noise else 0)
+        self.max_depth = self.depth + (LONGEST_TAIL if self._noise else 0)
 
     def start(self, batch: int, vocabulary: int, device: torch.device) -> None:
         device = torch.device(device)
@@ -137,7 +138,7 @@ class BestFirst:
             self._rows_for = batch, device, noise
             self.allocations += 1
             self.denoised = Denoised(
-                batch, self._depth if "denoised" in self._sources else 0, device
+                batch, self.depth if "denoised" in self._sources else 0, device
             )
             self.suffix = self.tails = None
             if self._noise is not None:
@@ -183,7 +184,7 @@ class BestFirst:
             *self._corpus_tables,
             self._factors if self.tails is None else self.tails.factors,
             looked_at,
-            self._depth,
+            self.depth,
             self.foresight,
         )
         if self.corpus is not None:  # a damaged file may hold any number
@@ -191,9 +192,8 @@ class BestFirst:
         nodes = self.budget or self._planned
         if not nodes:
             one = len(self.probability) == 1
-            nodes = self.choose(
-                self._expected_of(self.probability if one else self.probability[self._growing])
-            )
+            growing = self.probability if one else self.probability[self._growing]
+            nodes = self.choose(expected_accepts(growing))
         if self.tails is not None:
             drafted = tokens, parents, self.probability
             self.draft = self.tails.below(drafted, nodes, history, lengths)
@@ -205,11 +205,10 @@ class BestFirst:
         """Return how many nodes of so many are no tails."""
         return nodes if self.tails is None else self.tails.drafted(nodes)
 
-    def _expected_of(self, probability: Tensor) -> list[float]:
+    def _with_tails(self, expected: list[float]) -> list[float]:
         """Return how many guesses are expected to be accepted of n + 1 nodes, tails included, with
-        those of the next tree that tails add.
+        those of the next tree that tails add; ``expected``: of n + 1 nodes that are none.
         """
-        expected = expected_accepts(probability)
         if self.tails is None:
             return expected
         drafted, nodes = [], 1
@@ -234,18 +233,20 @@ class BestFirst:
 
     def tables(self, history: Tensor) -> dict[str, Tensor]:
         """Return what :func:`msn_ext.ops.draft_tree` and the ops that fill its tables take for
-        these texts, but for tails.
+        these texts; "tables" where there are tails.
         """
         suffix = self._suffix_for(history)
         corpus, corpus_suffixes = self._corpus_tables
-        return dict(
+        tails = self.tails
+        of_tails = {} if tails is None else {"tables": tails.tables}
+        return of_tails | dict(
             denoised=self.denoised.guesses,
             adjacency=self.adjacency.adjacency,
             suffixes=suffix.suffixes,
             indexed=suffix.indexed,
             corpus=corpus,
             corpus_suffixes=corpus_suffixes,
-            factors=self._factors,
+            factors=self._factors if tails is None else tails.factors,
         )
 
     def look(self, lengths: Tensor) -> int:
@@ -264,9 +265,10 @@ class BestFirst:
         return [0] if self._lengths is None else self._growing.nonzero().flatten().tolist()
 
     def choose(self, expected: list[float]) -> int:
-        """Return the nodes that give the most tokens per second, where ``expected[n]`` guesses are
-        accepted of n + 1 nodes.
+        """Return the nodes, tails included, that give the most tokens per second, where
+        ``expected[n]`` guesses are accepted of n + 1 nodes that are no tails.
         """
+        expected = self._with_tails(expected)
         self._size = self._sizer.choose(expected)
         self._expected = expected[self._size - 1]
         return self._size
@@ -319,7 +321,7 @@ class BestFirst:
         growing = [b for b, tokens in enumerate(gained) if tokens]
         if report is None or not growing:
             return
-        self._reported = self._expected_of(report[growing])
+        self._reported = self._with_tails(expected_accepts(report[growing]))
         mean = sum(gained[b] for b in growing) / len(growing)
         self._sizer.observe(nodes, self._reported[nodes - 1], mean - 1, seconds)
 

@@ -110,18 +110,19 @@ class NoiseTails:
         usual, fitted: float64 [348], the factors of guesses that no tail, and that a tail made.
 
     Attributes:
-        factors: float64 [B, 348], those of the next draft.
+        factors: float64 [B, 348], those of the next draft; ``tables`` [2, 348]: both.
+        length: rows of a tail; ``noise``: their token, -1: tokens of the text.
     """
 
     def __init__(self, noise: Noise, usual: Tensor, fitted: Tensor, batch: int):
         self.length = min(noise.length, LONGEST_TAIL)
-        self._noise = noise.content if isinstance(noise.content, int) else -1  # of the text
-        self._tables = torch.stack([usual, fitted])
+        self.noise = noise.content if isinstance(noise.content, int) else -1  # of the text
+        self.tables = torch.stack([usual, fitted])
         self.factors = usual.repeat(batch, 1)
         self._ends = torch.empty(batch, 0, dtype=torch.int64, device=usual.device)
 
     def forget(self) -> None:
-        self.factors.copy_(self._tables[0].expand_as(self.factors))
+        self.factors.copy_(self.tables[0].expand_as(self.factors))
 
     def drafted(self, nodes: int) -> int:
         """Return how many nodes of a tree of so many are no tails."""
@@ -139,7 +140,7 @@ class NoiseTails:
         """
         tails, first = tails_of(nodes), self.drafted(nodes)
         tokens, parents, ancestors, depth, self._ends = ops.append_tails(
-            *drafted, history, lengths, first, tails, self.length, self._noise
+            *drafted, history, lengths, first, tails, self.length, self.noise
         )
         return Draft(tokens, parents, ancestors, depth, nodes - first)
 
@@ -152,7 +153,7 @@ class NoiseTails:
         ops.keep_tail(
             denoised.guesses,
             self.factors,
-            self._tables,
+            self.tables,
             guesses,
             verified.continuation,
             verified.path,
