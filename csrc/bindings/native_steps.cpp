@@ -121,78 +121,128 @@ class NativeSteps {
   // commits what is accepted, learns from it and appends it to the texts.
   void check(int64_t nodes, int64_t tails, int threads) {
     expect_range("tails", tails, 0, has_tails_ ? kMaxNodes / length_ : 0);
-    expect_range("nodes", nodes, 1 + tails * length_,
-                 std::min<int64_t>(drafted_ + tails * length_, kMaxNodes));
-    const Tensor tokens = drafted_tokens_.shaped({batch_, nodes});
-    const Tensor parents = drafted_parents_.shaped({batch_, nodes});
-    const Tensor ends = ends_of_tails_.shaped({batch_, tails});
-    const Tensor depth = depth_.shaped({batch_, nodes}), path = path_.shaped({batch_, nodes});
-    const Tensor prefix = prefix_.shaped({batch_}), targets = targets_.shaped({batch_, nodes});
-    const Tensor guesses = guesses_.shaped({batch_, nodes, kGuesses});
-    const Tensor continuation = continuation_.shaped({batch_, nodes});
-    const Tensor positions = positions_.shaped({batch_, nodes});
-    const Tensor ancestors = ancestors_.shaped({batch_, nodes, words_for(static_cast<int>(nodes))});
-    AppendTails{tokens_.shaped({batch_, drafted_}),
-                parents_.shaped({batch_, drafted_}),
-                probability_.shaped({batch_, drafted_}),
-                history_,
-                lengths_,
-                length_,
-                noise_,
-                tokens,
-                parents,
-                ancestors,
-                depth,
-                ends}
-        .on_cpu();
-    keep_in_vocabulary(batch_ * nodes);
-    PlaceTree{tokens,      history_,  lengths_, offsets_.shaped({batch_}), last_position_, depth,
-              vocabulary_, positions, prefix}
-        .on_cpu();
-    const Trees trees{
-        batch_, nodes,         drafted_tokens_.data(), positions_.data(), ancestors_.data(),
-        false,  prefix_.data()};
+    const int64_t rows = tails * length_;
+    expect_range("nodes", nodes, 1 + rows, std::min<int64_t>(drafted_ + rows, kMaxNodes));
+    const Step step = of_size(nodes, tails);
+    lay_out(step);
+    const Trees trees{batch_,
+                      nodes,
+                      step.tokens.as<int64_t>(),
+                      step.positions.as<int64_t>(),
+                      step.ancestors.as<uint64_t>(),
+                      false,
+                      step.prefix.as<int64_t>()};
     float* logits = logits_for(nodes);
     const auto begin = std::chrono::steady_clock::now();
-    pass_.check(trees, tails * length_, logits, guesses_.data(), threads);
-    pass_seconds_ +=
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    VerifyLogits verify;
-    verify.tokens = tokens;
-    verify.parents = parents;
-    verify.guesses = guesses;
-    verify.targets = targets;
-    verify.accept_length = accept_length_;
-    verify.path = path;
-    verify.bonus = bonus_.shaped({batch_});
-    verify.continuation = continuation;
-    verify.from_guesses_on_cpu();
-    for (int64_t b = 0; b < batch_; ++b)
-      pass_.commit(b, prefix_.data()[b], path_.data() + b * nodes, accept_length_.as<int64_t>()[b]);
-    if (known_) {
-      if (has_tails_)
-        KeepTail{tree_.denoised, tree_.factors,  tables_, guesses, continuation,
-                 path,           accept_length_, ends,    length_}
-            .on_cpu();
-      else
-        KeepContinuation{tree_.denoised, guesses, continuation}.on_cpu();
-      if (tree_.adjacency.shape[1])
-        RememberGuesses{tree_.adjacency, history_, lengths_, tokens, parents, path, guesses}
-            .on_cpu();
-    }
-    AdvanceText{history_,       lengths_, remaining_,         targets, path,
-                accept_length_, ends_,    pass_.vocabulary(), gained_, status_}
-        .on_cpu();
-    for (int64_t b = batch_ - 1; b > 0; --b) {  // each row's to where it is expected
-      const int64_t* from = gained_.as<int64_t>() + b * nodes;
-      std::copy_backward(from, from + nodes, gained_.as<int64_t>() + b * kMaxNodes + nodes);
-    }
+    pass_.check(trees, rows, logits, step.guesses.as<int32_t>(), threads);
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+    pass_seconds_ += taken.count();
+    commit(step);
+    if (known_) learn(step);
+    advance(step);
   }
 
   // That forward passes took.
   double pass_seconds() const { return pass_seconds_; }
 
  private:
+  // The tensors of a step, each in its room.
+  struct Step {
+    int64_t nodes;
+    Tensor tokens, parents, ancestors, depth, ends;  // of the trees, tails included
+    Tensor positions, prefix;
+    Tensor guesses, targets, path, continuation;  // what the model said of them
+  };
+  Step of_size(int64_t nodes, int64_t tails) {
+    Step step;
+    step.nodes = nodes;
+    step.tokens = drafted_tokens_.shaped({batch_, nodes});
+    step.parents = drafted_parents_.shaped({batch_, nodes});
+    step.ancestors = ancestors_.shaped({batch_, nodes, words_for(static_cast<int>(nodes))});
+    step.depth = depth_.shaped({batch_, nodes});
+    step.ends = ends_of_tails_.shaped({batch_, tails});
+    step.positions = positions_.shaped({batch_, nodes});
+    step.prefix = prefix_.shaped({batch_});
+    step.guesses = guesses_.shaped({batch_, nodes, kGuesses});
+    step.targets = targets_.shaped({batch_, nodes});
+    step.path = path_.shaped({batch_, nodes});
+    step.continuation = continuation_.shaped({batch_, nodes});
+    return step;
+  }
+
+  void lay_out(const Step& step) {
+    AppendTails append;
+    append.tokens = tokens_.shaped({batch_, drafted_});
+    append.parents = parents_.shaped({batch_, drafted_});
+    append.probability = probability_.shaped({batch_, drafted_});
+    append.history = history_;
+    append.lengths = lengths_;
+    append.length = length_;
+    append.noise = noise_;
+    append.drafted = step.tokens;
+    append.drafted_parents = step.parents;
+    append.ancestors = step.ancestors;
+    append.depth = step.depth;
+    append.ends = step.ends;
+    append.on_cpu();
+    if (tree_.corpus.shape[0]) {  // a damaged file may hold any number
+      int64_t* tokens = step.tokens.as<int64_t>();
+      for (int64_t n = 0; n < batch_ * step.nodes; ++n)
+        tokens[n] = std::min(tokens[n], vocabulary_ - 1);
+    }
+    PlaceTree place;
+    place.tokens = step.tokens;
+    place.history = history_;
+    place.lengths = lengths_;
+    place.offsets = offsets_.shaped({batch_});  // none: texts have no padding here
+    place.last_position = last_position_;
+    place.depth = step.depth;
+    place.vocabulary = vocabulary_;
+    place.positions = step.positions;
+    place.prefix = step.prefix;
+    place.on_cpu();
+  }
+
+  void commit(const Step& step) {
+    VerifyLogits verify;
+    verify.tokens = step.tokens;
+    verify.parents = step.parents;
+    verify.guesses = step.guesses;
+    verify.targets = step.targets;
+    verify.accept_length = accept_length_;
+    verify.path = step.path;
+    verify.bonus = bonus_.shaped({batch_});
+    verify.continuation = step.continuation;
+    verify.from_guesses_on_cpu();
+    for (int64_t b = 0; b < batch_; ++b)
+      pass_.commit(b, step.prefix.as<int64_t>()[b], step.path.as<int64_t>() + b * step.nodes,
+                   accept_length_.as<int64_t>()[b]);
+  }
+
+  void learn(const Step& step) {
+    if (has_tails_)
+      KeepTail{tree_.denoised, tree_.factors,  tables_,   step.guesses, step.continuation,
+               step.path,      accept_length_, step.ends, length_}
+          .on_cpu();
+    else
+      KeepContinuation{tree_.denoised, step.guesses, step.continuation}.on_cpu();
+    if (tree_.adjacency.shape[1])
+      RememberGuesses{tree_.adjacency, history_,  lengths_,    step.tokens,
+                      step.parents,    step.path, step.guesses}
+          .on_cpu();
+  }
+
+  void advance(const Step& step) {
+    AdvanceText{history_,       lengths_, remaining_,         step.targets, step.path,
+                accept_length_, ends_,    pass_.vocabulary(), gained_,      status_}
+        .on_cpu();
+    for (int64_t b = batch_ - 1; b > 0; --b) {  // each row's to where it is expected
+      int64_t* gained = gained_.as<int64_t>();
+      std::copy_backward(gained + b * step.nodes, gained + (b + 1) * step.nodes,
+                         gained + b * kMaxNodes + step.nodes);
+    }
+  }
+
   static Argument take(const py::dict& from, const char* name) {
     if (!from.contains(name)) refuse(name, " is missing");
     return borrow(name, from[name]);
@@ -235,13 +285,6 @@ class NativeSteps {
     tree_.foresight = foresight;
     indexed_ = dense(known, "indexed", DType::kInt64, {batch_});
     index_ = {suffixes, history_, indexed_, lengths_};
-  }
-
-  // A corpus may be a damaged file and hold any number.
-  void keep_in_vocabulary(int64_t count) {
-    if (!tree_.corpus.shape[0]) return;
-    int64_t* tokens = drafted_tokens_.data();
-    for (int64_t n = 0; n < count; ++n) tokens[n] = std::min(tokens[n], vocabulary_ - 1);
   }
 
   float* logits_for(int64_t nodes) {
