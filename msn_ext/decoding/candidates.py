@@ -76,11 +76,14 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     -infinity in the place of what they have not.
     """
     k = min(k, scores.shape[-1])
-    values, tokens = scores.topk(k)
-    least = values[:, -1:]
-    most = int((scores >= least).sum(-1).max())
-    if most > k:
-        values, tokens = scores.topk(most)
+    values, tokens = scores.topk(min(k + 1, scores.shape[-1]))
+    least, following = values[:, k - 1 : k], values[:, k:]
+    tied = (following >= least) & ~least.isneginf()  # of -infinity it does not matter how many
+    if bool(tied.any()):
+        counts = (scores >= least).sum(-1).where(tied[:, 0], k)
+        values, tokens = scores.topk(int(counts.max()))
         values = values.masked_fill(values < least, -float("inf"))
+    else:
+        values, tokens = values[:, :k], tokens[:, :k]
     tokens, order = tokens.sort(-1)
     return values.gather(-1, order), tokens

@@ -43,6 +43,25 @@ def counter_uniform(seed: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return ((x >> 12) & ((1 << 52) - 1)).double() / float(1 << 52)
 
 
+def counter_uniform_on_host(seed: int, positions: list[list[int]]) -> Tensor:
+    """Return the same numbers, float64 [B, N], for rows of positions, where the device is the
+    host: for a few numbers torch's small ops take longer than Python's.
+    """
+    mask = (1 << 64) - 1
+
+    def mixed(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) & mask
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        return x ^ (x >> 31)
+
+    numbers = []
+    for b, row in enumerate(positions):
+        of_row = mixed(mixed(b) ^ seed)
+        numbers.append([(mixed(mixed(of_row ^ at) ^ _NODE) >> 12) / (1 << 52) for at in row])
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
 def greedy(
     logits: Tensor, positions: Tensor, processors: LogitsProcessorList, texts: Texts
 ) -> Tensor:
@@ -81,8 +100,12 @@ class Sampler:
         self, logits: Tensor, positions: Tensor, processors: LogitsProcessorList, texts: Texts
     ) -> Tensor:
         """Return targets [B, N] for logits [B, N, V] of nodes at ``positions`` [B, N]."""
-        rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
-        uniform = counter_uniform(self._seed, rows, positions).flatten()[:, None]
+        if self.may_wait and logits.device.type == "cpu":
+            uniform = counter_uniform_on_host(int(self._seed), positions.tolist())
+        else:
+            rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
+            uniform = counter_uniform(self._seed, rows, positions)
+        uniform = uniform.flatten()[:, None]
         targets = torch.zeros_like(positions).flatten()
         for places, scores, tokens in candidates(logits, processors, texts, self.may_wait):
             drawn = _draw(scores, uniform[places])

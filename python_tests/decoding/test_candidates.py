@@ -87,6 +87,19 @@ def test_ties_stay_together():
     assert values.shape == (2, 9), "all are equal"
 
 
+def test_of_tokens_without_probability_some_are_enough():
+    """Of the first row only two have one; the third one's ties are kept all the same."""
+    logits = logits_of(rows=3, vocabulary=40)
+    logits[0, 0, 2:] = -float("inf")
+    (_, scores, tokens), (_, expected) = both(logits, [TopKLogitsWarper(4)])
+    assert tokens.shape == (3, 4)
+    assert torch.equal(whole(scores, tokens, 40), expected)
+    logits[0, 2, :7] = logits[0, 2].max() + 1
+    (_, scores, tokens), (_, expected) = both(logits, [TopKLogitsWarper(4)])
+    assert tokens.shape == (3, 7)
+    assert torch.equal(whole(scores, tokens, 40), expected)
+
+
 def test_where_all_logits_go_on():
     """What comes after top-k needs them, it keeps others, or the host may not wait."""
     logits = logits_of()

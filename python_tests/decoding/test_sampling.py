@@ -8,6 +8,7 @@ import torch
 from helpers.drafters import RandomDrafter, prompts, random_best_first, random_tree
 from helpers.families import tiny_model
 from msn_ext import generate
+from msn_ext.decoding.verification import counter_uniform, counter_uniform_on_host
 from msn_ext.generation import DRAFTS
 
 pytestmark = pytest.mark.usefixtures("each_engine")
@@ -184,3 +185,13 @@ def test_nan_at_left_padding_is_an_error(family, options, each_engine):
         model.set_attn_implementation("sdpa")
         expected = model.generate(ids, attention_mask=mask, **settings)
         assert torch.equal(generate(model, ids, attention_mask=mask, **settings), expected)
+
+
+def test_the_numbers_drawn_by_are_the_same_on_the_host():
+    generator = torch.Generator().manual_seed(4)
+    positions = torch.randint(0, 2**31, (3, 40), generator=generator)
+    for seed in (0, 1, 2**63 - 1):
+        rows = torch.arange(3)[:, None]
+        expected = counter_uniform(torch.tensor(seed), rows, positions)
+        assert torch.equal(counter_uniform_on_host(seed, positions.tolist()), expected)
+        assert 0 <= expected.min() < 0.05 and 0.95 < expected.max() < 1

@@ -57,7 +57,7 @@ class BestFirst:
     learned of step times, from call to call.
 
     Attributes:
-        draft: what was proposed last; None: nothing yet in this call.
+        draft: what :meth:`propose` gave last; None: nothing yet in this call.
         probability: float64 [B, M], of the nodes that it was chosen from, as
             :func:`msn_ext.ops.draft_tree` expects them to be accepted.
         sources: int32 [B, M], where they come from.
