@@ -8,6 +8,7 @@
 #include "best_first.h"
 #include "bindings/checks.h"
 #include "bindings/define.h"
+#include "bindings/tables.h"
 #include "drafting_ops.h"
 
 namespace py = pybind11;
@@ -172,30 +173,44 @@ void append_tails(const Argument& tokens, const Argument& parents, const Argumen
                           drafted_parents, ancestors, depth, ends});
 }
 
+}  // namespace
+
+void expect_tables(const Argument& denoised, const Argument& adjacency, const Argument& suffixes,
+                   const Argument& corpus, const Argument& corpus_suffixes, int64_t batch,
+                   const Tensor& like) {
+  expect_dims(denoised, 3);
+  expect_dims(adjacency, 3);
+  expect_dims(suffixes, 3);
+  expect_dims(corpus, 1);
+  expect_dims(corpus_suffixes, 2);
+  expect_dense(denoised, DType::kInt32, {batch, denoised.shape[1], kGuesses}, like);
+  expect_dense(adjacency, DType::kInt32, {kOrders, adjacency.shape[1], 1 + kGuesses}, like);
+  expect_dense(suffixes, DType::kInt32, {batch, kSuffixes, suffixes.shape[2]}, like);
+  expect_range("length of corpus", corpus.shape[0], 0, INT32_MAX);
+  expect_dense(corpus, DType::kInt32, {corpus.shape[0]}, like);
+  expect_dense(corpus_suffixes, DType::kInt32, {kSuffixes, corpus_suffixes.shape[1]}, like);
+}
+
+void expect_growth(int64_t max_depth, double foresight) {
+  expect_range("max_depth", max_depth, 0, kMaxNodes);
+  if (!(foresight >= 0 && foresight <= 1)) refuse("foresight is ", foresight, "; expected 0 to 1");
+}
+
+namespace {
+
 void draft_tree(const Argument& history, const Argument& lengths, const Argument& denoised,
                 const Argument& adjacency, const Argument& suffixes, const Argument& corpus,
                 const Argument& corpus_suffixes, const Argument& factors, int64_t max_depth,
                 double foresight, const Argument& tokens, const Argument& parents,
                 const Argument& probability, const Argument& sources) {
   expect_dims(history, 2);
-  expect_dims(denoised, 3);
-  expect_dims(adjacency, 3);
-  expect_dims(suffixes, 3);
-  expect_dims(corpus, 1);
-  expect_dims(corpus_suffixes, 2);
   expect_dims(tokens, 2);
   const int64_t batch = history.shape[0], nodes = tokens.shape[1];
   expect_nodes(tokens, nodes);
-  expect_range("max_depth", max_depth, 0, kMaxNodes);
-  if (!(foresight >= 0 && foresight <= 1)) refuse("foresight is ", foresight, "; expected 0 to 1");
+  expect_growth(max_depth, foresight);
   expect_dense(history, DType::kInt64, {batch, history.shape[1]}, history);
   expect_dense(lengths, DType::kInt64, {batch}, history);
-  expect_dense(denoised, DType::kInt32, {batch, denoised.shape[1], kGuesses}, history);
-  expect_dense(adjacency, DType::kInt32, {kOrders, adjacency.shape[1], 1 + kGuesses}, history);
-  expect_dense(suffixes, DType::kInt32, {batch, kSuffixes, suffixes.shape[2]}, history);
-  expect_range("length of corpus", corpus.shape[0], 0, INT32_MAX);
-  expect_dense(corpus, DType::kInt32, {corpus.shape[0]}, history);
-  expect_dense(corpus_suffixes, DType::kInt32, {kSuffixes, corpus_suffixes.shape[1]}, history);
+  expect_tables(denoised, adjacency, suffixes, corpus, corpus_suffixes, batch, history);
   if (factors.ndim > 1)
     expect_dense(factors, DType::kFloat64, {batch, kFactors}, history);
   else

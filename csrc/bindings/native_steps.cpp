@@ -13,6 +13,7 @@
 #include "best_first.h"
 #include "bindings/bound_pass.h"
 #include "bindings/define.h"
+#include "bindings/tables.h"
 #include "drafting_ops.h"
 
 namespace py = pybind11;
@@ -255,20 +256,13 @@ class NativeSteps {
   }
 
   void bind(const py::dict& known, int64_t max_depth, double foresight) {
-    expect_range("max_depth", max_depth, 0, kMaxNodes);
-    if (!(foresight >= 0 && foresight <= 1))
-      refuse("foresight is ", foresight, "; expected 0 to 1");
+    expect_growth(max_depth, foresight);
     tree_.history = history_;
     tree_.lengths = lengths_;
     const Argument denoised = take(known, "denoised"), adjacency = take(known, "adjacency"),
                    suffixes = take(known, "suffixes"), corpus = take(known, "corpus"),
                    corpus_suffixes = take(known, "corpus_suffixes");
-    expect_dense(denoised, DType::kInt32, {batch_, denoised.shape[1], kGuesses}, history_);
-    expect_dense(adjacency, DType::kInt32, {kOrders, adjacency.shape[1], 1 + kGuesses}, history_);
-    expect_dense(suffixes, DType::kInt32, {batch_, kSuffixes, suffixes.shape[2]}, history_);
-    expect_range("length of corpus", corpus.shape[0], 0, INT32_MAX);
-    expect_dense(corpus, DType::kInt32, {corpus.shape[0]}, history_);
-    expect_dense(corpus_suffixes, DType::kInt32, {kSuffixes, corpus_suffixes.shape[1]}, history_);
+    expect_tables(denoised, adjacency, suffixes, corpus, corpus_suffixes, batch_, history_);
     tree_.denoised = denoised;
     tree_.adjacency = adjacency;
     tree_.suffixes = suffixes;

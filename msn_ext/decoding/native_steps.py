@@ -14,15 +14,15 @@ from torch import Tensor
 from msn_ext import _C
 from msn_ext.ops import MAX_NODES
 
-from .drafters import BestFirst, Drafter, TreeDrafter
+from .drafters import BestFirst, Drafter
+from .drafters.jacobi import drafts_nothing
 from .drafters.sources import tails_of
 from .forward.native import NativeForward
 
 
 def can_draft(drafter: Drafter) -> bool:
     """Return whether :class:`NativeSteps` drafts as this drafter does, which has been started."""
-    plain = type(drafter) is TreeDrafter and not drafter.max_depth
-    return plain or type(drafter) is BestFirst
+    return drafts_nothing(drafter) or type(drafter) is BestFirst
 
 
 class NativeSteps:

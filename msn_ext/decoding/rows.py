@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .drafters import Drafter, TreeDrafter
+from .drafters import Drafter
+from .drafters.jacobi import drafts_nothing
 from .forward.adapter import path_of
 from .forward.families.checks import DTYPES
 from .forward.modules import Modules
@@ -31,7 +32,7 @@ def check_rows(
     Raises:
         ValueError: names the module.
     """
-    alone = batch == 1 and type(drafter) is TreeDrafter and not drafter.max_depth
+    alone = batch == 1 and drafts_nothing(drafter)
     if not alone and (found := mixing_module(model, modules)):
         path, module = found
         raise ValueError(

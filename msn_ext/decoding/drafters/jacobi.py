@@ -7,7 +7,7 @@ from torch import Tensor
 
 from msn_ext import ops
 
-from .protocol import Draft, Verified
+from .protocol import Draft, Drafter, Verified
 from .tree import RETRIEVAL, DraftTree
 
 MAX_NGRAM = 3
@@ -92,3 +92,8 @@ class TreeDrafter:
 
     def forget(self) -> None:
         """Do nothing: every call begins without candidates."""
+
+
+def drafts_nothing(drafter: Drafter) -> bool:
+    """Return whether it is plain decoding: a tree of the root alone."""
+    return type(drafter) is TreeDrafter and not drafter.max_depth
