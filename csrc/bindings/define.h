@@ -16,6 +16,7 @@ namespace msn {
 // Each topic's ops and constants.
 void define_tree(pybind11::module_& m);
 void define_drafting(pybind11::module_& m);
+void define_sizing(pybind11::module_& m);
 void define_noise(pybind11::module_& m);
 void define_fused(pybind11::module_& m);
 void define_layers(pybind11::module_& m);

@@ -28,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   msn::define_tree(m);
   msn::define_drafting(m);
+  msn::define_sizing(m);
   msn::define_noise(m);
   msn::define_fused(m);
   msn::define_layers(m);

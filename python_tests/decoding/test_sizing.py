@@ -6,6 +6,7 @@ import random
 import pytest
 
 from helpers.drafters import passes
+from helpers.sizing import PlainSizer, PlainTimes
 from msn_ext.decoding import BestFirst
 from msn_ext.decoding.sizing import LESSON, SIZES, StepTimes, TreeSizer
 
@@ -26,6 +27,29 @@ def test_the_size_follows_the_time_of_a_step():
         passes(drafter)
     assert set(sizes["dear"]) == {1}
     assert sizes["free"][5:] and min(sizes["free"][5:]) > 16
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("curve", [None, {1: 3.0, 4: 3.5, 8: 3.4, 64: 20.0}])
+def test_sizes_are_those_of_the_plain_form(device, curve):
+    """Step by step, by whatever was seen; and so are the times that they are chosen by."""
+    generator = random.Random(0)
+    for rows in range(1, 40):
+        times, plain = StepTimes(curve, device), PlainTimes(curve, device)
+        ours, theirs = TreeSizer(times, rows), PlainSizer(plain, rows)
+        for _ in range(60):
+            expected = [0.0]
+            while len(expected) < ours.reach:
+                expected.append(expected[-1] + generator.random() / (1 + len(expected)))
+            nodes = ours.choose(expected)
+            assert nodes == theirs.choose(expected, SIZES)
+            seconds = generator.choice([1.0, 1.0, 5.0]) * generator.uniform(0.8, 1.2) * (3 + nodes)
+            step = nodes, expected[nodes - 1], generator.choice([0, 0, 1, 3]), seconds
+            ours.observe(*step)
+            theirs.observe(*step)
+        for tokens in (*range(1, 130), 1000):
+            assert times(tokens) == pytest.approx(plain(tokens), rel=1e-12)
+            assert times.at_best(tokens) == pytest.approx(plain.at_best(tokens), rel=1e-12)
 
 
 @pytest.mark.parametrize("device, kink", [("cpu", 0.6), ("cpu", 1.0), ("cuda", 1.0)])

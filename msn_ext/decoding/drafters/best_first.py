@@ -206,16 +206,7 @@ class BestFirst:
         return nodes if self.tails is None else self.tails.drafted(nodes)
 
     def _with_tails(self, expected: list[float]) -> list[float]:
-        """Return how many guesses are expected to be accepted of n + 1 nodes, tails included, with
-        those of the next tree that tails add; ``expected``: of n + 1 nodes that are none.
-        """
-        if self.tails is None:
-            return expected
-        drafted, nodes = [], 1
-        while self._drafted(nodes) <= len(expected):
-            drafted.append(expected[self._drafted(nodes) - 1] + self.tails.worth(nodes))
-            nodes += 1
-        return drafted
+        return expected if self.tails is None else self.tails.expected(expected)
 
     def observe(self, verified: Verified) -> None:
         if verified.draft is self.draft:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msn_ext import ops
-from msn_ext.ops import GUESSES, ORDERS, SUFFIXES
+from msn_ext.ops import GUESSES, MAX_NODES, ORDERS, SUFFIXES
 
 from .protocol import Draft, Noise, Verified
 
@@ -120,6 +120,11 @@ class NoiseTails:
         self.tables = torch.stack([usual, fitted])
         self.factors = usual.repeat(batch, 1)
         self._ends = torch.empty(batch, 0, dtype=torch.int64, device=usual.device)
+        # By nodes: those that are no tails, and what the tails are worth.
+        self._sizes = [
+            (self.drafted(nodes), WORTH_OF_TAILS[tails_of(nodes)])
+            for nodes in range(1, MAX_NODES + 1)
+        ]
 
     def forget(self) -> None:
         self.factors.copy_(self.tables[0].expand_as(self.factors))
@@ -128,9 +133,16 @@ class NoiseTails:
         """Return how many nodes of a tree of so many are no tails."""
         return nodes - tails_of(nodes) * self.length
 
-    def worth(self, nodes: int) -> float:
-        """Return how many guesses more are accepted for the tails of a tree of so many nodes."""
-        return WORTH_OF_TAILS[tails_of(nodes)]
+    def expected(self, drafted: list[float]) -> list[float]:
+        """Return how many guesses are expected to be accepted of n + 1 nodes, tails included, with
+        those of the next tree that tails add; ``drafted``: of n + 1 nodes that are none.
+        """
+        found = []
+        for first, worth in self._sizes:
+            if first > len(drafted):
+                break
+            found.append(drafted[first - 1] + worth)
+        return found
 
     def below(
         self, drafted: tuple[Tensor, Tensor, Tensor], nodes: int, history: Tensor, lengths: Tensor
