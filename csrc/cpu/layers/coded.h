@@ -272,7 +272,7 @@ struct MakeCodedTable<kKeep, 0, kRows...> : CodedProductTable<kKeep, kRows...> {
 // for the others.
 template <typename Each>
 void multiply_coded(const uint32_t* x, int64_t x_stride, int64_t rows, const char* panel,
-                    int64_t inputs, float* out, int64_t out_stride, Each each) {
+                    int64_t inputs, float* out, int64_t out_stride, const Each& each) {
   const int64_t steps = inputs / 2, parts = (rows + kMaxRows - 1) / kMaxRows;
   alignas(64) __m512i kept[2 * kCodedSteps];
   for (int64_t begin = 0; begin < steps; begin += kCodedSteps, panel += kCodedBytes) {

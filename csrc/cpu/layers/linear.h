@@ -216,7 +216,7 @@ class NoiseRows {
     return adapter.rows * (P::kWidth + row_stride(adapter.stride)) * sizeof(T);
   }
   NoiseRows(const LowRank& adapter, char* memory)
-      : adapter_(adapter), tile_(reinterpret_cast<T*>(memory)) {
+      : adapter_(adapter), tile_(reinterpret_cast<T*>(memory)), size_(P::bytes(adapter.b.inputs)) {
     const T* low = static_cast<const T*>(adapter.low);
     if constexpr (P::kPairs) {
       uint32_t* pairs = reinterpret_cast<uint32_t*>(tile_ + adapter.rows * P::kWidth);
@@ -230,12 +230,19 @@ class NoiseRows {
     }
   }
 
+  // Asks for a panel of B before it is needed: it is too small for a core to see it coming.
+  void ahead(int64_t panel) const {
+    if (!adapter_.rows) return;
+    __builtin_prefetch(adapter_.first + panel);
+    for (int64_t i = 0; i < size_; i += 64) __builtin_prefetch(panel_of(panel) + i);
+  }
+
   void multiply(int64_t panel) const {
     if (!adapter_.rows) return;
-    const int64_t size = P::bytes(adapter_.b.inputs);
-    const char* b = static_cast<const char*>(adapter_.b.data) + panel * size;
+    ahead(panel + 1);
+    const char* b = panel_of(panel);
     const int64_t first = adapter_.first[panel] / (P::kPairs ? 2 : 1);
-    multiply_rows<P>(low_ + first, stride_, adapter_.rows, b, adapter_.b.inputs, b + size, tile_,
+    multiply_rows<P>(low_ + first, stride_, adapter_.rows, b, adapter_.b.inputs, b + size_, tile_,
                      P::kWidth, [](int64_t, int64_t) {});
   }
   // To the panel's outputs y of rows of the layer, P::kWidth each.
@@ -249,8 +256,13 @@ class NoiseRows {
   }
 
  private:
+  const char* panel_of(int64_t panel) const {
+    return static_cast<const char*>(adapter_.b.data) + panel * size_;
+  }
+
   const LowRank& adapter_;
   T* tile_;
+  const int64_t size_;  // of a panel, in bytes
   const typename P::In* low_ = nullptr;
   int64_t stride_ = 0;
 };
@@ -272,10 +284,12 @@ void linear(const Linear& stage, int t, int threads, Scratch& scratch) {
   char* memory = scratch.get(inputs_at + inputs_bytes(rows, inputs, sizeof(T)));
   T* tiles[2] = {reinterpret_cast<T*>(memory), reinterpret_cast<T*>(memory + tile_bytes)};
   const Noise noise(stage.adapter, memory + noise_at);
+  const int64_t begin = panels * t / threads, end = panels * (t + 1) / threads;
+  noise.ahead(begin * together);
   const Inputs<P> in = inputs_of<P>(stage, memory + inputs_at);
   const After<T, kWidth> after{stage};
 
-  for (int64_t p = panels * t / threads; p < panels * (t + 1) / threads; ++p) {
+  for (int64_t p = begin; p < end; ++p) {
     const char* panel = static_cast<const char*>(stage.weights.data) + p * together * bytes;
     const int64_t output = p * kWidth;
     const int count = output + kWidth <= outputs ? kWidth : static_cast<int>(outputs - output);

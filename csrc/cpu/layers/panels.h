@@ -314,7 +314,7 @@ constexpr int64_t kStepsAtOnce = 256;
 template <typename P, typename Each>
 inline void multiply_rows(const typename P::In* x, int64_t x_stride, int64_t rows,
                           const char* panel, int64_t inputs, const char* neighbour,
-                          typename P::Sum* out, int64_t out_stride, Each each) {
+                          typename P::Sum* out, int64_t out_stride, const Each& each) {
   constexpr int kMost = kRowsFor<P>;
   const int64_t parts = (rows + kMost - 1) / kMost;
   const int64_t steps = P::kPairs ? (inputs + 1) / 2 : inputs;
