@@ -2,6 +2,7 @@
 adapter might have learned.
 
     python benchmarks/cut_rank.py ADAPTER --rank 8 --output DIR
+    python benchmarks/cut_rank.py ADAPTER --rank 4 --dtype bfloat16 --output DIR
 
 Prints the share of the products' squares that is left.
 """
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("adapter", type=pathlib.Path, help="a folder of PEFT's, with a LoRA")
     parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="(default: as it was)")
     parser.add_argument("--output", type=pathlib.Path, required=True)
     options = parser.parse_args(arguments)
     config = json.loads((options.adapter / CONFIG).read_text())
@@ -46,6 +48,8 @@ def main(arguments: list[str]) -> None:
         other = name.replace(".lora_A.", ".lora_B.")
         weights[name], weights[other], share = cut(weights[name], weights[other], options.rank)
         shares.append(share)
+    if options.dtype:
+        weights = {name: its.to(getattr(torch, options.dtype)) for name, its in weights.items()}
     options.output.mkdir(parents=True, exist_ok=True)
     save_file(weights, options.output / WEIGHTS, metadata={"format": "pt"})
     # PEFT's scaling stays what it was.

