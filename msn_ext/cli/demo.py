@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(f"SmolLM2-135M-Instruct, {arguments.dtype}, {device}. Prompt: {prompt}\n")
         streamer = PassStreamer(tokenizer, sys.stdout, color=color, mark=not color)
-        runs = {}
+        runs: dict[str, Run] = {}
         for name, one in ours.items():
             shown = None if runs else streamer
             runs[name] = timed(one, input_ids, streamer=shown, max_new_tokens=limit, **options)
