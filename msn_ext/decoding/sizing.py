@@ -21,6 +21,7 @@ LESSON = 0.1
 is remembered; one of n nodes, the square root of n times as much. Fitted to whole answers: without
 it, trees stay small where little is known, and so does what is known."""
 FIRST_GUESS = {"cpu": (0.03, 0.7)}
+FIRST_GUESS_ELSEWHERE = 0.001, 1.0
 """By device type, before anything was seen: what a token adds to a step, as a share, and what is
 left of that step where it is the only one."""
 
@@ -48,13 +49,17 @@ class StepTimes(_C.StepTimes):
     """
 
     def __init__(self, curve: dict[int, float] | None, device_type: str):
-        super().__init__(sorted((curve or {}).items()), *FIRST_GUESS.get(device_type, (0.001, 1.0)))
+        guess = FIRST_GUESS.get(device_type, FIRST_GUESS_ELSEWHERE)
+        super().__init__(sorted((curve or {}).items()), *guess)
 
     def __call__(self, tokens: int) -> float:
         """Return the expected seconds; before anything was measured or seen, in units of their
         own.
         """
         return self.of(tokens)
+
+    def __deepcopy__(self, memo: dict) -> StepTimes:
+        return self  # they are a machine's and a model's, whoever drafts
 
 
 class TreeSizer(_C.TreeSizer):
@@ -90,6 +95,9 @@ class TreeSizer(_C.TreeSizer):
             sizes: to choose from, from 1 upwards.
         """
         return super().choose(expected, sizes)
+
+    def __deepcopy__(self, memo: dict) -> TreeSizer:
+        return self  # a drafter's copy makes another one when it starts
 
 
 def expected_accepts(probability: Tensor) -> list[float]:

@@ -1,5 +1,6 @@
 """The size of a tree follows the time of a step and what came true."""
 
+import copy
 import math
 import random
 
@@ -102,6 +103,15 @@ def test_a_larger_tree_is_worth_what_is_learned_from_it():
     """Where nothing is known, a tree of one node would learn least and stay."""
     nearly_free = StepTimes({1: 1.0, 8: 1.02, 16: 1.3}, "cpu")
     assert TreeSizer(nearly_free, rows=1).choose([0.001 * n for n in range(64)]) == 8
+
+
+def test_a_drafter_can_be_copied():
+    """Its copy knows how long steps take."""
+    drafter = BestFirst()
+    passes(drafter)
+    other = copy.deepcopy(drafter)
+    assert other._times is drafter._times
+    assert passes(other) and other._sizer is not drafter._sizer
 
 
 def test_trees_grow_from_step_to_step():

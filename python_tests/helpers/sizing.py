@@ -6,7 +6,7 @@ from bisect import bisect_left
 from itertools import accumulate
 from math import sqrt
 
-from msn_ext.decoding.sizing import FIRST_GUESS, LESSON
+from msn_ext.decoding.sizing import FIRST_GUESS, FIRST_GUESS_ELSEWHERE, LESSON
 
 NEWEST = 0.1  # what a step counts at least against those of its size before
 DRIFT = 0.05  # and against those of the other sizes: all get slower where the machine does
@@ -22,7 +22,7 @@ class PlainTimes:
         self._curve = list(
             zip((n for n, _ in points), accumulate((seconds for _, seconds in points), max))
         )
-        self._slope, self._kink = FIRST_GUESS.get(device_type, (0.001, 1.0))
+        self._slope, self._kink = FIRST_GUESS.get(device_type, FIRST_GUESS_ELSEWHERE)
         self._cold = True  # the first step of all warms up, and says nothing
         self._seen: dict[int, float] = {}  # seconds by tokens
         self._counts: dict[int, float] = {}  # steps, with slow forgetting
