@@ -15,7 +15,8 @@ of repeats, prompts' time included, in brackets the slowest and the fastest repe
 part because it is not installed is said; the exit status is 1 if an engine failed.
 
 Engines: native-DRAFT-DTYPE and torch-DRAFT-DTYPE, ours with either forward pass (drafts: none,
-auto, …, b8 for BestFirst(8); the dtype int8: that of the weights, the rest in bfloat16);
+auto, …, b8 for BestFirst(8), habits and b8h for auto and b8 by what the model usually says, see msn
+habits; the dtype int8: that of the weights, the rest in bfloat16);
 transformers-eager|sdpa|compiled|lookup-DTYPE ("compiled": a static cache, too; "lookup": prompt
 lookup); llama.cpp-FORMAT and llama.cpp-FORMAT-lookup (llama-cpp-python
 and its prompt lookup); openvino-FORMAT (OpenVINO GenAI). The last two read the model's GGUF file,
@@ -39,13 +40,17 @@ from cpu_turns import Run
 from machine import ReadBandwidth, cpu_name
 from workers import Pool
 
-from msn_ext.demo import source_file
+from msn_ext.demo import HABITS, source_file
 from msn_ext.paths import cache_root
 
 DTYPES = ("float32", "bfloat16")
 ENGINES = [
-    *(f"native-{d}-{t}" for t in DTYPES for d in ("none", "auto", "b4", "b6", "b8", "b12", "b16")),
-    *(f"native-{d}-int8" for d in ("none", "auto", "b8")),
+    *(
+        f"native-{d}-{t}"
+        for t in DTYPES
+        for d in ("none", "auto", "b4", "b6", "b8", "b12", "b16", "habits", "b8h")
+    ),
+    *(f"native-{d}-int8" for d in ("none", "auto", "b8", "habits")),
     *(f"torch-auto-{t}" for t in DTYPES),
     *(f"transformers-{k}-{t}" for t in DTYPES for k in ("eager", "sdpa", "compiled", "lookup")),
     *(
@@ -103,6 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", help="path or id; the demo model where none is named")
     add("--gguf", type=Path, help="its GGUF file, for peers (default: the demo model's)")
+    add("--habits", type=Path, help="of the model, as msn habits wrote them (default: the demo's)")
     add("--data", type=Path, default=SPECBENCH, help="a Spec-Bench question file")
     add("--engines", default=",".join(ENGINES), help="names or patterns, by commas (default: all)")
     add("--prompts", type=int, default=24)
@@ -137,6 +143,7 @@ def decode(options, engines: list[str], about: dict, tokenizer, rows: list[dict]
     ``about`` holds the model's folder and end tokens.
     """
     settings = about | dict(threads=options.threads, gguf_folder=GGUF_FOLDER)
+    settings["habits"] = str(options.habits or HABITS)
     if options.model is None or options.gguf:
         settings["gguf"] = str(options.gguf or source_file())
     else:

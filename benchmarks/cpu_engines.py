@@ -96,17 +96,21 @@ class Streamer:
 class Ours(Transformers):
     """``msn_ext.generate`` with the engine, draft and dtype of the name: "native-auto-bfloat16",
     "torch-none-float32", "native-b8-float32" for ``BestFirst(8)``; "native-auto-int8": int8
-    weights, the rest in bfloat16.
+    weights, the rest in bfloat16. Drafts "habits" and "b8h" are "auto" and "b8" by the model's
+    habits.
     """
 
     packages = ("msn_ext", "torch", "transformers")
 
     def __init__(self, settings: dict):
-        import msn_ext
+        import msn_ext.profile
 
         self.engine, draft, dtype = settings["engine"].split("-")
-        budget = draft[1:] if draft[0] == "b" else ""
+        budget = draft[1:].removesuffix("h") if draft[0] == "b" else ""
         self.budget, self.draft = int(budget) if budget.isdigit() else None, draft
+        self.habits = None
+        if draft == "habits" or (self.budget and draft.endswith("h")):
+            self.habits = msn_ext.Habits.load(settings["habits"])
         weights = dtype if dtype == "int8" else None
         dtype = "bfloat16" if weights else dtype
         super().__init__(settings | dict(engine=f"transformers-sdpa-{dtype}"))
@@ -114,10 +118,14 @@ class Ours(Transformers):
             self.model = msn_ext.prepare(self.model, weights=weights)
 
     def generate(self, **inputs):
-        import msn_ext
+        import msn_ext.profile
 
         # A new one for every prompt: one that is kept would know the answer at the next repeat.
-        draft = msn_ext.BestFirst(self.budget) if self.budget else self.draft
+        draft = self.draft
+        if self.budget:
+            draft = msn_ext.BestFirst(self.budget, habits=self.habits)
+        elif self.habits:
+            draft = msn_ext.profile.auto(self.model, engine=self.engine, habits=self.habits)
         return msn_ext.generate(self.model, **inputs, engine=self.engine, draft=draft)
 
 

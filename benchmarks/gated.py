@@ -10,46 +10,14 @@ weights. Tokens per second are those of whole calls, prompts included.
 import argparse
 import pathlib
 import sys
-import time
 
 from common import Results, conditions, load_model
-from tails import decode, turns
+from races import race, sizes_of, table
+from tails import turns
 from tqdm import tqdm
 
 from msn_ext.cli.common import positive_int
 from msn_ext.decoding import BestFirst
-
-WAYS = ("base", "gated")
-
-
-def race(models: dict, prompt: list[int], nodes: int | None, new_tokens: int) -> dict:
-    """Return tokens, and passes and seconds by model.
-
-    Raises:
-        SystemExit: they have not said the same.
-    """
-    row: dict = {"nodes": nodes or "auto"}
-    texts = []
-    for name, model in models.items():
-        start = time.perf_counter()
-        text, accepts = decode(model, prompt, BestFirst(nodes), new_tokens)
-        row[name] = {"passes": len(accepts), "seconds": time.perf_counter() - start}
-        texts.append(text)
-    if texts[0] != texts[1]:
-        raise SystemExit("the adapter changed the text; the engine has to be the native one")
-    return row | {"tokens": len(texts[0]) - len(prompt)}
-
-
-def table(rows: list[dict]) -> str:
-    lines = [f"{'nodes':>6}" + "".join(f"{way + ': tokens/s':>18}{'MAT':>7}" for way in WAYS)]
-    for nodes in dict.fromkeys(row["nodes"] for row in rows):
-        its = [row for row in rows if row["nodes"] == nodes]
-        tokens, line = sum(row["tokens"] for row in its), f"{nodes!s:>6}"
-        for way in WAYS:
-            seconds, passes = (sum(row[way][of] for row in its) for of in ("seconds", "passes"))
-            line += f"{tokens / seconds:>18.1f}{tokens / passes:>7.2f}"
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
@@ -71,16 +39,16 @@ def main(arguments: list[str]) -> None:
     base, tokenizer = load_model(options)
     bare, _ = load_model(options)
     gated = PeftModel.from_pretrained(bare, options.adapter).to(base.dtype).eval()
-    models, results, rows = dict(zip(WAYS, (base, gated))), Results(options.output), []
+    ways = {"base": (base, BestFirst), "gated": (gated, BestFirst)}
+    results, rows = Results(options.output), []
     its = turns(tokenizer, options.turns)
-    sizes = [None if size == "auto" else int(size) for size in options.nodes.split(",")]
-    race(models, its[0]["prompt"], 8, 4)
+    race(ways, its[0]["prompt"], 8, 4)
     for turn in tqdm(its, unit="turn"):
-        for nodes in sizes:
-            row = race(models, turn["prompt"], nodes, options.new_tokens)
+        for nodes in sizes_of(options.nodes):
+            row = race(ways, turn["prompt"], nodes, options.new_tokens)
             results.save(conditions(base, "gated.py", arguments), row)
             rows.append(row)
-    print(table(rows))
+    print(table(rows, list(ways)))
 
 
 if __name__ == "__main__":

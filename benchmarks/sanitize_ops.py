@@ -194,6 +194,7 @@ def check_best_first(n: int, device: str) -> None:
     tables = [
         guesses[:, :5].contiguous(),
         adjacency,
+        adjacency.flip(0).contiguous(),  # as habits: of other contexts
         suffixes,
         corpus.int(),
         corpus_suffixes[0],
@@ -208,7 +209,7 @@ def check_best_first(n: int, device: str) -> None:
     run_outside(device, ops.remember_guesses, adjacency_there, *there)
     there = on(device, [history, outside, *tables])
     run_outside(device, ops.draft_tree, *there, n, 9, 0.05)
-    tables[4] = torch.randint(-(2**31), 2**31, corpus_suffixes[0].shape).int()  # of a damaged file
+    tables[5] = torch.randint(-(2**31), 2**31, corpus_suffixes[0].shape).int()  # of a damaged file
     compare(
         f"draft_tree N={n}, damaged corpus",
         device,

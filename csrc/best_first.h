@@ -23,7 +23,8 @@ constexpr int kBiasAt = 0;  // [highest order known here, longest suffix known h
 constexpr int kDenoisedAt =
     kBiasAt + (kOrders + 1) * (kSuffixes + 1);  // [depth <= 2, any order known, level]
 constexpr int kAdjacencyAt =
-    kDenoisedAt + 3 * 2 * kLevels;  // [order, highest order known here, level]
+    kDenoisedAt + 3 * 2 * kLevels;  // [order, highest order known here, level]; where the order is
+                                    // above the highest, habits guess
 constexpr int kSuffixAt =
     kAdjacencyAt + kOrders * (kOrders + 1) * kLevels;  // [n-gram, rank <= 2, highest order]
 constexpr int kFactors = kSuffixAt + kSuffixes * 3 * (kOrders + 1);
@@ -94,13 +95,15 @@ MSN_HD int context_of(const int64_t* tokens, const int32_t* parents, int node,
   return count;
 }
 
-// Everything that drafting may read about one row. All rows share the adjacency table, the corpus
-// and its suffixes.
+// Everything that drafting may read about one row. All rows share the adjacency table, the habits,
+// the corpus and its suffixes.
 struct Sources {
   const int32_t* denoised;  // [depths, kGuesses]
   int64_t depths;
   const int32_t* adjacency;  // [kOrders, adjacency_slots, 1 + kGuesses]
   int64_t adjacency_slots;
+  const int32_t* habits;  // [kOrders, habit_slots, 1 + kGuesses]
+  int64_t habit_slots;
   const int32_t* suffixes;  // [kSuffixes, suffix_slots]
   int64_t suffix_slots;
   const int64_t* history;  // [length]
@@ -125,8 +128,8 @@ MSN_HD Sources sources_of_row(Sources from, int64_t row, int64_t capacity, int64
 
 // The entries of the tables for one context.
 struct Known {
-  const int32_t* guesses[kOrders];  // null: nothing
-  int highest;                      // order that is known, + 1; 0: none
+  const int32_t* guesses[kOrders];  // remembered, else by habit; null: nothing
+  int highest;                      // order that is remembered, + 1; 0: none
   int64_t next[kSuffixes];          // token after the n-gram's last place, in the text, else in the
                                     // corpus; -1: none, or a longer one has it
   int rank[kSuffixes];              // among the different tokens, from the longest n-gram on
@@ -147,12 +150,11 @@ MSN_HD int64_t last_place(const Token* text, int64_t length, const int32_t* suff
   return same ? end : 0;
 }
 
-// The guesses that are remembered after a context's n newest tokens, which have this hash; null:
-// none.
-MSN_HD const int32_t* remembered(const Sources& from, uint64_t hash, int n) {
-  if (from.adjacency_slots <= 0) return nullptr;
-  const int64_t slot = (n - 1) * from.adjacency_slots + slot_of(hash, from.adjacency_slots);
-  const int32_t* row = from.adjacency + slot * (1 + kGuesses);
+// The guesses that a table [kOrders, slots, 1 + kGuesses] has after a context's n newest tokens,
+// which have this hash; null: none.
+MSN_HD const int32_t* guesses_in(const int32_t* table, int64_t slots, uint64_t hash, int n) {
+  if (slots <= 0) return nullptr;
+  const int32_t* row = table + ((n - 1) * slots + slot_of(hash, slots)) * (1 + kGuesses);
   return row[0] == hash_check(hash) ? row + 1 : nullptr;
 }
 
@@ -180,7 +182,13 @@ MSN_HD void look_up(const Sources& from, const int64_t* context, const uint64_t*
     const uint64_t hash = hashes[n - 1];
     if (n <= count) {
       tokens &= context[n - 1] >= 0;
-      if (n <= kOrders && (known.guesses[n - 1] = remembered(from, hash, n))) known.highest = n;
+      if (n <= kOrders) {
+        known.guesses[n - 1] = guesses_in(from.adjacency, from.adjacency_slots, hash, n);
+        if (known.guesses[n - 1])
+          known.highest = n;
+        else
+          known.guesses[n - 1] = guesses_in(from.habits, from.habit_slots, hash, n);
+      }
     }
     if (n != suffix_length(level)) continue;
     known.next[level] = n <= count ? following(from, context, hash, tokens, level) : -1;

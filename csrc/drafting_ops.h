@@ -83,7 +83,7 @@ struct AppendTails {
 };
 
 struct DraftTree {
-  Tensor history, lengths, denoised, adjacency, suffixes, corpus, corpus_suffixes, factors;
+  Tensor history, lengths, denoised, adjacency, habits, suffixes, corpus, corpus_suffixes, factors;
   int64_t max_depth = 0;
   double foresight = 0.0;
   Tensor tokens, parents, probability, sources;
@@ -95,6 +95,8 @@ struct DraftTree {
     from.depths = denoised.shape[1];
     from.adjacency = adjacency.as<int32_t>();
     from.adjacency_slots = adjacency.shape[1];
+    from.habits = habits.as<int32_t>();
+    from.habit_slots = habits.shape[1];
     from.suffixes = suffixes.as<int32_t>();
     from.suffix_slots = suffixes.shape[2];
     from.history = history.as<int64_t>();

@@ -168,6 +168,7 @@ def draft_tree(
     lengths: Tensor,
     denoised: Tensor,
     adjacency: Tensor,
+    habits: Tensor,
     suffixes: Tensor,
     corpus: Tensor,
     corpus_suffixes: Tensor,

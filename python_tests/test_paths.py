@@ -5,8 +5,9 @@ import socket
 import stat
 
 import pytest
+import torch
 
-from msn_ext import Corpus
+from msn_ext import Corpus, Habits
 from msn_ext.paths import replacing
 from msn_ext.profile import Profile
 
@@ -36,7 +37,8 @@ def test_a_link_stays_and_its_file_is_written(tmp_path, there):
 
 def test_what_writes_files_writes_through_links(tmp_path):
     corpus, profile = Corpus.build([[1, 2, 3]], 5, progress=False), Profile({1: 0.5})
-    for saved in corpus, profile:
+    habits = Habits.count(torch.ones(1, 3).int(), torch.ones(1, 8).int(), 5)
+    for saved in corpus, profile, habits:
         target, link = tmp_path / "target", tmp_path / "link"
         target.write_text("before")
         link.symlink_to("target")

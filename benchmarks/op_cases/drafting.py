@@ -236,6 +236,7 @@ def draft_cases(model: Model, nodes: list[int], contexts: list[int], device: str
                     known.lengths,
                     known.denoised,
                     known.adjacency,
+                    known.adjacency[:, :0],
                     known.suffixes,
                     *known.corpus,
                     known.factors,

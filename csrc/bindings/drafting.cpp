@@ -175,16 +175,18 @@ void append_tails(const Argument& tokens, const Argument& parents, const Argumen
 
 }  // namespace
 
-void expect_tables(const Argument& denoised, const Argument& adjacency, const Argument& suffixes,
-                   const Argument& corpus, const Argument& corpus_suffixes, int64_t batch,
-                   const Tensor& like) {
+void expect_tables(const Argument& denoised, const Argument& adjacency, const Argument& habits,
+                   const Argument& suffixes, const Argument& corpus,
+                   const Argument& corpus_suffixes, int64_t batch, const Tensor& like) {
   expect_dims(denoised, 3);
   expect_dims(adjacency, 3);
+  expect_dims(habits, 3);
   expect_dims(suffixes, 3);
   expect_dims(corpus, 1);
   expect_dims(corpus_suffixes, 2);
   expect_dense(denoised, DType::kInt32, {batch, denoised.shape[1], kGuesses}, like);
   expect_dense(adjacency, DType::kInt32, {kOrders, adjacency.shape[1], 1 + kGuesses}, like);
+  expect_dense(habits, DType::kInt32, {kOrders, habits.shape[1], 1 + kGuesses}, like);
   expect_dense(suffixes, DType::kInt32, {batch, kSuffixes, suffixes.shape[2]}, like);
   expect_range("length of corpus", corpus.shape[0], 0, INT32_MAX);
   expect_dense(corpus, DType::kInt32, {corpus.shape[0]}, like);
@@ -199,10 +201,10 @@ void expect_growth(int64_t max_depth, double foresight) {
 namespace {
 
 void draft_tree(const Argument& history, const Argument& lengths, const Argument& denoised,
-                const Argument& adjacency, const Argument& suffixes, const Argument& corpus,
-                const Argument& corpus_suffixes, const Argument& factors, int64_t max_depth,
-                double foresight, const Argument& tokens, const Argument& parents,
-                const Argument& probability, const Argument& sources) {
+                const Argument& adjacency, const Argument& habits, const Argument& suffixes,
+                const Argument& corpus, const Argument& corpus_suffixes, const Argument& factors,
+                int64_t max_depth, double foresight, const Argument& tokens,
+                const Argument& parents, const Argument& probability, const Argument& sources) {
   expect_dims(history, 2);
   expect_dims(tokens, 2);
   const int64_t batch = history.shape[0], nodes = tokens.shape[1];
@@ -210,7 +212,7 @@ void draft_tree(const Argument& history, const Argument& lengths, const Argument
   expect_growth(max_depth, foresight);
   expect_dense(history, DType::kInt64, {batch, history.shape[1]}, history);
   expect_dense(lengths, DType::kInt64, {batch}, history);
-  expect_tables(denoised, adjacency, suffixes, corpus, corpus_suffixes, batch, history);
+  expect_tables(denoised, adjacency, habits, suffixes, corpus, corpus_suffixes, batch, history);
   if (factors.ndim > 1)
     expect_dense(factors, DType::kFloat64, {batch, kFactors}, history);
   else
@@ -219,8 +221,9 @@ void draft_tree(const Argument& history, const Argument& lengths, const Argument
   expect_dense(parents, DType::kInt32, {batch, nodes}, history);
   expect_dense(probability, DType::kFloat64, {batch, nodes}, history);
   expect_dense(sources, DType::kInt32, {batch, nodes}, history);
-  run(history, DraftTree{history, lengths, denoised, adjacency, suffixes, corpus, corpus_suffixes,
-                         factors, max_depth, foresight, tokens, parents, probability, sources});
+  run(history,
+      DraftTree{history, lengths, denoised, adjacency, habits, suffixes, corpus, corpus_suffixes,
+                factors, max_depth, foresight, tokens, parents, probability, sources});
 }
 
 }  // namespace
@@ -243,8 +246,9 @@ void define_drafting(py::module_& m) {
          {"tokens", "parents", "probability", "history", "lengths", "length", "noise", "drafted",
           "drafted_parents", "ancestors", "depth", "ends"});
   define(m, "draft_tree", &draft_tree,
-         {"history", "lengths", "denoised", "adjacency", "suffixes", "corpus", "corpus_suffixes",
-          "factors", "max_depth", "foresight", "tokens", "parents", "probability", "sources"});
+         {"history", "lengths", "denoised", "adjacency", "habits", "suffixes", "corpus",
+          "corpus_suffixes", "factors", "max_depth", "foresight", "tokens", "parents",
+          "probability", "sources"});
 
   // The constants that Python shares, from the headers that own them.
   m.attr("RETRIEVAL") = kRetrieval;

@@ -260,11 +260,12 @@ class NativeSteps {
     tree_.history = history_;
     tree_.lengths = lengths_;
     const Argument denoised = take(known, "denoised"), adjacency = take(known, "adjacency"),
-                   suffixes = take(known, "suffixes"), corpus = take(known, "corpus"),
-                   corpus_suffixes = take(known, "corpus_suffixes");
-    expect_tables(denoised, adjacency, suffixes, corpus, corpus_suffixes, batch_, history_);
+                   habits = take(known, "habits"), suffixes = take(known, "suffixes"),
+                   corpus = take(known, "corpus"), corpus_suffixes = take(known, "corpus_suffixes");
+    expect_tables(denoised, adjacency, habits, suffixes, corpus, corpus_suffixes, batch_, history_);
     tree_.denoised = denoised;
     tree_.adjacency = adjacency;
+    tree_.habits = habits;
     tree_.suffixes = suffixes;
     tree_.corpus = corpus;
     tree_.corpus_suffixes = corpus_suffixes;

@@ -6,9 +6,9 @@ namespace msn {
 
 // Tables of so many rows, on the device of `like`; factors, whose shape depends on the caller, are
 // not among them. Then how a tree grows.
-void expect_tables(const Argument& denoised, const Argument& adjacency, const Argument& suffixes,
-                   const Argument& corpus, const Argument& corpus_suffixes, int64_t batch,
-                   const Tensor& like);
+void expect_tables(const Argument& denoised, const Argument& adjacency, const Argument& habits,
+                   const Argument& suffixes, const Argument& corpus,
+                   const Argument& corpus_suffixes, int64_t batch, const Tensor& like);
 void expect_growth(int64_t max_depth, double foresight);
 
 }  // namespace msn

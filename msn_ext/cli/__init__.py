@@ -12,7 +12,7 @@ import sys
 
 import msn_ext
 
-from . import chat, corpus, demo, explain, export_generate, generate, info, train, tune
+from . import chat, corpus, demo, explain, export_generate, generate, habits, info, train, tune
 from .common import UsageError, one_line
 
 COMMANDS = {
@@ -23,6 +23,7 @@ COMMANDS = {
     "tune": tune,
     "train": train,
     "corpus": corpus,
+    "habits": habits,
     "export-generate": export_generate,
     "info": info,
 }

@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights (default: bfloat16); transformers gets the faster of the two",
     )
     parser.add_argument(
+        "--no-habits",
+        action="store_true",
+        help="draft without what the model usually says, which comes with the package",
+    )
+    parser.add_argument(
         "--gated",
         action="store_true",
         help="with the gated noise adapter of the package, and without it (needs peft)",
@@ -69,24 +74,31 @@ def run(arguments: argparse.Namespace) -> int:
         prompt = checked_prompt(arguments.prompt, "the prompt")
     color = not arguments.no_color and wants_color()
 
+    from msn_ext import Habits
+    from msn_ext.demo import HABITS
     from msn_ext.terminal import quiet_transformers
 
     model, tokenizer, device = load(None, arguments.dtype, arguments.device)
-    options = dict(draft=arguments.draft, engine=arguments.engine)
+    options = dict(engine=arguments.engine)
+    habits = None
+    if arguments.draft == "auto" and not arguments.no_habits:
+        habits = Habits.load(HABITS)
     ours = {f"msn ({arguments.draft})": model}
     if arguments.gated:
         ours = {f"msn ({arguments.draft}), gated": gated(model), **ours}
     with quiet_transformers():
         input_ids, limit = encode(model, tokenizer, prompt, True, arguments.max_new_tokens)
         for one in ours.values():  # the first passes allocate, compile and pack
-            timed(one, input_ids, streamer=None, max_new_tokens=2, **options)
+            draft = draft_of(one, arguments, habits)
+            timed(one, input_ids, draft, streamer=None, max_new_tokens=2, **options)
 
         print(f"SmolLM2-135M-Instruct, {arguments.dtype}, {device}. Prompt: {prompt}\n")
         streamer = PassStreamer(tokenizer, sys.stdout, color=color, mark=not color)
         runs: dict[str, Run] = {}
         for name, one in ours.items():
             shown = None if runs else streamer
-            runs[name] = timed(one, input_ids, streamer=shown, max_new_tokens=limit, **options)
+            draft = draft_of(one, arguments, habits)
+            runs[name] = timed(one, input_ids, draft, shown, max_new_tokens=limit, **options)
         print("\n")
         if arguments.draft != "none":
             with status("the same without drafts …"):
@@ -95,14 +107,27 @@ def run(arguments: argparse.Namespace) -> int:
                     input_ids,
                     "none",
                     None,
-                    engine=arguments.engine,
                     max_new_tokens=limit,
+                    **options,
                 )
         with status("plain decoding, for comparison …"):
             plain, dtype = faster(model, input_ids)
             runs[f"transformers, {dtype}"] = timed_plain(plain, input_ids, limit)
         print(comparison(runs, arguments.draft, device, tokenizer, color))
     return 0
+
+
+def draft_of(model, arguments: argparse.Namespace, habits):
+    """Return what ``--draft`` asks for, by these habits if there are any, as
+    :func:`msn_ext.generate` takes it.
+    """
+    if habits is None:
+        return arguments.draft
+
+    from msn_ext.decoding.engine import engine_of, native_plan_for
+    from msn_ext.profile import auto
+
+    return auto(model, None, engine_of(native_plan_for(model, arguments.engine)), habits)
 
 
 def gated(model):

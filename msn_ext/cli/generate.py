@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also draft from texts that msn corpus indexed for this model",
     )
     parser.add_argument(
+        "--habits",
+        metavar="FILE",
+        help="draft by what msn habits wrote to this file (default: by what it keeps, if anything)",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the text"
     )
     add_sampling_options(parser)
@@ -86,17 +91,18 @@ def sampling_of(arguments: argparse.Namespace) -> dict:
 
 def run(arguments: argparse.Namespace) -> int:
     sampling = sampling_of(arguments)
-    if arguments.corpus is not None and arguments.draft != "auto":
-        raise UsageError(
-            f"--corpus needs --draft auto, which looks into it; --draft is {arguments.draft}"
-        )
+    for name in ("corpus", "habits"):
+        if getattr(arguments, name) is not None and arguments.draft != "auto":
+            raise UsageError(
+                f"--{name} needs --draft auto, which looks into it; --draft is {arguments.draft}"
+            )
     prompt = read_prompt(arguments.prompt)
 
     import torch
 
     from msn_ext.terminal import quiet_transformers
 
-    corpus = None if arguments.corpus is None else load_corpus(arguments.corpus)
+    corpus, habits = looked_into(arguments)
     model, tokenizer, device = load_for(arguments)
     with quiet_transformers():
         input_ids, limit = encode(
@@ -108,11 +114,12 @@ def run(arguments: argparse.Namespace) -> int:
         options = {"max_new_tokens": limit, "do_sample": arguments.do_sample, **sampling}
         options["engine"] = arguments.engine
         draft = arguments.draft
-        if corpus is not None:
+        if corpus is not None or habits is not None:
             from msn_ext.decoding.engine import engine_of, native_plan_for
             from msn_ext.profile import auto
 
-            draft = auto(model, corpus, engine_of(native_plan_for(model, arguments.engine)))
+            engine = engine_of(native_plan_for(model, arguments.engine))
+            draft = auto(model, corpus, engine, habits)
         answer = timed(model, input_ids, draft, streamer, **options)
     if not arguments.json:
         print()
@@ -132,12 +139,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_corpus(path: str):
-    from msn_ext import Corpus
+def looked_into(arguments: argparse.Namespace) -> list:
+    """Return the corpus and the habits that ``--corpus`` and ``--habits`` name; None: neither."""
+    from msn_ext import Corpus, Habits
 
-    try:
-        return Corpus.load(os.path.expanduser(path))
-    except OSError as error:
-        raise CommandError(f"--corpus {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CommandError(f"--corpus {error}") from error
+    found: list = []
+    for name, kind in (("corpus", Corpus), ("habits", Habits)):
+        path = getattr(arguments, name)
+        try:
+            found.append(None if path is None else kind.load(os.path.expanduser(path)))
+        except OSError as error:
+            raise CommandError(f"--{name} {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise CommandError(f"--{name} {error}") from error
+    return found

@@ -240,17 +240,18 @@ def keep_tail(
 # ---- draft_tree, append_tails --------------------------------------------------------------------
 
 
-# Longer than 60 lines by what is said of its eleven arguments; the code has ten.
+# Longer than 60 lines by what is said of its twelve arguments; the code has ten.
 @op(
-    "draft_tree(Tensor history, Tensor lengths, Tensor denoised, Tensor adjacency, Tensor suffixes,"
-    " Tensor corpus, Tensor corpus_suffixes, Tensor factors, int nodes, int max_depth, float"
-    " foresight) -> (Tensor, Tensor, Tensor, Tensor)"
+    "draft_tree(Tensor history, Tensor lengths, Tensor denoised, Tensor adjacency, Tensor habits,"
+    " Tensor suffixes, Tensor corpus, Tensor corpus_suffixes, Tensor factors, int nodes, int"
+    " max_depth, float foresight) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def draft_tree(
     history: Tensor,
     lengths: Tensor,
     denoised: Tensor,
     adjacency: Tensor,
+    habits: Tensor,
     suffixes: Tensor,
     corpus: Tensor,
     corpus_suffixes: Tensor,
@@ -263,11 +264,11 @@ def draft_tree(
 
     What may follow a node is what its sources list: the denoised guesses of its depth (arXiv
     2406.17404, section 3.3), those remembered after its last 1, 2 and 3 tokens (the adjacency
-    table; Token Recycling, arXiv 2408.08696, has the first), and the tokens that followed the last
-    places of its longest n-grams: in the text, or where an n-gram has no place there, in the
-    corpus. A token's score is a bias times the factor of every source that lists it; its
-    probability given the node is its score over 1 (nothing of all this) plus all scores, at most
-    0.99, and that of a path is the product.
+    table; Token Recycling, arXiv 2408.08696, has the first), or where one has nothing there, the
+    habits; and the tokens that followed the last places of its longest n-grams: in the text, or
+    where an n-gram has no place there, in the corpus. A token's score is a bias times the factor of
+    every source that lists it; its probability given the node is its score over 1 (nothing of all
+    this) plus all scores, at most 0.99, and that of a path is the product.
 
     Nodes are added one by one: of all children of those in the tree always the most valuable. A
     node's value is its probability; the likeliest child of a node (noise, a token of the text, if
@@ -281,6 +282,8 @@ def draft_tree(
         history: int64 [B, C]; lengths: int64 [B], >= 1: the text, whose end is the root.
         denoised: int32 [B, D, 8], guesses for the D next tokens; -1: none.
         adjacency: int32 [3, S, 9], of :func:`remember_guesses`; S = 0: none.
+        habits: int32 [3, S*, 9], the same, of contexts that ``adjacency`` does not have; S* = 0:
+            none.
         suffixes: int32 [B, 8, S'], of :func:`index_suffixes`; S' = 0: none.
         corpus: int32 [T], T < 2^31, other texts, for all rows; T = 0: none. A negative number
             stands between them: it matches nothing and is no guess.
@@ -311,6 +314,7 @@ def draft_tree(
         lengths.contiguous(),
         denoised.contiguous(),
         adjacency.contiguous(),
+        habits.contiguous(),
         suffixes.contiguous(),
         corpus.contiguous(),
         corpus_suffixes.contiguous(),

@@ -2,9 +2,12 @@
 a pass, the same tables afterwards; and what they are not made for goes by ops.
 """
 
+import random
+
 import pytest
 import torch
 
+from helpers.drafters import random_habits
 from helpers.families import tiny_model
 from helpers.layers import needs_screens
 from helpers.noise import gated
@@ -45,6 +48,7 @@ DRAFTERS = {
     "one source": lambda: BestFirst(16, sources=("adjacency",)),
     "no adjacency": lambda: BestFirst(16, sources=("denoised", "suffix")),
     "a corpus": lambda: BestFirst(12, corpus=corpus()),
+    "habits": lambda: BestFirst(12, habits=random_habits(random.Random(6), VOCABULARY)),
 }
 PROMPTS = [[5, 9, 5, 9, 5, 9, 5], [7, 3, 11] * 5, [2] * 4 + [8, 1, 8], [13]]
 

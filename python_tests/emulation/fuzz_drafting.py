@@ -239,7 +239,7 @@ def fuzz_draft_tree(rng: random.Random, nodes: int) -> None:
     inside = lengths.clamp(1, capacity)
     denoised = random_guesses(rng, batch, rng.choice([0, 1, 4, 20, 300]))
     adjacency, suffixes = random_adjacency(rng, history), random_suffixes(rng, history, inside)
-    corpus = random_corpus(rng, history)
+    habits, corpus = random_adjacency(rng, history), random_corpus(rng, history)
     # Powers of two give many equal values; with the smallest factors, or down a deep path, values
     # reach 0.
     factors = torch.randn(ops.FACTORS, dtype=torch.float64) * rng.choice([0, 1, 3, 10])
@@ -248,6 +248,6 @@ def fuzz_draft_tree(rng: random.Random, nodes: int) -> None:
     if batch and capacity == 20:
         factors = torch.stack([factors.roll(row) for row in range(batch)])
     options = rng.choice([0, 1, 3, 16, 256, 256]), rng.choice([0.0, 0.05, 0.5, 1.0])
-    tables = denoised, adjacency, suffixes, *corpus, factors
+    tables = denoised, adjacency, habits, suffixes, *corpus, factors
     want = reference.draft_tree(history, inside, *tables, nodes, *options)
     check_op("draft_tree", rng, [history, lengths, *tables, *options], want)

@@ -132,6 +132,7 @@ def calls(device: str) -> dict[str, Callable[[], dict]]:
             "lengths": integers([5, 6], device),
             "denoised": guesses[:, :3],
             "adjacency": torch.zeros(3, 32, 9, dtype=torch.int32, device=device),
+            "habits": torch.zeros(3, 16, 9, dtype=torch.int32, device=device),
             "suffixes": torch.zeros(2, 8, 32, dtype=torch.int32, device=device),
             "corpus": torch.arange(50, dtype=torch.int32, device=device),
             "corpus_suffixes": torch.ones(8, 32, dtype=torch.int32, device=device),

@@ -9,6 +9,7 @@ from msn_ext import Draft, DraftTree, Verified, generate, ops
 from msn_ext.decoding import (
     BestFirst,
     Corpus,
+    Habits,
 )
 from msn_ext.decoding.drafters.best_first import SOURCES
 from msn_ext.decoding.drafters.tree import RETRIEVAL
@@ -77,6 +78,7 @@ def random_best_first(rng: random.Random) -> BestFirst:
         for _ in range(3)
     ]
     return BestFirst(
+        habits=random_habits(rng) if "adjacency" in sources and rng.random() < 0.5 else None,
         budget=rng.choice([None, 1, 2, 5, 33, 64, 200]),
         sources=sources,
         corpus=(
@@ -92,6 +94,17 @@ def random_best_first(rng: random.Random) -> BestFirst:
         max_depth=rng.choice([0, 1, 5, 20, 64]),
         foresight=rng.choice([0.0, 0.05, 1.0]),
     )
+
+
+def random_habits(rng: random.Random, vocabulary: int = VOCAB) -> Habits:
+    """What nobody said, after contexts of few tokens or of many."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    rows, tokens = rng.choice([1, 50, 500]), rng.choice([3, vocabulary])
+    contexts = torch.randint(tokens, (rows, 3), generator=generator)
+    guesses = torch.randint(vocabulary, (rows, 8), generator=generator) * 16
+    guesses += torch.randint(12, (rows, 8), generator=generator)
+    guesses[torch.rand(rows, 8, generator=generator) < 0.2] = -1
+    return Habits.count(contexts, guesses.int(), vocabulary, rng.choice([(1, 1, 1), (1, 2, 2)]))
 
 
 def prompts(rng: random.Random, batch: int, padded: bool = True):

@@ -145,6 +145,8 @@ class Known:
     slots: int = 1 << 14
     suffix_slots: int = 1 << 13
     corpus_texts: int = 0
+    habit_passes: int = 0
+    habit_slots: int = 1 << 13
     factors: str = "random"
     seed: int = 0
 
@@ -154,14 +156,8 @@ class Known:
         self.denoised = [
             [random_guesses(self.vocabulary, rng) for _ in range(self.depths)] for _ in self.texts
         ]
-        self.observed = []
-        for i in range(self.passes if self.texts else 0):
-            parents = [
-                build_tree(rng.choice(["random", "deep", "padded"]), 9, self.seed + i)
-                for _ in self.texts
-            ]
-            texts = [text[: rng.randint(1, len(text))] for text in self.texts]
-            self.observed.append(Pass.random(texts, parents, self.vocabulary, rng))
+        passes = self.passes, self.habit_passes
+        self.observed, self.habits = ([self._pass(rng, i) for i in range(n)] for n in passes)
         draw = {
             "random": lambda: 10 ** rng.uniform(-1, 1),
             "ones": lambda: 1.0,
@@ -170,6 +166,14 @@ class Known:
         }[self.factors]
         self.weights = [draw() for _ in range(FACTORS)]
         self.corpus = [self._corpus_text(rng) for _ in range(self.corpus_texts)]
+
+    def _pass(self, rng: random.Random, i: int) -> Pass:
+        parents = [
+            build_tree(rng.choice(["random", "deep", "padded"]), 9, self.seed + i)
+            for _ in self.texts
+        ]
+        texts = [text[: rng.randint(1, len(text))] for text in self.texts]
+        return Pass.random(texts, parents, self.vocabulary, rng)
 
     def _text(self, rng: random.Random) -> list[int]:
         size = rng.randint(1, self.longest)
@@ -187,29 +191,36 @@ class Known:
     def arguments(self, device: str) -> dict:
         history, lengths = histories(self.texts, device)
         corpus, corpus_suffixes = corpus_of(self.corpus, self.suffix_slots, device)
-        adjacency, suffixes = (
+        adjacency, habits, suffixes = (
             empty_adjacency(self.slots, device),
+            empty_adjacency(self.habit_slots if self.habits else 0, device),
             empty_suffixes(self.batch, self.suffix_slots, device),
         )
-        for observed in self.observed:
-            ops.remember_guesses(adjacency, **observed.arguments(device))
+        for table, passes in ((adjacency, self.observed), (habits, self.habits)):
+            for observed in passes if self.texts else ():
+                ops.remember_guesses(table, **observed.arguments(device))
         ops.index_suffixes(suffixes, history, torch.zeros_like(lengths), lengths)
         return {
             "history": history,
             "lengths": lengths,
             "denoised": tree_tensor(self.denoised, device).view(self.batch, self.depths, 8),
             "adjacency": adjacency,
+            "habits": habits,
             "suffixes": suffixes,
             "corpus": corpus,
             "corpus_suffixes": corpus_suffixes,
             "factors": torch.tensor(self.weights, dtype=torch.float64, device=device),
         }
 
-    def memory(self) -> dict:
-        memory = {}
-        for observed in self.observed if self.slots else []:
+    def memories(self) -> tuple[dict, dict]:
+        """Return what is remembered, and what is habit."""
+        memory: dict = {}
+        habits: dict = {}
+        for observed in self.observed if self.slots and self.texts else []:
             observed.remember(memory)
-        return memory
+        for observed in self.habits if self.habit_slots and self.texts else []:
+            observed.remember(habits)
+        return memory, habits
 
     def is_told_apart(self, arguments: dict) -> bool:
         """Tell whether every context and n-gram has a slot of its own."""
@@ -218,7 +229,8 @@ class Known:
             sum(len(oracle.places(text, size)) for text in texts for size in oracle.NGRAMS)
             for texts in (self.texts, [whole])
         )
-        return int((arguments["adjacency"][..., 0] != 0).sum()) == len(self.memory()) and (
+        kept = [int((arguments[name][..., 0] != 0).sum()) for name in ("adjacency", "habits")]
+        return kept == list(map(len, self.memories())) and (
             self.suffix_slots == 0
             or (
                 int((arguments["suffixes"] != 0).sum()) == ngrams
@@ -239,7 +251,8 @@ class Known:
         assert_equal(got, specified("draft_tree", **arguments))
         if not by_oracle or not self.is_told_apart(arguments):
             return
-        memory, factors = self.memory(), arguments["factors"].cpu()
+        memory, habits = self.memories()
+        factors = arguments["factors"].cpu()
         tokens, parents, probability, sources = (x.tolist() for x in got)
         for b, (text, denoised) in enumerate(zip(self.texts, self.denoised)):
             corpus = self.corpus if self.suffix_slots else []
@@ -247,6 +260,7 @@ class Known:
                 text,
                 denoised,
                 memory,
+                habits,
                 self.suffix_slots > 0,
                 corpus,
                 factors,
@@ -269,6 +283,8 @@ def knowledge(draw) -> Known:
         slots=draw(st.sampled_from([0, 1, 7]) | st.just(1 << 14)),
         suffix_slots=draw(st.sampled_from([0, 1, 7]) | st.just(1 << 13)),
         corpus_texts=draw(st.integers(0, 3)),
+        habit_passes=draw(st.integers(0, 3)),
+        habit_slots=draw(st.sampled_from([0, 1, 7]) | st.just(1 << 13)),
         factors=draw(st.sampled_from(["random", "ones", "few", "extreme"])),
         seed=draw(st.integers(0, 999)),
     )

@@ -213,6 +213,7 @@ def test_a_draft_in_numbers(device):
         "lengths": integers([1], device),
         "denoised": tree_tensor(denoised, device),
         "adjacency": empty_adjacency(0, device),
+        "habits": empty_adjacency(0, device),
         "suffixes": empty_suffixes(1, 0, device),
         **dict(zip(("corpus", "corpus_suffixes"), corpus_of([], 0, device))),
         "factors": factors.to(device),
@@ -282,6 +283,7 @@ def worked_example(device: str) -> dict:
         "lengths": lengths,
         "denoised": tree_tensor([[only(guess(8, 11)), only(guess(6, 5))]], device),
         "adjacency": adjacency,
+        "habits": empty_adjacency(0, device),
         "suffixes": suffixes,
         **dict(
             zip(
@@ -316,6 +318,19 @@ def test_a_draft_would_notice_a_changed_factor(device):
         factors[i] *= 1.01
         after = ops.draft_tree(**{**arguments, "factors": factors})[2]
         assert torch.equal(after, before) == (i not in used), i
+
+
+def test_habits_count_where_nothing_is_remembered(device):
+    """After 1 2 something is remembered of the 2, and nothing of both."""
+    arguments = worked_example(device)
+    before = ops.draft_tree(**arguments)
+    for context, counts in (([2], False), ([1, 2], True)):
+        habit = Pass([context], [context[-1:]], [[-1]], [[0]], [[only(guess(9, 11))]])
+        habits = empty_adjacency(64, device)
+        ops.remember_guesses(habits, **habit.arguments(device))
+        after = ops.draft_tree(**{**arguments, "habits": habits})
+        assert counts != all(map(torch.equal, before, after))
+        assert counts == (9 in after[0][0].tolist())
 
 
 def test_a_draft_would_notice_a_changed_entry(device):
@@ -392,6 +407,7 @@ def test_drafts_survive_any_tables(device, known, foresight, junk):
     tables = (
         arguments["denoised"],
         arguments["adjacency"][..., 1:],
+        arguments["habits"][..., 1:],
         arguments["suffixes"],
     )  # no context is forgotten
     for table in (*tables, arguments["corpus"], arguments["corpus_suffixes"]):
@@ -467,7 +483,7 @@ def test_the_draft_of_a_row_ignores_the_others_bit_for_bit(device, known, max_de
     )
     arguments["history"].masked_fill_(past, -(2**63))
     arguments["denoised"][:, max_depth:] = guess(1, 11)
-    for name in ("history", "denoised", "adjacency", "suffixes", "corpus_suffixes"):
+    for name in ("history", "denoised", "adjacency", "habits", "suffixes", "corpus_suffixes"):
         arguments[name] = arguments[name].transpose(0, 1).contiguous().transpose(0, 1)
     for name in ("corpus", "factors"):
         arguments[name] = arguments[name].repeat_interleave(2)[::2]

@@ -13,6 +13,7 @@ from msn_ext.decoding.forward import packed as packing
 from msn_ext.decoding.forward.families import plan_for
 from msn_ext.decoding.forward.native import NativeForward
 from msn_ext.decoding.forward.packed import PackedLinear, PackedPlan, coded
+from msn_ext.memory import HUGE, aligned
 from msn_ext.ops import reference
 
 CODED, ISA = packing.CODED["bfloat16"], "avx512_bf16"
@@ -190,8 +191,8 @@ class TestRefusals:
 
 
 def test_large_memory_begins_at_a_large_page():
-    size = packing.HUGE + 5
-    memory = packing.aligned(size)
-    assert memory.data_ptr() % packing.HUGE == 0 and memory.shape == (size,)
+    size = HUGE + 5
+    memory = aligned(size)
+    assert memory.data_ptr() % HUGE == 0 and memory.shape == (size,)
     assert int(memory.count_nonzero()) == 0  # all of it is there
     memory[-1] = 1

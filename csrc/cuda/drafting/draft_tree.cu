@@ -227,12 +227,15 @@ __device__ __forceinline__ int64_t next_tokens(const Sources& from, int end, int
 }
 
 // look_up by a warp. Lanes of the slots: the n-grams in the text, those in the corpus, the contexts
-// of each order.
+// of each order, the same in the habits.
 __device__ __forceinline__ Found look_up_together(const Sources& from, int depth, int64_t token,
                                                   uint64_t hash) {
-  const int lane = lane_of(), level = lane % kSuffixes, order = lane - 2 * kSuffixes;
-  const bool of_text = lane < kSuffixes, of_corpus = !of_text && order < 0;
-  const bool of_order = order >= 0 && order < kOrders;
+  constexpr int kFirst = 2 * kSuffixes;  // the lane of the first order
+  const int lane = lane_of(), level = lane % kSuffixes;
+  const bool of_text = lane < kSuffixes, of_corpus = !of_text && lane < kFirst;
+  const bool of_order = lane >= kFirst && lane < kFirst + 2 * kOrders;
+  const bool of_habit = of_order && lane >= kFirst + kOrders;
+  const int order = lane - kFirst - (of_habit ? kOrders : 0);
   const int64_t all = from.length + depth;
   const int count = static_cast<int>(all < kContext ? all : kContext);
   const unsigned gaps = __ballot_sync(kWholeWarp, lane < count && token < 0);
@@ -242,28 +245,35 @@ __device__ __forceinline__ Found look_up_together(const Sources& from, int depth
   const uint64_t ngram = __shfl_sync(kWholeWarp, hash, n - 1);
   const int64_t slots = of_text     ? from.suffix_slots
                         : of_corpus ? from.corpus_slots
+                        : of_habit  ? from.habit_slots
                         : of_order  ? from.adjacency_slots
                                     : 0;
   const bool asks = slots > 0 && n <= (of_corpus ? tokens : count);
   const int64_t slot = (of_order ? order : level) * slots + (asks ? slot_of(ngram, slots) : 0);
-  const int32_t* table = of_text     ? from.suffixes + slot
-                         : of_corpus ? from.corpus_suffixes + slot
-                                     : from.adjacency + slot * (1 + kGuesses);
+  const int32_t* table = of_text ? from.suffixes + slot
+                         : of_corpus
+                             ? from.corpus_suffixes + slot
+                             : (of_habit ? from.habits : from.adjacency) + slot * (1 + kGuesses);
   const int32_t entry = asks ? *table : 0;
 
   Found found{-1, -1, 0, 0};
   const int group = lane / kGuesses - 1;  // the order that this lane has a guess of; -1: denoised
   const unsigned asked = __ballot_sync(kWholeWarp, asks);
-  const int64_t row = __shfl_sync(kWholeWarp, slot, 2 * kSuffixes + (group < 0 ? 0 : group));
+  const int mine = kFirst + (group < 0 ? 0 : group);
+  const int64_t row = __shfl_sync(kWholeWarp, slot, mine);
+  const int64_t habit_row = __shfl_sync(kWholeWarp, slot, mine + kOrders);
+  int32_t habit = -1;
   if (group < 0) {
     if (depth < from.depths) found.guess = from.denoised[depth * kGuesses + lane];
-  } else if (asked >> (2 * kSuffixes + group) & 1) {
-    found.guess = from.adjacency[row * (1 + kGuesses) + 1 + lane % kGuesses];
+  } else {
+    if (asked >> mine & 1) found.guess = from.adjacency[row * (1 + kGuesses) + 1 + lane % kGuesses];
+    if (asked >> (mine + kOrders) & 1)
+      habit = from.habits[habit_row * (1 + kGuesses) + 1 + lane % kGuesses];
   }
   const bool same = of_order && asks && entry == hash_check(ngram);
-  const unsigned known = __ballot_sync(kWholeWarp, same) >> (2 * kSuffixes);
-  if (group >= 0 && !(known >> group & 1)) found.guess = -1;
-  found.highest = kWarp - __clz(known);
+  const unsigned have = __ballot_sync(kWholeWarp, same) >> kFirst;  // orders, then habits
+  if (group >= 0 && !(have >> group & 1)) found.guess = have >> (kOrders + group) & 1 ? habit : -1;
+  found.highest = kWarp - __clz(have & ((1u << kOrders) - 1));  // of what is remembered
 
   const int64_t length = of_text ? from.length : from.corpus_length;
   const bool inside = (of_text || of_corpus) && entry >= n && entry < length;

@@ -137,6 +137,7 @@ class Drafts:
             live.lengths[:used],
             live.denoised[:used],
             self._adjacency,
+            self._adjacency[:, :0],  # no habits
             live.suffixes[:used],
             self._past.tokens,
             self._past.suffixes,

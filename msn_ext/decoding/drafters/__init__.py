@@ -4,6 +4,7 @@ of models.
 
 from .best_first import BestFirst
 from .corpus import Corpus
+from .habits import Habits
 from .jacobi import TreeDrafter
 from .lookahead import Lookahead
 from .protocol import (
@@ -27,6 +28,7 @@ __all__ = [
     "Draft",
     "DraftTree",
     "Drafter",
+    "Habits",
     "Lookahead",
     "NoiseDrafter",
     "ObservedDrafter",

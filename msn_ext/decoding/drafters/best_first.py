@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msn_ext import ops
-from msn_ext.ops import FACTORS, MAX_NODES, SUFFIXES
+from msn_ext.ops import FACTORS, GUESSES, MAX_NODES, ORDERS, SUFFIXES
 
 from ..ranks import seconds
 from ..sizing import (
@@ -22,15 +22,19 @@ from ..sizing import (
 from .corpus import Corpus
 from .factors import check as check_factors
 from .factors import load as load_factors
-from .factors import load_of_tails
+from .factors import load_of_tails, of_tails_with
+from .habits import Habits
 from .jacobi import TreeDrafter
 from .protocol import Draft, Noise, Verified
 from .sources import LONGEST_TAIL, SLOTS, SOURCES, Adjacency, Denoised, NoiseTails, Suffix
 from .tree import RETRIEVAL, DraftTree
 
 OPENING = 5
-"""Guesses after the prompt, a chain: text that followed its end before, noise where there is none.
+"""Guesses after the prompt, a chain: with habits the likeliest path of a tree, else text that
+followed the prompt's end before; noise where there is none.
 """
+OPENING_TREE = 24
+"""Nodes of that tree."""
 FORESIGHT = 0.05
 
 
@@ -50,6 +54,8 @@ class BestFirst:
             :func:`msn_ext.ops.draft_tree`.
         corpus: where the source "suffix" looks for n-grams that the text does not have, of the
             model's vocabulary.
+        habits: where the source "adjacency" looks for contexts that it does not remember, of the
+            model's vocabulary; they bring factors of their own, unless some are given.
         tails: whether noise rows stand below some nodes, where the model has a gated noise adapter
             (:class:`.sources.NoiseTails`); they count as nodes.
 
@@ -82,11 +88,14 @@ class BestFirst:
         foresight: float = FORESIGHT,
         corpus: Corpus | None = None,
         tails: bool = True,
+        habits: Habits | None = None,
     ):
-        _check_settings(budget, sources, factors, max_depth, foresight, corpus)
-        self.budget, self.max_depth, self.corpus = budget, max_depth, corpus
+        _check_settings(budget, sources, factors, max_depth, foresight, corpus, habits)
+        self.budget, self.max_depth, self.corpus, self.habits = budget, max_depth, corpus, habits
         self._sources = tuple(sources)
-        self._factors = load_factors() if factors is None else factors
+        if factors is None:
+            factors = load_factors() if habits is None else habits.factors
+        self._factors = factors
         self.foresight, self._times = foresight, times
         self.depth, self._may_have_tails = max_depth, tails
         self._noise: Noise | None = None
@@ -112,7 +121,13 @@ class BestFirst:
                 f"corpus is of a vocabulary of {self.corpus.vocabulary} tokens, the model has"
                 f" {vocabulary}; expected one that was built with the model's own tokenizer"
             )
+        if self.habits is not None and self.habits.vocabulary != vocabulary:
+            raise ValueError(
+                f"habits are of a vocabulary of {self.habits.vocabulary} tokens, the model has"
+                f" {vocabulary}; expected those of this model"
+            )
         self._vocabulary, self._corpus_tables = vocabulary, self.corpus_tables(device)
+        self._habit_table = self.habit_table(device)
         self._opening.start(batch, vocabulary, device)
         self._factors = self._factors.to(device)
         self._lay_out_tables(batch, vocabulary, device)
@@ -142,7 +157,8 @@ class BestFirst:
             )
             self.suffix = self.tails = None
             if self._noise is not None:
-                fitted = load_of_tails().to(device)
+                of_tails = load_of_tails() if self.habits is None else of_tails_with(self._factors)
+                fitted = of_tails.to(device)
                 self.tails = NoiseTails(self._noise, self._factors, fitted, batch)
         if self._adjacency_for != (vocabulary, device):  # another vocabulary's tokens may be none
             self._adjacency_for = vocabulary, device
@@ -160,6 +176,12 @@ class BestFirst:
         nothing = torch.zeros(len(SUFFIXES), 0, dtype=torch.int32, device=device)
         return nothing[0], nothing
 
+    def habit_table(self, device: torch.device) -> Tensor:
+        """Return the habits on a device, an empty table without any."""
+        if self.habits is not None:
+            return self.habits.on(device)
+        return torch.zeros(ORDERS, 0, 1 + GUESSES, dtype=torch.int32, device=device)
+
     def _suffix_for(self, history: Tensor) -> Suffix:
         """Return the index of these texts, an empty one where they are new."""
         room = history.shape[1] if "suffix" in self._sources else 0
@@ -169,23 +191,36 @@ class BestFirst:
         return self.suffix
 
     def first(self, history: Tensor, lengths: Tensor) -> Tensor:
-        return self._opening.first(history, lengths)
+        chain = self._opening.first(history, lengths)
+        if self.habits is not None:
+            tokens, parents, *_ = self._tree(history, lengths, OPENING_TREE, chain.shape[1], 0.0)
+            follow_likeliest(chain, tokens, parents)
+        return chain
 
-    def propose(self, history: Tensor, lengths: Tensor) -> Draft:
-        looked_at = self.look(lengths)
+    def _tree(
+        self, history: Tensor, lengths: Tensor, nodes: int, max_depth: int, foresight: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what :func:`msn_ext.ops.draft_tree` does, of all that is known of these texts."""
         suffix = self._suffix_for(history)
         suffix.update(history, lengths)
-        tokens, parents, self.probability, self.sources = ops.draft_tree(
+        return ops.draft_tree(
             history,
             lengths,
             self.denoised.guesses,
             self.adjacency.adjacency,
+            self._habit_table,
             suffix.suffixes,
             *self._corpus_tables,
             self._factors if self.tails is None else self.tails.factors,
-            looked_at,
-            self.depth,
-            self.foresight,
+            nodes,
+            max_depth,
+            foresight,
+        )
+
+    def propose(self, history: Tensor, lengths: Tensor) -> Draft:
+        looked_at = self.look(lengths)
+        tokens, parents, self.probability, self.sources = self._tree(
+            history, lengths, looked_at, self.depth, self.foresight
         )
         if self.corpus is not None:  # a damaged file may hold any number
             tokens.clamp_(max=self._vocabulary - 1)
@@ -233,6 +268,7 @@ class BestFirst:
         return of_tails | dict(
             denoised=self.denoised.guesses,
             adjacency=self.adjacency.adjacency,
+            habits=self._habit_table,
             suffixes=suffix.suffixes,
             indexed=suffix.indexed,
             corpus=corpus,
@@ -317,7 +353,25 @@ class BestFirst:
         self._sizer.observe(nodes, self._reported[nodes - 1], mean - 1, seconds)
 
 
-def _check_settings(budget, sources, factors, max_depth, foresight, corpus) -> None:
+def follow_likeliest(chain: Tensor, tokens: Tensor, parents: Tensor) -> None:
+    """Write the likeliest path of trees into guesses, as far as it goes; on the device, which
+    nothing waits for.
+
+    Args:
+        chain: int64 [B, n], changed in place.
+        tokens, parents: int64 and int32 [B, N], as :func:`msn_ext.ops.draft_tree` gives them:
+            of the children of a node the likeliest comes first.
+    """
+    node = torch.zeros_like(parents[:, :1])
+    for depth in range(chain.shape[1]):
+        children = parents == node
+        has, node = children.any(1, keepdim=True), children.int().argmax(1, keepdim=True).int()
+        guess = tokens.gather(1, node.long())
+        chain[:, depth : depth + 1] = torch.where(has, guess, chain[:, depth : depth + 1])
+        node = torch.where(has, node, -2)  # the parent of none
+
+
+def _check_settings(budget, sources, factors, max_depth, foresight, corpus, habits) -> None:
     """Raise ValueError where a setting of :class:`BestFirst` cannot be right."""
     if budget is not None and not (type(budget) is int and 1 <= budget <= MAX_NODES):
         raise ValueError(f"budget is {budget!r}; expected None or 1 to {MAX_NODES}")
@@ -342,4 +396,13 @@ def _check_settings(budget, sources, factors, max_depth, foresight, corpus) -> N
         raise ValueError(
             f"sources is {tuple(sources)!r}; expected 'suffix' among them, which looks into the"
             " corpus"
+        )
+    if not (habits is None or isinstance(habits, Habits)):
+        raise ValueError(
+            f"habits is {habits!r}; expected None or Habits, as Habits.load(path) gives them"
+        )
+    if habits is not None and "adjacency" not in sources:
+        raise ValueError(
+            f"sources is {tuple(sources)!r}; expected 'adjacency' among them, which looks into the"
+            " habits"
         )

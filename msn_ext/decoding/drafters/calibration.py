@@ -48,6 +48,7 @@ class FactorRecorder(ObservedDrafter):
         draft, drafter = verified.draft, self._best_first
         adjacency = drafter.adjacency.adjacency.cpu()
         corpus, corpus_suffixes = drafter.corpus_tables(torch.device("cpu"))
+        habits = drafter.habit_table(torch.device("cpu"))
         for b, (tokens, path) in enumerate(zip(draft.tokens.tolist(), verified.path.tolist())):
             text = verified.history[b, : int(verified.lengths[b])].tolist()
             denoised = drafter.denoised.guesses[b].tolist()
@@ -60,6 +61,7 @@ class FactorRecorder(ObservedDrafter):
                     len(chain) - 1,
                     denoised,
                     adjacency,
+                    habits,
                     suffixes[b],
                     corpus.numpy(),
                     corpus_suffixes,

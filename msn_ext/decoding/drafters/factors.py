@@ -29,6 +29,7 @@ files.
 
 SHIPPED = Path(__file__).with_name("factors.json")
 OF_TAILS = Path(__file__).with_name("tail_factors.json")
+OF_HABITS = Path(__file__).with_name("habit_factors.json")
 
 
 def load() -> Tensor:
@@ -41,6 +42,20 @@ def load_of_tails() -> Tensor:
     place of the denoised ones.
     """
     return from_tables(json.loads(OF_TAILS.read_text(encoding="utf-8")), OF_TAILS.name)
+
+
+def load_of_habits() -> Tensor:
+    """Return float64 [348], fitted where a model's habits stand behind the adjacency table."""
+    return from_tables(json.loads(OF_HABITS.read_text(encoding="utf-8")), OF_HABITS.name)
+
+
+def of_tails_with(factors: Tensor) -> Tensor:
+    """Return these factors, a tail's guesses counting as :func:`load_of_tails` has it."""
+    first = math.prod(SHAPES["bias"])
+    denoised = slice(first, first + math.prod(SHAPES["denoised"]))
+    fitted = factors.clone()
+    fitted[denoised] = load_of_tails()[denoised].to(factors)
+    return fitted
 
 
 def from_tables(given: dict, name: str) -> Tensor:

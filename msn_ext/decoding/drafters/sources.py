@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msn_ext import ops
+from msn_ext.memory import table
 from msn_ext.ops import GUESSES, MAX_NODES, ORDERS, SUFFIXES
 
 from .protocol import Draft, Noise, Verified
@@ -53,7 +54,7 @@ class Adjacency:
     """
 
     def __init__(self, device: torch.device, slots: int = SLOTS):
-        self.adjacency = torch.zeros(ORDERS, slots, 1 + GUESSES, dtype=torch.int32, device=device)
+        self.adjacency = table((ORDERS, slots, 1 + GUESSES), device)
 
     def forget(self) -> None:
         self.adjacency.zero_()

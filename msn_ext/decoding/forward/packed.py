@@ -7,15 +7,14 @@ made in.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from msn_ext import _C
+from msn_ext.memory import ALIGNMENT, aligned
 
 from .plan import Layer, Linear, Norm, Plan
 
@@ -28,9 +27,6 @@ whole: those in bfloat16 in twelve bits a number (csrc/cpu/layers/coded.h), thos
 twenty-four, where the last eight are zeros (csrc/cpu/layers/short_floats.h)."""
 WORTH_CODING = 0.9
 """The largest part of a matrix's bytes that it may have then."""
-ALIGNMENT = 64
-HUGE = 2 << 20
-"""Bytes of a large page."""
 SCREENED = 1 << 20
 """Weights of the smallest head that is screened: less of them stay in cache."""
 
@@ -271,22 +267,3 @@ class PackedPlan:
 
 def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
-
-
-def aligned(size: int) -> Tensor:
-    """Return uint8 [size] that begins at a multiple of ``ALIGNMENT``, or of ``HUGE`` where it is as
-    large: the system is asked for such pages, as a pass reads more than there are entries for small
-    ones.
-
-    It comes from the system, not from the allocator, which would fill up with holes while packed
-    weights take the place of dense ones.
-    """
-    huge = size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE")
-    room = size + HUGE if huge else size  # what is not touched takes no memory
-    memory = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    new = torch.frombuffer(memory, dtype=torch.uint8)
-    begin = -new.data_ptr() % HUGE if huge else 0
-    if huge:
-        with suppress(OSError):  # a kernel without; its end lies in small pages, which take no more
-            memory.madvise(mmap.MADV_HUGEPAGE, begin, size)
-    return new[begin : begin + size]

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .packed import PackedLinear, aligned
+from msn_ext.memory import aligned
+
+from .packed import PackedLinear
 
 CHUNK = 512
 """Rows that are unpacked at once, so that what is wider than the weights stays small."""

@@ -152,14 +152,14 @@ def last_place(text, slots, ngram, h):
     return end if n <= end < len(text) and list(text[end - n : end])[::-1] == ngram else 0
 
 
-def _remembered(context, adjacency):
-    """Return (order, guesses) of every order of which the table has this context."""
-    remembered, slots = [], adjacency.shape[1]
+def _remembered(context, table):
+    """Return, by order, the guesses of every order of which the table has this context."""
+    remembered, slots = {}, table.shape[1]
     for order in range(min(ORDERS, len(context)) if slots else 0):
         h = _hash(context[: order + 1])
-        check, *guesses = adjacency[order, h % slots].tolist()
+        check, *guesses = table[order, h % slots].tolist()
         if check == _check(h):
-            remembered.append((order, guesses))
+            remembered[order] = guesses
     return remembered
 
 
@@ -186,20 +186,24 @@ def _followers(context, text, suffixes, corpus, corpus_suffixes):
     return followers
 
 
-def listed_after(context, depth, denoised, adjacency, suffixes, corpus, corpus_suffixes, text):
+def listed_after(
+    context, depth, denoised, adjacency, habits, suffixes, corpus, corpus_suffixes, text
+):
     """Return what the sources list after a context (newest first): the place of its bias among the
     factors, and (token, place of its factor, source) as often as a source lists a token.
 
-    The factors are four tables: the bias [highest order known here: 0..3, longest suffix known
-    here: 0..8]; DENOISED [depth: 0, 1, 2 and more; any context known here; level]; ADJACENCY
-    [order; highest order known here; level]; SUFFIX [n-gram; rank: 0, 1, 2 and more; highest order
+    The factors are four tables: the bias [highest order known here, habits left out: 0..3, longest
+    suffix known here: 0..8]; DENOISED [depth: 0, 1, 2 and more; any context known here; level];
+    ADJACENCY [order; highest order known here; level], where habits guess if the order is above the
+    highest; SUFFIX [n-gram; rank: 0, 1, 2 and more; highest order
     known here].
 
     Args:
         denoised, text: lists, of one row; corpus: an array; suffixes: of one row.
     """
     remembered = _remembered(context, adjacency)
-    highest = max((order + 1 for order, _ in remembered), default=0)
+    highest = max((order + 1 for order in remembered), default=0)
+    known = _remembered(context, habits) | remembered
     followers = _followers(context, text, suffixes, corpus, corpus_suffixes)
     longest = followers[0][0] + 1 if followers else 0
 
@@ -207,7 +211,7 @@ def listed_after(context, depth, denoised, adjacency, suffixes, corpus, corpus_s
     for guess in denoised[depth] if depth < len(denoised) else ():
         row = min(depth, 2) * 2 + (highest > 0)
         listed.append((guess >> 4, FACTORS_DENOISED + row * LEVELS + guess % 16, DENOISED))
-    for order, guesses in remembered:
+    for order, guesses in sorted(known.items()):
         row = order * (ORDERS + 1) + highest
         for guess in guesses:
             listed.append((guess >> 4, FACTORS_ADJACENCY + row * LEVELS + guess % 16, ADJACENCY))
@@ -234,6 +238,7 @@ def draft_tree(
     lengths,
     denoised,
     adjacency,
+    habits,
     suffixes,
     corpus,
     corpus_suffixes,
@@ -249,7 +254,8 @@ def draft_tree(
     sources = torch.zeros(batch, nodes, dtype=torch.int32)
     for b, size in enumerate(lengths.tolist()):
         text = history[b, :size].tolist()
-        known = denoised[b].tolist(), adjacency, suffixes[b], corpus, corpus_suffixes, text
+        tables = adjacency, habits, suffixes[b], corpus, corpus_suffixes
+        known = denoised[b].tolist(), *tables, text
         weights = factors.expand(batch, -1)[b].tolist()
         made = _best_nodes(text, known, weights, nodes, max_depth, foresight)
         for node, (token, parent, p, source) in enumerate(made):

@@ -28,7 +28,7 @@ def test_best_first_proposes_what_its_tables_hold_and_fills_them_from_every_pass
     for _ in range(5):
         heads = torch.zeros(2, 8, 64, dtype=torch.int32)
         reference.index_suffixes(heads, history, torch.zeros_like(lengths), lengths)
-        tables = denoised, contexts, heads, *corpus, drafter._factors
+        tables = denoised, contexts, contexts[:, :0], heads, *corpus, drafter._factors
         expected = reference.draft_tree(history, lengths, *tables, 24, 20, 0.05)
         draft = drafter.propose(history, lengths)
         assert torch.equal(draft.tokens, expected[0]) and torch.equal(draft.parents, expected[1])

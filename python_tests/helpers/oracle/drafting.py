@@ -134,13 +134,14 @@ class Draft:
         text,
         denoised,
         memory,
+        habits,
         suffixes: bool,
         corpus,
         factors: torch.Tensor,
         max_depth: int,
         foresight: float,
     ):
-        self.text, self.denoised, self.memory = text, denoised, memory
+        self.text, self.denoised, self.memory, self.habits = text, denoised, memory, habits
         self.texts = [[text]] * suffixes + [corpus]  # where to look, the first place first
         sizes = [(4, 9), (3, 2, 12), (3, 4, 12), (8, 3, 4)]
         parts = factors.split([math.prod(size) for size in sizes])
@@ -170,8 +171,11 @@ class Draft:
 
     def _scores(self, context: list[int], depth: int) -> dict[int, tuple[float, int]]:
         """Token: score and sources, in the order in which they are listed."""
-        recalled = {n: self.memory.get(tuple(context[-n:])) for n in (1, 2, 3) if n <= len(context)}
-        recalled = {n: guesses for n, guesses in recalled.items() if guesses is not None}
+        ends = {n: tuple(context[-n:]) for n in (1, 2, 3) if n <= len(context)}
+        recalled, usual = (
+            {n: table[end] for n, end in ends.items() if end in table}
+            for table in (self.memory, self.habits)
+        )
         highest = max(recalled, default=0)
         followers = self._followers(context)
 
@@ -179,7 +183,7 @@ class Draft:
         for guess in self.denoised[depth] if depth < len(self.denoised) else []:
             table = self.of_denoised[min(depth, 2)][bool(recalled)]
             listed += [(guess // 16, table[guess % 16], 1)] if guess >= 0 else []
-        for n, guesses in recalled.items():
+        for n, guesses in sorted({**usual, **recalled}.items()):
             listed += [
                 (g // 16, self.of_memory[n - 1][highest][g % 16], 2) for g in guesses if g >= 0
             ]
