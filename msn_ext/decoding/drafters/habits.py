@@ -23,8 +23,8 @@ from .protocol import Drafter, ObservedDrafter, Verified
 
 _VERSION = "1"
 LEAST = 1, 2, 2
-"""How often a context of one, two and three tokens must have stood to be kept: what stood once is
-half of all and a tenth of the gain."""
+"""How often a context of one, two and three tokens must have stood to be kept: most that stood once
+does not come again."""
 _NO_GUESS = 15
 """In the place of a level."""
 _BATCH = 1 << 14
