@@ -151,9 +151,10 @@ class Report:
         """
         lines = []
         for name in self.texts:
-            kind, _, *dtype = name.split("-")
+            kind, draft, *dtype = name.split("-")
             if kind not in ("native", "torch"):
                 continue
+            fixed = "b*h" if draft == "habits" or draft.endswith("h") else "b*[0-9]"
             plain = ("transformers-eager-", "transformers-sdpa-")
             others = {
                 "transformers, faster dtype": [p + "*" for p in plain],
@@ -162,7 +163,7 @@ class Report:
                 "llama.cpp, same format": [f"llama.cpp-{FORMATS.get(dtype[0])}"],
                 "fastest llama.cpp, OpenVINO": ["llama.cpp-*", "openvino-*"],
                 "its `none`": [f"{kind}-none-{dtype[0]}"],
-                "best fixed budget": [f"{kind}-b*-{dtype[0]}"],
+                "best fixed budget": [f"{kind}-{fixed}-{dtype[0]}"],
             }
             cells = []
             for patterns in others.values():

@@ -2,14 +2,17 @@
 
 import json
 import os
+import random
 import sys
 import threading
 import time
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from helpers import BENCHMARKS
+from helpers.drafters import random_habits
 
 SHAPE = dict(
     hidden_size=64,
@@ -121,6 +124,8 @@ def test_the_report_says_it_all():
         *texts("native-none-bfloat16", 0.5),
         *texts("native-auto-bfloat16", 0.25, passes=2),
         *texts("native-b8-bfloat16", 0.2, (1, 2, 3, 3)),
+        *texts("native-habits-bfloat16", 0.48),
+        *texts("native-b8h-bfloat16", 0.36),
         row("native-auto-bfloat16", None, 0, [1], 0.2, category=FIRST_TOKEN, first=0.2, peak=11),
         dict(bandwidth=20.0, repeat=0),
         dict(bandwidth=30.0, repeat=0),
@@ -144,8 +149,12 @@ def test_the_report_says_it_all():
     ]
     assert tables["native-b8-bfloat16"][-2:] == ["0/2, 3", "0/2, 3"]
     assert tables["transformers-eager-bfloat16"][-2:] == ["0/2, 3", ""]
-    line = next(x for x in report.ratios().splitlines() if x.startswith("| native-auto-bfloat16"))
-    over = [float(cell.split()[0]) for cell in line.strip("| ").split(" | ")[1:]]
+    ratios = {
+        name: [float(cell.split()[0]) for cell in cells]
+        for name, *cells in (x.strip("| ").split(" | ") for x in report.ratios().splitlines()[2:])
+    }
+    over = ratios["native-auto-bfloat16"]
+    assert ratios["native-habits-bfloat16"][-1] == 0.75, "b8h"
     assert over == [8, 8, 6.4, 4, 3.2, 2, 0.8], "eager, eager, lookup, BF16, OpenVINO, none, b8"
     assert "| native-auto-bfloat16 |  |  |  | 2.00 (2.00–2.00) |" in report.categories()
     assert "| 1b native | 50.0 (1.00) | 60.0 (1.20) |" in report.steps()
@@ -153,7 +162,7 @@ def test_the_report_says_it_all():
     assert "read bandwidth 25.0 GB/s (20.0–30.0)" in text and "idle workers used 0.10%" in text
     assert text.endswith("\n\nopenvino-F16: missing openvino_genai") and "at first" not in text
     picture = report.picture("Title")
-    assert picture.count('id="bar"') == 8 and picture.count("font-weight: 700") == 3
+    assert picture.count('id="bar"') == 10 and picture.count("font-weight: 700") == 5
 
 
 def test_a_worker_that_is_killed_is_reported_at_once():
@@ -239,8 +248,11 @@ def test_small_models_through_all(folder, tmp_path, monkeypatch, capsys):
     data, output, plot = (tmp_path / name for name in ("q.jsonl", "r.jsonl", "r.svg"))
     questions = [dict(question_id=i, category="qa", turns=[f"one two {i}?"]) for i in (1, 2)]
     data.write_text("".join(json.dumps(question) + "\n" for question in questions))
-    plain, *ours = ["transformers-sdpa-float32", "torch-b4-float32", "native-auto-float32"]
-    options = ["--model", folder, "--data", str(data), "--output", str(output), "--threads", "1"]
+    plain, *ours = ["transformers-sdpa-float32", "torch-b4-float32", "native-habits-float32"]
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    random_habits(random.Random(0), vocabulary).save(tmp_path / "own.safetensors")
+    options = ["--habits", str(tmp_path / "own.safetensors")]
+    options += ["--model", folder, "--data", str(data), "--output", str(output), "--threads", "1"]
     options += ["--plot", str(plot), "--repeats", "2", "--new-tokens", "12", "--engines"]
     assert cpu.main([*options, ",".join([plain, *ours, "llama.cpp-F32"]), "--prompts", "1"]) == 0
     first = output.read_text().splitlines()
