@@ -37,6 +37,7 @@ def table(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Return zeros, int32, to look up in from anywhere: on a CPU in large pages, since a small one
     would have to be found, and the first time made, for nearly every row.
     """
-    if torch.device(device).type != "cpu" or math.prod(shape) == 0:
+    elsewhere = torch.device(device).type != "cpu"
+    if elsewhere or not math.prod(shape) or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=torch.int32, device=device)
     return aligned(4 * math.prod(shape)).view(torch.int32).view(shape)
