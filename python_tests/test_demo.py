@@ -191,8 +191,11 @@ def test_demo_command(loaded, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "Prompt: Count from one to ten." in out and "msn (auto)" in out and "█" in out
+    assert "by its habits" in out
     assert "By our own forward pass" in out and "transformers, " in out
     assert "Same text as msn (none)?  yes, all 8 tokens" in out
+    assert cli.main(["demo", "Count.", "--max-new-tokens", "2", "--no-habits"]) == 0
+    assert "habits" not in capsys.readouterr().out
 
 
 def test_the_adapter_that_comes_along_saves_passes_and_changes_no_text(loaded):

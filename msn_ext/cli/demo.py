@@ -92,7 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
             draft = draft_of(one, arguments, habits)
             timed(one, input_ids, draft, streamer=None, max_new_tokens=2, **options)
 
-        print(f"SmolLM2-135M-Instruct, {arguments.dtype}, {device}. Prompt: {prompt}\n")
+        by = "" if habits is None else ", by its habits (--no-habits: without)"
+        print(f"SmolLM2-135M-Instruct, {arguments.dtype}, {device}{by}. Prompt: {prompt}\n")
         streamer = PassStreamer(tokenizer, sys.stdout, color=color, mark=not color)
         runs: dict[str, Run] = {}
         for name, one in ours.items():
