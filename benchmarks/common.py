@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pathlib
+import random
+from collections.abc import Iterable, Sequence
 
 import torch
 import transformers
@@ -90,3 +92,19 @@ class Results:
         self.lines += fresh
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in fresh)
+
+
+def fewer_passes(pairs: Iterable[Sequence[int]]) -> tuple[float, float, float]:
+    """Return how many times as many passes one way takes as another, which is also the ratio of
+    their MAT, the tokens being the same: 2.5 %, all questions, 97.5 % of 1000 resamples.
+
+    Args:
+        pairs: of every question, the passes of the better way and of the other.
+    """
+    pairs, rng = list(pairs), random.Random(0)
+
+    def of(part: list) -> float:
+        return sum(other for _, other in part) / sum(better for better, _ in part)
+
+    resampled = sorted(of(rng.choices(pairs, k=len(pairs))) for _ in range(1000))
+    return resampled[25], of(pairs), resampled[974]

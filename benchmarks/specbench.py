@@ -36,7 +36,15 @@ import sys
 from collections import defaultdict
 
 import torch
-from common import CATEGORIES, SPECBENCH, Results, conditions, load_model, load_questions
+from common import (
+    CATEGORIES,
+    SPECBENCH,
+    Results,
+    conditions,
+    fewer_passes,
+    load_model,
+    load_questions,
+)
 from replay import DRAFTS, make_drafter, replay_all
 from tqdm import tqdm
 
@@ -168,14 +176,7 @@ def ratio(rows: list[dict], name: str, base: str) -> tuple[float, float, float]:
     for row in rows:
         for i, draft in enumerate((name, base)):
             questions[row["question"]][i] += len(row["accept_lengths"][draft])
-    passes = list(questions.values())
-    rng = random.Random(0)
-
-    def of(part: list) -> float:  # the tokens are the same, so passes decide
-        return sum(b for _, b in part) / sum(a for a, _ in part)
-
-    resampled = sorted(of(rng.choices(passes, k=len(passes))) for _ in range(1000))
-    return resampled[25], of(passes), resampled[974]
+    return fewer_passes(questions.values())
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -117,6 +117,8 @@ def command_lines() -> list:
 
 def expect_script(file: str, options: list[str]) -> None:
     source = (ROOT / file).read_text(encoding="utf-8")
+    if shared := re.search(r"^from (\w+) import .*\bmake_parser\b", source, re.M):
+        source += (ROOT / file).with_name(f"{shared[1]}.py").read_text(encoding="utf-8")
     for option in options:
         assert f'"{option}"' in source, f"{file} has no {option}"
 

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from msn_ext.paths import writable_file
@@ -148,13 +148,18 @@ def number(
     return value
 
 
-def output_file(option: str, path: str) -> str:
-    """Return the path of a file to write, without ``~``; refuse it where that cannot be."""
+def output_file(option: str, path: str, read: Iterable[str] = (), kind: str = "") -> str:
+    """Return the path of a file to write, without ``~``; refuse it where that cannot be, or where
+    it is one of those that are ``read``, which are of a ``kind``.
+    """
     file = os.path.expanduser(path)
     try:
         writable_file(file)
     except OSError as error:
         raise UsageError(f"{option} {path}: {error.strerror}") from error
+    for other in filter(os.path.exists, read):
+        if os.path.exists(file) and os.path.samefile(file, other):
+            raise UsageError(f"{option} {path}: one of the {kind}; it would be overwritten")
     return file
 
 

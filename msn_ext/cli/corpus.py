@@ -4,7 +4,7 @@ import argparse
 import os
 import time
 
-from .common import CommandError, UsageError, output_file
+from .common import CommandError, output_file
 from .loading import load_tokenizer
 
 HELP = "index texts of your own, so that generate --corpus drafts from them"
@@ -30,12 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     files = [os.path.expanduser(path) for path in arguments.files]
-    output = output_file("--output", arguments.output)
-    if any(
-        os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
-        for path in files
-    ):
-        raise UsageError(f"--output {arguments.output}: one of the texts; it would be overwritten")
+    output = output_file("--output", arguments.output, files, "texts")
 
     from msn_ext import Corpus
     from msn_ext.jsonl import batches, texts

@@ -5,7 +5,6 @@ import os
 
 from .common import (
     CommandError,
-    UsageError,
     add_engine_option,
     add_model_options,
     add_weights_option,
@@ -64,11 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     files = [os.path.expanduser(path) for path in arguments.prompts]
     output = None
     if arguments.output is not None:
-        output = output_file("--output", arguments.output)
-        if any(_same(output, path) for path in files):
-            raise UsageError(
-                f"--output {arguments.output}: one of the files of prompts; it would be overwritten"
-            )
+        output = output_file("--output", arguments.output, files, "files of prompts")
 
     from msn_ext.jsonl import draw
     from msn_ext.tuning import learn_habits, read_prompts
@@ -106,7 +101,3 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"kept in {arguments.output or place}")
     return 0
-
-
-def _same(one: str, other: str) -> bool:
-    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)

@@ -1,5 +1,7 @@
 """benchmarks/gated.py and habits.py decode by turns with an adapter, or habits, and without."""
 
+import json
+
 import pytest
 import torch
 
@@ -26,6 +28,7 @@ def check(races, ways: dict) -> None:
     head, *lines = races.table(rows, list(ways)).splitlines()
     assert all(f"{way}: tokens/s" in head for way in ways)
     assert [line.split()[0] for line in lines] == ["8", "auto"]
+    assert all(line.count("×") == 1 for line in lines)
 
 
 def test_an_adapter_is_raced(script):
@@ -46,6 +49,24 @@ def test_habits_are_raced_and_save_passes(script):
     check(races, ways)
     row = races.race(ways, PROMPT, 8, 20)
     assert row["habits"]["passes"] < row["without"]["passes"]
+
+
+def test_a_file_is_summed_up(script, tmp_path):
+    """By turns, of which the table may leave out the first, and by categories."""
+    passes = [("qa", 8, 4), ("rag", 6, 6), ("qa", 6, 4)]
+    rows = [
+        dict(nodes=8, tokens=12, category=name)
+        | {w: dict(passes=n, seconds=1.0) for w, n in (("a", a), ("b", b))}
+        for name, a, b in passes
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, [{"command": "it"}, *rows])))
+    summary = script("races").summary
+    _head, whole, _, _named, first, second = summary(file, ["a", "b"], 0).splitlines()
+    assert whole.split()[:5] == ["8", "12.0", "1.80", "12.0", "2.57"] and "× 1.429 [" in whole
+    assert "× 1.200 [" in summary(file, ["a", "b"], 1).splitlines()[1]
+    assert first.split()[2:] == ["nan", "nan", "nan", "1.71", "nan", "2.00", "1.80"]
+    assert second.split()[2:] == ["nan", "nan", "nan", "3.00", "nan", "2.00", "2.57"]
 
 
 def test_another_text_is_an_error(script):

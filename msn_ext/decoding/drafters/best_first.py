@@ -27,7 +27,7 @@ from .habits import Habits
 from .jacobi import TreeDrafter
 from .protocol import Draft, Noise, Verified
 from .sources import LONGEST_TAIL, SLOTS, SOURCES, Adjacency, Denoised, NoiseTails, Suffix
-from .tree import RETRIEVAL, DraftTree
+from .tree import RETRIEVAL, DraftTree, follow_likeliest
 
 OPENING = 5
 """Guesses after the prompt, a chain: with habits the likeliest path of a tree, else text that
@@ -353,24 +353,6 @@ class BestFirst:
         self._sizer.observe(nodes, self._reported[nodes - 1], mean - 1, seconds)
 
 
-def follow_likeliest(chain: Tensor, tokens: Tensor, parents: Tensor) -> None:
-    """Write the likeliest path of trees into guesses, as far as it goes; on the device, which
-    nothing waits for.
-
-    Args:
-        chain: int64 [B, n], changed in place.
-        tokens, parents: int64 and int32 [B, N], as :func:`msn_ext.ops.draft_tree` gives them:
-            of the children of a node the likeliest comes first.
-    """
-    node = torch.zeros_like(parents[:, :1])
-    for depth in range(chain.shape[1]):
-        children = parents == node
-        has, node = children.any(1, keepdim=True), children.int().argmax(1, keepdim=True).int()
-        guess = tokens.gather(1, node.long())
-        chain[:, depth : depth + 1] = torch.where(has, guess, chain[:, depth : depth + 1])
-        node = torch.where(has, node, -2)  # the parent of none
-
-
 def _check_settings(budget, sources, factors, max_depth, foresight, corpus, habits) -> None:
     """Raise ValueError where a setting of :class:`BestFirst` cannot be right."""
     if budget is not None and not (type(budget) is int and 1 <= budget <= MAX_NODES):
@@ -388,21 +370,18 @@ def _check_settings(budget, sources, factors, max_depth, foresight, corpus, habi
         raise ValueError(f"foresight is {foresight}; expected 0 to 1")
     if factors is not None:
         check_factors(factors, (FACTORS,), "factors")
-    if not (corpus is None or isinstance(corpus, Corpus)):
-        raise ValueError(
-            f"corpus is {corpus!r}; expected None or a Corpus, as Corpus.load(path) gives it"
-        )
-    if corpus is not None and "suffix" not in sources:
-        raise ValueError(
-            f"sources is {tuple(sources)!r}; expected 'suffix' among them, which looks into the"
-            " corpus"
-        )
-    if not (habits is None or isinstance(habits, Habits)):
-        raise ValueError(
-            f"habits is {habits!r}; expected None or Habits, as Habits.load(path) gives them"
-        )
-    if habits is not None and "adjacency" not in sources:
-        raise ValueError(
-            f"sources is {tuple(sources)!r}; expected 'adjacency' among them, which looks into the"
-            " habits"
-        )
+    for name, given, kind, source in (
+        ("corpus", corpus, Corpus, "suffix"),
+        ("habits", habits, Habits, "adjacency"),
+    ):
+        if given is None:
+            continue
+        if not isinstance(given, kind):
+            raise ValueError(
+                f"{name} is {given!r}; expected None or what {kind.__name__}.load(path) gives"
+            )
+        if source not in sources:
+            raise ValueError(
+                f"sources is {tuple(sources)!r}; expected {source!r} among them, which looks into"
+                f" the {name}"
+            )

@@ -136,3 +136,21 @@ class DraftTree:
         ancestors, depth = ops.tree_ancestors(parents)
         rank = torch.tensor(self.ranks, dtype=torch.int32, device="cpu")
         return TreeTensors(*(x.to(device) for x in (parents, rank, depth, ancestors)))
+
+
+def follow_likeliest(chain: Tensor, tokens: Tensor, parents: Tensor) -> None:
+    """Write the likeliest path of trees into guesses, as far as it goes; on the device, which
+    nothing waits for.
+
+    Args:
+        chain: int64 [B, n], changed in place.
+        tokens, parents: int64 and int32 [B, N], as :func:`msn_ext.ops.draft_tree` gives them:
+            of the children of a node the likeliest comes first.
+    """
+    node = torch.zeros_like(parents[:, :1])
+    for depth in range(chain.shape[1]):
+        children = parents == node
+        has, node = children.any(1, keepdim=True), children.int().argmax(1, keepdim=True).int()
+        guess = tokens.gather(1, node.long())
+        chain[:, depth : depth + 1] = torch.where(has, guess, chain[:, depth : depth + 1])
+        node = torch.where(has, node, -2)  # the parent of none

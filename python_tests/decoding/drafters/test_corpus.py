@@ -319,7 +319,7 @@ def test_a_corpus_of_another_vocabulary_is_refused():
     [
         (
             dict(corpus="x.corpus"),
-            "corpus is 'x.corpus'; expected None or a Corpus, as Corpus.load(path) gives it",
+            "corpus is 'x.corpus'; expected None or what Corpus.load(path) gives",
         ),
         (
             dict(corpus=build([[1]]), sources=("denoised",)),

@@ -14,8 +14,8 @@ from helpers.families import tiny_model
 from helpers.knowledge import guess, only
 from msn_ext import BestFirst, Habits, generate, ops
 from msn_ext.decoding.drafters import factors
-from msn_ext.decoding.drafters.best_first import follow_likeliest
 from msn_ext.decoding.drafters.habits import HabitRecorder
+from msn_ext.decoding.drafters.tree import follow_likeliest
 from msn_ext.demo import HABITS
 
 VOCABULARY = 50
@@ -162,7 +162,7 @@ def test_wrong_habits_are_refused():
         Habits.count(contexts[:, 1:], guesses, VOCABULARY)
     with pytest.raises(ValueError, match="guesses have tokens 0 to .*; expected 0 to 3"):
         Habits.count(contexts, guesses.clamp(min=0), 4)
-    with pytest.raises(ValueError, match="habits is 7; expected None or Habits"):
+    with pytest.raises(ValueError, match="habits is 7; expected None or what Habits.load"):
         BestFirst(habits=7)
     habits = Habits.count(contexts, guesses, VOCABULARY)
     with pytest.raises(ValueError, match="expected 'adjacency' among them"):
