@@ -8,7 +8,9 @@ imported only once a command needs them.
 import argparse
 import contextlib
 import os
+import signal
 import sys
+import threading
 
 import msn_ext
 
@@ -60,7 +62,11 @@ def main(argv: list[str] | None = None) -> int:
         ):
             if getattr(sys, name) is None:  # closed, as by `>&-`: nobody reads it
                 absent.enter_context(redirect(absent.enter_context(open(os.devnull, "w"))))
-        return _exit_code(argv)
+        code = _exit_code(argv)
+    if argv is None and threading.current_thread() is threading.main_thread():
+        # What is left is the interpreter's end: Ctrl-C may cut it short, without a traceback of it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
 
 
 def _exit_code(argv: list[str] | None) -> int:

@@ -50,9 +50,8 @@ def test_closed_output_is_nobodys_error(closed):
 
 
 def msn(*arguments, **options) -> subprocess.Popen:
-    code = "import sys; from msn_ext.cli import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-m", "msn_ext", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -83,4 +82,25 @@ def test_ctrl_c_and_broken_pipe_in_a_process(tiny, tmp_path):
     errors = [process.stderr.read() for process in processes]
     codes = [process.wait(60) for process in processes]
     assert errors == ["", ""]
-    assert codes[0] in (130, 0) and codes[1] in (141, 0)  # 0: it was done before we were
+    # 0: it was done before we were; a signal: it was at its end.
+    assert codes[0] in (130, 0, -signal.SIGINT) and codes[1] in (141, 0)
+
+
+def test_ctrl_c_at_the_end_of_a_process():
+    """Work is done, but not what others have the interpreter do at its end."""
+    code = """
+import atexit, sys, time
+from msn_ext.cli import main
+atexit.register(time.sleep, 60)
+atexit.register(print, flush=True)
+sys.argv = ["msn", "--version"]
+sys.exit(main())
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("msn_ext")
+    assert process.stdout.readline() == "\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=50)[1] == ""
+    assert process.returncode == -signal.SIGINT
