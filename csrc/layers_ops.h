@@ -74,6 +74,7 @@ struct Linear {
   const void* x = nullptr;
   int64_t x_stride = 0;
   const int32_t* pick = nullptr;  // the rows of x; null: the first ones
+  void* inputs = nullptr;         // where Kernels::prepare makes them; null: `linear` does itself
   Norm norm;
   Packed weights;  // kGate: outputs is twice that of `out`
   const void* bias = nullptr;

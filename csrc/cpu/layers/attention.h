@@ -218,7 +218,7 @@ struct AttentionBlock {
   T soft_max(int64_t i) {
     T* s = scores + i * stride;
     const int64_t n = row_of(i), length = path_length(n), root = prefix - base;
-    for (int64_t j = 0; j < length; ++j) s[root + j] = s[root + path_of(n)[j]];
+    for (int64_t j = common; j < length; ++j) s[root + j] = s[root + path_of(n)[j]];
     const int64_t known = root + length, whole = (known + kLanes - 1) / kLanes * kLanes;
     if (const T cap = static_cast<T>(stage.softcap); cap > 0)
       transform(s, known, s, [cap](Vec<T> v, int64_t) { return soft_cap<T>(v, cap); });
@@ -230,8 +230,7 @@ struct AttentionBlock {
       const Vec<T> v = load(s + j);
       top = v > top ? v : top;
     }
-    T most = none;
-    for (int j = 0; j < kLanes; ++j) most = top[j] > most ? top[j] : most;
+    const T most = largest_of<T>(top);
     Vec<T> total{};
     for (int64_t j = 0; j < whole; j += kLanes) {
       const Vec<T> weight = exp_negative(Vec<T>(load(s + j) - most));

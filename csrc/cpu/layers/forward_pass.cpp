@@ -11,6 +11,8 @@ namespace msn {
 // So many threads compute an adapter's small products each for itself, which is cheaper than to
 // wait for each other; more threads share them.
 constexpr int kAlone = 2;
+// From so many rows on, threads share the work of making them ready to be multiplied.
+constexpr int kShared = 32;
 
 // One thread on its way through a pass.
 struct ForwardPass::Worker {
@@ -54,6 +56,10 @@ struct ForwardPass::Worker {
       stage.adapter = {noise.count, noise.index, low, weights.a.outputs, weights.b, weights.first};
     }
     const Weights kind = stage.weights.coded ? coded_kind(pass.kind) : pass.kind;
+    if (threads > 1 && stage.rows >= kShared) {
+      stage.inputs = at.inputs;
+      if (kernels.prepare(kind, stage, t, threads, scratch)) barrier.wait();
+    }
     kernels.linear(kind, stage, t, threads, scratch);
   }
 
@@ -185,24 +191,26 @@ struct ForwardPass::Worker {
 };
 
 ForwardPass::Buffers ForwardPass::buffers(int64_t rows) {
-  int64_t qkv = 0, mixed = 0, middle = 0, low = head.a.outputs;
+  int64_t qkv = 0, mixed = 0, middle = 0, low = head.a.outputs, inputs = head.packed.inputs;
   for (const LayerPlan& layer : layers) {
     qkv = std::max(qkv, layer.qkv.packed.outputs);
     mixed = std::max(mixed, layer.out.packed.inputs);
     middle = std::max(middle, layer.down.packed.inputs);
-    for (const LinearWeights* linear : {&layer.qkv, &layer.out, &layer.up, &layer.down})
+    for (const LinearWeights* linear : {&layer.qkv, &layer.out, &layer.up, &layer.down}) {
       low = std::max(low, linear->a.outputs);
+      inputs = std::max(inputs, linear->packed.inputs);
+    }
   }
-  const int64_t sizes[] = {hidden, qkv, mixed, middle, hidden, kAlone * low};
-  int64_t total = 0;
-  for (const int64_t size : sizes) total += (rows * size * item() + 63) / 64 * 64;
-  char* from = memory_.get(total);
-  char* begin[6];
-  for (int i = 0; i < 6; ++i) {
-    begin[i] = from;
-    from += (rows * sizes[i] * item() + 63) / 64 * 64;
+  constexpr int kBuffers = 7;
+  const int64_t sizes[kBuffers] = {hidden, qkv, mixed, middle, hidden, kAlone * low, inputs + 64};
+  int64_t total = 0, starts[kBuffers];
+  for (int i = 0; i < kBuffers; ++i) {
+    starts[i] = total;
+    total += (rows * sizes[i] * item() + 63) / 64 * 64;
   }
-  return {begin[0], begin[1], begin[2], begin[3], begin[4], begin[5]};
+  char* memory = memory_.get(total);
+  return {memory + starts[0], memory + starts[1], memory + starts[2], memory + starts[3],
+          memory + starts[4], memory + starts[5], memory + starts[6]};
 }
 
 void ForwardPass::reserve_scratch(int threads) {

@@ -73,6 +73,7 @@ class ForwardPass {
  private:
   struct Buffers {  // of T, a row each of h [hidden], qkv, mixed (attention's), middle, branch, low
     char *h, *qkv, *mixed, *middle, *branch, *low;  // low: of noise rows, A x
+    char* inputs;                                   // of a linear layer, as it multiplies them
   };
   int64_t item() const { return kind == Weights::kFloat64 ? 8 : 4; }
   Buffers buffers(int64_t rows);

@@ -5,11 +5,28 @@
 
 namespace msn::MSN_ISA {
 
+// The numbers of a vector put together by f: one half with the other, until one is left.
+template <typename T, typename V, typename F>
+inline T folded(const V& v, F f) {
+  if constexpr (sizeof(V) == 2 * sizeof(T)) {
+    return f(v[0], v[1]);
+  } else {
+    typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof halves);
+    return folded<T>(Half(f(halves[0], halves[1])), f);
+  }
+}
+
 template <typename T>
 inline T sum_of(Vec<T> v) {
-  for (int half = Vector<T>::size / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+  return folded<T>(v, [](auto a, auto b) { return a + b; });
+}
+
+// Of numbers none of which is NaN.
+template <typename T>
+inline T largest_of(Vec<T> v) {
+  return folded<T>(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
 // The first `count` numbers, zeros after them.

@@ -67,6 +67,11 @@ void embed_rows(Weights kind, const Embed& stage, int t, int threads) {
   with_panels(kind, [&](auto panels) { embed<decltype(panels)>(stage, t, threads); });
 }
 
+bool prepare_rows(Weights kind, const Linear& stage, int t, int threads, Scratch& scratch) {
+  return with_stored(
+      kind, [&](auto panels) { return prepare<decltype(panels)>(stage, t, threads, scratch); });
+}
+
 void linear_rows(Weights kind, const Linear& stage, int t, int threads, Scratch& scratch) {
   with_stored(kind, [&](auto panels) { linear<decltype(panels)>(stage, t, threads, scratch); });
 }
@@ -181,10 +186,12 @@ void move_slot(Weights kind, const Cache& cache, const Heads& heads, int64_t bat
 
 }  // namespace
 
-const Kernels kernels = {
-    MSN_TEXT(MSN_ISA), kWeightWidth,      WeightBFloats::kPairs, panel_bytes_of, pack_rows,
-    unpack_row,        has_codes,         bytes_behind,          code,           embed_rows,
-    linear_rows,       screen_bytes_of,   pack_screen_panel,     largest_rows,   narrow_linear_rows,
-    add_norm_rows,     rotary_write_rows, attention_rows,        move_slot};
+const Kernels kernels = {MSN_TEXT(MSN_ISA),  kWeightWidth,      WeightBFloats::kPairs,
+                         panel_bytes_of,     pack_rows,         unpack_row,
+                         has_codes,          bytes_behind,      code,
+                         embed_rows,         prepare_rows,      linear_rows,
+                         screen_bytes_of,    pack_screen_panel, largest_rows,
+                         narrow_linear_rows, add_norm_rows,     rotary_write_rows,
+                         attention_rows,     move_slot};
 
 }  // namespace msn::MSN_ISA

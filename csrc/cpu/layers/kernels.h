@@ -48,6 +48,9 @@ struct Kernels {
   int64_t (*bytes_behind)(Weights kind, const void* panel, int64_t inputs);
   void (*code)(Weights kind, const void* panel, int64_t inputs, char* coded, char* behind);
   void (*embed)(Weights kind, const Embed&, int t, int threads);
+  // Makes stage.inputs, which `linear` reads then; false: the stage takes its rows as they are, and
+  // there is nothing to wait for.
+  bool (*prepare)(Weights kind, const Linear&, int t, int threads, Scratch&);
   void (*linear)(Weights kind, const Linear&, int t, int threads, Scratch&);
   // Of a packed head, what `screened` reads; bytes: 0 where this instruction set or kind has none.
   // Packs a panel; false: it holds what is not finite.

@@ -44,8 +44,7 @@ void to_pairs(Int8s<kWidth>, const float* x, int64_t size, uint32_t* to) {
       most = magnitude > most ? magnitude : most;
       finite += v[i] * 0;
     }
-    float top = 0;
-    for (int i = 0; i < kLanes; ++i) top = most[i] > top ? most[i] : top;
+    const float top = largest_of<float>(most);
     const float scale = top / 32767 + sum_of<float>(finite);
     const float inverse = top > 0 ? 32767 / top : 0;
     for (int i = 0; i < kVectors; ++i) {
@@ -68,31 +67,59 @@ struct Inputs {
 inline int64_t scales_before(int64_t size) { return (size / kInt8Block + 16) / 16 * 16; }
 inline int64_t row_stride(int64_t size) { return (size + 31) / 32 * 32 + 32; }
 
-// Every thread makes them for itself: that is cheaper than to wait for others.
+// Where the inputs of a stage are once `make_inputs` has made them in this memory: rows as they are
+// need not be made.
+template <typename P>
+constexpr bool are_made(const Linear& stage) {
+  return P::kPairs || stage.norm.kind != Norm::kNone || stage.pick;
+}
+template <typename P>
+Inputs<P> inputs_in(const Linear& stage, char* memory) {
+  using T = typename P::Sum;
+  if (!are_made<P>(stage)) {
+    if constexpr (!P::kPairs) return {static_cast<const T*>(stage.x), stage.x_stride};
+  }
+  const int64_t stride = row_stride(stage.weights.inputs);
+  const int64_t before = P::kPairs ? scales_before(stage.weights.inputs) : 0;
+  return {reinterpret_cast<typename P::In*>(memory) + before, stride};
+}
+
+// Makes some of a stage's rows; `row` has room for one.
+template <typename P>
+void make_inputs(const Linear& stage, int64_t begin, int64_t end, typename P::Sum* row,
+                 char* memory) {
+  using T = typename P::Sum;
+  if (!are_made<P>(stage)) return;
+  const Inputs<P> made = inputs_in<P>(stage, memory);
+  const int64_t size = stage.weights.inputs;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* from =
+        static_cast<const T*>(stage.x) + (stage.pick ? stage.pick[r] : r) * stage.x_stride;
+    auto* to = const_cast<typename P::In*>(made.x) + r * made.stride;
+    if constexpr (P::kPairs) {
+      if (stage.norm.kind != Norm::kNone) {
+        normalise(stage.norm, from, size, row);
+        from = row;
+      }
+      to_pairs(P{}, from, size, to);
+    } else if (stage.norm.kind != Norm::kNone) {
+      normalise(stage.norm, from, size, to);
+    } else {
+      std::memcpy(to, from, size * sizeof(T));
+    }
+  }
+}
+
+// Those that all threads made together, else all of them: of a few rows, each thread makes them for
+// itself, which is cheaper than to wait for others.
 template <typename P>
 Inputs<P> inputs_of(const Linear& stage, char* scratch) {
   using T = typename P::Sum;
-  const T* x = static_cast<const T*>(stage.x);
-  const int64_t size = stage.weights.inputs;
-  if constexpr (!P::kPairs)
-    if (stage.norm.kind == Norm::kNone && !stage.pick) return {x, stage.x_stride};
-  const int64_t stride = row_stride(size);
-  T* normal = reinterpret_cast<T*>(scratch);
-  uint32_t* pairs = reinterpret_cast<uint32_t*>(normal + stride) + scales_before(size);
-  for (int64_t r = 0; r < stage.rows; ++r) {
-    const T* from = x + (stage.pick ? stage.pick[r] : r) * stage.x_stride;
-    T* to = P::kPairs ? normal : normal + r * stride;
-    if (stage.norm.kind != Norm::kNone)
-      normalise(stage.norm, from, size, to);
-    else if constexpr (!P::kPairs)
-      std::memcpy(to, from, size * sizeof(T));
-    if constexpr (P::kPairs)
-      to_pairs(P{}, stage.norm.kind != Norm::kNone ? to : from, size, pairs + r * stride);
-  }
-  if constexpr (P::kPairs)
-    return {pairs, stride};
-  else
-    return {normal, stride};
+  if (stage.inputs) return inputs_in<P>(stage, static_cast<char*>(stage.inputs));
+  T* row = reinterpret_cast<T*>(scratch);
+  char* memory = scratch + row_stride(stage.weights.inputs) * sizeof(T);
+  make_inputs<P>(stage, 0, stage.rows, row, memory);
+  return inputs_in<P>(stage, memory);
 }
 
 inline int64_t inputs_bytes(int64_t rows, int64_t size, int64_t item) {
@@ -148,7 +175,11 @@ struct After {
     switch (stage.epilogue) {
       case Linear::kAdd: {
         const T scale = static_cast<T>(stage.scale);
-        for (int o = 0; o < count; ++o) out[o] += scale * y[o];
+        if (count < kWidth)
+          for (int o = 0; o < count; ++o) out[o] += scale * y[o];
+        else
+          for (int o = 0; o < kWidth; o += Vector<T>::size)
+            store(out + o, load(out + o) + scale * load(y + o));
         return;
       }
       case Linear::kActivate:
@@ -270,6 +301,16 @@ class NoiseRows {
 // ---- the stage
 // -----------------------------------------------------------------------------------
 
+// Makes this thread's share of stage.inputs; whether anything is made there.
+template <typename P>
+bool prepare(const Linear& stage, int t, int threads, Scratch& scratch) {
+  using T = typename P::Sum;
+  T* row = reinterpret_cast<T*>(scratch.get(row_stride(stage.weights.inputs) * sizeof(T)));
+  make_inputs<P>(stage, stage.rows * t / threads, stage.rows * (t + 1) / threads, row,
+                 static_cast<char*>(stage.inputs));
+  return are_made<P>(stage);
+}
+
 template <typename P>
 void linear(const Linear& stage, int t, int threads, Scratch& scratch) {
   using T = typename P::Sum;
@@ -281,7 +322,8 @@ void linear(const Linear& stage, int t, int threads, Scratch& scratch) {
   const int64_t tile_bytes = rows * kWidth * sizeof(T);
   using Noise = NoiseRows<typename AdapterPanels<P>::Of>;
   const int64_t noise_at = 2 * tile_bytes, inputs_at = noise_at + Noise::bytes(stage.adapter);
-  char* memory = scratch.get(inputs_at + inputs_bytes(rows, inputs, sizeof(T)));
+  const int64_t made = stage.inputs ? 0 : inputs_bytes(rows, inputs, sizeof(T));
+  char* memory = scratch.get(inputs_at + made);
   T* tiles[2] = {reinterpret_cast<T*>(memory), reinterpret_cast<T*>(memory + tile_bytes)};
   const Noise noise(stage.adapter, memory + noise_at);
   const int64_t begin = panels * t / threads, end = panels * (t + 1) / threads;
