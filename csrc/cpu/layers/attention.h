@@ -40,6 +40,7 @@ struct HeadCache {
     values = static_cast<char*>(cache.values) + at * value_panels() * P::bytes(slots);
   }
   int64_t value_panels() const { return (size + kCacheWidth - 1) / kCacheWidth; }
+  const char* next_keys() const { return key_panel(slots); }  // of the next head
   char* key_panel(int64_t slot) const { return keys + slot / kCacheWidth * P::bytes(size); }
   char* value_panel(int64_t panel) const { return values + panel * P::bytes(slots); }
 
@@ -153,10 +154,13 @@ struct AttentionBlock {
   using T = typename P::Sum;
   static constexpr int kLanes = Vector<T>::size;
   static constexpr int kRows = 2 * kRowsFor<P>;
+  // Keys are fetched so many panels before they are read: one takes less time than memory does.
+  static constexpr int64_t kPanelsAhead = 4;
 
   const CachedAttention& stage;
   const HeadCache<S>& cache;
   int64_t tree, first_node, kv_head, first_row, count;
+  const char* next;  // what is read after this; null: nothing new
 
   const Rows& rows = *stage.rows;
   const Heads& heads = stage.heads;
@@ -207,10 +211,13 @@ struct AttentionBlock {
       const T* q = static_cast<const T*>(stage.qkv) + (row_of(i) * all + head_of(i)) * size;
       for (int64_t d = 0; d < size; ++d) queries[i * size + d] = q[d] * static_cast<T>(stage.scale);
     }
+    const int64_t bytes = P::bytes(size);
+    const char* last = cache.key_panel(base + stride);
     for (int64_t slot = base; slot < end; slot += kCacheWidth) {
-      const char* panel = cache.key_panel(slot);
-      multiply_rows<P>(queries, size, count, panel, size, panel + P::bytes(size),
-                       scores + (slot - base), stride, [](int64_t, int64_t) {});
+      const char *panel = cache.key_panel(slot), *later = panel + kPanelsAhead * bytes;
+      if (later >= last) later = P::at(cache.value_panel(0), base) + (later - last);
+      multiply_rows<P, false>(queries, size, count, panel, size, later, scores + (slot - base),
+                              stride, [](int64_t, int64_t) {});
     }
   }
 
@@ -247,8 +254,10 @@ struct AttentionBlock {
       for (int64_t i = 0; i < count * padded; ++i) sums[i] = 0;
     for (int64_t j = 0; known && j < cache.value_panels(); ++j) {
       const char* panel = P::at(cache.value_panel(j), base);
-      multiply_rows<P>(scores, stride, count, panel, known, panel, sums + j * kCacheWidth, padded,
-                       [](int64_t, int64_t) {});
+      const char* later =
+          j + 1 < cache.value_panels() ? P::at(cache.value_panel(j + 1), base) : next;
+      multiply_rows<P, false>(scores, stride, count, panel, known, later ? later : panel,
+                              sums + j * kCacheWidth, padded, [](int64_t, int64_t) {});
     }
     for (int64_t i = 0; i < count; ++i) {
       int64_t j = 0;
@@ -301,7 +310,9 @@ void attend(const CachedAttention& stage, int t, int threads, Scratch& scratch) 
       for (int64_t i = 0; i < parts; ++i) {
         const int64_t begin = first + (last - first) * i / parts;
         const int64_t many = first + (last - first) * (i + 1) / parts - begin;
-        AttentionBlock<S>{stage, cache, tree, node, h, begin, many}.run(scratch);
+        const bool more = i + 1 == parts && h + 1 < stage.heads.kv && to > at + count;
+        const char* next = more ? cache.next_keys() : nullptr;
+        AttentionBlock<S>{stage, cache, tree, node, h, begin, many, next}.run(scratch);
       }
     }
   }

@@ -310,8 +310,9 @@ struct MakeTable<P, 0, kRows...> : ProductTable<P, kRows...> {};
 constexpr int64_t kStepsAtOnce = 256;
 
 // The same for any number of rows; `each(first, count)` for some of them once they are done.
-// `neighbour` is the panel of the same size that is multiplied next.
-template <typename P, typename Each>
+// `neighbour` is what is read next, as many bytes; kStream: panels lie one behind the other, and a
+// single pass over one of them fetches what comes kAhead bytes later.
+template <typename P, bool kStream = true, typename Each>
 inline void multiply_rows(const typename P::In* x, int64_t x_stride, int64_t rows,
                           const char* panel, int64_t inputs, const char* neighbour,
                           typename P::Sum* out, int64_t out_stride, const Each& each) {
@@ -326,7 +327,7 @@ inline void multiply_rows(const typename P::In* x, int64_t x_stride, int64_t row
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t first = rows * i / parts, count = rows * (i + 1) / parts - first;
       const int64_t fetched = (begin * parts + (end - begin) * i) / P::kGroup * rate >> 6;
-      const Ahead ahead{parts == 1 ? panel + kAhead : neighbour + fetched, rate};
+      const Ahead ahead{kStream && parts == 1 ? panel + kAhead : neighbour + fetched, rate};
       MakeTable<P, kMost>::of[count - 1](x + first * x_stride, x_stride, panel, begin, end,
                                          out + first * out_stride, out_stride, ahead);
       if (end == steps) each(first, count);
