@@ -113,7 +113,7 @@ def native_plan_for(
 
 def _packed(modules: Modules, must: bool) -> PackedPlan:
     model = modules.model
-    prepared = prepared_of(model)
+    prepared = prepared_of(model, modules.all)
     if prepared:
         prepared.check(modules)
     else:

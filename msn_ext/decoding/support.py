@@ -113,7 +113,9 @@ def check_model(model: PreTrainedModel) -> None:
 
 def check_in_memory(model: PreTrainedModel, weights: Sequence[Tensor]) -> None:
     """Refuse a model with weights that are not in memory."""
-    if absent := sum(weight.is_meta for weight in weights):
+    with torch._C.DisableTorchFunctionSubclass():  # which packed weights would be asked by
+        absent = sum(weight.is_meta for weight in weights)
+    if absent:
         _refuse(
             model,
             f"{absent} of its {len(weights)} weights are not in memory (device meta): offloaded by"
@@ -227,7 +229,9 @@ def _check_layers(model: PreTrainedModel) -> None:
 def _check_state(modules: Modules) -> None:
     """Refuse a model on several devices, or in a mode that keeps no cache."""
     model = modules.model
-    if len(devices := set(map(str, {weight.device for weight in modules.parameters}))) > 1:
+    with torch._C.DisableTorchFunctionSubclass():
+        devices = set(map(str, {weight.device for weight in modules.parameters}))
+    if len(devices) > 1:
         _refuse(
             model, f"its weights are spread over several devices ({', '.join(sorted(devices))})"
         )

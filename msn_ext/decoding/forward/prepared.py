@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import operator
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +29,13 @@ class Prepared:
     """What is kept of a prepared model.
 
     Attributes:
-        parameters: by their names, tied ones several times.
+        parameters: that are packed, as :func:`_packed_parameters` finds them.
         panels: the linear layers of each layer, then the head.
         weights, isa: how they are packed.
         dtype: of the model.
     """
 
-    parameters: dict[str, nn.Parameter]
+    parameters: list[nn.Parameter]
     panels: list[list[PackedLinear]]
     weights: str
     isa: str
@@ -56,24 +58,32 @@ class Prepared:
 _prepared: weakref.WeakKeyDictionary[PreTrainedModel, Prepared] = weakref.WeakKeyDictionary()
 
 
-def prepared_of(model: PreTrainedModel) -> Prepared | None:
+def prepared_of(
+    model: PreTrainedModel, modules: Iterable[nn.Module] | None = None
+) -> Prepared | None:
     """Return what is kept of a prepared model; None: it is none, or packed weights were replaced
     since.
+
+    Args:
+        modules: of the model, in torch's order, where somebody has walked them.
     """
     prepared = _prepared.get(model)
     if prepared is None:
         return None
-    now = _packed_parameters(model)
-    if now.keys() == prepared.parameters.keys() and all(
-        now[name] is weight for name, weight in prepared.parameters.items()
-    ):
+    now = _packed_parameters(modules or model.modules())
+    if len(now) == len(prepared.parameters) and all(map(operator.is_, now, prepared.parameters)):
         return prepared
     return None
 
 
-def _packed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: weight for name, weight in named if isinstance(weight, PackedWeight)}
+def _packed_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return them in the modules' order, tied ones several times."""
+    return [
+        weight
+        for module in modules
+        for weight in module._parameters.values()
+        if weight is not None and isinstance(weight, PackedWeight)
+    ]
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -129,7 +139,7 @@ def pack_in_place(model: PreTrainedModel, weights: str, dtype: torch.dtype) -> N
                 parameter.data = parameter.data.to(dtype)
     if weights == "int8":
         model.register_state_dict_post_hook(_say_lossy)
-    _prepared[model] = Prepared(_packed_parameters(model), panels, weights, isa, dtype)
+    _prepared[model] = Prepared(_packed_parameters(model.modules()), panels, weights, isa, dtype)
 
 
 def _places(model: nn.Module) -> list[_Place]:

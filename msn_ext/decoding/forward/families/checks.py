@@ -105,11 +105,12 @@ def _dropout(module: nn.Module) -> float:
 def check_weights(its: Modules, device: torch.device) -> None:
     """Refuse weights that are not plain dense tensors of one floating dtype on one device."""
     dtypes = set()
-    for weight in parameters_of(its.base):
-        if wrong := _wrong_with_weight(weight, device):
-            [name, *_] = (name for name, x in its.model.named_parameters() if x is weight)
-            raise NoPlan(f"{name} {wrong}")
-        dtypes.add(weight.dtype)
+    with torch._C.DisableTorchFunctionSubclass():  # which packed weights would be asked by
+        for weight in parameters_of(its.base):
+            if wrong := _wrong_with_weight(weight, device):
+                [name, *_] = (name for name, x in its.model.named_parameters() if x is weight)
+                raise NoPlan(f"{name} {wrong}")
+            dtypes.add(weight.dtype)
     if len(dtypes) > 1:
         raise NoPlan(f"its weights are of mixed dtypes ({', '.join(sorted(map(_short, dtypes)))})")
 

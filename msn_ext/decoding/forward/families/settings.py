@@ -4,12 +4,14 @@ that was read stays right.
 
 from __future__ import annotations
 
+from itertools import filterfalse
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modules import Modules
 
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
+_IS_OF_EVERY_MODULE = frozenset(vars(nn.Module())).__contains__
 _PLAIN = {bool, int, float, str, type(None)}
 
 
@@ -28,9 +30,9 @@ def settings_of(its: Modules) -> tuple:
                 found += parts
                 found += map(id, parts.values())
         whole = isinstance(module, PreTrainedModel)  # which keeps books that change
-        for name, value in vars(module).items():
-            if name in _OF_EVERY_MODULE:
-                continue
+        its_own = vars(module)
+        for name in filterfalse(_IS_OF_EVERY_MODULE, its_own):
+            value = its_own[name]
             if type(value) in _PLAIN:
                 found += name, value
             elif isinstance(value, Tensor):
