@@ -44,6 +44,15 @@ struct TopGuesses {
 // The sizes that TopGuesses::on_cuda needs for these rows of logits.
 BlockSpace guesses_space(const Tensor& logits);
 
+// The k largest of each row of float32 logits [R, V], ascending by token: values and tokens int64
+// [R, k]. False, and nothing of that, where others are so near that a division might make them
+// equal, or one is not finite, or too small or large for that.
+struct TopLogits {
+  Tensor logits, values, tokens;
+
+  bool on_cpu() const;
+};
+
 struct IndexSuffixes {
   Tensor suffixes, history, start, lengths;
 

@@ -1,8 +1,8 @@
-// Steps as most calls on a CPU take them, best-first drafting (or none) and greedy verification, in
-// two calls: what msn_ext/decoding does for any drafter, model and request by an op at a time.
-// After a pass, which has read all weights, no cache has anything of Python or torch left, and
-// there each op costs several times what it does here. msn_ext/decoding/native_steps.py is its only
-// user.
+// Steps as most calls on a CPU take them, best-first drafting (or none) and verification by the
+// largest logits or by tokens that the caller draws, in two or three calls: what msn_ext/decoding
+// does for any drafter, model and request by an op at a time. After a pass, which has read all
+// weights, no cache has anything of Python or torch left, and there each op costs several times
+// what it does here. msn_ext/decoding/native_steps.py is its only user.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -121,26 +121,45 @@ class NativeSteps {
   // Checks trees of so many nodes: the first of those that were drafted, and `tails` behind them;
   // commits what is accepted, learns from it and appends it to the texts.
   void check(int64_t nodes, int64_t tails, int threads) {
-    expect_range("tails", tails, 0, has_tails_ ? kMaxNodes / length_ : 0);
-    const int64_t rows = tails * length_;
-    expect_range("nodes", nodes, 1 + rows, std::min<int64_t>(drafted_ + rows, kMaxNodes));
-    const Step step = of_size(nodes, tails);
-    lay_out(step);
-    const Trees trees{batch_,
-                      nodes,
-                      step.tokens.as<int64_t>(),
-                      step.positions.as<int64_t>(),
-                      step.ancestors.as<uint64_t>(),
-                      false,
-                      step.prefix.as<int64_t>()};
-    float* logits = logits_for(nodes);
-    const auto begin = std::chrono::steady_clock::now();
-    pass_.check(trees, rows, logits, step.guesses.as<int32_t>(), threads);
-    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
-    pass_seconds_ += taken.count();
-    commit(step);
-    if (known_) learn(step);
-    advance(step);
+    Step step = of_size(nodes, tails);
+    compute(step, logits_for(nodes), threads);
+    VerifyLogits verify;
+    verify.tokens = step.tokens;
+    verify.parents = step.parents;
+    verify.guesses = step.guesses;
+    verify.targets = step.targets;
+    verify.accept_length = accept_length_;
+    verify.path = step.path;
+    verify.bonus = bonus_.shaped({batch_});
+    verify.continuation = step.continuation;
+    verify.from_guesses_on_cpu();
+    finish(step);
+  }
+
+  // The same in two calls, between which the caller draws `targets` int64 [B, nodes], the model's
+  // next token after each node, from the logits float32 [B, nodes, V] at `positions` int64
+  // [B, nodes], both of which are written.
+  void look(int64_t nodes, int64_t tails, py::handle logits, py::handle positions, int threads) {
+    Step step = of_size(nodes, tails);
+    const Argument numbers = borrow("logits", logits), at = borrow("positions", positions);
+    expect_dense(numbers, DType::kFloat32, {batch_, nodes, pass_.vocabulary()}, history_);
+    expect_dense(at, DType::kInt64, {batch_, nodes}, history_);
+    compute(step, numbers.as<float>(), threads);
+    std::copy_n(step.positions.as<int64_t>(), batch_ * nodes, at.as<int64_t>());
+    looked_at_ = step;
+  }
+  void accept(py::handle targets) {
+    if (!looked_at_) refuse("there is no step that was looked at");
+    Step step = *looked_at_;
+    const Argument drawn = borrow("targets", targets);
+    expect_dense(drawn, DType::kInt64, {batch_, step.nodes}, history_);
+    step.targets = drawn;
+    VerifyTree{step.tokens,      step.targets, step.parents,
+               accept_length_,   step.path,    bonus_.shaped({batch_}),
+               step.continuation}
+        .on_cpu();
+    finish(step);
+    looked_at_.reset();
   }
 
   // That forward passes took.
@@ -149,14 +168,18 @@ class NativeSteps {
  private:
   // The tensors of a step, each in its room.
   struct Step {
-    int64_t nodes;
+    int64_t nodes, tails;
     Tensor tokens, parents, ancestors, depth, ends;  // of the trees, tails included
     Tensor positions, prefix;
     Tensor guesses, targets, path, continuation;  // what the model said of them
   };
   Step of_size(int64_t nodes, int64_t tails) {
+    expect_range("tails", tails, 0, has_tails_ ? kMaxNodes / length_ : 0);
+    const int64_t rows = tails * length_;
+    expect_range("nodes", nodes, 1 + rows, std::min<int64_t>(drafted_ + rows, kMaxNodes));
     Step step;
     step.nodes = nodes;
+    step.tails = tails;
     step.tokens = drafted_tokens_.shaped({batch_, nodes});
     step.parents = drafted_parents_.shaped({batch_, nodes});
     step.ancestors = ancestors_.shaped({batch_, nodes, words_for(static_cast<int>(nodes))});
@@ -204,20 +227,27 @@ class NativeSteps {
     place.on_cpu();
   }
 
-  void commit(const Step& step) {
-    VerifyLogits verify;
-    verify.tokens = step.tokens;
-    verify.parents = step.parents;
-    verify.guesses = step.guesses;
-    verify.targets = step.targets;
-    verify.accept_length = accept_length_;
-    verify.path = step.path;
-    verify.bonus = bonus_.shaped({batch_});
-    verify.continuation = step.continuation;
-    verify.from_guesses_on_cpu();
+  void compute(const Step& step, float* logits, int threads) {
+    lay_out(step);
+    const Trees trees{batch_,
+                      step.nodes,
+                      step.tokens.as<int64_t>(),
+                      step.positions.as<int64_t>(),
+                      step.ancestors.as<uint64_t>(),
+                      false,
+                      step.prefix.as<int64_t>()};
+    const auto begin = std::chrono::steady_clock::now();
+    pass_.check(trees, step.tails * length_, logits, step.guesses.as<int32_t>(), threads);
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+    pass_seconds_ += taken.count();
+  }
+
+  void finish(const Step& step) {
     for (int64_t b = 0; b < batch_; ++b)
       pass_.commit(b, step.prefix.as<int64_t>()[b], step.path.as<int64_t>() + b * step.nodes,
                    accept_length_.as<int64_t>()[b]);
+    if (known_) learn(step);
+    advance(step);
   }
 
   void learn(const Step& step) {
@@ -304,6 +334,7 @@ class NativeSteps {
   Room<int32_t> parents_, drafted_parents_, depth_, sources_, guesses_;
   Room<double> probability_;
   Scratch logits_;
+  std::optional<Step> looked_at_;
   double pass_seconds_ = 0;
 };
 
@@ -316,6 +347,8 @@ void define_native_steps(py::module_& m) {
            py::keep_alive<1, 2>())
       .def("draft", &NativeSteps::draft)
       .def("check", &NativeSteps::check)
+      .def("look", &NativeSteps::look)
+      .def("accept", &NativeSteps::accept)
       .def("pass_seconds", &NativeSteps::pass_seconds);
 }
 

@@ -6,10 +6,11 @@ Top-p sorts what it gets, and to sort a vocabulary takes as long as a small mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -20,6 +21,8 @@ from transformers.generation import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+
+from msn_ext import _C
 
 from .processors import Texts, at_once, processed, processed_at_once
 
@@ -37,6 +40,9 @@ INDIFFERENT = frozenset(
 )
 """Processors that do with some logits what they do with these among others of -infinity."""
 
+MOST = 1024
+"""The largest k for which a row's largest logits are picked out."""
+
 
 def candidates(
     logits: Tensor, processors: LogitsProcessorList, texts: Texts, may_wait: bool
@@ -51,12 +57,37 @@ def candidates(
             yield places, scores, None
         return
     before = LogitsProcessorList(processors[:first])
-    for places, scores in processed_at_once(logits.flatten(0, 1), before, texts):
+    rows = logits.flatten(0, 1)
+    if (few := _few(rows, before, processors[first].top_k)) is not None:
+        yield slice(0, len(rows)), _processed(few[0], [*before, *processors[first + 1 :]]), few[1]
+        return
+    for places, scores in processed_at_once(rows, before, texts):
         scores, tokens = largest(scores, processors[first].top_k)
-        text = tokens[:, :1]  # which none of them reads
-        for processor in processors[first + 1 :]:
-            scores = processor(text, scores)
-        yield places, scores, tokens
+        yield places, _processed(scores, processors[first + 1 :]), tokens
+
+
+def _processed(scores: Tensor, processors: Iterable) -> Tensor:
+    """Return scores [R, K] as processors that read no text leave them."""
+    text = scores.new_zeros(len(scores), 1, dtype=torch.int64)
+    for processor in processors:
+        scores = processor(text, scores)
+    return scores
+
+
+def _few(logits: Tensor, before: LogitsProcessorList, k: int) -> tuple[Tensor, Tensor] | None:
+    """Return the k largest of logits [R, V] and their tokens, as :func:`largest` does, where those
+    are what top-k would keep after ``before``; None: elsewhere, or where that is not plain.
+    """
+    plain = logits.dtype == torch.float32 and logits.device.type == "cpu" and k <= MOST
+    if not plain or k >= logits.shape[1] or not all(map(_keeps_order, before)):
+        return None
+    values = logits.new_empty(len(logits), k)
+    tokens = torch.empty_like(values, dtype=torch.int64)
+    return (values, tokens) if _C.top_logits(logits.detach(), values, tokens) else None
+
+
+def _keeps_order(processor: LogitsProcessor) -> bool:
+    return type(processor) is TemperatureLogitsWarper and 1e-4 <= processor.temperature <= 1e4
 
 
 def narrowing(processors: LogitsProcessorList) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .grammars import FORCED, GrammarFollower
 from .native_steps import NativeSteps, can_draft
 from .outputs import Outputs
 from .past import KeysValues, reused_of
-from .processors import Texts, processed
+from .processors import PREFIX_FREE, Texts, processed
 from .request import Request
 from .support import longrope_tokens, looks_ahead
 from .verification import Sampler, greedy
@@ -159,12 +160,15 @@ class Decoder:
         forward = self._pass
         if not (isinstance(forward, NativeForward) and forward.verifies):
             return None
-        if self._boundary or self._kept or not self._greedily or not can_draft(self.drafter):
+        if self._boundary or self._kept or not can_draft(self.drafter):
+            return None
+        if not self._greedily and not self._draws_by_logits:
             return None
         return NativeSteps(
             forward,
             self.drafter,
             self._vocabulary,
+            None if self._greedily else self._drawn,
             history=self._history,
             lengths=self._lengths,
             remaining=self._remaining,
@@ -276,6 +280,17 @@ class Decoder:
     def _greedily(self) -> bool:
         """Whether the largest logits are the next tokens, as they are."""
         return self.targets is greedy and not self._processors
+
+    @property
+    def _draws_by_logits(self) -> bool:
+        """Whether the next tokens are draws that no text is asked for."""
+        free = all(type(processor) in PREFIX_FREE for processor in self._processors)
+        return isinstance(self.targets, Sampler) and free
+
+    def _drawn(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Return the next tokens of a step where :attr:`_draws_by_logits`."""
+        nobody_asks = cast(Texts, None)
+        return self.targets(logits, positions, self._processors, nobody_asks)
 
     def _follow_texts(self, lengths: Tensor) -> None:
         """Let grammars know the texts of these lengths; waits for the device."""

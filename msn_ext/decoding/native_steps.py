@@ -1,5 +1,5 @@
-"""Steps of the native engine as most calls take them, in two calls of C++: best-first drafting or
-none, and greedy verification.
+"""Steps of the native engine as most calls take them, in two or three calls of C++: best-first
+drafting or none, and verification by the largest logits or by what is drawn from them.
 
 They do what :class:`.decoder.Decoder` else does an op at a time. A pass leaves nothing of Python or
 torch in any cache, so that each of some fifty calls costs microseconds there, and all of them a
@@ -7,6 +7,8 @@ tenth of a small model's step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,19 +28,26 @@ def can_draft(drafter: Drafter) -> bool:
 
 
 class NativeSteps:
-    """Drafts, checks and commits, for a decoder whose largest logits are its next tokens.
+    """Drafts, checks and commits, for a decoder whose next tokens are functions of a node's logits.
 
     Args:
         forward: of the model; its logits are float32.
         drafter: one that :func:`can_draft` knows.
         vocabulary: of the model.
+        draw: gives the next tokens int64 [B, N] for logits float32 [B, N, V] at positions int64
+            [B, N]; None: they are the largest logits'.
         texts: ``history`` and ``lengths``, ``remaining``, ``last_position``, ``ends``, as
             :func:`msn_ext.ops.place_tree` and :func:`msn_ext.ops.advance_text` take them, changed
             in place.
     """
 
     def __init__(
-        self, forward: NativeForward, drafter: Drafter, vocabulary: int, **texts: Tensor
+        self,
+        forward: NativeForward,
+        drafter: Drafter,
+        vocabulary: int,
+        draw: Callable[[Tensor, Tensor], Tensor] | None,
+        **texts: Tensor,
     ) -> None:
         def room(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device="cpu")
@@ -48,6 +57,8 @@ class NativeSteps:
         self._drafter = drafter if isinstance(drafter, BestFirst) else None
         self._gained, self._status = room(batch, MAX_NODES), room(3, batch)
         self._accepted = room(batch)
+        self._draw = draw
+        self._logits, self._positions = torch.empty(0, device="cpu"), room(batch * MAX_NODES)
         known, depth, foresight, tails = None, 0, 0.0, None
         if self._drafter is not None:
             known, tails = self._drafter.tables(texts["history"]), self._drafter.tails
@@ -82,7 +93,23 @@ class NativeSteps:
             nodes = drafter.budget or drafter.choose(expected)
             tails = 0 if drafter.tails is None else tails_of(nodes)
         self._forward.begin_step(last_root + nodes)
-        self._steps.check(nodes, tails, torch.get_num_threads())
+        if self._draw is None:
+            self._steps.check(nodes, tails, torch.get_num_threads())
+        else:
+            self._check_drawn(nodes, tails, self._draw)
         if drafter is not None:
             drafter.count(self._accepted)
         return self._gained, self._status
+
+    def _check_drawn(
+        self, nodes: int, tails: int, draw: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Check a tree of so many nodes by what is drawn after each."""
+        batch = len(self._lengths)
+        count = batch * nodes * self._forward.vocabulary
+        if len(self._logits) < count:  # kept, since new memory costs more than what is drawn
+            self._logits = torch.empty(count, device="cpu")
+        logits = self._logits[:count].view(batch, nodes, -1)
+        positions = self._positions[: batch * nodes].view(batch, nodes)
+        self._steps.look(nodes, tails, logits, positions, torch.get_num_threads())
+        self._steps.accept(draw(logits, positions))

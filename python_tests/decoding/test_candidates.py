@@ -63,7 +63,14 @@ def test_every_one_of_them_is_tried():
 
 @pytest.mark.parametrize("name", AFTER)
 @pytest.mark.parametrize("k", [1, 20, 499, 600])
-@pytest.mark.parametrize("before", [[], [TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.95)]])
+@pytest.mark.parametrize(
+    "before",
+    [
+        [],
+        [TemperatureLogitsWarper(0.7)],
+        [TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.95)],
+    ],
+)
 def test_candidates_are_those_of_the_vocabulary(name, k, before):
     logits = logits_of()
     processors = [*before, TopKLogitsWarper(k), *AFTER[name]]
@@ -85,6 +92,41 @@ def test_ties_stay_together():
     assert (~scores.isneginf()).sum(1).tolist() == [4, 25, 4]
     values, _ = largest(torch.zeros(2, 9), 3)
     assert values.shape == (2, 9), "all are equal"
+
+
+@pytest.mark.parametrize("vocabulary, k", [(500, 1), (500, 20), (500, 499), (9000, 3), (9000, 50)])
+def test_the_largest_are_picked_out(vocabulary, k, monkeypatch):
+    """What is sorted out beforehand is what would be kept, value by value."""
+    monkeypatch.setattr(module, "largest", None)  # not asked
+    logits = logits_of(vocabulary=vocabulary)
+    ((_, scores, tokens),) = candidates(logits, LogitsProcessorList([TopKLogitsWarper(k)]), 0, True)
+    values, expected = logits[0].topk(k)
+    assert torch.equal(tokens, expected.sort(1).values)
+    assert torch.equal(scores.sort(1, descending=True).values, values)
+
+
+def test_what_a_division_might_make_equal_is_not_picked_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "largest", lambda scores, k: asked.append(k) or largest(scores, k))
+    k, plain = 20, logits_of(vocabulary=9000)
+    kth = plain[0, 3].topk(k).values[-1]
+    for value in (kth, kth * (1 + 1e-7), kth * (1 - 1e-6), float("nan"), float("inf"), 1e31):
+        logits = plain.clone()
+        logits[0, 3, 4321] = value
+        (_, scores, tokens), (_, expected) = both(
+            logits, [TemperatureLogitsWarper(1e3), TopKLogitsWarper(k)]
+        )
+        assert asked.pop() == k and not asked, value
+        if value == value:
+            assert torch.equal(whole(scores, tokens, 9000), expected)
+    both(plain * 0, [TopKLogitsWarper(k)])
+    both(plain.double(), [TopKLogitsWarper(k)])
+    both(plain, [TemperatureLogitsWarper(1e6), TopKLogitsWarper(k)])
+    assert asked == [k] * 3
+    logits = plain.clone()
+    logits[0, 3, 4321] = kth * (1 - 1e-4)
+    both(logits, [TemperatureLogitsWarper(1e3), TopKLogitsWarper(k)])
+    assert asked == [k] * 3, "far enough"
 
 
 def test_of_tokens_without_probability_some_are_enough():

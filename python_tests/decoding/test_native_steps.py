@@ -1,5 +1,5 @@
-"""Steps in two calls of C++ are the steps that ops make one by one: the same text, the same tokens
-a pass, the same tables afterwards; and what they are not made for goes by ops.
+"""Steps in two or three calls of C++ are the steps that ops make one by one: the same text, the
+same tokens a pass, the same tables afterwards; and what they are not made for goes by ops.
 """
 
 import random
@@ -113,6 +113,40 @@ def test_steps_are_those_of_the_ops(name, rows, steps, monkeypatch):
     assert (gained > 1) == (name not in ("1 nodes", "of its root")), "guesses come true"
 
 
+SAMPLED = {
+    "plain": dict(top_k=0),
+    "top-k": dict(top_k=9, temperature=0.6),
+    "top-p": dict(top_k=0, top_p=0.8),
+    "all": dict(top_k=12, top_p=0.9, min_p=0.02, temperature=1.3),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("settings", SAMPLED)
+@pytest.mark.parametrize("name", ["8 nodes", "65 nodes", "habits", "none", "tails"])
+def test_draws_are_those_of_the_ops(name, settings, rows, steps, monkeypatch):
+    """With the same seed, and with another one other draws."""
+    model = made()
+    if name == "tails":
+        model = gated(model)
+        mark_gated(model.peft_config["default"], 2, 5)
+    made_by = {"none": lambda: "none", "tails": lambda: BestFirst(12), **DRAFTERS}[name]
+    ours, theirs = made_by(), made_by()
+    options = dict(do_sample=True, **SAMPLED[settings])
+    torch.manual_seed(3)
+    found = answers(model, rows, ours, **options)
+    passes = len(steps)
+    assert passes
+    torch.manual_seed(3)
+    expect_same(found, by_ops(monkeypatch, model, rows, theirs, **options))
+    assert len(steps) == passes, "the others went by ops"
+    if name != "none":
+        for table, expected in zip(tables(ours), tables(theirs), strict=True):
+            assert torch.equal(table, expected)
+    torch.manual_seed(4)
+    assert not torch.equal(answers(model, rows, ours, **options).sequences, found.sequences)
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("nodes", [4, 8, 64, 256, None])
 @pytest.mark.parametrize("content", [5, "ahead"])
@@ -185,15 +219,16 @@ def test_int8_streams_and_criteria(steps, monkeypatch):
 
 
 def test_what_goes_by_ops(steps):
-    """What looks at a step's parts: processors, sampling, kept logits, drafters of one's own."""
+    """What looks at a step's parts: processors of texts, kept logits, drafters of one's own."""
 
     class Own(BestFirst):
         pass
 
     model = made()
     for options in (
-        dict(do_sample=True),
         dict(repetition_penalty=1.2),
+        dict(do_sample=True, repetition_penalty=1.2),
+        dict(do_sample=True, no_repeat_ngram_size=3),
         dict(output_logits=True),
         dict(draft=Own(8)),
         dict(draft="jacobi"),
@@ -287,6 +322,31 @@ def test_nodes_that_were_not_drafted_are_refused():
     gained = bound.text["status"][0]
     assert gained.min() > 0 and torch.equal(bound.text["lengths"], 1 + gained)
     assert torch.equal(bound.text["remaining"], 9 - gained)
+
+
+def test_steps_by_targets_are_refused_where_they_do_not_fit():
+    bound = Bound()
+    bound.forward.begin_step(64)
+    steps = bound.make()
+    steps.draft(4, [])
+    targets = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="there is no step that was looked at"):
+        steps.accept(targets)
+    logits, positions = torch.zeros(2, 4, VOCABULARY), torch.zeros_like(targets)
+    with pytest.raises(ValueError, match="nodes is 5; expected 1 to 4"):
+        steps.look(5, 0, logits, positions, 1)
+    with pytest.raises(ValueError, match="logits"):
+        steps.look(4, 0, logits[:, :3].contiguous(), positions, 1)
+    with pytest.raises(ValueError, match="positions"):
+        steps.look(4, 0, logits, positions.int(), 1)
+    steps.look(4, 0, logits, positions, 1)
+    assert bool(logits.any()) and positions[:, 0].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="targets"):
+        steps.accept(targets[:, :3].contiguous())
+    steps.accept(logits.argmax(-1))
+    assert int(bound.text["status"][0].min()) > 0
+    with pytest.raises(ValueError, match="there is no step that was looked at"):
+        steps.accept(targets)
 
 
 def test_there_is_nothing_to_draft_from():

@@ -1,10 +1,12 @@
-// The likeliest tokens of many rows of logits. The largest value of every block is found first, in
-// vector code; the eight best lie in blocks whose largest is no smaller than the eighth of these,
-// and only those few are looked at value by value.
+// The likeliest tokens of many rows of logits: guesses, and what top-k keeps. The largest value of
+// every block is found first, in vector code; the eight best lie in blocks whose largest is no
+// smaller than the eighth of these, and only those few are looked at value by value.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "cpu/drafting/top_guesses_kernel.h"
@@ -74,7 +76,58 @@ double half_of(uint16_t bits) {
   return bits & 0x8000 ? -value : value;
 }
 
+// So many values of a float32 apart, two logits may be one once they were divided.
+constexpr int64_t kNear = 64;
+
+// What TopLogits says, of one row.
+bool top_of_row(const uint32_t* row, int64_t vocabulary, int64_t k, float* values,
+                int64_t* tokens) {
+  using Order = OrderedFloat32;
+  const int64_t blocks = (vocabulary + kBlock - 1) / kBlock;
+  thread_local std::vector<int32_t> maxima, ordered;
+  thread_local std::vector<std::pair<int32_t, int64_t>> found;  // by token
+  maxima.resize(blocks);
+  block_maxima<Order>(row, vocabulary, maxima.data());
+  int64_t bound = std::numeric_limits<int32_t>::min();  // no value of the largest is below it
+  if (k <= blocks) {
+    ordered = maxima;
+    std::nth_element(ordered.begin(), ordered.begin() + (k - 1), ordered.end(), std::greater<>());
+    bound = ordered[k - 1] - kNear;
+  }
+  found.clear();
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (maxima[b] < bound) continue;
+    const int64_t end = std::min((b + 1) * kBlock, vocabulary);
+    for (int64_t i = b * kBlock; i < end; ++i) {
+      const int32_t key = Order::key(row[i]);
+      if (key >= bound) found.emplace_back(key, i);
+    }
+  }
+  ordered.clear();
+  for (const auto& [key, token] : found) ordered.push_back(key);
+  std::nth_element(ordered.begin(), ordered.begin() + (k - 1), ordered.end(), std::greater<>());
+  const int64_t least = ordered[k - 1];
+  int64_t count = 0;
+  for (const auto& [key, token] : found) {
+    if (key < least - kNear) continue;
+    const double value = float_of(Order::bits(key));
+    if (count == k || !(std::fabs(value) < 1e30 && std::fabs(value) > 1e-30)) return false;
+    values[count] = static_cast<float>(value);
+    tokens[count++] = token;
+  }
+  return true;
+}
+
 }  // namespace
+
+bool TopLogits::on_cpu() const {
+  const int64_t k = tokens.shape[1];
+  for (int64_t row = 0; row < logits.shape[0]; ++row)
+    if (!top_of_row(logits.as<uint32_t>() + row * logits.strides[0], logits.shape[1], k,
+                    values.as<float>() + row * k, tokens.as<int64_t>() + row * k))
+      return false;
+  return true;
+}
 
 void TopGuesses::on_cpu() const {
   switch (logits.dtype) {

@@ -38,7 +38,7 @@ class NativeForward:
     """
 
     def __init__(self, packed: PackedPlan, batch: int, noise: NoiseAdapter | None = None):
-        self._packed, self._vocabulary = packed, packed.head.outputs
+        self._packed, self.vocabulary = packed, packed.head.outputs
         attention = packed.plan.layers[0].attention
         self._heads, self._size = attention.kv_heads, attention.head_size
         # Two numbers of a key lie side by side in bfloat16; and two slots of a value.
@@ -89,7 +89,7 @@ class NativeForward:
         self.bound.set_cache(keys, values, self._batch, self._slots)
 
     def _logits(self, batch: int, rows: int) -> Tensor:
-        shape = batch, rows, self._vocabulary
+        shape = batch, rows, self.vocabulary
         return torch.empty(shape, dtype=self._packed.dtype, device="cpu")
 
     def clear(self) -> None:
