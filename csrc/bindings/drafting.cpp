@@ -69,6 +69,7 @@ bool top_logits(const Argument& logits, const Argument& values, const Argument& 
   expect_dense(values, DType::kFloat32, {rows, k}, logits);
   expect_dense(tokens, DType::kInt64, {rows, k}, logits);
   expect_range("k", k, 1, logits.shape[1]);
+  py::gil_scoped_release release;
   return TopLogits{logits, values, tokens}.on_cpu();
 }
 

@@ -40,7 +40,6 @@ struct HeadCache {
     values = static_cast<char*>(cache.values) + at * value_panels() * P::bytes(slots);
   }
   int64_t value_panels() const { return (size + kCacheWidth - 1) / kCacheWidth; }
-  const char* next_keys() const { return key_panel(slots); }  // of the next head
   char* key_panel(int64_t slot) const { return keys + slot / kCacheWidth * P::bytes(size); }
   char* value_panel(int64_t panel) const { return values + panel * P::bytes(slots); }
 
@@ -160,7 +159,7 @@ struct AttentionBlock {
   const CachedAttention& stage;
   const HeadCache<S>& cache;
   int64_t tree, first_node, kv_head, first_row, count;
-  const char* next;  // what is read after this; null: nothing new
+  bool more;  // after this, the keys of the next head are read
 
   const Rows& rows = *stage.rows;
   const Heads& heads = stage.heads;
@@ -253,11 +252,13 @@ struct AttentionBlock {
     if (!known)
       for (int64_t i = 0; i < count * padded; ++i) sums[i] = 0;
     for (int64_t j = 0; known && j < cache.value_panels(); ++j) {
-      const char* panel = P::at(cache.value_panel(j), base);
-      const char* later =
-          j + 1 < cache.value_panels() ? P::at(cache.value_panel(j + 1), base) : next;
-      multiply_rows<P, false>(scores, stride, count, panel, known, later ? later : panel,
-                              sums + j * kCacheWidth, padded, [](int64_t, int64_t) {});
+      const char *panel = P::at(cache.value_panel(j), base), *later = panel;
+      if (j + 1 < cache.value_panels())
+        later = P::at(cache.value_panel(j + 1), base);
+      else if (more)
+        later = cache.key_panel(cache.slots + base);
+      multiply_rows<P, false>(scores, stride, count, panel, known, later, sums + j * kCacheWidth,
+                              padded, [](int64_t, int64_t) {});
     }
     for (int64_t i = 0; i < count; ++i) {
       int64_t j = 0;
@@ -311,8 +312,7 @@ void attend(const CachedAttention& stage, int t, int threads, Scratch& scratch) 
         const int64_t begin = first + (last - first) * i / parts;
         const int64_t many = first + (last - first) * (i + 1) / parts - begin;
         const bool more = i + 1 == parts && h + 1 < stage.heads.kv && to > at + count;
-        const char* next = more ? cache.next_keys() : nullptr;
-        AttentionBlock<S>{stage, cache, tree, node, h, begin, many, next}.run(scratch);
+        AttentionBlock<S>{stage, cache, tree, node, h, begin, many, more}.run(scratch);
       }
     }
   }

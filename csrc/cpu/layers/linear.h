@@ -70,7 +70,7 @@ inline int64_t row_stride(int64_t size) { return (size + 31) / 32 * 32 + 32; }
 // Where the inputs of a stage are once `make_inputs` has made them in this memory: rows as they are
 // need not be made.
 template <typename P>
-constexpr bool are_made(const Linear& stage) {
+bool are_made(const Linear& stage) {
   return P::kPairs || stage.norm.kind != Norm::kNone || stage.pick;
 }
 template <typename P>
