@@ -167,7 +167,8 @@ class BestFirst:
 
     def forget(self) -> None:
         """Forget the tokens that are remembered from call to call."""
-        self.adjacency.forget()
+        if self._adjacency_for is not None:
+            self.adjacency.forget()
 
     def corpus_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the corpus's tokens and suffixes on a device, empty ones without a corpus."""

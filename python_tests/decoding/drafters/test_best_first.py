@@ -10,6 +10,10 @@ from msn_ext.decoding.drafters.best_first import SOURCES
 from msn_ext.ops import reference
 
 
+def test_a_new_one_has_nothing_to_forget():
+    BestFirst(8).forget()
+
+
 @pytest.mark.parametrize(
     "known", [None, Corpus.build([[1, 2, 3, 0, 1], [3, 2, 1, 0] * 9], VOCAB, progress=False)]
 )
