@@ -4,6 +4,7 @@ reads from memory and multiplies in registers, measured in the same run.
     python benchmarks/native.py --output native.jsonl            # the demo model
     python benchmarks/native.py --shape 1b --weights bfloat16    # a larger one, random weights
     python benchmarks/native.py --contexts                       # a step's growth with the text
+    python benchmarks/native.py --contexts --batch 8             # of eight texts at once
     python benchmarks/native.py --weights bfloat16,bfloat16-plain   # in 12 bits, and in 16
     python benchmarks/native.py --weights float32,float32-plain     # in 24 bits, and in 32
 
@@ -27,6 +28,7 @@ from cpu_shapes import SHAPES, random_llama
 from machine import ReadBandwidth, cpu_name
 from torch.nn.functional import scaled_dot_product_attention
 
+from msn_ext.cli.common import positive_int
 from msn_ext.decoding import DraftTree
 from msn_ext.decoding.forward.families import plan_for
 from msn_ext.decoding.forward.native import NativeForward
@@ -50,11 +52,12 @@ def peaks(threads: int) -> dict[str, float]:
     return dict(float32=floats, float16=floats, bfloat16=pairs or floats, int8=int16s or floats)
 
 
-def a_pass(new: NativeForward, text: int, rows: int) -> float:
-    """Return the seconds of a pass over a chain of so many tokens after a text."""
+def a_pass(new: NativeForward, text: int, rows: int, batch: int = 1) -> float:
+    """Return the seconds of a pass over a chain of so many tokens after each of some texts."""
     tree = DraftTree.chain(rows).tensors(torch.device("cpu"))
-    positions = text + torch.arange(rows)[None]
-    tokens, at, none = torch.full((1, rows), 5), torch.tensor([text]), torch.tensor([0])
+    positions = (text + torch.arange(rows)).repeat(batch, 1)
+    tokens, at = torch.full_like(positions, 5), torch.full((batch,), text)
+    none = torch.zeros_like(at)
     start = time.perf_counter()
     new.check(tokens, positions, at, none, tree.ancestors, text + rows)
     return time.perf_counter() - start
@@ -94,26 +97,27 @@ def by_rows(packed: PackedPlan, bandwidth: ReadBandwidth, peak: float) -> list[d
     ]
 
 
-def by_context(packed: PackedPlan, model) -> list[dict]:
+def by_context(packed: PackedPlan, model, batch: int) -> list[dict]:
     """One node after texts of several lengths, and torch's attention alone at the same ones."""
     attention, layers = packed.plan.layers[0].attention, len(packed.plan.layers)
-    new = NativeForward(packed, 1)
+    new = NativeForward(packed, batch)
     new._reserve(CONTEXTS[-1] + 8)  # what is cached does not matter, only that numbers are there
     new._keys.normal_()
     new._values.normal_()
     found = []
     for text in CONTEXTS:
-        shape = 1, attention.kv_heads, text + 1, attention.head_size
+        shape = batch, attention.kv_heads, text + 1, attention.head_size
         caches = [torch.randn(2, *shape, dtype=model.dtype) for _ in range(layers)]
-        query = torch.randn(1, attention.heads, 1, attention.head_size, dtype=model.dtype)
+        query = torch.randn(batch, attention.heads, 1, attention.head_size, dtype=model.dtype)
         ours = torchs = float("inf")
         for _ in range(ROUNDS):
-            ours = min(ours, a_pass(new, text, 1))
+            ours = min(ours, a_pass(new, text, 1, batch))
             start = time.perf_counter()
             for keys, values in caches:
                 scaled_dot_product_attention(query, keys, values, enable_gqa=True)
             torchs = min(torchs, time.perf_counter() - start)
-        found.append(dict(weights=packed.weights, context=text, seconds=ours, sdpa=torchs))
+        of = dict(weights=packed.weights, batch=batch, context=text)
+        found.append(of | dict(seconds=ours, sdpa=torchs))
     for row in found:
         row["growth"] = row["seconds"] - found[0]["seconds"]
         row["sdpa_growth"] = row["sdpa"] - found[0]["sdpa"]
@@ -138,6 +142,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="of a model with random weights")
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="several by commas")
     parser.add_argument("--contexts", action="store_true")
+    parser.add_argument("--batch", type=positive_int, default=1, help="texts at once, by contexts")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     options.model, options.dtype, options.device = None, "float32", "cpu"
@@ -149,8 +154,9 @@ def main() -> None:
         weights = name.removesuffix("-plain")
         packed = PackedPlan(plan_for(model), weights, codes=weights == name)
         if options.contexts:
-            rows = by_context(packed, model.to(getattr(torch, weights)))
-            columns = dict(weights=("weights", 1), context=("context", 1), ms=("seconds", 1e3))
+            rows = by_context(packed, model.to(getattr(torch, weights)), options.batch)
+            columns = dict(weights=("weights", 1), batch=("batch", 1), context=("context", 1))
+            columns |= dict(ms=("seconds", 1e3))
             columns |= {"growth, ms": ("growth", 1e3), "SDPA's, ms": ("sdpa_growth", 1e3)}
         else:
             rows = by_rows(packed, bandwidth, peak[weights])
