@@ -60,19 +60,6 @@ void top_guesses(const Argument& logits, const Argument& guesses, const Optional
   run(logits, TopGuesses{logits, guesses, space});
 }
 
-bool top_logits(const Argument& logits, const Argument& values, const Argument& tokens) {
-  if (logits.device != Device::kCPU) refuse("logits do not lie on the CPU");
-  expect_dims(logits, 2);
-  expect_dims(tokens, 2);
-  const int64_t rows = logits.shape[0], k = tokens.shape[1];
-  expect_dense(logits, DType::kFloat32, {rows, logits.shape[1]}, logits);
-  expect_dense(values, DType::kFloat32, {rows, k}, logits);
-  expect_dense(tokens, DType::kInt64, {rows, k}, logits);
-  expect_range("k", k, 1, logits.shape[1]);
-  py::gil_scoped_release release;
-  return TopLogits{logits, values, tokens}.on_cpu();
-}
-
 // Floats and counters that top_guesses needs for these rows on a GPU.
 std::pair<int64_t, int64_t> guesses_space_wanted(const Argument& logits) {
   expect_logits(logits);
@@ -246,7 +233,6 @@ void define_drafting(py::module_& m) {
          {"history", "lengths", "max_ngram", "tokens", "matched"});
   define(m, "fill_tree", &fill_tree,
          {"candidates", "retrieved", "history", "lengths", "depth", "rank", "seed", "tokens"});
-  define(m, "top_logits", &top_logits, {"logits", "values", "tokens"});
   define(m, "top_guesses", &top_guesses, {"logits", "guesses", "partial", "arrived"});
   define(m, "guesses_space", &guesses_space_wanted, {"logits"});
   define(m, "index_suffixes", &index_suffixes, {"suffixes", "history", "start", "lengths"});

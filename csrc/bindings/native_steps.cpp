@@ -338,9 +338,24 @@ class NativeSteps {
   double pass_seconds_ = 0;
 };
 
+// What is drawn from, where top-k is said first.
+bool top_logits(const Argument& logits, const Argument& values, const Argument& tokens) {
+  if (logits.device != Device::kCPU) refuse("logits do not lie on the CPU");
+  expect_dims(logits, 2);
+  expect_dims(tokens, 2);
+  const int64_t rows = logits.shape[0], k = tokens.shape[1];
+  expect_dense(logits, DType::kFloat32, {rows, logits.shape[1]}, logits);
+  expect_dense(values, DType::kFloat32, {rows, k}, logits);
+  expect_dense(tokens, DType::kInt64, {rows, k}, logits);
+  expect_range("k", k, 1, logits.shape[1]);
+  py::gil_scoped_release release;
+  return TopLogits{logits, values, tokens}.on_cpu();
+}
+
 }  // namespace
 
 void define_native_steps(py::module_& m) {
+  define(m, "top_logits", &top_logits, {"logits", "values", "tokens"});
   py::class_<NativeSteps>(m, "NativeSteps")
       .def(py::init<BoundPass&, const py::dict&, const std::optional<py::dict>&, int64_t, int64_t,
                     double, int64_t, int64_t>(),
