@@ -97,7 +97,11 @@ sys.argv = ["msn", "--version"]
 sys.exit(main())
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
     )
     assert process.stdout.readline().startswith("msn_ext")
     assert process.stdout.readline() == "\n"
