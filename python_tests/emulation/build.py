@@ -76,6 +76,15 @@ def run_compiler(*arguments) -> None:
     assert run.returncode == 0, run.stderr
 
 
+def in_static_shared(declaration: re.Match) -> str:
+    """Returns what declares the same variables in the emulated device's shared memory."""
+    kind, names = declaration.groups()
+    references = []
+    for name, sizes in re.findall(r"(\w+)((?:\[[^\]]+\])*)(?:, |$)", names):
+        references.append(f"{kind} (&{name}){sizes} = emulation::static_shared<{kind}{sizes}>();")
+    return " ".join(references)
+
+
 def build(folder: Path) -> None:
     """Puts a package msn_ext into `folder`: the installed one's Python, over emulated kernels."""
     # The layers of the native pass have no CUDA kernels.
@@ -85,7 +94,8 @@ def build(folder: Path) -> None:
         shutil.copy(HERE / header, folder / "csrc" / "cuda" / "tree" / header)
     for path in folder.glob("csrc/cuda/**/*.cu*"):
         shared = r"\1* \2 = reinterpret_cast<\1*>(emulation::dynamic_shared);"
-        path.write_text(re.sub(r"extern __shared__ (\w+) (\w+)\[\];", shared, path.read_text()))
+        text = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", shared, path.read_text())
+        path.write_text(re.sub(r"__shared__ (\w+) (\w.*);", in_static_shared, text))
     installed = Path(importlib.util.find_spec("msn_ext").origin).parent
     shutil.copytree(
         installed, folder / "msn_ext", ignore=shutil.ignore_patterns("_C*", "__pycache__")

@@ -4,13 +4,15 @@
 // barrier shows as a wrong result. What a GPU would hang on or leave undefined (a barrier or a
 // shuffle that not all threads reach, a partial mask) aborts with a message, and so does a write
 // to shared memory that the launch did not ask for. Shared memory holds NaN before each block.
+// Blocks begin in random order; before an atomic operation on global memory, by which blocks tell
+// each other things, a block may let others go first, a few of which are under way at once.
 // races.cpp finds accesses that nothing orders, of one block or of two.
 // The device may be of compute capability 8.6, or 9.0 with more shared memory (wgmma.cuh).
 //
-// Not modelled: two blocks at once (they run one after the other, in random order); caches and
-// pointers of the device (host memory stands for it); alignment faults (build.py has the compiler
-// check alignment instead); the rounding of the device's exp and tanh; the limit on kernel
-// parameters (4 KB before CUDA 12.1); registers and launch bounds; streams and graph capture.
+// Not modelled: blocks that meet elsewhere than at atomic operations; caches and pointers of the
+// device (host memory stands for it); alignment faults (build.py has the compiler check alignment
+// instead); the rounding of the device's exp and tanh; the limit on kernel parameters (4 KB before
+// CUDA 12.1); registers and launch bounds; streams and graph capture.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -34,10 +36,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-// build.py turns `extern __shared__ T name[]` into a pointer to emulation::dynamic_shared.
-#define __shared__ static __attribute__((section("emulated_shared")))
-extern "C" char __start_emulated_shared[] __attribute__((weak)),
-    __stop_emulated_shared[] __attribute__((weak));
+// build.py turns `__shared__ T name` into a reference to emulation::static_shared<T>(), and
+// `extern __shared__ T name[]` into a pointer to emulation::dynamic_shared.
 
 #define CUDART_VERSION 13000
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
@@ -81,26 +81,39 @@ struct Fiber {
   ucontext_t start;
   jmp_buf at;  // swapcontext would be a system call each time
   State state;
-  int operations;  // warp operations so far
-  bool awaited;    // the launch before
+  int operations;   // warp operations so far
+  size_t declared;  // bytes of static shared memory
+  bool awaited;     // the launch before
   std::vector<std::pair<void*, const void*>>
       copies;                  // asynchronous ones that nobody has waited for (mma.cuh)
   std::vector<size_t> groups;  // where each group of them ends
 };
-inline Fiber fibers[kMaxThreads];
+// A block that has begun, of which a few are under way at once.
+struct Block {
+  dim3 index;
+  bool left = false;  // while others go first; its shared memory is kept here then
+  std::vector<char> static_memory, dynamic_shared;
+  Fiber fibers[kMaxThreads];
+  uint64_t exchanged[2][kMaxThreads];  // alternating: a lane may be one operation ahead
+  bool voted = false;                  // of __syncthreads_or
+};
+constexpr int kBlocks = 3;
+inline Block blocks[kBlocks];
+inline int block_running;
+inline Fiber* fibers = blocks[0].fibers;  // of the block that runs
 inline jmp_buf scheduler;
 inline int running;
 inline std::function<void()> kernel;
 inline std::mt19937 order{1};
-inline uint64_t exchanged[2][kMaxThreads];  // alternating: a lane may be one operation ahead
-inline bool voted;                          // of __syncthreads_or
-inline bool moved;                          // a thread got further since the last look
-inline int processors = 1;                  // multiprocessors of the device
-inline bool hopper = false;                 // its compute capability: 9.0, or 8.6
+inline bool moved;           // a thread got further since the last look
+inline bool goes_last;       // the block lets others go first
+inline int processors = 1;   // multiprocessors of the device
+inline bool hopper = false;  // its compute capability: 9.0, or 8.6
 inline size_t most_shared() { return hopper ? kMostShared : 99 << 10; }
-inline size_t shared_limit = kUnasked;
-inline bool early = false;  // the launch may start before the last one has ended
-alignas(16) inline char dynamic_shared[kMostShared];
+inline size_t shared_limit = kUnasked;  // of what a launch asks for
+inline size_t most_of_launch;           // with what its kernel declares
+inline bool early = false;              // the launch may start before the last one has ended
+alignas(16) inline char static_memory[kUnasked], dynamic_shared[kMostShared];
 inline void (*begin_block)() = [] {};  // set by wgmma.cuh
 inline void (*end_block)() = [] {};
 
@@ -140,7 +153,7 @@ inline void resume(int thread) {
 // All lanes of the warp bring a value; afterwards each may read any other lane's.
 inline const uint64_t* exchange(unsigned mask, uint64_t value) {
   if (mask != 0xffffffffu) fail("a mask other than the whole warp");
-  uint64_t* values = exchanged[fibers[running].operations++ % 2];
+  uint64_t* values = blocks[block_running].exchanged[fibers[running].operations++ % 2];
   values[running] = value;
   wait(kAtWarp);
   return values + running / kWarp * kWarp;
@@ -154,21 +167,59 @@ inline void let_go(int first, int count) {
   for (int i = first; i < first + count; ++i) fibers[i].state = kReady;
 }
 
-inline void run_block(size_t shared_bytes) {
-  const int threads = static_cast<int>(blockDim.x);
-  for (int i = 0; i < threads; ++i) {
+inline bool is_shared(const void* at) {
+  return (at >= static_memory && at < std::end(static_memory)) ||
+         (at >= dynamic_shared && at < std::end(dynamic_shared));
+}
+// What a kernel declares, in the order in which it does.
+template <typename T>
+T& static_shared() {
+  size_t& declared = fibers[running].declared;
+  const size_t at = (declared + alignof(T) - 1) / alignof(T) * alignof(T);
+  declared = at + sizeof(T);
+  if (declared > kUnasked) fail("a kernel that declares more than 48 KB of shared memory");
+  return *reinterpret_cast<T*>(static_memory + at);
+}
+// Before an atomic operation.
+inline void let_others_go(const void* at) {
+  if (is_shared(at) || order() % 4) return;
+  goes_last = true;
+  wait(kPolling);
+  moved = true;
+}
+
+inline void begin() {
+  for (int i = 0; i < static_cast<int>(blockDim.x); ++i) {
     fibers[i].operations = 0;
+    fibers[i].declared = 0;
     fibers[i].awaited = !early;
   }
   std::memset(dynamic_shared, 0xff, most_shared());
   begin_block();
-  std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+  std::memset(static_memory, 0xff, sizeof static_memory);
+}
+inline void leave(Block& block, size_t shared_bytes) {
+  block.left = true;
+  block.static_memory.assign(static_memory, static_memory + fibers[running].declared);
+  block.dynamic_shared.assign(dynamic_shared, dynamic_shared + shared_bytes);
+}
+inline void come_back(const Block& block) {
+  std::memset(static_memory, 0xff, sizeof static_memory);
+  std::copy(block.static_memory.begin(), block.static_memory.end(), static_memory);
+  std::memset(dynamic_shared, 0xff, most_shared());
+  std::copy(block.dynamic_shared.begin(), block.dynamic_shared.end(), dynamic_shared);
+}
+
+// False if it has let others go first.
+inline bool run_block(Block& block, size_t shared_bytes) {
+  const int threads = static_cast<int>(blockDim.x);
   int warps[kMaxThreads / kWarp], lanes[kWarp];
   std::iota(warps, warps + threads / kWarp, 0);
   std::iota(lanes, lanes + kWarp, 0);
   // One warp after the other runs until a barrier stops it: the widest possible skew.
   do {
-    let_go(0, threads);
+    if (!block.left) let_go(0, threads);
+    block.left = false;
     do {
       moved = false;
       std::shuffle(warps, warps + threads / kWarp, order);
@@ -179,8 +230,14 @@ inline void run_block(size_t shared_bytes) {
           std::shuffle(lanes, lanes + kWarp, order);
           for (const int lane : lanes)
             if (const State state = fibers[first + lane].state;
-                state == kReady || state == kPolling)
+                state == kReady || state == kPolling) {
               resume(first + lane);
+              if (goes_last) {
+                goes_last = false;
+                leave(block, shared_bytes);
+                return false;
+              }
+            }
         } while (all_are(kAtWarp, first, kWarp));
       }
     } while (moved);
@@ -190,11 +247,14 @@ inline void run_block(size_t shared_bytes) {
   for (int i = 0; i < threads; ++i) {
     if (!fibers[i].copies.empty()) fail("an asynchronous copy that nobody waited for");
     if (!fibers[i].awaited) fail("a thread that did not wait for the launch before");
+    if (fibers[i].declared + shared_bytes > most_of_launch)
+      fail("more shared memory, with what the kernel declares, than it gets");
   }
   end_block();
   if (std::any_of(dynamic_shared + shared_bytes, dynamic_shared + most_shared(),
                   [](char x) { return x != '\xff'; }))
     fail("a write to shared memory that the launch did not ask for");
+  return true;
 }
 
 template <typename T>
@@ -207,12 +267,44 @@ T read_lane(unsigned mask, T value, int lane) {
 
 // What orders memory (races.cpp).
 void launch_begins(size_t shared_bytes);
-void block_begins();
+void block_begins();  // of the block that runs
 void barrier_passed();
 void ordered_otherwise();  // by barriers in shared memory: no races inside this block are reported
 void warp_barrier_passed();
 void fence_passed();
 void before_atomic(const void* at);
+
+// All blocks of a launch: the next one to run is one that has not begun or one that let others go
+// first.
+inline void run_blocks(size_t shared_bytes) {
+  std::vector<dim3> to_come;
+  for (unsigned z = 0; z < gridDim.z; ++z)
+    for (unsigned y = 0; y < gridDim.y; ++y)
+      for (unsigned x = 0; x < gridDim.x; ++x) to_come.emplace_back(x, y, z);
+  std::shuffle(to_come.begin(), to_come.end(), order);
+  std::vector<int> free(kBlocks), left;
+  std::iota(free.begin(), free.end(), 0);
+  while (!to_come.empty() || !left.empty()) {
+    const bool begins =
+        left.empty() || (!to_come.empty() && !free.empty() && order() % (left.size() + 1) == 0);
+    std::vector<int>& from = begins ? free : left;
+    std::swap(from[order() % from.size()], from.back());
+    block_running = from.back();
+    from.pop_back();
+    Block& block = blocks[block_running];
+    fibers = block.fibers;
+    if (begins) {
+      block.index = blockIdx = to_come.back();
+      to_come.pop_back();
+      block_begins();
+      begin();
+    } else {
+      blockIdx = block.index;
+      come_back(block);
+    }
+    (run_block(block, shared_bytes) ? free : left).push_back(block_running);
+  }
+}
 
 }  // namespace emulation
 
@@ -221,11 +313,12 @@ inline void __syncthreads() {
   emulation::barrier_passed();
 }
 inline int __syncthreads_or(int vote) {
-  emulation::voted |= vote != 0;
+  bool& voted = emulation::blocks[emulation::block_running].voted;
+  voted |= vote != 0;
   emulation::wait(emulation::kAtBlock);
-  const int any = emulation::voted;
+  const int any = voted;
   emulation::wait(emulation::kAtBlock);  // all have read it
-  emulation::voted = false;
+  voted = false;
   emulation::wait(emulation::kAtBlock);  // and nobody votes before all have forgotten it
   emulation::barrier_passed();
   return any;
@@ -264,10 +357,12 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
 }
 
 __attribute__((no_sanitize("thread"))) inline int atomicAdd(int* at, int value) {
+  emulation::let_others_go(at);
   emulation::before_atomic(at);
   return (*at += value) - value;
 }
 __attribute__((no_sanitize("thread"))) inline int atomicMax(int* at, int value) {
+  emulation::let_others_go(at);
   emulation::before_atomic(at);
   const int before = *at;
   *at = std::max(before, value);
@@ -348,6 +443,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       config->dynamicSmemBytes > emulation::shared_limit)
     return cudaErrorInvalidConfiguration;
   if (block.x % emulation::kWarp) emulation::fail("a block that is no whole number of warps");
+  const bool asked = emulation::shared_limit != emulation::kUnasked;
+  emulation::most_of_launch = asked ? emulation::most_shared() : emulation::kUnasked;
   emulation::shared_limit = emulation::kUnasked;
   emulation::early = config->numAttrs > 0;
   const std::tuple<Parameters...> values(arguments...);
@@ -355,16 +452,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulation::launch_begins(config->dynamicSmemBytes);
   gridDim = grid;
   blockDim = block;
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-      std::vector<unsigned> blocks(grid.x);
-      std::iota(blocks.begin(), blocks.end(), 0);
-      std::shuffle(blocks.begin(), blocks.end(), emulation::order);
-      for (const unsigned x : blocks) {
-        blockIdx.x = x;
-        emulation::block_begins();
-        emulation::run_block(config->dynamicSmemBytes);
-      }
-    }
+  emulation::run_blocks(config->dynamicSmemBytes);
   return cudaSuccess;
 }

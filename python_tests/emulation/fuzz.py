@@ -19,6 +19,7 @@ from pathlib import Path
 import build
 import torch
 from fuzz_drafting import (
+    draft_trees_of_every_size,
     fuzz_append_tails,
     fuzz_draft_tree,
     fuzz_fill_tree,
@@ -70,6 +71,8 @@ OPS = {
 
 
 def run(ops: list[str], rounds: int, seed: int) -> None:
+    if "draft_tree" in ops:
+        draft_trees_of_every_size()
     for at in range(rounds):
         for op in ops:
             rng = random.Random(f"{seed} {op} {at}")

@@ -232,6 +232,23 @@ def fuzz_append_tails(rng: random.Random, rows: int) -> None:
     check_op("append_tails", rng, [*given, lengths, length, noise], want)
 
 
+def draft_trees_of_every_size() -> None:
+    """Trees of roots alone: what is asked of the device for a size is what it gives."""
+    none = torch.empty(0, dtype=torch.int32)
+    tables = (
+        none.view(1, 0, 8),
+        *2 * [none.view(3, 0, 9)],
+        none.view(1, 8, 0),
+        none,
+        none.view(8, 0),
+    )
+    factors = torch.ones(ops.FACTORS, dtype=torch.float64)
+    history, lengths = torch.tensor([[5]]), torch.tensor([1])
+    for nodes in range(1, ops.MAX_NODES + 1):
+        tokens, parents, *_ = ops.draft_tree(history, lengths, *tables, factors, nodes, 0, 0.0)
+        assert (tokens == 5).all() and (parents == -1).all() and tokens.shape == (1, nodes)
+
+
 def fuzz_draft_tree(rng: random.Random, nodes: int) -> None:
     batch, capacity = rng.choice([0, 1, 1, 2]), rng.choice([1, 2, 20, 100])
     history = random_history(rng, batch, capacity)

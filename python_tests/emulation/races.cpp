@@ -58,17 +58,21 @@ struct Acquire {
 
 constexpr int kOneIn = 4;  // launches is watched, which takes four times as long
 bool watching;
-bool otherwise;  // the block's threads order themselves by what is not known here
 constexpr size_t kHostStack = 8 << 20;
 const char* host_stack;
 const void* heap_end;  // everything before is the program's and malloc's
-Time now = 1, launch_start, block_start, block_time;
-uint32_t block;
+Time now = 1, launch_start;
 size_t shared_size;
-int passes[kMaxThreads], most_passes, warp_operations[kMaxThreads / kWarp];
-Time warp_time[kMaxThreads / kWarp];
-std::vector<Fence> fences;            // of this block
-std::vector<Acquire> seen, acquired;  // before a fence, after it
+// A block under way.
+struct Watched {
+  uint32_t block;
+  bool otherwise;  // its threads order themselves by what is not known here
+  Time start, time;
+  int passes[kMaxThreads], most_passes, warp_operations[kMaxThreads / kWarp];
+  Time warp_time[kMaxThreads / kWarp];
+  std::vector<Fence> fences;
+  std::vector<Acquire> seen, acquired;  // before a fence, after it
+} watched[kBlocks];
 std::unordered_map<const void*, std::vector<Release>> counters;
 
 constexpr uintptr_t kCell = 4, kPage = 4096, kCached = 1024;
@@ -100,15 +104,18 @@ bool within(uintptr_t at, const void* from, const void* to) {
   return at >= reinterpret_cast<uintptr_t>(from) && at < reinterpret_cast<uintptr_t>(to);
 }
 
+Watched& here() { return watched[block_running]; }
+
 // Of a thread of this block, before what the running thread does now.
 bool ordered_here(int thread, Time time) {
-  return thread == running || time < block_time ||
-         (thread / kWarp == running / kWarp && time < warp_time[running / kWarp]);
+  return thread == running || time < here().time ||
+         (thread / kWarp == running / kWarp && time < here().warp_time[running / kWarp]);
 }
 
 bool ordered(const Access& before) {
-  if (before.block == block) return otherwise || ordered_here(before.thread, before.time);
-  for (const Acquire& acquire : acquired) {
+  if (before.block == here().block)
+    return here().otherwise || ordered_here(before.thread, before.time);
+  for (const Acquire& acquire : here().acquired) {
     if (!ordered_here(acquire.thread, acquire.time)) continue;
     const std::vector<Release>& releases = counters[acquire.counter];
     for (size_t i = 0; i < acquire.releases; ++i)
@@ -125,7 +132,7 @@ bool ordered(const Access& before) {
                 "them",
                 shared ? "shared" : "global", running, writes ? "writes" : "reads", before.thread,
                 before.block, wrote ? "wrote" : "read",
-                before.block == block ? "barrier" : "fences around an atomic operation");
+                before.block == here().block ? "barrier" : "fences around an atomic operation");
   fail(text);
 }
 
@@ -133,8 +140,10 @@ enum Kind { kRead, kWrite, kAtomic };
 
 void touch(uintptr_t at, uint8_t bytes, Kind kind, bool shared) {
   Cell& cell = cell_of(at);
-  const Time since = shared ? block_start : launch_start;
+  const uint32_t block = here().block;
+  const Time since = shared ? here().start : launch_start;
   const auto check = [&](const Access& before, bool wrote) {
+    if (shared && before.block != block) return;  // while this one let others go first
     if (before.time >= since && before.bytes & bytes && !(before.atomic && kind == kAtomic) &&
         !ordered(before))
       report(before, wrote, kind != kRead, shared);
@@ -153,10 +162,10 @@ void watch(const void* pointer, size_t size, Kind kind) {
   if (!within(reinterpret_cast<uintptr_t>(__builtin_frame_address(0)), stack, stack + kStack))
     return;
   if (within(at, stack, stack + kStack)) return;
-  bool shared = within(at, dynamic_shared, std::end(dynamic_shared));
-  if (shared && at + size > reinterpret_cast<uintptr_t>(dynamic_shared) + shared_size)
+  const bool shared = is_shared(pointer);
+  if (within(at, dynamic_shared, std::end(dynamic_shared)) &&
+      at + size > reinterpret_cast<uintptr_t>(dynamic_shared) + shared_size)
     fail("an access to shared memory that the launch did not ask for");
-  shared |= within(at, __start_emulated_shared, __stop_emulated_shared);
   if (!shared && (within(at, __ehdr_start, _end) || within(at, nullptr, heap_end) ||
                   within(at, host_stack - kHostStack, host_stack + kHostStack)))
     return;
@@ -187,40 +196,43 @@ void launch_begins(size_t shared_bytes) {
 }
 
 void block_begins() {
-  block_start = block_time = ++now;
-  block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-  most_passes = 0;
-  otherwise = false;
-  std::fill(std::begin(passes), std::end(passes), 0);
-  std::fill(std::begin(warp_operations), std::end(warp_operations), -1);
-  std::fill(std::begin(warp_time), std::end(warp_time), block_time);
-  fences.clear();
-  seen.clear();
-  acquired.clear();
+  Watched& its = here();
+  its.start = its.time = ++now;
+  its.block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  its.most_passes = 0;
+  its.otherwise = false;
+  std::fill(std::begin(its.passes), std::end(its.passes), 0);
+  std::fill(std::begin(its.warp_operations), std::end(its.warp_operations), -1);
+  std::fill(std::begin(its.warp_time), std::end(its.warp_time), its.time);
+  its.fences.clear();
+  its.seen.clear();
+  its.acquired.clear();
 }
 
-void ordered_otherwise() { otherwise = true; }
+void ordered_otherwise() { here().otherwise = true; }
 
 void barrier_passed() {
-  if (++passes[running] <= most_passes) return;
-  most_passes = passes[running];
-  block_time = ++now;
+  Watched& its = here();
+  if (++its.passes[running] <= its.most_passes) return;
+  its.most_passes = its.passes[running];
+  its.time = ++now;
 }
 
 void warp_barrier_passed() {
-  int& last = warp_operations[running / kWarp];
+  int& last = here().warp_operations[running / kWarp];
   if (last == fibers[running].operations) return;
   last = fibers[running].operations;
-  warp_time[running / kWarp] = ++now;
+  here().warp_time[running / kWarp] = ++now;
 }
 
 void fence_passed() {
   if (!watching) return;
+  Watched& its = here();
   ++now;
-  fences.push_back({running, now, block_time, warp_time[running / kWarp]});
-  for (const Acquire& acquire : seen)
+  its.fences.push_back({running, now, its.time, its.warp_time[running / kWarp]});
+  for (const Acquire& acquire : its.seen)
     if (ordered_here(acquire.thread, acquire.time))
-      acquired.push_back({running, now, acquire.counter, acquire.releases});
+      its.acquired.push_back({running, now, acquire.counter, acquire.releases});
   ++now;
 }
 
@@ -230,10 +242,11 @@ void before_atomic(const void* at) {
   ++now;
   if (within(reinterpret_cast<uintptr_t>(at), __ehdr_start, _end)) return;  // in shared memory
   std::vector<Release>& releases = counters[at];
-  seen.push_back({running, now, at, releases.size()});
-  if (fences.empty()) return;
-  Release release{block, std::vector<Time>(blockDim.x, 0)};
-  for (const Fence& fence : fences) {
+  Watched& its = here();
+  its.seen.push_back({running, now, at, releases.size()});
+  if (its.fences.empty()) return;
+  Release release{its.block, std::vector<Time>(blockDim.x, 0)};
+  for (const Fence& fence : its.fences) {
     if (!ordered_here(fence.thread, fence.time)) continue;
     for (int i = 0; i < static_cast<int>(blockDim.x); ++i) {
       const Time time = i == fence.thread ? fence.time

@@ -62,6 +62,11 @@ MISTAKES = {
     "last one": ("verify_logits", "trees.nodes * rows.parts - 1", "trees.nodes * rows.parts - 2"),
     "released": ("verify_logits", "__threadfence();\n    const int of_row", "const int of_row"),
     "acquired": ("verify_logits", "__threadfence();\n    shared.last_of_row", "shared.last_of_row"),
+    "last of both": (
+        "verify_logits",
+        "if (!shared.last_of_tree) return;",
+        "if (!shared.last_of_tree || !shared.last_of_row) return;",
+    ),
     "bound": ("top_guesses", "distance >= kGuesses) ? other", "distance > 1) ? other"),
     "crowd": ("top_guesses", "if (shared.n_reached <= kMostReached) return", "return"),
     "NaN among pairs": ("top_guesses", "x = __hmax2_nan(x, x);", ""),

@@ -871,13 +871,13 @@ void DraftTree::on_cuda(void* stream) const {
                   sources.as<int32_t>()};
   Limits limits{nodes, static_cast<int>(max_depth), kMostExpansions, foresight};
   while (Shared::bytes(nodes, limits.expansions) + sizeof(Round) > kMostShared) --limits.expansions;
-  const size_t bytes = Shared::bytes(nodes, limits.expansions);
-  if (bytes > 48 * 1024)  // more than a kernel gets unasked
-    check("draft_tree",
-          cudaFuncSetAttribute(draft_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)));
-  launch("draft_tree", draft_tree_kernel, grid_x("draft_tree", batch), most_threads(nodes), bytes,
-         stream, row_0, lengths.as<int64_t>(), capacity, limits, tree);
+  // For every size, as what a kernel gets unasked is less what it declares.
+  check("draft_tree",
+        cudaFuncSetAttribute(draft_tree_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(kMostShared - sizeof(Round))));
+  launch("draft_tree", draft_tree_kernel, grid_x("draft_tree", batch), most_threads(nodes),
+         Shared::bytes(nodes, limits.expansions), stream, row_0, lengths.as<int64_t>(), capacity,
+         limits, tree);
 }
 
 }  // namespace msn

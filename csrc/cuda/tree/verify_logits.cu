@@ -72,13 +72,20 @@ __global__ void __launch_bounds__(kTopThreads, kTopBlocks)
     if (shared.last_of_tree) trees.arrived[tree] = 0;
   }
   __syncthreads();
-  if (!shared.last_of_row) return;
-
-  const LeftKeys left(rows, row);  // on their way while the targets are gathered
-  if (shared.last_of_tree) gather_targets(rows, tree * trees.nodes, trees.nodes, verify.path);
-  merge_parts(left, shared);
-  if (threadIdx.x < kWarp) write_guesses<T>(rows.guesses + row * kGuesses, shared);
-  if (threadIdx.x == 0) trees.targets[row] = key_place(shared.winners[0]);
+  // The last of a tree need not be the last of its row: another one may have come between the two
+  // counts.
+  const auto gather = [&] {
+    gather_targets(rows, tree * trees.nodes, trees.nodes, verify.path);
+  };
+  if (shared.last_of_row) {
+    const LeftKeys left(rows, row);  // on their way while the targets are gathered
+    if (shared.last_of_tree) gather();
+    merge_parts(left, shared);
+    if (threadIdx.x < kWarp) write_guesses<T>(rows.guesses + row * kGuesses, shared);
+    if (threadIdx.x == 0) trees.targets[row] = key_place(shared.winners[0]);
+  } else if (shared.last_of_tree) {
+    gather();
+  }
   if (!shared.last_of_tree) return;
   const int64_t first = tree * trees.nodes;
   verify_row(
