@@ -30,10 +30,14 @@ class Workspace:
         """Return one that is large enough. The smaller ones before it stay: captured launches know
         where they are.
         """
-        if not buffers or len(buffers[-1]) < size:
-            least = 2 * len(buffers[-1]) if buffers else 0
-            buffers.append(like.new_zeros(max(size, least), dtype=dtype))
-        return buffers[-1]
+        if buffers and len(buffers[-1]) >= size:
+            return buffers[-1]
+        least = 2 * len(buffers[-1]) if buffers else 0
+        made = like.new_zeros(max(size, least), dtype=dtype)
+        # What a capture sets to 0 is 0 when it is replayed, and not before.
+        if not (made.is_cuda and torch.cuda.is_current_stream_capturing()):
+            buffers.append(made)
+        return made
 
     def __enter__(self) -> None:
         _own.workspace, self._before = self, getattr(_own, "workspace", None)

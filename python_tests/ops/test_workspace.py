@@ -21,3 +21,23 @@ def test_a_workspace_grows_a_few_times_only():
     for size in range(1, 5000):
         seen |= {x.data_ptr(): x for x in space.get(like, size, 1)}
     assert sum(map(len, seen.values())) < 4 * 5000
+
+
+def test_what_a_capture_would_make_larger_is_its_own(monkeypatch):
+    """It is set to 0 by the replays alone, so that no other launch may have it."""
+    capturing = False
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    space, like = ops.Workspace(), torch.empty(0).as_subclass(OnGpu)
+    before = space.get(like, 10, 10)
+    capturing = True
+    assert [x.data_ptr() for x in space.get(like, 10, 5)] == [x.data_ptr() for x in before]
+    captured = space.get(like, 11, 11)
+    again = space.get(like, 11, 11)
+    capturing = False
+    after = space.get(like, 11, 11)
+    assert len({x.data_ptr() for x in (*before, *captured, *again, *after)}) == 8
+    assert [x.data_ptr() for x in space.get(like, 11, 11)] == [x.data_ptr() for x in after]
