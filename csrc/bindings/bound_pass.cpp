@@ -123,7 +123,7 @@ void BoundPass::set_adapter(const py::list& layers) {
 
 void BoundPass::set_cache(py::handle keys, py::handle values, int64_t batch, int64_t slots) {
   if (slots % kCacheWidth) refuse("slots is ", slots, "; expected a multiple of 16");
-  const Argument k = borrow("keys", keys), v = borrow("values", values);
+  const Argument k = borrow_cpu("keys", keys), v = borrow_cpu("values", values);
   expect_contiguous(k);
   expect_contiguous(v);
   const int64_t layers = static_cast<int64_t>(pass_.layers.size());
@@ -138,8 +138,8 @@ void BoundPass::set_cache(py::handle keys, py::handle values, int64_t batch, int
 void BoundPass::step(py::handle tokens, py::handle positions, py::handle ancestors,
                      py::handle prefix, py::handle logits, const std::optional<py::tuple>& verified,
                      int64_t tails, int threads) {
-  const Argument ids = borrow("tokens", tokens), at = borrow("positions", positions),
-                 bits = borrow("ancestors", ancestors), before = borrow("prefix", prefix);
+  const Argument ids = borrow_cpu("tokens", tokens), at = borrow_cpu("positions", positions),
+                 bits = borrow_cpu("ancestors", ancestors), before = borrow_cpu("prefix", prefix);
   const int64_t batch = ids.shape[0], nodes = ids.shape[1], words = words_for(nodes);
   expect_nodes(ids, nodes);
   expect_dense(ids, DType::kInt64, {batch, nodes}, ids);
@@ -185,7 +185,7 @@ void BoundPass::check(const Trees& trees, int64_t tails, void* logits, int32_t* 
 }
 
 void BoundPass::logits(py::handle logits, int threads) {
-  const Argument out = borrow("logits", logits);
+  const Argument out = borrow_cpu("logits", logits);
   const int64_t count = static_cast<int64_t>(wanted_.size());
   expect_dense(out, number_, {out.shape[0], out.shape[1], pass_.head.packed.outputs}, out);
   if (!count || out.shape[0] * out.shape[1] != count)
@@ -196,8 +196,8 @@ void BoundPass::logits(py::handle logits, int threads) {
 
 void BoundPass::read(int64_t batch, py::handle tokens, py::handle positions, int64_t start,
                      int64_t keep, py::handle logits, int threads) {
-  const Argument ids = borrow("tokens", tokens), at = borrow("positions", positions),
-                 out = borrow("logits", logits);
+  const Argument ids = borrow_cpu("tokens", tokens), at = borrow_cpu("positions", positions),
+                 out = borrow_cpu("logits", logits);
   expect_dense(ids, DType::kInt64, {ids.shape[0]}, ids);
   expect_dense(at, DType::kInt64, {ids.shape[0]}, ids);
   expect_range("keep", keep, 0, ids.shape[0]);
@@ -211,8 +211,8 @@ void BoundPass::read(int64_t batch, py::handle tokens, py::handle positions, int
 }
 
 void BoundPass::commit(py::handle prefix, py::handle path, py::handle accepted) {
-  const Argument before = borrow("prefix", prefix), nodes = borrow("path", path),
-                 count = borrow("accepted", accepted);
+  const Argument before = borrow_cpu("prefix", prefix), nodes = borrow_cpu("path", path),
+                 count = borrow_cpu("accepted", accepted);
   const int64_t batch = before.shape[0];
   expect_dense(before, DType::kInt64, {batch}, before);
   expect_dims(nodes, 2);
@@ -224,7 +224,7 @@ void BoundPass::commit(py::handle prefix, py::handle path, py::handle accepted) 
 }
 
 Argument BoundPass::take(const char* name, py::handle tensor) {
-  const Argument taken = borrow(name, tensor);
+  const Argument taken = borrow_cpu(name, tensor);
   expect_contiguous(taken);
   kept_.append(tensor);
   return taken;
@@ -268,8 +268,8 @@ void BoundPass::adapt(LinearWeights& weights, const py::dict& of, const char* na
   const std::string kind = pass_.kind == Weights::kInt8 ? "bfloat16" : weights_;
   const int64_t outputs = weights.packed.outputs, width = pass_.kernels.width;
   const int64_t panels = (outputs / halves + width - 1) / width * halves;
-  const Argument down = borrow("adapter", a), up = borrow("adapter", b),
-                 begin = borrow("adapter's first inputs", first);
+  const Argument down = borrow_cpu("adapter", a), up = borrow_cpu("adapter", b),
+                 begin = borrow_cpu("adapter's first inputs", first);
   for (const Argument* each : {&down, &up, &begin}) expect_contiguous(*each);
   expect_dense(down, kind == "bfloat16" ? DType::kBFloat16 : number_,
                {rank, narrow_stride(weights.packed.inputs)}, begin);
@@ -285,7 +285,7 @@ void BoundPass::adapt(LinearWeights& weights, const py::dict& of, const char* na
 }
 
 void* BoundPass::logits_for(py::handle logits, const Argument& tokens) const {
-  const Argument out = borrow("logits", logits);
+  const Argument out = borrow_cpu("logits", logits);
   const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
   expect_dense(out, number_, {batch, nodes, pass_.head.packed.outputs}, tokens);
   return out.data;
@@ -294,10 +294,10 @@ void* BoundPass::logits_for(py::handle logits, const Argument& tokens) const {
 VerifyLogits BoundPass::verification(const Argument& tokens, const py::tuple& from) const {
   if (py::len(from) != 7) refuse("verified has ", py::len(from), " tensors; expected 7");
   const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
-  const Argument parents = borrow("parents", from[0]), guesses = borrow("guesses", from[1]),
-                 targets = borrow("targets", from[2]),
-                 accept_length = borrow("accept_length", from[3]), path = borrow("path", from[4]),
-                 bonus = borrow("bonus", from[5]), continuation = borrow("continuation", from[6]);
+  const Argument parents = borrow_cpu("parents", from[0]), guesses = borrow_cpu("guesses", from[1]),
+                 targets = borrow_cpu("targets", from[2]),
+                 accept_length = borrow_cpu("accept_length", from[3]), path = borrow_cpu("path", from[4]),
+                 bonus = borrow_cpu("bonus", from[5]), continuation = borrow_cpu("continuation", from[6]);
   if (number_ != DType::kFloat32) refuse("only logits in float32 are verified");
   expect_range("the vocabulary", pass_.head.packed.outputs, 1, kMaxVocabulary);
   expect_tree(parents, DType::kInt32, batch, nodes, tokens);

@@ -74,6 +74,16 @@ void expect_device(const Argument& t, const Tensor& like) {
     refuse(t.name, " is on another device than the other arguments");
 }
 
+void expect_cpu(const Argument& t) {
+  if (t.device != Device::kCPU) refuse(t.name, " does not lie on the CPU");
+}
+
+Argument borrow_cpu(const char* name, pybind11::handle object) {
+  Argument taken = borrow(name, object);
+  expect_cpu(taken);
+  return taken;
+}
+
 void expect_dense(const Argument& t, DType dtype, std::initializer_list<int64_t> shape,
                   const Tensor& like) {
   expect_dtype(t, dtype);

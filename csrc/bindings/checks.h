@@ -28,6 +28,9 @@ void expect_dims(const Argument& t, int ndim);
 void expect_shape(const Argument& t, std::initializer_list<int64_t> shape);
 void expect_contiguous(const Argument& t);
 void expect_device(const Argument& t, const Tensor& like);
+void expect_cpu(const Argument& t);
+// Of what the CPU alone works on.
+Argument borrow_cpu(const char* name, pybind11::handle object);
 
 // A tensor as most kernels read it: this dtype and shape, contiguous, on the device of `like`.
 void expect_dense(const Argument& t, DType dtype, std::initializer_list<int64_t> shape,

@@ -14,10 +14,6 @@ namespace msn {
 
 namespace {
 
-void expect_cpu(const Argument& t) {
-  if (t.device != Device::kCPU) refuse(t.name, " does not lie on the CPU");
-}
-
 // Calls stage(t, threads, scratch) on a team of threads.
 template <typename Stage>
 void on_team(int threads, Stage stage) {

@@ -81,7 +81,7 @@ int64_t coded_bytes(const std::string& weights, const std::string& isa, py::hand
                     int64_t outputs, int64_t inputs, int64_t halves) {
   const Kernels& kernels = kernels_named(isa);
   const Weights kind = weights_named(weights);
-  const Argument from = borrow("packed", packed);
+  const Argument from = borrow_cpu("packed", packed);
   expect_packed(from, weights, isa, outputs, inputs, halves);
   if (!kernels.has_codes(kind) || (kind == Weights::kBFloat16 && inputs % kCodedInputs)) return 0;
   const int64_t panels = panels_of(kernels, outputs, halves);
@@ -97,7 +97,7 @@ void code(const std::string& weights, const std::string& isa, py::handle packed,
           int64_t inputs, int64_t halves, py::handle coded) {
   const Kernels& kernels = kernels_named(isa);
   const Weights kind = weights_named(weights);
-  const Argument from = borrow("packed", packed), to = borrow("coded", coded);
+  const Argument from = borrow_cpu("packed", packed), to = borrow_cpu("coded", coded);
   expect_packed(from, weights, isa, outputs, inputs, halves);
   const int64_t size = coded_bytes(weights, isa, packed, outputs, inputs, halves);
   if (!size) refuse("packed cannot be coded");
@@ -131,7 +131,7 @@ void pack(const std::string& weights, const std::string& isa, const py::list& pi
   std::vector<const char*> rows;
   Unpacked source;
   for (const py::handle piece : pieces) {
-    const Argument matrix = borrow("weights", piece);
+    const Argument matrix = borrow_cpu("weights", piece);
     expect_dims(matrix, 2);
     expect_float(matrix);
     if (rows.empty())
@@ -143,7 +143,7 @@ void pack(const std::string& weights, const std::string& isa, const py::list& pi
       rows.push_back(matrix.as<char>() + r * matrix.strides[0] * matrix.item_size);
   }
   const int64_t outputs = static_cast<int64_t>(rows.size());
-  const Argument to = borrow("packed", packed);
+  const Argument to = borrow_cpu("packed", packed);
   expect_contiguous(to);
   expect_shape(to, {packed_bytes(weights, isa, outputs, source.inputs, halves)});
   // Gate and up panels in turn, each half filled up with rows of zeros.
@@ -172,8 +172,8 @@ void unpack(const std::string& weights, const std::string& isa, py::handle packe
             int64_t inputs, int64_t halves, py::handle rows, py::handle to) {
   const Kernels& kernels = kernels_named(isa);
   const Weights kind = stored_named(weights);
-  const Argument from = borrow("packed", packed), which = borrow("rows", rows),
-                 numbers = borrow("to", to);
+  const Argument from = borrow_cpu("packed", packed), which = borrow_cpu("rows", rows),
+                 numbers = borrow_cpu("to", to);
   expect_packed(from, weights, isa, outputs, inputs, halves);
   expect_dims(which, 1);
   const int64_t count = which.shape[0];
@@ -205,7 +205,7 @@ namespace {
 bool pack_screen(const std::string& weights, const std::string& isa, py::handle packed,
                  int64_t outputs, int64_t inputs, py::handle screen) {
   const Kernels& kernels = kernels_named(isa);
-  const Argument from = borrow("packed", packed), to = borrow("screen", screen);
+  const Argument from = borrow_cpu("packed", packed), to = borrow_cpu("screen", screen);
   expect_contiguous(from);
   expect_contiguous(to);
   expect_shape(from, {packed_bytes(weights, isa, outputs, inputs, 1)});
@@ -252,7 +252,7 @@ uint64_t sample_hash_of(const char* from, int64_t bytes) {
 uint64_t sample_hash(const py::list& tensors) {
   std::vector<std::pair<const char*, int64_t>> pieces;
   for (const py::handle object : tensors) {
-    const Argument tensor = borrow("tensors", object);
+    const Argument tensor = borrow_cpu("tensors", object);
     expect_contiguous(tensor);
     pieces.emplace_back(tensor.as<char>(), bytes_of(tensor));
   }

@@ -141,7 +141,7 @@ class NativeSteps {
   // [B, nodes], both of which are written.
   void look(int64_t nodes, int64_t tails, py::handle logits, py::handle positions, int threads) {
     Step step = of_size(nodes, tails);
-    const Argument numbers = borrow("logits", logits), at = borrow("positions", positions);
+    const Argument numbers = borrow_cpu("logits", logits), at = borrow_cpu("positions", positions);
     expect_dense(numbers, DType::kFloat32, {batch_, nodes, pass_.vocabulary()}, history_);
     expect_dense(at, DType::kInt64, {batch_, nodes}, history_);
     compute(step, numbers.as<float>(), threads);
@@ -151,7 +151,7 @@ class NativeSteps {
   void accept(py::handle targets) {
     if (!looked_at_) refuse("there is no step that was looked at");
     Step step = *looked_at_;
-    const Argument drawn = borrow("targets", targets);
+    const Argument drawn = borrow_cpu("targets", targets);
     expect_dense(drawn, DType::kInt64, {batch_, step.nodes}, history_);
     step.targets = drawn;
     VerifyTree{step.tokens,      step.targets, step.parents,
@@ -276,7 +276,7 @@ class NativeSteps {
 
   static Argument take(const py::dict& from, const char* name) {
     if (!from.contains(name)) refuse(name, " is missing");
-    return borrow(name, from[name]);
+    return borrow_cpu(name, from[name]);
   }
   Argument dense(const py::dict& from, const char* name, DType dtype,
                  std::initializer_list<int64_t> shape) const {
