@@ -336,8 +336,7 @@ def _of_row(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProce
             )
         elif type(processor) is EncoderRepetitionPenaltyLogitsProcessor:
             own = processor.encoder_input_ids
-            processor = copy.copy(processor)
-            processor.encoder_input_ids = cast(torch.LongTensor, own[row * len(own) // rows][None])
+            processor = functools.partial(_with_text, processor, own[row * len(own) // rows])
         elif type(processor) is EncoderNoRepeatNGramLogitsProcessor:
             processor = copy.copy(processor)
             processor.generated_ngrams = [
@@ -346,6 +345,17 @@ def _of_row(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProce
             processor.batch_size = 1
         found.append(processor)
     return found
+
+
+def _with_text(
+    penalty: EncoderRepetitionPenaltyLogitsProcessor, own: Tensor, text: Tensor, scores: Tensor
+) -> Tensor:
+    """Run it with ``own`` [L] for all scores: transformers up to 5.20 would leave out all but the
+    first.
+    """
+    penalty = copy.copy(penalty)
+    penalty.encoder_input_ids = cast(torch.LongTensor, own.expand(len(scores), -1))
+    return penalty(cast(torch.LongTensor, text), cast(torch.FloatTensor, scores))
 
 
 def _allowed_in_row(allowed: Callable[[int, Tensor], list[int]], row: int, _, text: Tensor):
