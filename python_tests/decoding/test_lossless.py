@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.drafters import RandomDrafter, prompts, random_best_first, random_tree
-from helpers.families import FAMILIES, VOCAB, tiny_model
+from helpers.families import FAMILIES, LONGROPE_ERRS, VOCAB, tiny_model
 from msn_ext import DraftTree, generate
 from msn_ext.decoding import (
     BestFirst,
@@ -136,6 +136,7 @@ def test_dense_masks_equal_the_kernel(family, implementation):
     assert common >= 11 and torch.equal(results[0][:, :common], results[1][:, :common])
 
 
+@pytest.mark.skipif(LONGROPE_ERRS, reason="this transformers itself errs past the boundary")
 @pytest.mark.parametrize("length", [3, 28, 35, 38, 39, 40, 41])
 def test_longrope_switches_as_plain_decoding_does(length):
     """At 40 tokens the factors of all positions change, and the text is read anew."""

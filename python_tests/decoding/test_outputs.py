@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from helpers import runners
 from helpers.drafters import RandomDrafter, prompts, random_tree
 from helpers.families import FAMILIES, tiny_model
 from msn_ext import generate
@@ -145,6 +146,7 @@ def test_only_the_rows_of_the_text_are_kept(each_engine):
 def test_recorded_steps_are_not_for_them(tapes):
     """They would have to be copied out of every step."""
     model, ids = tiny_model("llama", 1), torch.tensor([[5, 9, 4, 7]])
+    model, ids = model.to(runners.where), ids.to(runners.where)
     options = OUT | dict(do_sample=False, max_new_tokens=20, eos_token_id=None)
     out, plain = generate(model, ids, **options), model.generate(ids, **options)
     assert_same(out.logits, plain.logits, exact=True)

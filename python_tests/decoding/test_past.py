@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from helpers.bits import decoded
 from helpers.drafters import RandomDrafter, prompts, random_tree
-from helpers.families import FAMILIES, VOCAB, tiny_model
+from helpers.families import FAMILIES, LONGROPE_ERRS, VOCAB, tiny_model
 from msn_ext import generate, prepare
 from msn_ext.decoding.forward.packed import PackedPlan
 from msn_ext.generation import DRAFTS
@@ -29,7 +29,7 @@ def texts(batch: int = 1, length: int = 9, seed: int = 1) -> torch.Tensor:
 
 
 def longer(sequences: torch.Tensor, count: int = 3) -> torch.Tensor:
-    return torch.cat([sequences, texts(len(sequences), count, seed=2)], 1)
+    return torch.cat([sequences, texts(len(sequences), count, seed=2).to(sequences.device)], 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,6 +37,8 @@ def test_goes_on_as_a_fresh_session(family, each_engine):
     """Three turns, from our cache and from transformers', longer than the windows; and
     transformers goes on from ours.
     """
+    if family == "phi3-longrope" and LONGROPE_ERRS:
+        pytest.skip("this transformers itself errs past the boundary")
     rng = random.Random(family)
     model = tiny_model(family, 3)
     for draft in ("auto", "paper", random_tree(rng), RandomDrafter(rng), "none"):

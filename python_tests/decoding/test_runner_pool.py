@@ -255,8 +255,9 @@ def test_what_a_recording_reads_of_a_tree_stays(tapes):
     they were.
     """
     model, drafter = tiny_model("llama", 3), TreeDrafter(DraftTree.chain(4))
-    ours(model, *prompts(0), drafter, max_new_tokens=20)
-    read = weakref.ref(drafter._tree.tensors(torch.device(runners.where)).parents)
+    ids, mask = prompts(0)
+    ours(model, ids, mask, drafter, max_new_tokens=20)
+    read = weakref.ref(drafter._tree.tensors(ids.device).parents)
     for tape in tapes:
         tape.captures.clear()
     for kept in runner.pools[model]:

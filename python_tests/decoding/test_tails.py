@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from helpers import runners
 from helpers.cases import build_tree, integers, tree_tensor
 from helpers.families import VOCAB, tiny_model
 from helpers.noise import CapturableTails, WithTails, gated_tiny, random_tails
@@ -161,12 +162,12 @@ def test_recorded_steps_have_tails(native, tapes, monkeypatch):
     the adapter's weights have changed where they lie.
     """
     monkeypatch.setattr(engine, "PACKED_ON", set())
-    bare, found = tiny_model("llama", 3), []
+    bare, found = tiny_model("llama", 3).to(runners.where), []
     ids, mask = prompts(0, 2)
     options = dict(max_new_tokens=40, eos_token_id=None)
     want = plain(bare, ids, mask, **options)
     for scales in ((1, 2), (2, 1), (1, 1)):
-        model, drafter = gated_tiny("llama"), Seen(12)
+        model, drafter = gated_tiny("llama").to(runners.where), Seen(12)
         for scale in scales:
             with torch.no_grad():
                 for name, x in model.named_parameters():

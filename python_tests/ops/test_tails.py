@@ -78,9 +78,9 @@ def test_tails_stand_below_likely_ends(
     tokens[:, nodes:], parents[:, nodes:], probability[:, nodes:] = -FAR, 1 << 30, float("nan")
     given_ = *draft, history, lengths
     got = ops.append_tails(*(x.to(device) for x in given_), nodes, tails, length, noise)
+    got = [x.cpu() for x in got]
     assert_equal(got, reference.append_tails(*given_, nodes, tails, length, noise))
 
-    got = [x.cpu() for x in got]
     ends = torch.full((rows, tails), -1)
     text = torch.full((rows, tails * length), noise)
     for b in range(rows):
@@ -157,7 +157,7 @@ def test_the_tail_at_the_end_of_the_path_is_kept(
             wanted = guesses[b, node].tolist() if node >= 0 else [-1] * 8
             assert there[0][b, d].tolist() == wanted
     reference.keep_tail(denoised, factors, *seen, length)
-    assert_equal(there, (denoised, factors))
+    assert_equal([x.cpu() for x in there], (denoised, factors))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from helpers import runners
 from helpers.drafters import CPU, verify
 from helpers.families import VOCAB, tiny_model
 from helpers.noise import gated_tiny
@@ -190,7 +191,7 @@ def test_the_text_is_the_base_models(content):
 
 
 def test_captured_steps_have_tails(tapes):
-    bare, model = tiny_model("llama", 3), gated_tiny("llama")
+    bare, model = (x.to(runners.where) for x in (tiny_model("llama", 3), gated_tiny("llama")))
     settings = dict(max_new_tokens=40, eos_token_id=None)
     for seed in range(3):
         ids, mask = prompts(seed, 2)
