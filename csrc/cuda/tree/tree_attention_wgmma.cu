@@ -250,15 +250,17 @@ template <typename T, int kDim, int kGroups>
 bool launch_groups(AttentionProblem<T> p, int64_t batch, int device, const AttentionSpace& space,
                    void* stream) {
   using S = GroupShape<kDim, kGroups>;
+  const auto kernel = tree_attention_wgmma_kernel<T, kDim, kGroups>;
+  // First: in a thread that comes to the device with this call, it makes the context current that
+  // the driver describes tiles in.
+  check("tree_attention",
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
   CUtensorMap k, v;
   if (!describe_tiles(&k, p.k, batch, p.kv_heads, p.slots, p.dim, p.k_row, p.k_head, p.k_slot) ||
       !describe_tiles(&v, p.v, batch, p.kv_heads, p.slots, p.v_dim, p.v_row, p.v_head, p.v_slot))
     return false;
   const Plan plan = plan_in<T, S>(p, batch, device, space);
   p.tiles = plan.tiles;
-  const auto kernel = tree_attention_wgmma_kernel<T, kDim, kGroups>;
-  check("tree_attention",
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
   launch("tree_attention", kernel, grid_x("tree_attention", plan.tasks * plan.splits.most),
          S::kThreads, S::kBytes, stream, p, plan.splits, k, v);
   if (plan.splits.most > 1) merge_splits(p, batch, device, plan.splits, stream);

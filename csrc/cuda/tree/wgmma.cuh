@@ -97,17 +97,25 @@ __device__ inline void arrive_and_expect(uint64_t* barrier, int bytes) {
       : "memory");
 }
 
-// Waits until the phase of this parity has ended; the one before the first counts as odd.
-__device__ inline void await_phase(uint64_t* barrier, int parity) {
+__device__ inline bool phase_ended(uint64_t* barrier, int parity) {
+  int ended;
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.s32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(ended)
+      : "r"(shared_address(barrier)), "r"(parity)
       : "memory");
+  return ended;
+}
+// Waits until the phase of this parity has ended; the one before the first counts as odd. One that
+// never ends is an error of the launch, not a hang.
+__device__ inline void await_phase(uint64_t* barrier, int parity) {
+  constexpr int kMostTries = 1 << 24;  // seconds; a tile takes a millionth of one
+  for (int left = kMostTries; !phase_ended(barrier, parity);)
+    if (--left == 0) __trap();
 }
 
 // What this thread has written to shared memory becomes visible to the async proxy.
