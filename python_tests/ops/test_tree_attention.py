@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from helpers import oracle
+from helpers.attention import Attention
 from helpers.cases import (
     CPU_DTYPES,
     KINDS,
@@ -17,110 +18,15 @@ from helpers.cases import (
     assert_equal,
     build_tree,
     integers,
-    lay_out,
     one_thread,
-    seeded,
     threads,
     trees,
 )
 from msn_ext import ops
-from msn_ext.ops import reference
 
+KERNELS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+"""Types that different kernels are for."""
 POISONS = [float("nan"), float("inf"), -float("inf"), 1e30]
-
-
-@dataclasses.dataclass
-class Attention:
-    """A tree_attention call. Slots that no node may see hold ``poison``."""
-
-    parents: list[list[int]]
-    lengths: list[int]
-    offsets: list[int] | None = None
-    dtype: torch.dtype = torch.float32
-    kv_heads: int = 1
-    group: int = 2
-    dim: int = 16
-    v_dim: int = 16
-    scale: float | None = None
-    window: int = 0
-    softcap: float = 0.0
-    sinks: bool = False
-    slack: int = 3
-    layouts: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous")
-    poison: float = float("nan")
-    seed: int = 0
-
-    @property
-    def nodes(self) -> int:
-        return len(self.parents[0])
-
-    def offset(self, b: int) -> int:
-        return self.offsets[b] if self.offsets else 0
-
-    def allowed(self, b: int, node: int) -> list[int]:
-        return oracle.allowed_slots(
-            self.parents[b], node, self.lengths[b], self.offset(b), self.window
-        )
-
-    def arguments(self, device: str) -> dict:
-        """The op's arguments; ``ancestors`` is shared where all rows have the same tree."""
-        random_source = seeded(self.seed)
-        poison = torch.tensor(self.poison).to(self.dtype).item()
-        batch, slots = len(self.parents), max(self.lengths) + self.nodes + self.slack
-        heads = self.kv_heads * self.group
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=random_source, dtype=torch.float64).to(
-                device, self.dtype
-            )
-
-        q = normal(batch, heads, self.nodes, self.dim)
-        k, v = (
-            normal(batch, self.kv_heads, slots, self.dim),
-            normal(batch, self.kv_heads, slots, self.v_dim),
-        )
-        sinks = normal(heads) if self.sinks else None
-        for b in range(batch):
-            unseen = set(range(slots)).difference(*(self.allowed(b, i) for i in range(self.nodes)))
-            k[b, :, list(unseen)] = poison
-            v[b, :, list(unseen)] = poison
-        q, k, v = (lay_out(x, layout, poison) for x, layout in zip((q, k, v), self.layouts))
-        shared = all(row == self.parents[0] for row in self.parents)
-        return {
-            "q": q,
-            "k_cache": k,
-            "v_cache": v,
-            "lengths": integers(self.lengths, device),
-            "ancestors": ancestors_of(self.parents[0] if shared else self.parents, device),
-            "offsets": integers(self.offsets, device) if self.offsets else None,
-            "scale": self.scale,
-            "window": self.window,
-            "softcap": self.softcap,
-            "sinks": sinks,
-        }
-
-    def tolerance(self, device: str) -> dict:
-        """Float sums in another order, and one rounding to the dtype (on CUDA two)."""
-        if self.dtype == torch.float64:
-            return {"rtol": 1e-11, "atol": 1e-11}
-        rounding = 0.0 if self.dtype == torch.float32 else torch.finfo(self.dtype).eps
-        return {"rtol": 1e-5 + rounding, "atol": 3e-5 + (rounding if device == "cuda" else 0.0)}
-
-    def check(self, device: str) -> None:
-        arguments = self.arguments(device)
-        out = ops.tree_attention(**arguments)
-        heads = self.kv_heads * self.group
-        assert (
-            out.shape == (len(self.parents), self.nodes, heads, self.v_dim) and out.is_contiguous()
-        )
-        assert out.dtype == self.dtype and out.device == arguments["q"].device
-        with one_thread():
-            exact = oracle.attention(
-                parents=self.parents, **{k: x for k, x in arguments.items() if k != "ancestors"}
-            )
-            specified = reference.tree_attention(**arguments)
-        for expected in (exact, specified.cpu().double()):
-            torch.testing.assert_close(out.cpu().double(), expected, **self.tolerance(device))
 
 
 @st.composite
@@ -163,17 +69,18 @@ def test_attention_of_random_calls(device, case):
     on(device, case).check(device)
 
 
+@KERNELS
 @pytest.mark.parametrize("nodes", SIZES)
-def test_attention_at_every_word_boundary(device, nodes):
+def test_attention_at_every_word_boundary(device, dtype, nodes):
     parents = [build_tree(kind, nodes) for kind in KINDS]
-    Attention(parents, [0, 7, 64, 65, 100], group=3, dim=8, v_dim=8).check(device)
+    Attention(parents, [0, 7, 64, 65, 100], None, dtype, group=3, dim=8, v_dim=8).check(device)
 
 
+@KERNELS
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 63, 64, 65, 127, 128, 129, 1000])
-def test_attention_at_every_block_boundary_of_the_prefix(device, length):
-    Attention([build_tree("random", 9)] * 2, [length, length // 2], offsets=[length // 3, 0]).check(
-        device
-    )
+def test_attention_at_every_block_boundary_of_the_prefix(device, dtype, length):
+    parents, lengths = [build_tree("random", 9)] * 2, [length, length // 2]
+    Attention(parents, lengths, [length // 3, 0], dtype).check(device)
 
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES)
@@ -192,22 +99,24 @@ def test_attention_head_sizes_and_dtypes(device, dtype, dim, v_dim):
     on(device, case).check(device)
 
 
+@KERNELS
 @pytest.mark.parametrize("group", range(1, 9))
-def test_attention_groups_of_query_heads(device, group):
-    Attention([build_tree("random", 33)], [50], kv_heads=2, group=group).check(device)
+def test_attention_groups_of_query_heads(device, dtype, group):
+    Attention([build_tree("random", 33)], [50], None, dtype, kv_heads=2, group=group).check(device)
 
 
+@KERNELS
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_takes_strides_as_they_come(device, layout):
-    Attention([build_tree("random", 10)] * 2, [30, 20], kv_heads=2, layouts=(layout,) * 3).check(
-        device
-    )
+def test_attention_takes_strides_as_they_come(device, dtype, layout):
+    case = Attention([build_tree("random", 10)] * 2, [30, 20], None, dtype, kv_heads=2)
+    dataclasses.replace(case, layouts=(layout,) * 3).check(device)
 
 
+@KERNELS
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 64, 65, 70, 71, 10**12])
-def test_attention_window_counts_logical_positions(device, window):
+def test_attention_window_counts_logical_positions(device, dtype, window):
     parents = [build_tree("chain", 12), build_tree("deep", 12)]
-    Attention(parents, [70, 66], offsets=[5, 1], window=window).check(device)
+    Attention(parents, [70, 66], [5, 1], dtype, window=window).check(device)
 
 
 @given(case=attentions(), data=st.data())
