@@ -95,7 +95,7 @@ assert msn_ext.build_info()["cuda"], "built without CUDA" """
     tests = "python_tests/ops python_tests/decoding --ignore=python_tests/ops/test_sanitizers.py"
     side_by_side = "-n 8 --dist worksteal" if importlib.util.find_spec("xdist") else ""
     if importlib.util.find_spec("pytest_timeout"):  # a kernel that hangs ends one process
-        side_by_side += " --timeout 60 --timeout-method thread"
+        side_by_side += " --timeout 100 --timeout-method thread"
     return {
         "build": Part(
             150,
@@ -103,7 +103,7 @@ assert msn_ext.build_info()["cuda"], "built without CUDA" """
             {"MSN_CUDA": "on", "MSN_CUDA_ARCHITECTURES": architecture},
         ),
         "test": Part(
-            120,
+            180,
             [[PYTHON, "-P", "-m", "pytest", "-q", *side_by_side.split(), *tests.split()]],
             {"MSN_TEST_DEVICES": "cuda", "MSN_TEST_RESULTS": str(out / "tests.jsonl")},
         ),

@@ -12,10 +12,11 @@ mask, with enable_gqa or repeat_interleave, whichever is faster (the column says
 
 Bytes are what an op must move at least, each tensor once (the ``bytes`` of each case in op_cases);
 GB/s is bytes / median; "of copy" is its share of the bandwidth of a large Tensor.copy_ measured in
-the same run. On CUDA a call is captured as a CUDA graph, so that no launch is waited for, and timed
-with CUDA events around its replay. An equivalent that waits for the device cannot be captured and
-is timed as it is called: "eager_captured" says so, and a star in the table. FlexAttention,
-compiled, with a block mask is timed there for the largest contexts.
+the same run, where "least_seconds" says what a call that adds 1 to one number takes. On CUDA a call
+is captured as a CUDA graph, so that no launch is waited for, and timed with CUDA events around its
+replay. An equivalent that waits for the device cannot be captured and is timed as it is called:
+"eager_captured" says so, and a star in the table. FlexAttention, compiled, with a block mask is
+timed there for the largest contexts.
 
 Cases run in a process of their own, one after the other (isolated.py). With --output, a line is
 appended per case; what stands there already is not run again, "error" says what has no figures.
@@ -94,7 +95,9 @@ def measure_all(report: Report, options: argparse.Namespace) -> None:
     nodes, contexts = ([1, 16, 69], [256, 1024]) if options.quick else (NODES, CONTEXTS[device])
     timer = Timer(device, repeats=9 if options.quick else 101)
     bandwidth = copy_bandwidth(device)
-    report.about(environment(device, bandwidth))
+    nothing = torch.zeros(1, device=device)
+    least = statistics.median(timer(lambda: nothing.add_(1)))
+    report.about(environment(device, bandwidth, least))
 
     def report_case(case: dict, made: Case) -> None:
         if tuple(case.values()) in report.done:
@@ -126,7 +129,7 @@ def measure_all(report: Report, options: argparse.Namespace) -> None:
 # ---- reporting -----------------------------------------------------------------------------------
 
 
-def environment(device: str, bandwidth: float) -> dict:
+def environment(device: str, bandwidth: float, least: float) -> dict:
     return {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -137,6 +140,7 @@ def environment(device: str, bandwidth: float) -> dict:
         "torch": torch.__version__,
         "msn_ext": msn_ext.build_info(),
         "copy_bytes_per_second": bandwidth,
+        "least_seconds": least,
         "last_level_cache_bytes": last_level_cache(device),
     }
 

@@ -1,10 +1,9 @@
 """Times of calls, with cold caches."""
 
-import time
 from collections.abc import Callable
 
 import torch
-from machine import last_level_cache
+from machine import device_seconds, last_level_cache
 
 
 class Timer:
@@ -53,13 +52,4 @@ class Timer:
 
     def _once(self, call: Callable) -> float:
         self.flushed.add_(1)
-        if self.device == "cpu":
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return device_seconds(self.device, call)

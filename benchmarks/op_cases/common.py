@@ -21,8 +21,8 @@ class Model:
 MODELS = {
     "cpu": [Model("SmolLM2-135M", 9, 3, 64, 30, 49152, torch.float32)],
     "cuda": [
-        Model("SmolLM2-135M", 9, 3, 64, 30, 49152, torch.bfloat16),
         Model("Llama-3-8B", 32, 8, 128, 32, 128256, torch.bfloat16),
+        Model("SmolLM2-135M", 9, 3, 64, 30, 49152, torch.bfloat16),
     ],
 }
 NODES = [1, 8, 16, 64, 69]

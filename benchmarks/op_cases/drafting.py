@@ -128,10 +128,9 @@ def guesses_cases(
             n * model.vocabulary * model.dtype.itemsize + 32 * n,
             lambda: ops.top_guesses(logits),
             lambda: top_guesses(logits),
-            check=lambda got, expected: (
-                torch.testing.assert_close(got[:, :3] >> 4, expected[:, :3] >> 4)
-                if model.dtype == torch.float32
-                else None
+            # Equals may swap: what is compared is how likely they are.
+            check=lambda got, expected: torch.testing.assert_close(
+                logits.gather(1, got.long() >> 4), logits.gather(1, expected.long() >> 4)
             ),
         )
 

@@ -62,14 +62,25 @@ def compiled_flex():
 
 
 def flex(q, k, v, mask):
-    """FlexAttention with the tree's mask; made here, called often."""
+    """FlexAttention with the tree's mask, which the first call makes."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    seen = mask.contiguous()
-    blocks = create_block_mask(
-        lambda b, h, i, j: seen[i, j], None, None, q.shape[2], k.shape[2], device=q.device
-    )
-    return lambda: compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=True).transpose(1, 2)
+    @functools.cache
+    def blocks():
+        seen, shape = mask.contiguous(), (None, None, q.shape[2], k.shape[2])
+        return create_block_mask(lambda b, h, i, j: seen[i, j], *shape, device=q.device)
+
+    return lambda: compiled_flex()(q, k, v, block_mask=blocks(), enable_gqa=True).transpose(1, 2)
+
+
+def close(got, expected):
+    """Up to what a type rounds. Of many keys an output is a small mean, of which a lost tile is a
+    tenth: what is allowed is less.
+    """
+    if expected.dtype == torch.float32:
+        return torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    rounding = 0.05 * float(expected.float().std())
+    torch.testing.assert_close(got, expected, rtol=2**-7, atol=rounding)
 
 
 def verify_tree(tokens, targets, parents, reach):
@@ -137,7 +148,6 @@ def attention_cases(
             lengths = torch.tensor([context], device=device)
             mask = F.pad(ancestor_matrix(parents), (context, 0), value=True)
             k_seen, v_seen = k[:, :, : context + n], v[:, :, : context + n]
-            tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[model.dtype]
             others = {
                 "sdpa enable_gqa": lambda: sdpa_gqa(q, k_seen, v_seen, mask),
                 "sdpa repeat_interleave": lambda: sdpa_repeat(q, k_seen, v_seen, mask),
@@ -151,9 +161,7 @@ def attention_cases(
                 lambda: ops.tree_attention(q, k, v, lengths, ancestors),
                 lambda: attention(q, k_seen, v_seen, mask),
                 others,
-                lambda got, expected: torch.testing.assert_close(
-                    got, expected, rtol=tolerance, atol=tolerance
-                ),
+                close,
             )
 
 

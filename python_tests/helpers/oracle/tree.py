@@ -84,11 +84,12 @@ def attention(
     batch, heads, nodes, dim = q.shape
     kv_heads = k_cache.shape[1]
     scale = 1 / math.sqrt(dim) if scale is None else scale
+    lengths = torch.as_tensor(lengths).tolist()
     out = torch.zeros(batch, nodes, heads, v_cache.shape[3], dtype=torch.float64)
     for b in range(batch):
         offset = 0 if offsets is None else int(offsets[b])
         for node in range(nodes):
-            slots = allowed_slots(parents[b], node, int(lengths[b]), offset, window)
+            slots = allowed_slots(parents[b], node, lengths[b], offset, window)
             if not slots:
                 continue
             query = q[b, :, node].view(kv_heads, heads // kv_heads, dim)
