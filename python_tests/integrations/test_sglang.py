@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from helpers import sglang_modules
+from helpers.drafters import random_habits
 from helpers.families import VOCAB, tiny_model
 from helpers.sglang_server import plain_text, tree_logits
 
@@ -282,6 +283,22 @@ def test_answers_are_the_models_own(kind, overlap, width):
     # Whole texts were known, although the worker gets ends of 5 tokens, and those gone forgotten.
     assert len(drafts._live.row_of) <= 4
     assert server.worker.max_trie_depth >= width + 1
+
+
+def test_a_server_drafts_from_habits(kind, monkeypatch, tmp_path):
+    """Those of the file that MSN_HABITS names; one that is none is named before a model is read."""
+    path = tmp_path / "habits.safetensors"
+    monkeypatch.setenv("MSN_HABITS", str(path))
+    _, ours = registered(kind)
+    with pytest.raises(ValueError, match="MSN_HABITS is"):
+        ours.validate_server_args(SimpleNamespace(**ARGUMENTS))
+    sglang_modules.forget_modules()
+    random_habits(random.Random(1)).save(path)
+    server, target = served(kind, True)
+    prompt = random.Random(2).choices(range(VOCAB), k=20)
+    got = server.answer({"r": prompt}, 30, seed=0)["r"]
+    assert got == plain_text(target.model, prompt, 30)
+    assert server.worker.ngram_corpus._habits.any()
 
 
 def test_what_the_model_said_is_drafted_from(kind, monkeypatch):

@@ -11,8 +11,8 @@ import torch
 from helpers.families import VOCAB, tiny_model
 from helpers.sglang_server import accepted, links, plain_text, tree_logits
 from msn_ext import ops
-from msn_ext.decoding.drafters import BestFirst
-from msn_ext_sglang.drafts import MAX_DEPTH, Drafts
+from msn_ext.decoding.drafters import BestFirst, Habits
+from msn_ext_sglang.drafts import MAX_DEPTH, Drafts, named_habits
 from msn_ext_sglang.guesses import top_guesses
 from msn_ext_sglang.texts import CONTEXT, PastTexts
 
@@ -111,6 +111,41 @@ def test_the_trees_are_those_of_best_first_drafting():
         source.remember(guesses[0][None])
         text += [*draft.tokens[0, path[0, 1 : int(length)]].tolist(), int(bonus)]
     assert some_match > 10
+
+
+@pytest.fixture
+def habits() -> Habits:
+    """After any of the texts' last tokens the model says the next number."""
+    contexts = torch.tensor([[(n + i) % VOCAB for i in range(3)] for n in range(VOCAB)])
+    guesses = torch.full((VOCAB, 8), -1, dtype=torch.int32)
+    guesses[:, 0] = (contexts[:, -1] + 1) % VOCAB * 16
+    return Habits.count(contexts, guesses, VOCAB, (1, 1, 1))
+
+
+def test_habits_are_drafted_from(habits):
+    """As best-first drafting does, before anything else is known."""
+    (tokens,), _ = get(drafts(6, habits=habits), {"a": [9, 2, 7]})
+    drafter = BestFirst(6, habits=habits)
+    drafter.start(1, VOCAB, torch.device("cpu"))
+    draft = drafter.propose(torch.tensor([[9, 2, 7, 0]]), torch.tensor([3]))
+    assert tokens.tolist() == draft.tokens[0].tolist() == [7, 8, 9, 10, 11, 12]
+    assert get(drafts(6), {"a": [9, 2, 7]})[0].tolist() != [tokens.tolist()]
+    with pytest.raises(ValueError, match="habits are of a vocabulary of 24 tokens; .* 25"):
+        drafts(6, vocabulary=VOCAB + 1, habits=habits)
+
+
+def test_habits_are_named_by_the_environment(habits, tmp_path, monkeypatch):
+    monkeypatch.delenv("MSN_HABITS", raising=False)
+    assert named_habits() is None
+    path = tmp_path / "habits.safetensors"
+    for content in (None, b"no habits"):
+        if content is not None:
+            path.write_bytes(content)
+        monkeypatch.setenv("MSN_HABITS", str(path))
+        with pytest.raises(ValueError, match="MSN_HABITS is .*; expected a file of msn habits"):
+            named_habits()
+    habits.save(path)
+    assert torch.equal(named_habits().on("cpu"), habits.on("cpu"))
 
 
 def _verified(draft, logits, *known):

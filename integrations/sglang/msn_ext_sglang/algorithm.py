@@ -10,12 +10,16 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from msn_ext.ops import MAX_NODES
 
+from .drafts import named_habits
+
 # A registered algorithm answers these itself; a platform's NGRAM worker is none of ours.
 OWN = ("create_worker", "handle_server_args", "get_platform_worker_cls")
 
 
 def check_settings(server_args: Any) -> None:
-    """Raise ValueError where an option of the command line cannot be right; SGLang calls this."""
+    """Raise ValueError where an option of the command line, or ``MSN_HABITS``, cannot be right;
+    SGLang calls this.
+    """
     width = server_args.speculative_num_draft_tokens
     if width is not None and not 2 <= width <= MAX_NODES:
         raise ValueError(
@@ -29,6 +33,7 @@ def check_settings(server_args: Any) -> None:
         )
     if server_args.speculative_adaptive:
         raise ValueError("--speculative-adaptive is set; expected not: trees have one width")
+    named_habits()
 
 
 class _Declared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -12,12 +13,28 @@ from torch import Tensor
 from msn_ext import ops
 from msn_ext.decoding.drafters import factors
 from msn_ext.decoding.drafters.best_first import FORESIGHT
+from msn_ext.decoding.drafters.habits import Habits
 from msn_ext.decoding.drafters.sources import SLOTS
 from msn_ext.ops import GUESSES, MAX_NODES, ORDERS
 
 from .texts import LiveTexts, PastTexts
 
 MAX_DEPTH = 20
+
+
+def named_habits() -> Habits | None:
+    """Return what ``msn habits`` wrote to the file that ``MSN_HABITS`` names; None: it names none.
+
+    Raises:
+        ValueError: there are no habits in it.
+    """
+    path = os.environ.get("MSN_HABITS")
+    if not path:
+        return None
+    try:
+        return Habits.load(os.path.expanduser(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"MSN_HABITS is {path}; expected a file of msn habits: {error}") from error
 
 
 class _Drafted(NamedTuple):
@@ -35,14 +52,15 @@ class Drafts:
 
     They are made of the request's own text, of the last answers to anyone and of external corpora,
     and, where :meth:`remember` is told what the model said, of what it guessed after the same
-    tokens (of anyone) and below the nodes it rejected. The same calls give the same trees, whatever
-    the process.
+    tokens (of anyone) and below the nodes it rejected; with habits also of what it usually says
+    after them. The same calls give the same trees, whatever the process.
 
     Args:
         draft_token_num: N, nodes of a tree, the text's last token included, 2 to 256.
         capacity: tokens of finished answers to keep.
         external_corpus_max_tokens: of all external corpora together.
         vocabulary: of the model: no token of a tree is outside.
+        habits: of the model, if any.
         of_ngram: what else ``NgramCorpus`` is told; it means nothing here.
     """
 
@@ -53,6 +71,7 @@ class Drafts:
         capacity: int,
         vocabulary: int,
         external_corpus_max_tokens: int = 10_000_000,
+        habits: Habits | None = None,
         **of_ngram: object,
     ):
         if not 2 <= draft_token_num <= MAX_NODES:
@@ -64,9 +83,16 @@ class Drafts:
             raise ValueError(f"capacity is {capacity}; expected 0 or more tokens")
         if vocabulary < 1:
             raise ValueError(f"vocabulary is {vocabulary}; expected the model's vocab_size")
+        if habits is not None and habits.vocabulary != vocabulary:
+            raise ValueError(
+                f"habits are of a vocabulary of {habits.vocabulary} tokens; expected the model's,"
+                f" {vocabulary}"
+            )
         self.draft_token_num, self._capacity = draft_token_num, capacity
         self._vocabulary, self._most_external = vocabulary, external_corpus_max_tokens
-        self._factors = factors.load()
+        self._factors = factors.load() if habits is None else habits.factors
+        none = torch.zeros(ORDERS, 0, 1 + GUESSES, dtype=torch.int32)
+        self._habits = none if habits is None else habits.on(none.device)
         self._corpora: dict[str, Tensor] = {}
         self._loading: dict[str, tuple[Tensor, PastTexts]] = {}
         self._live = LiveTexts(MAX_DEPTH)
@@ -137,7 +163,7 @@ class Drafts:
             live.lengths[:used],
             live.denoised[:used],
             self._adjacency,
-            self._adjacency[:, :0],  # no habits
+            self._habits,
             live.suffixes[:used],
             self._past.tokens,
             self._past.suffixes,

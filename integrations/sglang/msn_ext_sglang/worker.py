@@ -10,7 +10,7 @@ import numpy as np
 from sglang.srt.speculative import ngram_worker
 from torch import Tensor
 
-from .drafts import Drafts
+from .drafts import Drafts, named_habits
 from .guesses import top_guesses
 
 
@@ -23,7 +23,7 @@ class MsnWorker(ngram_worker.NGRAMWorker):
 
     def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any):
         vocabulary = target_worker.model_runner.model_config.vocab_size
-        drafts = partial(Drafts, vocabulary=vocabulary)
+        drafts = partial(Drafts, vocabulary=vocabulary, habits=named_habits())
         # NGRAM's own would be compiled, given its memory and filled in vain.
         with patch.object(ngram_worker, "NgramCorpus", drafts):
             super().__init__(server_args, gpu_id, nccl_port, target_worker)
