@@ -8,10 +8,9 @@ exactness.
 Prompts are taken in turn from every category of a Spec-Bench file (`--data question.jsonl`), first
 turns, greedy. Every prompt is decoded by `model.generate` and by every draft, one after the other
 in one process, so the ratios compare like with like whatever else the machine does. On a GPU the
-first call of a draft captures its steps, once for each 512 tokens of room, and the first one of all
-loads what the device runs: such calls are made twice, and the second one counts ("first_seconds"
-keeps the other). With --output, a line is appended per prompt and draft; what stands there already
-is not run again.
+first call for a length of text captures a draft's steps, and the first one of all loads what the
+device runs: every call is made twice, and the second one counts ("first_seconds" keeps the other).
+With --output, a line is appended per prompt and draft; what stands there already is not run again.
 
 Where an output differs from plain decoding, the text up to there is fed to the model and the gap
 between its two likeliest tokens is reported: a near-tie may flip, since a tree changes the order in
@@ -32,7 +31,6 @@ from common import CATEGORIES, SPECBENCH, Results, conditions, load_model, load_
 from tqdm import tqdm
 
 import msn_ext
-from msn_ext.decoding.runner import room_for
 from msn_ext.generation import DRAFTS, drafter_for
 
 NEAR_TIE = 1e-3
@@ -131,7 +129,6 @@ def difference(model, input_ids: torch.Tensor, new: list[int], plain: list[int])
 def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> list[dict]:
     """Return a row per prompt and draft, plain decoding first; those in ``done`` are not run."""
     rows: list[dict] = []
-    warm: set[tuple] = set()
     bar = tqdm(total=len(prompts) * (len(drafts) + 1), unit="run", disable=None)
     for category, question, text in prompts:
         inputs = tokenizer.apply_chat_template(
@@ -145,11 +142,9 @@ def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> 
             bar.set_postfix_str(f"{category} {draft}")
             row = done.get((question, draft))
             if row is None:
-                room = room_for(inputs["input_ids"].shape[1] + new_tokens)
                 first = None
-                if model.device.type == "cuda" and (draft, room) not in warm:
-                    warm.add((draft, room))
-                    first = run(model, inputs, draft, new_tokens)[2]
+                if model.device.type == "cuda":
+                    first = round(run(model, inputs, draft, new_tokens)[2], 4)
                 new, accepts, seconds, inside, drafting = run(model, inputs, draft, new_tokens)
                 row = dict(
                     category=category,
@@ -159,7 +154,7 @@ def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> 
                     tokens=new,
                     accept_lengths=accepts,
                     seconds=round(seconds, 4),
-                    first_seconds=first and round(first, 4),
+                    first_seconds=first,
                     model_seconds=round(inside, 4),
                     drafting_seconds=round(drafting, 4),
                     flip_at=None,

@@ -22,7 +22,8 @@ def test_tests_of_a_gpu_keep_to_its_device(folder, least):
     """Where one does not, the first minutes on a GPU would go to the test's own mistakes."""
     plugins = "-p", "helpers.pretended_gpu", "-p", "no:cacheprovider", "-p", "no:xdist"
     command = [sys.executable, "-P", "-m", "pytest", "-q", *plugins, "-k", f"not ({LONG})"]
-    alone = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    its = "PYTEST_XDIST", "PYTEST_ADDOPTS", "MSN_TEST_RESULTS"
+    alone = {name: x for name, x in os.environ.items() if not name.startswith(its)}
     run = subprocess.run(
         [*command, f"{HERE}/{folder}"],
         env=alone | {"MSN_TEST_DEVICES": "cuda", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
@@ -45,12 +46,19 @@ def test_tensors_of_two_devices_do_not_meet():
         assert (there + torch.tensor(2.0)).device.type == "cuda", "numbers may lie anywhere"
         assert (there + 2).cpu().device.type == "cpu" and there.tolist() == here.tolist()
         assert there.copy_(here * 5).device.type == "cuda" and here.sum() == 6
+        there[:1] = here[:1]
+        there[torch.tensor([0])] = torch.tensor(5.0)
+        assert torch.equal(there.cpu(), here * 5)
         for mixed in (
             lambda: there + here,
             lambda: model(here),
             lambda: torch.cat([there, here]),
             lambda: here[there[0].long() > 3],
             lambda: torch.equal(there, here),
+            lambda: torch.stack([there.sum(), here.sum()]),
+            lambda: here + there.sum(),
+            lambda: here.__setitem__(there[0].long() > 3, 1.0),
+            lambda: there.__setitem__(torch.tensor([1, 0]), here),
         ):
             with pytest.raises(RuntimeError, match="on the GPU and on the CPU"):
                 mixed()

@@ -296,8 +296,9 @@ VerifyLogits BoundPass::verification(const Argument& tokens, const py::tuple& fr
   const int64_t batch = tokens.shape[0], nodes = tokens.shape[1];
   const Argument parents = borrow_cpu("parents", from[0]), guesses = borrow_cpu("guesses", from[1]),
                  targets = borrow_cpu("targets", from[2]),
-                 accept_length = borrow_cpu("accept_length", from[3]), path = borrow_cpu("path", from[4]),
-                 bonus = borrow_cpu("bonus", from[5]), continuation = borrow_cpu("continuation", from[6]);
+                 accept_length = borrow_cpu("accept_length", from[3]),
+                 path = borrow_cpu("path", from[4]), bonus = borrow_cpu("bonus", from[5]),
+                 continuation = borrow_cpu("continuation", from[6]);
   if (number_ != DType::kFloat32) refuse("only logits in float32 are verified");
   expect_range("the vocabulary", pass_.head.packed.outputs, 1, kMaxVocabulary);
   expect_tree(parents, DType::kInt32, batch, nodes, tokens);

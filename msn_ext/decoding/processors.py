@@ -350,8 +350,8 @@ def _of_row(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProce
 def _with_text(
     penalty: EncoderRepetitionPenaltyLogitsProcessor, own: Tensor, text: Tensor, scores: Tensor
 ) -> Tensor:
-    """Run it with ``own`` [L] for all scores: transformers up to 5.20 would leave out all but the
-    first.
+    """Return scores [R, V] after texts [R, L] as a penalty of the tokens ``own`` [K] leaves them:
+    transformers before 5.20 leaves out all rows but as many as it has texts of its own.
     """
     penalty = copy.copy(penalty)
     penalty.encoder_input_ids = cast(torch.LongTensor, own.expand(len(scores), -1))

@@ -28,22 +28,30 @@ class Workspace:
     @staticmethod
     def _last(buffers: list[Tensor], like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """Return one that is large enough. The smaller ones before it stay: captured launches know
-        where they are.
+        where they are. One that is made within a capture is for the launch that asks alone: it is 0
+        when that is replayed, and not before.
         """
         if buffers and len(buffers[-1]) >= size:
             return buffers[-1]
+        if _captured(like):
+            return like.new_zeros(size, dtype=dtype)
         least = 2 * len(buffers[-1]) if buffers else 0
-        made = like.new_zeros(max(size, least), dtype=dtype)
-        # What a capture sets to 0 is 0 when it is replayed, and not before.
-        if not (made.is_cuda and torch.cuda.is_current_stream_capturing()):
-            buffers.append(made)
-        return made
+        buffers.append(like.new_zeros(max(size, least), dtype=dtype))
+        return buffers[-1]
 
     def __enter__(self) -> None:
         _own.workspace, self._before = self, getattr(_own, "workspace", None)
 
     def __exit__(self, *error: object) -> None:
         _own.workspace = self._before
+
+
+def _captured(like: Tensor) -> bool:
+    """Return whether launches on the device of a tensor are being captured."""
+    if not like.is_cuda:
+        return False
+    with torch.cuda.device(like.device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 _own = threading.local()

@@ -9,10 +9,11 @@
 // races.cpp finds accesses that nothing orders, of one block or of two.
 // The device may be of compute capability 8.6, or 9.0 with more shared memory (wgmma.cuh).
 //
-// Not modelled: blocks that meet elsewhere than at atomic operations; caches and pointers of the
-// device (host memory stands for it); alignment faults (build.py has the compiler check alignment
-// instead); the rounding of the device's exp and tanh; the limit on kernel parameters (4 KB before
-// CUDA 12.1); registers and launch bounds; streams and graph capture.
+// Not modelled: blocks that meet elsewhere than at atomic operations, or meet there with barriers
+// in shared memory (wgmma.cuh); caches and pointers of the device (host memory stands for it);
+// alignment faults (build.py has the compiler check alignment instead); the rounding of the
+// device's exp and tanh; the limit on kernel parameters (4 KB before CUDA 12.1); registers and
+// launch bounds; streams and graph capture.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -24,6 +25,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -110,10 +112,11 @@ inline bool goes_last;       // the block lets others go first
 inline int processors = 1;   // multiprocessors of the device
 inline bool hopper = false;  // its compute capability: 9.0, or 8.6
 inline size_t most_shared() { return hopper ? kMostShared : 99 << 10; }
-inline size_t shared_limit = kUnasked;  // of what a launch asks for
-inline size_t most_of_launch;           // with what its kernel declares
-inline bool early = false;              // the launch may start before the last one has ended
-alignas(16) inline char static_memory[kUnasked], dynamic_shared[kMostShared];
+inline std::map<const void*, size_t> asked_for;  // of shared memory, by kernels that have asked
+inline size_t most_declared;                     // by the kernel of a launch
+inline bool early = false;  // the launch may start before the last one has ended
+// Aligned as the largest value that a kernel reads there as one, four float64.
+alignas(32) inline char static_memory[kUnasked], dynamic_shared[kMostShared];
 inline void (*begin_block)() = [] {};  // set by wgmma.cuh
 inline void (*end_block)() = [] {};
 
@@ -198,9 +201,17 @@ inline void begin() {
   begin_block();
   std::memset(static_memory, 0xff, sizeof static_memory);
 }
+inline void check_bounds(size_t shared_bytes) {
+  if (std::any_of(dynamic_shared + shared_bytes, dynamic_shared + most_shared(),
+                  [](char x) { return x != '\xff'; }))
+    fail("a write to shared memory that the launch did not ask for");
+}
 inline void leave(Block& block, size_t shared_bytes) {
   block.left = true;
-  block.static_memory.assign(static_memory, static_memory + fibers[running].declared);
+  check_bounds(shared_bytes);
+  size_t declared = 0;
+  for (unsigned i = 0; i < blockDim.x; ++i) declared = std::max(declared, fibers[i].declared);
+  block.static_memory.assign(static_memory, static_memory + declared);
   block.dynamic_shared.assign(dynamic_shared, dynamic_shared + shared_bytes);
 }
 inline void come_back(const Block& block) {
@@ -247,13 +258,11 @@ inline bool run_block(Block& block, size_t shared_bytes) {
   for (int i = 0; i < threads; ++i) {
     if (!fibers[i].copies.empty()) fail("an asynchronous copy that nobody waited for");
     if (!fibers[i].awaited) fail("a thread that did not wait for the launch before");
-    if (fibers[i].declared + shared_bytes > most_of_launch)
+    if (fibers[i].declared > most_declared)
       fail("more shared memory, with what the kernel declares, than it gets");
   }
   end_block();
-  if (std::any_of(dynamic_shared + shared_bytes, dynamic_shared + most_shared(),
-                  [](char x) { return x != '\xff'; }))
-    fail("a write to shared memory that the launch did not ask for");
+  check_bounds(shared_bytes);
   return true;
 }
 
@@ -413,11 +422,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
 inline cudaError_t cudaDriverGetVersion(int* version) {
   return *version = CUDART_VERSION, cudaSuccess;
 }
-// Holds for the next launch; a GPU keeps it with the kernel.
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
   if (static_cast<size_t>(bytes) > emulation::most_shared()) return cudaErrorInvalidConfiguration;
-  emulation::shared_limit = bytes;
+  emulation::asked_for[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
@@ -438,14 +446,16 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
+  // What a kernel has asked for holds beside what it declares; unasked there is some for both.
+  const auto asked = emulation::asked_for.find(reinterpret_cast<const void*>(kernel));
+  const bool has_asked = asked != emulation::asked_for.end();
+  const size_t limit = has_asked ? asked->second : emulation::kUnasked;
   if (!grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 ||
-      !block.x || block.x > emulation::kMaxThreads ||
-      config->dynamicSmemBytes > emulation::shared_limit)
+      !block.x || block.x > emulation::kMaxThreads || config->dynamicSmemBytes > limit)
     return cudaErrorInvalidConfiguration;
   if (block.x % emulation::kWarp) emulation::fail("a block that is no whole number of warps");
-  const bool asked = emulation::shared_limit != emulation::kUnasked;
-  emulation::most_of_launch = asked ? emulation::most_shared() : emulation::kUnasked;
-  emulation::shared_limit = emulation::kUnasked;
+  emulation::most_declared =
+      has_asked ? emulation::most_shared() - limit : limit - config->dynamicSmemBytes;
   emulation::early = config->numAttrs > 0;
   const std::tuple<Parameters...> values(arguments...);
   emulation::kernel = [&] { std::apply(kernel, values); };

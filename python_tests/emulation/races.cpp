@@ -9,7 +9,8 @@
 // accesses to the same bytes of which one writes and that nothing orders end the process, whatever
 // values they saw. An access to shared memory that the launch did not ask for does, too.
 //
-// Not modelled: order that goes through a third block; atomic operations on global memory as
+// Not modelled: shared memory across another block that goes first; order that goes through a third
+// block; atomic operations on global memory as
 // accesses of their own; reads but the last one of a place; local memory and parameters. One launch
 // in kOneIn is watched.
 #include <cuda_runtime.h>

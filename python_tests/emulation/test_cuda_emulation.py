@@ -45,6 +45,12 @@ MISTAKES = {
         "__syncthreads();  // all have seen that",
         "// all have seen that",
     ),
+    "shared memory unasked": (
+        "draft_tree",
+        'check("draft_tree",\n        cudaFuncSetAttribute',
+        'if (nodes > 25) check("draft_tree",\n        cudaFuncSetAttribute',
+    ),
+    "shared memory declared": ("draft_tree", "kMostShared - sizeof(Round)", "kMostShared"),
     "next ones": ("draft_tree", "if (i < lane && other > value) stops = true;", ""),
     "rank": ("draw_noise", "before == rank", "before >= rank"),
     "end of text": ("advance_text", "if (ended) count = end + 1;", ""),

@@ -23,7 +23,7 @@ from helpers import runners, tape
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 MARK = "_pretends"  # an attribute of a tensor on the GPU
 # What takes tensors of two devices.
-MEET = {Tensor.copy_, Tensor.to, Tensor.type_as, Tensor.__setitem__, Tensor.data.__set__}
+MEET = {Tensor.copy_, Tensor.fill_, Tensor.to, Tensor.type_as, Tensor.data.__set__}
 MEET.add(torch._has_compatible_shallow_copy_type)
 
 
@@ -64,11 +64,17 @@ def refuse_two_devices(func, arguments: tuple, tensors: list[Tensor]) -> None:
         if on_gpu(arguments[0]):
             raise TypeError(f"{name} of a tensor on the GPU")
         return
-    if func is Tensor.__getitem__:  # what lies on a GPU takes indices of either
-        met = not on_gpu(arguments[0]) and any(map(on_gpu, tensors))
+    if func in (Tensor.__getitem__, Tensor.__setitem__):
+        here, index, *value = arguments
+        indices = [x for x in tree_leaves(index) if isinstance(x, Tensor)]
+        # What lies on a GPU takes indices of either; by indices it takes values of its own.
+        met = not on_gpu(here) and any(map(on_gpu, indices))
+        its = [x for x in value if indices and isinstance(x, Tensor) and x.dim()]
+        met |= any(on_gpu(x) != on_gpu(here) for x in its)
     else:
-        ours = "msn_ext" in str(func)  # which takes no numbers from elsewhere, either
-        met = len({on_gpu(x) for x in tensors if ours or x.dim()}) > 1
+        # Numbers on the CPU may meet tensors on the GPU, but not in these.
+        alike = "msn_ext" in str(func) or name in ("cat", "stack", "equal")
+        met = len({on_gpu(x) for x in tensors if alike or x.dim() or on_gpu(x)}) > 1
     if met:
         raise RuntimeError(f"{name}: tensors on the GPU and on the CPU")
 

@@ -213,8 +213,8 @@ __global__ void __launch_bounds__(GroupShape<kDim, kGroups>::kThreads,
   Turn<S> turn;
   for (int tile = w.from; tile < w.to; tile += S::kKeys, turn.next()) {
     if (threadIdx.x == 0) fetch.next();
-    __syncwarp();  // products want whole warps
     await_phase(stages.full(turn.stage), turn.parity);
+    __syncwarp();  // products want whole warps
     Scores<S> score{};
     compute_scores<T>(query, stages.keys(turn.stage), score);
     cap_scores(scaling, score.at);

@@ -74,9 +74,7 @@ __global__ void __launch_bounds__(kTopThreads, kTopBlocks)
   __syncthreads();
   // The last of a tree need not be the last of its row: another one may have come between the two
   // counts.
-  const auto gather = [&] {
-    gather_targets(rows, tree * trees.nodes, trees.nodes, verify.path);
-  };
+  const auto gather = [&] { gather_targets(rows, tree * trees.nodes, trees.nodes, verify.path); };
   if (shared.last_of_row) {
     const LeftKeys left(rows, row);  // on their way while the targets are gathered
     if (shared.last_of_tree) gather();

@@ -1,5 +1,5 @@
-// Products of warp groups, barriers in shared memory and bulk copies of sm_90a, one PTX instruction
-// a function; nothing of them stands anywhere else. A warp group is four warps, the first of them a
+// Products of warp groups, barriers in shared memory and bulk copies of sm_90a, a PTX instruction a
+// function; nothing of them stands anywhere else. A warp group is four warps, the first of them a
 // multiple of four. The emulation (python_tests/emulation/wgmma.cuh) has the same functions in
 // plain C++.
 //
@@ -97,24 +97,25 @@ __device__ inline void arrive_and_expect(uint64_t* barrier, int bytes) {
       : "memory");
 }
 
-__device__ inline bool phase_ended(uint64_t* barrier, int parity) {
+// True once the phase of this parity has ended; waits about so long for it.
+__device__ inline bool phase_ended(uint64_t* barrier, int parity, uint32_t nanoseconds) {
   int ended;
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2, %3;\n"
       "selp.s32 %0, 1, 0, done;\n"
       "}"
       : "=r"(ended)
-      : "r"(shared_address(barrier)), "r"(parity)
+      : "r"(shared_address(barrier)), "r"(parity), "r"(nanoseconds)
       : "memory");
   return ended;
 }
 // Waits until the phase of this parity has ended; the one before the first counts as odd. One that
-// never ends is an error of the launch, not a hang.
+// never ends is an error of the launch, not a hang. Lanes may come back one after the other.
 __device__ inline void await_phase(uint64_t* barrier, int parity) {
-  constexpr int kMostTries = 1 << 24;  // seconds; a tile takes a millionth of one
-  for (int left = kMostTries; !phase_ended(barrier, parity);)
+  constexpr int kMostTries = 1 << 22;  // some seconds; a tile takes a millionth of one
+  for (int left = kMostTries; !phase_ended(barrier, parity, 1000);)
     if (--left == 0) __trap();
 }
 

@@ -108,9 +108,9 @@ class Drafts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the requests at hand and of what is remembered."""
+        """Bytes of the requests at hand, of what is remembered, and of habits."""
         past = (self._past.tokens, self._past.suffixes)
-        return self._live.nbytes + sum(x.nbytes for x in (self._adjacency, *past))
+        return self._live.nbytes + sum(x.nbytes for x in (self._adjacency, self._habits, *past))
 
     # Texts.
 
