@@ -120,7 +120,7 @@ assert msn_ext.build_info()["cuda"], "built without CUDA" """
             130, "--who", "ours", "--context", 512, "--nodes", "1,16", "--batch", "1,2,4,8,16,32"
         ),
         "demo": Part(
-            180,
+            130,
             [
                 benchmark("pieces", "join", PIECES, DEMO),
                 decode("bfloat16", 12, "decode.jsonl"),

@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(GroupShape<kDim, kGroups>::kThreads,
   Turn<S> turn;
   for (int tile = w.from; tile < w.to; tile += S::kKeys, turn.next()) {
     if (threadIdx.x == 0) fetch.next();
+    __syncwarp();  // which asks before the others wait
     await_phase(stages.full(turn.stage), turn.parity);
     __syncwarp();  // products want whole warps
     Scores<S> score{};
