@@ -59,7 +59,8 @@ def test_replayed_steps_give_plain_decodings_text(family, draft, tapes):
     if isinstance(draft, str) or not hasattr(draft, "propose"):
         assert len(tapes) <= 3, "prompts that only differ in length share a decoder"
     assert sum(tape.replays for tape in tapes) > 10
-    assert all(len(tape.captures) <= tape.warm_ups <= len(CAPTURED_SIZES) for tape in tapes)
+    most = len(CAPTURED_SIZES) + 1  # each once, and one step more to see whether it waits
+    assert all(len(tape.captures) <= tape.warm_ups <= most for tape in tapes)
 
 
 @pytest.mark.parametrize("tails", [False, True])
