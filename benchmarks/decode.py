@@ -128,7 +128,7 @@ def difference(model, input_ids: torch.Tensor, new: list[int], plain: list[int])
 
 def measure(model, tokenizer, prompts, drafts, new_tokens, done: dict, save) -> list[dict]:
     """Return a row per prompt and draft, plain decoding first; those in ``done`` are not run."""
-    rows: list[dict] = []
+    rows = []
     bar = tqdm(total=len(prompts) * (len(drafts) + 1), unit="run", disable=None)
     for category, question, text in prompts:
         inputs = tokenizer.apply_chat_template(

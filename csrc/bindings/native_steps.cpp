@@ -340,7 +340,7 @@ class NativeSteps {
 
 // What is drawn from, where top-k is said first.
 bool top_logits(const Argument& logits, const Argument& values, const Argument& tokens) {
-  if (logits.device != Device::kCPU) refuse("logits do not lie on the CPU");
+  expect_cpu(logits);
   expect_dims(logits, 2);
   expect_dims(tokens, 2);
   const int64_t rows = logits.shape[0], k = tokens.shape[1];

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 import msn_ext
 from helpers import tensor_parallel
@@ -42,7 +44,8 @@ def texts(model, prompts, tmp_path_factory) -> list[dict[str, torch.Tensor]]:
         text=True,
         timeout=240,
     )
-    if "must be divisible by the tensor parallel size" in run.stderr:
+    undivided = "must be divisible by the tensor parallel size" in run.stderr
+    if undivided and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("this transformers cannot divide 257 tokens among two processes")
     assert run.returncode == 0, run.stderr[-3000:]
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]

@@ -97,6 +97,4 @@ def test_the_kernel_of_warp_groups_runs(device, rows, dtype):
         ops.tree_attention(**arguments)
         torch.cuda.synchronize()
     names = [event.key for event in seen.key_averages()]
-    if not any("tree_attention" in name for name in names):
-        pytest.skip(f"the profiler sees no kernels here, but {names}")
     assert any("tree_attention_wgmma_kernel" in name for name in names), names
